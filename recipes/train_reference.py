@@ -1,0 +1,238 @@
+"""Train the small reference vision transformer on Fashion-MNIST and export its weights, log and model card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import ConvNormAct, set_fused_attn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from tokenmerge import assets
+
+ASSETS = Path(assets.__file__).parent
+HELD_OUT = 2_000  # training images kept aside: every choice is made on them, never on the test images
+SIZE_LIMIT = 6_000_000  # bytes of the weights file
+
+
+def parse_args() -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    # bf16 pays on a CPU only where its matrix units know it
+    amx = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/reference"), help="checkpoint folder; resumed from")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder that receives the finished model")
+    parser.add_argument("--data", type=Path, help="folder with the original train-*-ubyte.gz files")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=gpu or amx, help="bf16 autocast")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="torch.compile")
+    parser.add_argument("--width", type=int, default=128 if gpu else 64)
+    parser.add_argument("--heads", type=int, default=4 if gpu else 2)
+    parser.add_argument(
+        "--stages",
+        default="60:0.5,20:0" if gpu else "8:0.75,9:0.5,3:0",
+        help="epochs:share of patches dropped, in order; the last stage should drop none, as at test time",
+    )
+    parser.add_argument("--teacher-epochs", type=int, default=30 if gpu else 8, help="0 trains without a teacher")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema-decay", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def training_folder(args: argparse.Namespace) -> Path | None:
+    """Return the folder with the training files, or None where Debian's package has it in its own place."""
+    if args.data is not None:
+        return Path(args.data)
+    try:
+        assets.fashion_mnist("train")
+        return None
+    except FileNotFoundError as missing:
+        try:
+            from torchvision.datasets import FashionMNIST
+
+            FashionMNIST(str(args.out / "data"), download=True)
+        except Exception as error:  # torchvision raises many kinds when a download fails
+            raise SystemExit(f"No training data.\n{missing}\ntorchvision could not download it either: {error}") from error
+        return Path(args.out) / "data" / "FashionMNIST" / "raw"
+
+
+def normalise(images: Tensor) -> Tensor:
+    return (images.unsqueeze(1).float() / 255 - assets.MEAN) / assets.STD
+
+
+def augment(images: Tensor) -> Tensor:
+    """Shift every image by up to two pixels each way and mirror half of them."""
+    B, _, H, W = images.shape
+    dy, dx = torch.randint(0, 5, (2, B, 1), device=images.device)
+    rows = dy + torch.arange(H, device=images.device)
+    columns = dx + torch.arange(W, device=images.device)
+    mirrored = torch.rand(B, 1, device=images.device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, (2, 2, 2, 2), value=-assets.MEAN / assets.STD)  # black, as the images' own border
+    index = torch.arange(B, device=images.device)
+    return padded[index[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+
+
+def architecture(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments that are stored beside the weights: 14x14 patches of 2x2 pixels, 12 blocks."""
+    stem = {"in_chans": 1, "depth": 3, "channels": [32, 64, args.width], "kernel_size": [3, 3, 1], "stride": [1, 2, 1]}
+    vit = {"img_size": 28, "patch_size": 1, "in_chans": 1, "num_classes": 10, "global_pool": "token"}
+    return {"stem": stem, "vit": {**vit, "embed_dim": args.width, "depth": 12, "num_heads": args.heads}}
+
+
+def build_teacher() -> nn.Sequential:
+    """Build the plain convolutional net whose logits the transformer also learns from."""
+    plan = [(1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1)]
+    layers = [ConvNormAct(cin, cout, kernel_size=3, stride=stride) for cin, cout, stride in plan]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 10))
+
+
+class Run:
+    """One network in training with its optimiser, schedule, running average and checkpoint."""
+
+    def __init__(self, name: str, net: nn.Module, epochs: int, data: dict[str, Tensor], args: argparse.Namespace):
+        self.name, self.epochs, self.data, self.args = name, epochs, data, args
+        self.net = net.to(args.device)
+        self.forward = torch.compile(self.net) if args.compile else self.net
+        self.optimizer = create_optimizer_v2(self.net, "adamw", lr=args.lr, weight_decay=0.05)
+        self.steps = len(data["train_labels"]) // args.batch_size
+        self.schedule = CosineLRScheduler(
+            self.optimizer, epochs * self.steps, lr_min=1e-5, warmup_t=self.steps, warmup_lr_init=1e-5, t_in_epochs=False
+        )
+        self.ema = ModelEmaV3(self.net, decay=args.ema_decay, use_warmup=True)
+        self.path = args.out / f"{name}.pt"
+        self.epoch = 0
+        if self.path.exists():
+            saved = torch.load(self.path, map_location=args.device, weights_only=True)
+            self.epoch = saved["epoch"]
+            for part in ("net", "ema", "optimizer"):
+                getattr(self, part).load_state_dict(saved[part])
+
+    def save(self) -> None:
+        state = {part: getattr(self, part).state_dict() for part in ("net", "ema", "optimizer")}
+        part_file = self.path.with_suffix(".part")
+        torch.save({**state, "epoch": self.epoch}, part_file)
+        part_file.replace(self.path)  # a crash in the middle of writing leaves the last good checkpoint
+
+    def train_epoch(self, teacher: nn.Module | None) -> dict[str, float]:
+        args, data = self.args, self.data
+        torch.manual_seed(args.seed * 1000 + self.epoch)  # so a resumed run draws what an uninterrupted one would
+        self.net.train()
+        order = torch.randperm(len(data["train_labels"]), device=args.device)
+        total, start = torch.zeros((), device=args.device), time.time()
+        for step in range(self.steps):
+            update = self.epoch * self.steps + step
+            self.schedule.step_update(update)
+            batch = order[step * args.batch_size : (step + 1) * args.batch_size]
+            images = augment(normalise(data["train_images"][batch]))
+            loss = self.loss(images, data["train_labels"][batch], teacher)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            self.optimizer.step()
+            self.ema.update(self.net, step=update)
+            total += loss.detach()
+            if step % 50 == 0:
+                print(f"  {self.name} epoch {self.epoch} step {step}/{self.steps} loss {loss.item():.3f}", flush=True)
+        self.epoch += 1
+        seconds = time.time() - start
+        rate = self.steps * args.batch_size / seconds
+        return {"loss": total.item() / self.steps, "seconds": seconds, "images_per_second": rate}
+
+    def loss(self, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.bf16):
+            logits = self.forward(images)
+            with torch.no_grad():
+                wanted = None if teacher is None else teacher(images)
+        hard = F.cross_entropy(logits.float(), labels)
+        if wanted is None:
+            return hard
+        T = 2.0  # softened, the teacher's second choices count; T * T keeps the gradient's scale
+        soft = F.kl_div((logits.float() / T).log_softmax(-1), (wanted.float() / T).softmax(-1), reduction="batchmean")
+        return 0.3 * hard + 0.7 * T * T * soft
+
+
+@torch.inference_mode()
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    net.eval()
+    pairs = zip(images.split(250), labels.split(250), strict=True)
+    return sum(int((net(normalise(i)).argmax(-1) == y).sum()) for i, y in pairs) / len(labels)
+
+
+def train(run: Run, drops: list[float], teacher: nn.Module | None) -> nn.Module:
+    """Train until the schedule's end, one checkpoint and one log line per epoch, and return the averaged network."""
+    while run.epoch < run.epochs:
+        drop = drops[run.epoch]
+        if hasattr(run.net, "patch_drop"):
+            run.net.patch_drop.prob = drop
+        numbers = run.train_epoch(teacher)
+        held_out = accuracy(run.ema.module, run.data["held_out_images"], run.data["held_out_labels"])
+        run.save()
+        line = {"net": run.name, "epoch": run.epoch, "of": run.epochs, "patches_dropped": drop, **numbers}
+        line |= {"lr": run.optimizer.param_groups[0]["lr"], "held_out_accuracy": held_out}
+        line |= {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        print(line, flush=True)
+        with (run.args.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        if run.name == "vit":
+            export(run.ema.module, run.args, run.args.out)  # the state so far, ready to look at
+    return run.ema.module.eval()
+
+
+def export(net: nn.Module, args: argparse.Namespace, folder: Path) -> str:
+    """Write weights and architecture into the folder; half precision only where full would be too large."""
+    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    full = sum(value.numel() * value.element_size() for value in state.values()) < SIZE_LIMIT
+    if not full:
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    save_file(state, folder / "reference_vit.safetensors", metadata={"format": "pt"})
+    text = json.dumps(architecture(args), indent=2) + "\n"
+    (folder / "reference_vit.json").write_text(text, encoding="utf-8")
+    return "fp32" if full else "fp16"
+
+
+def load_data(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Read the training images and keep the last ones aside."""
+    images, labels = (part.to(args.device) for part in assets.fashion_mnist("train", training_folder(args)))
+    data = {"train_images": images[:-HELD_OUT], "train_labels": labels[:-HELD_OUT]}
+    return data | {"held_out_images": images[-HELD_OUT:], "held_out_labels": labels[-HELD_OUT:]}
+
+
+def main() -> None:
+    args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.device == "cpu":
+        set_fused_attn(False)  # the backward pass of fused attention is slow on a CPU in bf16
+    torch.manual_seed(args.seed)
+    data = load_data(args)
+    stages = [stage.split(":") for stage in args.stages.split(",")]
+    drops = [float(drop) for epochs, drop in stages for _ in range(int(epochs))]
+    net = assets._build_model(architecture(args), patch_drop_rate=max(*drops, 0.01))
+    teacher = None
+    if args.teacher_epochs:
+        teacher_run = Run("teacher", build_teacher(), args.teacher_epochs, data, args)
+        teacher = train(teacher_run, [0.0] * args.teacher_epochs, None)
+    best = train(Run("vit", net, len(drops), data, args), drops, teacher)
+    storage = export(best, args, args.assets)
+    shutil.copyfile(args.out / "log.jsonl", args.assets / "training_log.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Pooling that counts a merged token as the tokens it stands for.
+
+Shapes: B batch, M tokens out, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BiasedPool", "InputMean", "OutputMean", "weigh"]
+
+Sizes = Callable[[], "Tensor | None"]
+
+
+def weigh(x: Tensor, size: Tensor | None, start: int) -> Tensor:  # [B, M, C], [B, M]
+    """Scale the tokens from `start` on so that their plain mean is the size-weighted one."""
+    if size is None:
+        return x
+    size = size[:, start:]
+    scale = size * (size.shape[1] / size.sum(dim=1, keepdim=True))  # [B, M - start]
+    ones = scale.new_ones(scale.shape[0], start)
+    return torch.cat((ones, scale), dim=1)[..., None].to(x.dtype) * x
+
+
+class Pool:
+    """A callable that replaces a module's method and knows what it replaced."""
+
+    def __init__(self, owner: nn.Module, attribute: str, sizes: Sizes) -> None:
+        self.owner, self.attribute, self.sizes = owner, attribute, sizes
+        self.previous = owner.__dict__.get(attribute)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return getattr(type(self.owner), self.attribute)(self.owner, *args, **kwargs)
+
+
+class OutputMean(Pool):
+    """A module whose output the host averages over the tokens from `start` on."""
+
+    def __init__(self, owner: nn.Module, sizes: Sizes, start: int, batch_first: bool = True) -> None:
+        super().__init__(owner, "forward", sizes)
+        self.start, self.batch_first = start, batch_first
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.original(*args, **kwargs)
+        if self.batch_first:
+            return weigh(out, self.sizes(), self.start)
+        return weigh(out.transpose(0, 1), self.sizes(), self.start).transpose(0, 1)
+
+
+class InputMean(Pool):
+    """timm's `pool(x, pool_type)`: weighs what goes into its mean, leaves its other kinds alone."""
+
+    def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
+        super().__init__(owner, "pool", sizes)
+        self.start = start
+
+    def __call__(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        kind = self.owner.global_pool if pool_type is None else pool_type
+        if kind not in ("avg", "avgmax"):
+            pooled: Tensor = self.original(x, pool_type)
+            return pooled
+        mean: Tensor = self.original(weigh(x, self.sizes(), self.start), "avg")
+        return mean if kind == "avg" else 0.5 * (self.original(x, "max") + mean)
+
+
+class BiasedPool(Pool):
+    """An attention pool that takes `attn_mask`: log-size is added to its scores."""
+
+    def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
+        super().__init__(owner, "forward", sizes)
+        self.start = start
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = self.sizes()
+        mask = None if size is None else size[:, self.start :].log().to(x.dtype)[:, None, None, :]
+        pooled: Tensor = self.original(x) if mask is None else self.original(x, attn_mask=mask)
+        return pooled

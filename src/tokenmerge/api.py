@@ -1,0 +1,319 @@
+"""What a user calls: put a reduction into a model, ask what it did, take it out again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge import adapters, kernels
+from tokenmerge.adapters.base import Adapter
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    InvalidScheduleError,
+    NotPatchedError,
+    NotTrackedError,
+    TokenMergeError,
+    UnsupportedModelError,
+    unknown_name,
+)
+from tokenmerge.methods import Reduction
+from tokenmerge.runner import BlockRunner, attach
+from tokenmerge.schedule import R, Schedule
+from tokenmerge.state import ForwardState, Frame
+
+__all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
+
+_ATTRIBUTE = "_tokenmerge_handle"
+_KEYWORDS = ("r", "prop_attn", "track")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was put into a model and what could not be done; `str()` is a table."""
+
+    model: str
+    adapter: str
+    method: str
+    r: str
+    blocks: int
+    tokens: list[int]  # after each block
+    planned: bool  # True: no forward has run, the tokens are those planned for the model's own input size
+    prop_attn: bool
+    attention: str  # how the tap sees the attention
+    kernels: dict[str, str]
+    parity: float  # largest difference of a re-composed block from its own forward, when attaching
+    limits: list[str]  # what could not be done
+
+    def __str__(self) -> str:
+        used = ", ".join(f"{op} {name}" for op, name in self.kernels.items())
+        rows = [
+            ("model", self.model),
+            ("adapter", f"{self.adapter}, {self.blocks} blocks, attention seen by {self.attention}"),
+            ("method", self.method),
+            ("r", self.r),
+            ("tokens", " ".join(map(str, self.tokens)) + (" (planned)" if self.planned else "")),
+            ("proportional attention", "on" if self.prop_attn else "off"),
+            ("kernels", used),
+            ("parity when attached", f"max |difference| {self.parity:.2g}"),
+            ("could not be done", "; ".join(self.limits) or "-"),
+        ]
+        return "\n".join(f"{name:<23} {value}" for name, value in rows)
+
+
+class Handle:
+    """A reduction inside a model: change it, ask it, remove it. `patch` returns it."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, config: MergeConfig) -> None:
+        self.model = model
+        self._adapter = adapter
+        self._config = config
+        self._layout = adapter.layout(model)
+        self._actions: list[Callable[[], None]] = []
+        depth = len(adapter.blocks(model))
+        self._state = ForwardState(depth, Schedule.of(config.r, depth))
+        self._state.track = config.track
+        self._attachment = attach(model, adapter, config.method, self._state, self._layout, config.prop_attn)
+
+    @property
+    def r(self) -> R:
+        """What is removed per block, in any form that `patch` takes; set it at any time, 0 switches merging off."""
+        return self._config.r
+
+    @r.setter
+    def r(self, value: R) -> None:
+        schedule = Schedule.of(value, self._state.depth)
+        self._config = dataclasses.replace(self._config, r=value)
+        self._state.schedule = schedule
+
+    @property
+    def track(self) -> bool:
+        """Whether forwards record their groups; set it at any time."""
+        return self._state.track
+
+    @track.setter
+    def track(self, value: bool) -> None:
+        self._config = dataclasses.replace(self._config, track=bool(value))
+        self._state.track = bool(value)
+
+    @property
+    def runners(self) -> list[BlockRunner]:
+        """The callables bound to the blocks, in order; for tools that measure inside them."""
+        return self._attachment.runners
+
+    @property
+    def config(self) -> MergeConfig:
+        """The present settings, to be saved or to patch another model with."""
+        return self._config
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens after each block: those of the last forward, or those planned before any."""
+        frame = self._state.last()
+        if frame is None or frame.shape[-1] is None:
+            return self._state.schedule.tokens(self._layout.tokens, self._layout.prefix)
+        return [shape[1] for shape in frame.shape[1:] if shape is not None]
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many input tokens each output token of the last forward stands for, `[B, M]` float."""
+        frame = self._last()
+        size = frame.size[-1]
+        if size is not None:
+            return size
+        device = next((parameter.device for parameter in self.model.parameters()), None)
+        return torch.ones(frame.shape[-1], device=device)  # type: ignore[arg-type]
+
+    @property
+    def has_merged(self) -> bool:
+        """Whether the last forward merged anything."""
+        return self._last().size[-1] is not None
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens at the front (class, distillation, registers) are protected."""
+        return self._layout.prefix
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input the model was built for."""
+        return self._layout.input_size
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the input's patches, for the model's own input size."""
+        return self._layout.grid
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """After each block, the output token of each input token, `[B, N]`, -1 for dropped; needs `track=True`."""
+        if not self._state.track:
+            raise NotTrackedError(
+                "groups are recorded only while tracking; patch(..., track=True) or handle.track = True."
+            )
+        groups = [assign for assign in self._last().assign[1:] if assign is not None]
+        if len(groups) < self._state.depth:
+            raise NotTrackedError("the last forward ran before tracking was switched on; run the model again.")
+        return groups
+
+    def dense(self, y: Tensor) -> Tensor:  # [B, M, C]
+        """Give every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.
+
+        Raises `ValueError` where `y` is not what the last forward put out.
+        """
+        groups = self.groups[-1]
+        expected = (groups.shape[0], self._last().shape[-1][1])  # type: ignore[index]
+        if y.dim() != 3 or y.shape[:2] != expected:
+            raise ValueError(
+                f"dense() takes the last forward's tokens, [{expected[0]}, {expected[1]}, C]; got {tuple(y.shape)}."
+            )
+        return kernels.unmerge(y, groups)
+
+    def report(self) -> Report:
+        """Return what was found, what runs, the tokens per block, and what could not be done."""
+        runner = self._attachment.runners[0]
+        frame = self._state.last()
+        planned = frame is None or frame.shape[-1] is None
+        parameter = next(self.model.parameters(), torch.empty(0))
+        return Report(
+            model=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            adapter=self._adapter.name,
+            method=repr(self._config.method),
+            r=repr(self._config.r),
+            blocks=self._state.depth,
+            tokens=self.tokens,
+            planned=planned,
+            prop_attn=runner.is_proportional,
+            attention=runner.tap.kind,
+            kernels={op: kernels.select(op, parameter).name for op in ("match", "merge")},
+            parity=self._attachment.parity,
+            limits=list(self._attachment.limits),
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the original model inside the `with`."""
+        before, self._state.enabled = self._state.enabled, False
+        try:
+            yield
+        finally:
+            self._state.enabled = before
+
+    def remove(self) -> None:
+        """Take the reduction out: the model is what it was, bit for bit. A second call raises `NotPatchedError`."""
+        unpatch(self.model)
+
+    def on_remove(self, action: Callable[[], None]) -> None:
+        """Call `action` when the reduction is taken out: for surfaces that add something of their own."""
+        self._actions.append(action)
+
+    def __repr__(self) -> str:
+        return f"<tokenmerge {self._config.method!r}, r={self._config.r!r}, in {type(self.model).__qualname__}>"
+
+    def _last(self) -> Frame:
+        frame = self._state.last()
+        if frame is None or frame.shape[-1] is None:
+            raise NotTrackedError("no forward has run since the model was patched; run the model first.")
+        return frame
+
+
+def patch(
+    model: nn.Module,
+    method: str | Reduction | MergeConfig = "tome",
+    *,
+    r: R | None = None,
+    prop_attn: bool | str | None = None,
+    track: bool | None = None,
+    **unknown: Any,
+) -> Handle:
+    """Make a vision transformer merge tokens, in place; on any error the model stays as it was.
+
+    `method` is a name, an object or a saved configuration; `r` what is removed per block (see `Schedule.of`);
+    `prop_attn` adds log(size) to attention scores (`"auto"` follows the paper); `track` records `handle.groups`.
+    Raises `TokenMergeError`: an unsupported model, an unknown name or keyword, a model patched already, a wrong `r`
+    (also a ValueError).
+
+    >>> import timm, tokenmerge
+    >>> model = timm.create_model("vit_tiny_patch16_224").eval()
+    >>> handle = tokenmerge.patch(model, r=16)
+    >>> handle.tokens
+    [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]
+    """
+    for name in unknown:
+        raise _unknown_keyword(name, method)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"patch takes a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}."
+        )
+    if _ATTRIBUTE in model.__dict__:
+        raise AlreadyPatchedError(
+            f"this model is reduced already: {model.__dict__[_ATTRIBUTE]!r}; call unpatch(model) first."
+        )
+    given = {"r": r, "prop_attn": prop_attn, "track": track}
+    values = {name: value for name, value in given.items() if value is not None}
+    if isinstance(method, MergeConfig):
+        config = dataclasses.replace(method, **values)  # type: ignore[arg-type]
+    elif r is None:
+        raise InvalidScheduleError("r is missing: say how many tokens each block removes, e.g. patch(model, r=8).")
+    else:
+        config = MergeConfig(method, **values)  # type: ignore[arg-type]
+    handle = Handle(model, adapters.find(model), config)
+    model.__dict__[_ATTRIBUTE] = handle
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give the original model back, bit for bit, with no attribute left; raises `NotPatchedError`."""
+    handle = handle_of(model)
+    handle._attachment.undo()
+    for action in handle._actions:
+        action()
+    del model.__dict__[_ATTRIBUTE]
+
+
+def handle_of(model: nn.Module) -> Handle:
+    """Return the handle of a patched model, e.g. of a copy or a loaded one; raises `NotPatchedError`."""
+    handle = model.__dict__.get(_ATTRIBUTE)
+    if handle is None:
+        raise NotPatchedError(f"this {type(model).__qualname__} is not patched by tokenmerge: nothing to take back.")
+    assert isinstance(handle, Handle)
+    return handle
+
+
+@contextmanager
+def patched(model: nn.Module, method: str | Reduction | MergeConfig = "tome", **options: Any) -> Iterator[Handle]:
+    """Patch the model for the length of a `with`; takes what `patch` takes."""
+    handle = patch(model, method, **options)
+    try:
+        yield handle
+    finally:
+        if _ATTRIBUTE in model.__dict__:
+            handle.remove()
+
+
+def supports(model: nn.Module) -> bool:
+    """Say whether `patch` would take the model; nothing is changed. `patch` itself says why not."""
+    try:
+        with patched(model, r=0):
+            return True
+    except AlreadyPatchedError:
+        return True
+    except TokenMergeError:
+        return False
+
+
+def _unknown_keyword(name: str, method: str | Reduction | MergeConfig) -> TokenMergeError:
+    from tokenmerge import methods
+
+    if isinstance(method, str) and name in getattr(methods.find(method), "__dataclass_fields__", {}):
+        cls = methods.find(method).__qualname__
+        return unknown_name(
+            f"keyword of patch (it is an option of the method: patch(model, {cls}({name}=...)))", name, _KEYWORDS
+        )
+    return unknown_name("keyword of patch", name, _KEYWORDS)

@@ -1,0 +1,1 @@
+"""Drop-in surfaces of older packages: a script written for one runs after changing its import."""

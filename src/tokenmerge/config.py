@@ -1,0 +1,96 @@
+"""One reduction as a value: compared, printed, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenmerge import methods
+from tokenmerge.errors import ConfigError, unknown_name
+from tokenmerge.methods import Reduction
+from tokenmerge.schedule import R, Schedule
+
+__all__ = ["MergeConfig"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Everything `patch` needs besides the model. Raises `TokenMergeError` for values `patch` would not take.
+
+    >>> MergeConfig("tome", r=(16, -1.0)).method
+    ToMe(metric='k', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
+    """
+
+    method: Reduction
+    r: R
+    prop_attn: bool | str = "auto"
+    track: bool = False
+
+    def __init__(self, method: str | Reduction = "tome", r: R = 0, prop_attn: bool | str = "auto", track: bool = False):
+        if isinstance(method, str):
+            method = methods.find(method)()
+        if not isinstance(method, Reduction):
+            raise ConfigError(
+                f"the method is {method!r}; give a name ({', '.join(methods.list_methods())}) or an object."
+            )
+        if prop_attn not in (True, False, "auto"):
+            raise ConfigError(f"prop_attn is {prop_attn!r}; allowed: True, False, 'auto'.")
+        # any depth will do: only the form is checked here, the length against the model by `patch`
+        Schedule.of(r, depth=len(r) if isinstance(r, list) else 1)
+        values = {"method": method, "r": r, "prop_attn": prop_attn, "track": bool(track)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; raises `ConfigError` for what JSON cannot hold (a callable `r`) and for paths not writable."""
+        if callable(self.r):
+            raise ConfigError(
+                f"r is the callable {self.r!r}, which JSON cannot hold; give its list of amounts instead."
+            )
+        r = {"r": self.r[0], "inflection": self.r[1]} if isinstance(self.r, tuple) else self.r
+        method = {"name": self.method.name, **dataclasses.asdict(self.method)}  # type: ignore[call-overload]
+        content = {"version": _VERSION, "method": method, "r": r, "prop_attn": self.prop_attn, "track": self.track}
+        try:
+            Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write the configuration to {path}: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> MergeConfig:
+        """Read what `save` wrote; raises `ConfigError` that names the file and what is wrong with it."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}.") from error
+        return cls(**_checked(content, path))
+
+
+def _checked(content: Any, path: str | Path) -> dict[str, Any]:
+    known = {"version", "method", "r", "prop_attn", "track"}
+    if not isinstance(content, dict) or not {"version", "method", "r"} <= content.keys():
+        raise ConfigError(f"{path} is no tokenmerge configuration: it must hold version, method and r.")
+    if content["version"] != _VERSION:
+        raise ConfigError(f"{path} has version {content['version']!r}; this tokenmerge reads version {_VERSION}.")
+    for name in content.keys() - known:
+        raise unknown_name(f"configuration key in {path}:", name, sorted(known))
+    values = {name: content[name] for name in content if name != "version"}
+    options = values["method"]
+    if not isinstance(options, dict) or "name" not in options:
+        raise ConfigError(f"{path}: method must be an object with a name, it is {options!r}.")
+    method = methods.find(options["name"])
+    fields = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
+    for name in options.keys() - {"name", *fields}:
+        raise unknown_name(f"option of {options['name']} in {path}:", name, fields)
+    values["method"] = method(**{name: value for name, value in options.items() if name != "name"})
+    if isinstance(values["r"], dict):
+        if values["r"].keys() != {"r", "inflection"}:
+            raise ConfigError(f"{path}: r is {values['r']!r}; a pair is written as {{'r': ..., 'inflection': ...}}.")
+        values["r"] = (values["r"]["r"], values["r"]["inflection"])
+    return values

@@ -1,0 +1,86 @@
+"""Every error of the library, under one parent.
+
+TokenMergeError(RuntimeError)
+  UnknownNameError         a method, option or keyword that does not exist (with the nearest name)
+  InvalidScheduleError     an `r` that is not one of the allowed forms (also a ValueError)
+  ConfigError              a saved configuration that cannot be read or written
+  UnsupportedModelError    no adapter describes this model
+  AdapterMismatchError     a block does not behave as its adapter says
+  AlreadyPatchedError      the model is reduced already
+  NotPatchedError          the model is not reduced
+  NotTrackedError          something was asked that only `track=True` or a forward provides
+  UnsupportedError         the model is known, what was asked of it cannot be done
+  DataError                images, labels or files that cannot be used
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterMismatchError",
+    "AlreadyPatchedError",
+    "ConfigError",
+    "DataError",
+    "InvalidScheduleError",
+    "NotPatchedError",
+    "NotTrackedError",
+    "TokenMergeError",
+    "UnknownNameError",
+    "UnsupportedError",
+    "UnsupportedModelError",
+    "unknown_name",
+]
+
+
+class TokenMergeError(RuntimeError):
+    """Parent of every error this library raises on purpose."""
+
+
+class UnknownNameError(TokenMergeError):
+    """A name that is not in the list it was looked up in."""
+
+
+class InvalidScheduleError(TokenMergeError, ValueError):
+    """A value of `r` outside the allowed forms."""
+
+
+class ConfigError(TokenMergeError):
+    """A configuration file that cannot be read, written or understood."""
+
+
+class UnsupportedModelError(TokenMergeError):
+    """A model that no adapter describes."""
+
+
+class AdapterMismatchError(TokenMergeError):
+    """A block that does not compute what its adapter says, with nothing merged."""
+
+
+class AlreadyPatchedError(TokenMergeError):
+    """A second `patch` without an `unpatch` between."""
+
+
+class NotPatchedError(TokenMergeError):
+    """An `unpatch` of a model that was never patched."""
+
+
+class NotTrackedError(TokenMergeError):
+    """A question about the last forward that was not recorded."""
+
+
+class UnsupportedError(TokenMergeError):
+    """A request that this model or device cannot fulfil."""
+
+
+class DataError(TokenMergeError):
+    """Images, labels or result files that cannot be used."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """Build the error for a name that is not in `known`, with the nearest one."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownNameError(f"no {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,0 +1,82 @@
+"""Every tensor operation of the library in plain torch: the truth that fused versions are compared with.
+
+Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels, D width of the metric.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["match", "merge", "reduce", "unmerge"]
+
+
+def match(a: Tensor, b: Tensor, distance: str) -> tuple[Tensor, Tensor]:  # [B, Na, D], [B, Nb, D]
+    """Return for every row of `a` its best score in `b` and the row of `b` that has it, both `[B, Na]`."""
+    # half precision ties scores that differ in the third digit, and autocast would bring it back in the product
+    device = a.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        a, b = _full_precision(a), _full_precision(b)
+        if distance == "cosine":
+            scores = _unit(a) @ _unit(b).mT
+        elif distance == "dot":
+            scores = a @ b.mT
+        elif distance == "euclidean":
+            scores = -torch.cdist(a, b)
+        else:
+            scores = (a @ b.mT / a.shape[-1] ** 0.5).softmax(dim=-1)
+        best, index = scores.max(dim=-1)
+    return best, index
+
+
+def merge(
+    x: Tensor,  # [B, N, C]
+    size: Tensor | None,  # [B, N], None = all ones
+    keep: Tensor,  # [B, M]
+    src: Tensor,  # [B, R]
+    dst: Tensor,  # [B, R]
+) -> tuple[Tensor, Tensor]:
+    """Merge absorbed tokens into kept ones as size-weighted means; returns `[B, M, C]` and the new sizes `[B, M]`.
+
+    With s the sizes and S the new size of a group, the mean of the group is
+    `x_kept + sum_i (s_i / S) (x_i - x_kept)`: only absorbed rows are touched, and equal tokens stay bit-equal.
+    """
+    B, N, C = x.shape
+    M = keep.shape[1]
+    size = x.new_ones((B, N), dtype=torch.float32) if size is None else size
+    absorbed_size = size.gather(1, src)  # [B, R]
+    new_size = size.gather(1, keep).scatter_add(1, dst, absorbed_size)  # [B, M]
+    rows = torch.arange(B, device=x.device)[:, None]
+    flat = x.reshape(B * N, C)
+    # one flat index_select copies whole rows; a gather with an expanded index is several times slower on CPU
+    out = flat.index_select(0, (keep + rows * N).flatten())  # [B*M, C]
+    flat_dst = (dst + rows * M).flatten()  # [B*R]
+    weight = (absorbed_size / new_size.gather(1, dst)).flatten()[:, None].to(x.dtype)
+    step = flat.index_select(0, (src + rows * N).flatten()) - out.index_select(0, flat_dst)
+    out.index_add_(0, flat_dst, weight * step)
+    return out.view(B, M, C), new_size
+
+
+def reduce(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor, mode: str) -> Tensor:
+    """Combine each kept token with those it absorbs by `mode` (`sum`, `mean`, `amax`, `amin`, `prod`), unweighted."""
+    C = x.shape[-1]
+    kept = x.gather(1, keep[..., None].expand(-1, -1, C))  # [B, M, C]
+    absorbed = x.gather(1, src[..., None].expand(-1, -1, C))  # [B, R, C]
+    return kept.scatter_reduce(1, dst[..., None].expand(-1, -1, C), absorbed, reduce=mode)
+
+
+def unmerge(y: Tensor, assignment: Tensor) -> Tensor:  # [B, M, C], [B, N]
+    """Give every input token the row of its group, `[B, N, C]`; dropped tokens (-1) get zeros."""
+    index = assignment.clamp_min(0)[..., None].expand(-1, -1, y.shape[-1])
+    return y.gather(1, index).masked_fill(assignment[..., None] < 0, 0)
+
+
+def _full_precision(metric: Tensor) -> Tensor:
+    return metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
+
+
+def _unit(metric: Tensor) -> Tensor:
+    unit: Tensor = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return unit

@@ -1,0 +1,104 @@
+"""Decide which tokens absorb which: from a metric to a `Plan`, as pure functions.
+
+Shapes: B batch, N tokens, D width of the metric, A and B the two sides of the bipartite graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenmerge import kernels
+from tokenmerge.errors import unknown_name
+from tokenmerge.plan import Plan
+
+__all__ = ["DISTANCES", "PARTITIONS", "bipartite", "kth", "largest_r", "random"]
+
+DISTANCES = ("cosine", "dot", "euclidean", "softmax")
+PARTITIONS = ("alternating", "sequential", "random")
+
+
+def largest_r(n: int, prefix: int) -> int:
+    """Return how many of `n` tokens one bipartite step can remove: half of the unprotected ones."""
+    return max(0, (n - prefix) // 2)
+
+
+def bipartite(
+    metric: Tensor,  # [B, N, D]
+    r: int,
+    *,
+    prefix: int = 0,
+    distance: str = "cosine",
+    partition: str = "alternating",
+    seed: int = 0,
+    by_position: bool = True,
+) -> Plan:
+    """Match each token of side A with its best of side B and merge the `r` best pairs.
+
+    Bipartite soft matching of Bolya et al., ICLR 2023, arXiv:2210.09461. The first `prefix` tokens are protected and
+    come first in the output, then the unmerged tokens of A, then B. `r` is clamped to half of the unprotected tokens.
+    `by_position=False` leaves the unmerged tokens of A in the order of their scores, as the paper's own code does
+    without a class token. Raises `UnknownNameError` for an unknown distance or partition.
+    """
+    if distance not in DISTANCES:
+        raise unknown_name("distance", distance, DISTANCES)
+    B, n, _ = metric.shape
+    r = min(r, largest_r(n, prefix))
+    side_a, side_b = _sides(n, prefix, partition, seed, metric.device)
+    best, partner = kernels.match(metric[:, side_a], metric[:, side_b], distance)  # [B, A]
+    token = torch.arange(n, device=metric.device)
+    token_a, token_b = token[side_a], token[side_b]
+    order = best.argsort(dim=-1, descending=True)
+    absorbed, unmerged = order[:, :r], order[:, r:]
+    if by_position:
+        unmerged = unmerged.sort(dim=-1).values
+    keep = torch.cat((token[:prefix].expand(B, -1), token_a[unmerged], token_b.expand(B, -1)), dim=1)
+    dst = partner.gather(1, absorbed) + (prefix + unmerged.shape[1])
+    return Plan(keep=keep, src=token_a[absorbed], dst=dst, n=n)
+
+
+def kth(metric: Tensor, k: int) -> Plan:  # [B, N, D]
+    """Merge every token into its best among every k-th token; the last `N % k` tokens are dropped.
+
+    >>> kth(torch.rand(1, 12, 4), k=3).keep.tolist()
+    [[2, 5, 8, 11]]
+    """
+    B, n, _ = metric.shape
+    token = torch.arange(n - n % k, device=metric.device)
+    keep, src = token[k - 1 :: k], token.view(-1, k)[:, : k - 1].flatten()
+    _, partner = kernels.match(metric[:, src], metric[:, keep], "cosine")
+    return Plan(keep=keep.expand(B, -1), src=src.expand(B, -1), dst=partner, n=n)
+
+
+def random(metric: Tensor, r: int) -> Plan:  # [B, N, D]
+    """Absorb `r` tokens drawn with torch's global generator, each into its best among the rest."""
+    B, n, D = metric.shape
+    order = torch.rand(B, n, device=metric.device).argsort(dim=1)
+    src, keep = order[:, :r], order[:, r:]
+    sides = [metric.gather(1, index[..., None].expand(-1, -1, D)) for index in (src, keep)]
+    _, partner = kernels.match(sides[0], sides[1], "cosine")
+    return Plan(keep=keep, src=src, dst=partner, n=n)
+
+
+def _sides(
+    n: int, prefix: int, partition: str, seed: int, device: torch.device
+) -> tuple[slice | Tensor, slice | Tensor]:
+    """Indices of the unprotected tokens of A and B."""
+    if partition == "alternating":
+        # the parity is that of the whole sequence, prefix included, as in the paper
+        return slice(prefix + prefix % 2, n, 2), slice(prefix + 1 - prefix % 2, n, 2)
+    half = prefix + (n - prefix + 1) // 2
+    if partition == "sequential":
+        return slice(prefix, half), slice(half, n)
+    if partition == "random":
+        shuffled = prefix + _shuffle(n - prefix, seed, device)
+        return shuffled[: half - prefix].sort().values, shuffled[half - prefix :].sort().values
+    raise unknown_name("partition", partition, PARTITIONS)
+
+
+def _shuffle(n: int, seed: int, device: torch.device) -> Tensor:
+    """A permutation of `n` that depends on `seed` alone: integer hashing, since generators cannot be captured."""
+    value = torch.arange(n, device=device) + (seed * 7919 + 1) % 2**31
+    for shift, factor in ((16, 0x45D9F3B), (15, 0x119DE1F3), (16, 0x3449F5)):
+        value = ((value ^ (value >> shift)) * factor) % 2**31
+    return value.argsort()

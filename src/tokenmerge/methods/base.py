@@ -1,0 +1,46 @@
+"""What a reduction method is, and what it may see of the model it runs in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenmerge.plan import Plan, merge_weighted
+
+__all__ = ["Reduction", "TokenView"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenView:
+    """The tokens of one block between attention and MLP. B batch, N tokens, C channels, H heads, D head width."""
+
+    x: Tensor  # [B, N, C] after the attention residual
+    x_pre: Tensor  # [B, N, C] the block's input
+    q: Tensor | None  # [B, H, N, D]; only what `needs` names
+    k: Tensor | None  # [B, H, N, D]
+    v: Tensor | None  # [B, H, N, D]
+    size: Tensor | None  # [B, N] input tokens per token; None while all are 1
+    prefix: int  # protected tokens at the front
+    grid: tuple[int, int] | None  # rows and columns of the input patches, where the model has a grid
+    layer: int
+
+
+class Reduction(ABC):
+    """A way to make fewer tokens of many: a frozen dataclass whose fields are its options.
+
+    `needs` names what the attention must hand over: any of `"q"`, `"k"`, `"v"`, or nothing.
+    """
+
+    name: ClassVar[str]
+    needs: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def plan(self, view: TokenView, r: int) -> Plan:
+        """Choose `r` tokens to remove; output shapes may depend on N and `r` only. Called without gradients."""
+
+    def merge(self, plan: Plan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [B, N, C], [B, N]
+        """Apply the plan: `[B, M, C]` and the new sizes `[B, M]`. The default is the size-weighted mean."""
+        return merge_weighted(plan, x, size)

@@ -1,0 +1,34 @@
+"""Drop the last tokens: not a method to use, but the free bound that others are timed against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.plan import Plan
+
+__all__ = ["Drop"]
+
+
+@dataclass(frozen=True)
+class Drop(Reduction):
+    """Keep the first tokens and forget the rest: what a reduction would cost if choosing and merging were free.
+
+    It sees no keys, moves no rows and adds no bias, so the time over this model is all of a method's overhead.
+    Its answers are meaningless.
+    """
+
+    name: ClassVar[str] = "drop"
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        B, n, _ = view.x.shape
+        keep = torch.arange(n - r, device=view.x.device).expand(B, -1)
+        return Plan(keep=keep, src=keep[:, :0], dst=keep[:, :0], n=n)
+
+    def merge(self, plan: Plan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        left = plan.keep.shape[1]
+        return x[:, :left], None if size is None else size[:, :left]

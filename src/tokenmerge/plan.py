@@ -1,0 +1,63 @@
+"""The recipe of one reduction: which tokens stay, which are absorbed by whom.
+
+Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmerge import kernels
+
+__all__ = ["Plan", "assignment", "compose", "merge", "merge_weighted", "unmerge"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What happens to `n` tokens: `keep` stay, in order; `src` are absorbed by output slot `dst`; others are dropped.
+
+    All shapes are fixed by the number of tokens and `r`, never by values, so graphs can be captured.
+
+    >>> plan = Plan(keep=torch.tensor([[0, 2]]), src=torch.tensor([[1]]), dst=torch.tensor([[1]]), n=3)
+    >>> merge(plan, torch.tensor([[[1.0], [2.0], [4.0]]])).flatten().tolist()
+    [1.0, 3.0]
+    """
+
+    keep: Tensor  # [B, M]
+    src: Tensor  # [B, R]
+    dst: Tensor  # [B, R]
+    n: int
+
+
+def merge(plan: Plan, x: Tensor, mode: str = "mean") -> Tensor:  # [B, N, C]
+    """Combine each group by `mode` (`mean`, `sum`, `amax`, `amin`, `prod`), members counting equally: `[B, M, C]`."""
+    return kernels.reduce(x, plan.keep, plan.src, plan.dst, mode)
+
+
+def merge_weighted(plan: Plan, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, N, C], [B, N]
+    """Combine each group as its size-weighted mean; returns `[B, M, C]` and the new sizes `[B, M]`."""
+    return kernels.merge(x, size, plan.keep, plan.src, plan.dst)
+
+
+def unmerge(plan: Plan, y: Tensor) -> Tensor:  # [B, M, C]
+    """Give every input token its group's row, `[B, N, C]`; dropped tokens get zeros."""
+    return kernels.unmerge(y, assignment(plan))
+
+
+def assignment(plan: Plan) -> Tensor:
+    """Return the output slot of each input token, `[B, N]`; -1 for dropped ones."""
+    B, M = plan.keep.shape
+    slots = torch.arange(M, device=plan.keep.device).expand(B, M)
+    groups = torch.full((B, plan.n), -1, dtype=torch.long, device=plan.keep.device)
+    return groups.scatter(1, plan.keep, slots).scatter(1, plan.src, plan.dst)
+
+
+def compose(previous: Tensor | None, plan: Plan) -> Tensor:  # [B, N0] or None
+    """Follow the tokens of the first layer through one more plan: `[B, N0]` of slots after it, -1 for dropped."""
+    groups = assignment(plan)
+    if previous is None:
+        return groups
+    return groups.gather(1, previous.clamp_min(0)).masked_fill(previous < 0, -1)

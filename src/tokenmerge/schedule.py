@@ -1,0 +1,101 @@
+"""How many tokens go at each layer: every form of `r`, checked once and asked per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from tokenmerge.errors import InvalidScheduleError
+
+__all__ = ["Amount", "R", "Schedule", "parse_r"]
+
+Amount = int | float | Callable[[int, int], int]
+R = Amount | Sequence[int | float] | tuple[int | float, float]
+
+_ALLOWED = (
+    "Allowed: an int >= 0 (tokens removed per block), a float in (0, 1) (share of the unprotected tokens), a list of "
+    "these per block (short lists are padded with 0), a pair (r, inflection) with inflection in [-1, 1], or a callable "
+    "(block, tokens) -> int."
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One amount per layer. `Schedule.of` checks what the user gave.
+
+    >>> Schedule.of((16, -1.0), depth=12).amounts
+    (32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0)
+    """
+
+    amounts: tuple[Amount, ...]
+
+    @staticmethod
+    def of(r: R, depth: int) -> Schedule:
+        """Check any allowed form of `r` against the number of blocks; raises `InvalidScheduleError` (a ValueError)."""
+        if callable(r):
+            return Schedule((r,) * depth)
+        if isinstance(r, tuple):
+            return Schedule(tuple(_inflected(r, depth)))
+        if isinstance(r, Sequence) and not isinstance(r, str):
+            if len(r) > depth:
+                raise InvalidScheduleError(f"r has {len(r)} entries, the model has {depth} blocks. {_ALLOWED}")
+            return Schedule(tuple(_amount(entry) for entry in r) + (0,) * (depth - len(r)))
+        return Schedule((_amount(r),) * depth)
+
+    def at(self, layer: int, tokens: int, prefix: int) -> int:
+        """Return how many of `tokens` (prefix included) the layer removes, at most half of the unprotected ones."""
+        amount = self.amounts[layer]
+        if callable(amount):
+            amount = amount(layer, tokens)
+            if isinstance(amount, bool) or not isinstance(amount, Integral) or amount < 0:
+                raise InvalidScheduleError(f"the callable r returned {amount!r} for block {layer}. {_ALLOWED}")
+        elif isinstance(amount, float):
+            amount = int(amount * max(0, tokens - prefix))
+        return min(int(amount), max(0, (tokens - prefix) // 2))
+
+    def tokens(self, tokens: int, prefix: int) -> list[int]:
+        """Return the tokens left after each layer, from `tokens` at the first (prefix included)."""
+        left = []
+        for layer in range(len(self.amounts)):
+            tokens -= self.at(layer, tokens, prefix)
+            left.append(tokens)
+        return left
+
+
+def parse_r(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[int]:
+    """Return the tokens to remove per layer for an int, a list or a pair (r, inflection), before any clamping.
+
+    >>> parse_r(4, (8, 1.0))
+    [0, 5, 10, 16]
+    """
+    amounts = Schedule.of(r, num_layers).amounts
+    counts = [amount for amount in amounts if isinstance(amount, int)]
+    if len(counts) < len(amounts):
+        raise InvalidScheduleError(f"parse_r counts tokens; r is {r!r}. Allowed: an int, a list of ints, a pair.")
+    return counts
+
+
+def _inflected(pair: tuple[Any, ...], depth: int) -> list[int]:
+    """Amounts that rise or fall in a straight line around `r`: from 2r to 0 at -1, from 0 to 2r at +1."""
+    if len(pair) != 2:
+        raise InvalidScheduleError(f"r is a tuple of {len(pair)} entries: {pair!r}. {_ALLOWED}")
+    r, inflection = pair
+    is_number = isinstance(inflection, Real) and not isinstance(inflection, bool)
+    if not is_number or not -1 <= inflection <= 1:
+        raise InvalidScheduleError(f"r has the inflection {inflection!r}. {_ALLOWED}")
+    if isinstance(_amount(r), float):
+        raise InvalidScheduleError(f"r is the pair {pair!r}; its first entry counts tokens, an int. {_ALLOWED}")
+    first = int(r * (1 - inflection))
+    last = 2 * r - first
+    step = (last - first) / max(1, depth - 1)
+    return [int(first + step * layer) for layer in range(depth)]
+
+
+def _amount(value: Any) -> int | float:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) < 1:
+        return float(value)
+    raise InvalidScheduleError(f"r holds {value!r}. {_ALLOWED}")

@@ -1,0 +1,101 @@
+"""What one forward pass knows about its tokens, one slot per layer."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.plan import Plan, compose
+from tokenmerge.schedule import Schedule
+
+__all__ = ["ForwardState", "Frame"]
+
+
+class Frame:
+    """The record of one forward: entry i is what enters layer i, the last one what leaves the model.
+
+    Layers read by index and never consume, so a layer that runs twice (gradient checkpointing) sees the same again.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.size: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i]; None while all sizes are 1
+        self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept only while tracking
+        self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
+
+
+class ForwardState:
+    """The settings all runners of a model share, and the frame of the forward that runs.
+
+    In eager mode every thread has its own frame, so one model can serve several threads. A checkpointed layer that is
+    run again by an autograd thread finds the frame of the latest forward. Tracers get one plain frame, since
+    thread-local storage cannot be captured.
+    """
+
+    def __init__(self, depth: int, schedule: Schedule) -> None:
+        self.depth = depth
+        self.schedule = schedule
+        self.enabled = True
+        self.track = False
+        self.latest: Frame | None = None
+        self._forget()
+
+    def begin(self, layer: int) -> Frame:
+        """Return the frame that this layer belongs to; the first layer of a forward opens a new one."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        frame = getattr(self._own, "frame", None)
+        if layer == 0 and not _is_in_backward():
+            frame = self._own.frame = self.latest = Frame(self.depth)
+        return frame or self.latest or self._traced
+
+    def record(self, frame: Frame, layer: int, x: Tensor, size: Tensor | None, plan: Plan | None) -> None:
+        """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, while tracking, its groups."""
+        frame.size[layer + 1] = size
+        frame.shape[layer + 1] = (x.shape[0], x.shape[1])
+        if self.track:
+            previous = frame.assign[layer] if layer else None
+            if plan is not None:
+                previous = compose(previous, plan)
+            elif previous is None:
+                previous = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+            frame.assign[layer + 1] = previous
+        if torch.compiler.is_compiling() and not _is_exporting():
+            self.latest = frame
+
+    def last(self) -> Frame | None:
+        """Return the last forward of this thread, else the last of any; a compiled one belongs to no thread."""
+        if self.latest is self._traced:
+            return self.latest
+        return getattr(self._own, "frame", None) or self.latest
+
+    def final_size(self) -> Tensor | None:
+        """Return the sizes `[B, M]` that the forward in progress ended with; None while all are 1."""
+        if torch.compiler.is_compiling():
+            return self._traced.size[self.depth]
+        frame = self.last()
+        return frame.size[self.depth] if frame else None
+
+    def _forget(self) -> None:
+        self._own = threading.local()
+        self._traced = Frame(self.depth)
+        self.latest = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the settings, never a forward."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_own", "_traced", "latest")}
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        self.__dict__.update(settings)
+        self._forget()
+
+
+def _is_in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _is_exporting() -> bool:
+    # torch 2.6 has no is_exporting
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())

@@ -1,0 +1,1 @@
+"""What the command line does, as functions: built on the front door only."""

@@ -1,0 +1,142 @@
+"""Time a merged model against the unmerged one and against the free bound, over r and batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import tokenmerge
+from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.schedule import R
+from tokenmerge.tools.flops import count
+from tokenmerge.tools.models import find_device, shared_copy
+from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory
+
+__all__ = ["Bench", "bench"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Bench:
+    """Rows of figures, what they were measured on, and what they mean in plain sentences."""
+
+    rows: list[dict[str, Any]]
+    environment: dict[str, str]
+    verdicts: list[str] = field(default_factory=list)
+
+
+def bench(
+    model: nn.Module,
+    *,
+    rs: Sequence[R] = (0, 8, 16),
+    batches: Sequence[int] = (1, 8),
+    method: str | tokenmerge.Reduction = "tome",
+    device: str = "cpu",
+    dtype: str = "float32",
+    compiled: bool = False,
+    rounds: int = 20,
+    input_size: Sequence[int] | None = None,
+    label: str = "model",
+    progress: Callable[[int, int], None] | None = None,
+) -> Bench:
+    """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
+
+    The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. With `compiled`
+    all variants are compiled. Raises `UnsupportedError` for a device or dtype that is not there.
+    """
+    where = find_device(device)
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
+    if rounds < 1 or any(batch < 1 for batch in batches) or not batches or not rs:
+        raise DataError("bench needs at least one r, one batch size >= 1 and one round.")
+    model = model.to(where, DTYPES[dtype]).eval()
+    rows = []
+    with tokenmerge.patched(model, method, r=0) as handle:
+        size = tuple(input_size or handle.input_size)
+    steps = len(batches) * len(rs)
+    for i, batch in enumerate(batches):
+        x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
+        for j, r in enumerate(rs):
+            inner = _inner_progress(progress, i * len(rs) + j, steps)
+            rows.append({"model": label, **_row(model, method, r, x, rounds, compiled, inner)})
+    about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
+    return Bench(rows, about, _verdicts(rows))
+
+
+def _row(
+    model: nn.Module,
+    method: str | tokenmerge.Reduction,
+    r: R,
+    x: torch.Tensor,
+    rounds: int,
+    compiled: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    merged, bound = shared_copy(model), shared_copy(model)
+    handle = tokenmerge.patch(merged, method, r=r)
+    tokenmerge.patch(bound, "drop", r=r)
+    variants: dict[str, Any] = {"unmerged": model, "merged": merged, "bound": bound}
+    if compiled:
+        torch._dynamo.reset()
+        variants = {name: torch.compile(variant) for name, variant in variants.items()}
+    calls = {name: _call(variant, x) for name, variant in variants.items()}
+    timings = interleave(calls, x.device, rounds=rounds, progress=progress)
+    macs = count(merged, tuple(x.shape[1:]))
+    return {
+        "r": str(r),
+        "batch": x.shape[0],
+        **_figures(timings, x.shape[0]),
+        "GMACs": round(macs.model / 1e9, 3),
+        "matching GMACs": round(macs.matching / 1e9, 4),
+        "tokens": handle.tokens[-1],
+        "peak MB": round(peak_memory(merged, x) / 2**20, 1),
+        "unmerged peak MB": round(peak_memory(model, x) / 2**20, 1),
+        "attention": attention_kernel(merged, x),
+        "unmerged attention": attention_kernel(model, x),
+    }
+
+
+def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float]:
+    merged, unmerged, bound = timings["merged"], timings["unmerged"], timings["bound"]
+    return {
+        "ms": round(merged.median * 1e3, 3),
+        "spread %": round(merged.spread * 100, 1),
+        "images/s": round(batch / merged.median, 2),
+        "unmerged ms": round(unmerged.median * 1e3, 3),
+        "speed-up": round(unmerged.over(merged), 3),
+        "bound ms": round(bound.median * 1e3, 3),
+        "over bound": round(merged.over(bound), 3),
+    }
+
+
+def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say for every r where merging is slower and from which batch size it pays."""
+    said = []
+    for r in dict.fromkeys(row["r"] for row in rows if row["r"] != "0"):
+        of_r = sorted((row for row in rows if row["r"] == r), key=lambda row: row["batch"])
+        slower = [row for row in of_r if row["speed-up"] < 1]
+        if not slower:
+            said.append(f"r = {r} is faster at every batch size measured, from batch {of_r[0]['batch']} on.")
+            continue
+        cases = ", ".join(f"batch {row['batch']} ({row['speed-up']:.2f}x)" for row in slower)
+        pays = next((row["batch"] for i, row in enumerate(of_r) if all(x["speed-up"] >= 1 for x in of_r[i:])), None)
+        end = f"it pays from batch {pays} on." if pays else "it pays at no batch size measured up to the largest."
+        said.append(f"r = {r} is SLOWER than the unmerged model at {cases}; {end}")
+    return said
+
+
+def _call(model: Any, x: torch.Tensor) -> Callable[[], Any]:
+    return lambda: model(x)
+
+
+def _inner_progress(
+    progress: Callable[[int, int], None] | None, step: int, steps: int
+) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(step * total + done, steps * total)

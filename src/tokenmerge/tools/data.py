@@ -1,0 +1,139 @@
+"""Labelled images for the tools: the bundled Fashion-MNIST test set, or a folder with one sub-folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tokenmerge.errors import DataError, UnsupportedError
+
+__all__ = ["FASHION_MNIST", "FashionMNIST", "Folder", "normalise", "open_data"]
+
+FASHION_MNIST = "fashion-mnist"
+
+
+class FashionMNIST:
+    """The bundled test set, normalised for the bundled model: batches of `[B, 1, 28, 28]` and labels `[B]`."""
+
+    corrupt: tuple[str, ...] = ()
+
+    def __init__(self, batch_size: int, limit: int | None = None) -> None:
+        from tokenmerge import assets
+
+        images, labels = assets.fashion_mnist("test")
+        self.images, self.labels = images[:limit], labels[:limit]
+        self.batch_size = batch_size
+        self.classes = list(assets.CLASSES)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield normalise(images), labels
+
+
+def normalise(images: Tensor) -> Tensor:  # uint8 [B, 28, 28]
+    """Return what the bundled model takes: float `[B, 1, 28, 28]` of the training set's mean and deviation."""
+    from tokenmerge import assets
+
+    return (images[:, None].float() / 255 - assets.MEAN) / assets.STD
+
+
+class Folder:
+    """A folder of images, one sub-folder per class, decoded in workers with timm's own transforms for the model.
+
+    An image that cannot be decoded is left out; its path and the reason are in `corrupt` after the pass.
+    """
+
+    def __init__(self, root: Path, model: nn.Module, batch_size: int, workers: int, limit: int | None = None) -> None:
+        self.corrupt: list[str] = []
+        dataset, self.classes = _image_folder(root, model)
+        count = len(dataset.samples)
+        if limit is not None and limit < count:
+            # spread over the classes, which lie one after the other
+            dataset.samples = [dataset.samples[i * count // limit] for i in range(limit)]
+        self._dataset = dataset
+        self._loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate)
+
+    def __len__(self) -> int:
+        return len(self._dataset.samples)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.corrupt.clear()
+        for images, labels, corrupt in self._loader:
+            self.corrupt += corrupt
+            if images is not None:
+                yield images, labels
+
+
+def open_data(
+    source: str, model: nn.Module, *, batch_size: int, workers: int = 2, limit: int | None = None
+) -> FashionMNIST | Folder:
+    """Open `"fashion-mnist"` or a folder; raises `DataError` for a folder missing, empty or of other classes."""
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise DataError(f"batch size and limit must be at least 1; got {batch_size} and {limit}.")
+    if source == FASHION_MNIST:
+        classes = getattr(model, "num_classes", 10)
+        if classes != 10:
+            raise DataError(
+                f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'."
+            )
+        return FashionMNIST(batch_size, limit)
+    return Folder(Path(source), model, batch_size, workers, limit)
+
+
+def _image_folder(root: Path, model: nn.Module) -> tuple[Any, list[str]]:
+    try:
+        from timm.data import create_transform, resolve_data_config
+        from torchvision.datasets import ImageFolder
+    except ImportError as error:
+        raise UnsupportedError('an image folder needs timm and torchvision: pip install "tokenmerge[timm]"') from error
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: --data takes {FASHION_MNIST!r} or a folder with one sub-folder per class.")
+    transform = create_transform(**resolve_data_config({}, model=model))
+    try:
+        dataset = ImageFolder(root, transform=transform, loader=_Loader(transform))
+    except FileNotFoundError as error:
+        raise DataError(f"{root} holds no labelled images: expected {root}/CLASS/IMAGE. {error}.") from error
+    expected = getattr(model, "num_classes", None)
+    classes = dataset.classes
+    if expected is not None and len(classes) != expected:
+        if not all(name.isdigit() and int(name) < expected for name in classes):
+            raise DataError(
+                f"{root} has {len(classes)} class folders ({', '.join(classes[:3])}, ...), the model has {expected} "
+                "classes, and folders are numbered in the order of their names. Give a folder with all classes, or "
+                "name the sub-folders by class index."
+            )
+        dataset.samples = [(path, int(classes[label])) for path, label in dataset.samples]
+    dataset.transform = None
+    return dataset, classes
+
+
+class _Loader:
+    """Decodes and transforms one image; an image that cannot be decoded becomes a sentence."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, path: str) -> Tensor | str:
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                tensor: Tensor = self.transform(image.convert("RGB"))
+                return tensor
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+            return f"{path}: {error}"
+
+
+def _collate(samples: list[tuple[Tensor | str, int]]) -> tuple[Tensor | None, Tensor, list[str]]:
+    good = [(image, label) for image, label in samples if isinstance(image, Tensor)]
+    corrupt = [image for image, _ in samples if isinstance(image, str)]
+    images = torch.stack([image for image, _ in good]) if good else None
+    return images, torch.tensor([label for _, label in good]), corrupt

@@ -1,0 +1,81 @@
+"""The bundled model on the bundled images for several r: a table, a plot and pictures of what was merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge.errors import DataError
+from tokenmerge.schedule import R
+from tokenmerge.tools.data import FashionMNIST, normalise
+from tokenmerge.tools.evaluate import Evaluation, evaluate
+from tokenmerge.tools.models import load_model
+from tokenmerge.tools.results import as_markdown
+from tokenmerge.tools.visualize import draw_groups, plot_tradeoff, sheet
+
+__all__ = ["demo"]
+
+RS: tuple[R, ...] = (0, 4, 8, 12, 16)
+SCALE = 6  # a 28 x 28 image is drawn 168 pixels wide
+
+
+def demo(
+    folder: str | Path = "tokenmerge-demo",
+    *,
+    rs: Sequence[R] = RS,
+    limit: int | None = None,
+    batch_size: int = 100,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate the bundled model and write `table.md`, `table.json`, `plot.png` and `merged.png` into the folder.
+
+    Raises `DataError` before any work where the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").touch()
+    except OSError as error:
+        raise DataError(f"cannot write to {folder}: {error.strerror}.") from error
+    model = load_model("reference")
+    data = FashionMNIST(batch_size, limit)
+    result = evaluate(model, data, rs=rs, device=device, bound=True, progress=progress)
+    facts = ", ".join(f"{name} {value}" for name, value in result.environment.items())
+    title = f"Bundled ViT on {result.images} Fashion-MNIST test images, batch {batch_size}, fp32, eager"
+    (folder / "table.md").write_text(f"# {title}\n\n{as_markdown(result.rows)}\n\nMeasured on: {facts}.\n")
+    content = {"title": title, "environment": result.environment, "images": result.images, "rows": result.rows}
+    (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    plot_tradeoff(folder / "plot.png", result.rows, title)
+    pictures(model.cpu(), data, [r for r in rs if r != 0]).save(folder / "merged.png")
+    return result
+
+
+def pictures(model: nn.Module, data: FashionMNIST, rs: Sequence[R]) -> Any:
+    """Return a PIL page: one image of each of six classes, then what each `r` leaves of it."""
+    chosen = [int((data.labels == label).nonzero()[0]) for label in data.labels.unique()[:6]]
+    x = normalise(data.images[chosen])
+    rows: list[list[Any]] = [[_as_image(data.images[i])] for i in chosen]
+    labels = ["image"]
+    for r in rs:
+        with tokenmerge.patched(model, r=r, track=True) as handle, torch.inference_mode():
+            model(x)
+            labels.append(f"r = {r}: {handle.tokens[-1]} tokens")
+            groups, grid = handle.groups[-1][:, handle.prefix :], handle.grid
+        for row, group in zip(rows, groups, strict=True):
+            row.append(draw_groups(row[0], group, patch_size=2 * SCALE, grid=grid))
+    return sheet(rows, labels)
+
+
+def _as_image(image: Tensor) -> Any:  # uint8 [28, 28]
+    from PIL import Image
+
+    side = image.shape[0]
+    grey = Image.frombytes("L", (side, side), bytes(image.flatten().tolist()))
+    return grey.convert("RGB").resize((side * SCALE, side * SCALE), Image.NEAREST)

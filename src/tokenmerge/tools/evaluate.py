@@ -1,0 +1,150 @@
+"""Accuracy and speed over labelled images, with and without merging in one pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge.errors import DataError
+from tokenmerge.schedule import R
+from tokenmerge.tools.data import FashionMNIST, Folder
+from tokenmerge.tools.flops import flops
+from tokenmerge.tools.models import find_device, shared_copy
+from tokenmerge.tools.timing import environment
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass
+class Evaluation:
+    """One row per `r` (the unmerged model is r = 0), the images left out, and what it ran on."""
+
+    rows: list[dict[str, Any]]
+    environment: dict[str, str]
+    images: int
+    corrupt: list[str] = field(default_factory=list)
+
+
+class _Variant:
+    """One model in the pass: its hits, and the seconds of its forwards."""
+
+    def __init__(self, model: nn.Module, r: R) -> None:
+        self.model, self.r = model, r
+        self.top1 = self.top5 = self.agree = 0
+        self.seconds = 0.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        start = time.perf_counter()
+        logits: Tensor = self.model(images)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+        self.seconds += time.perf_counter() - start
+        return logits
+
+
+def evaluate(
+    model: nn.Module,
+    data: FashionMNIST | Folder,
+    *,
+    rs: Sequence[R] = (0, 8, 16),
+    method: str | tokenmerge.Reduction = "tome",
+    prop_attn: bool | str = "auto",
+    device: str = "cpu",
+    bound: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Classify every image with every `r`, batch by batch in turn, and with the unmerged model.
+
+    Agreement is the share of images that get the unmerged model's answer. With `bound`, the free bound of each `r` (the
+    same tokens dropped at no cost) is timed beside it. The first batch also warms up, untimed.
+    Raises `DataError` where no image could be read.
+    """
+    where = find_device(device)
+    model = model.to(where).eval()
+    dtype = next(model.parameters()).dtype
+    variants = [_Variant(model, 0)]
+    bounds: dict[int, _Variant] = {}
+    for r in rs:
+        if r == 0:
+            continue
+        variants.append(_Variant(_patched(model, method, r, prop_attn), r))
+        if bound:
+            bounds[len(variants) - 1] = _Variant(_patched(model, "drop", r, False), r)
+    everyone = variants + list(bounds.values())
+    seen = 0
+    shape: tuple[int, ...] | None = None
+    with torch.inference_mode():
+        for turn, (images, labels) in enumerate(data):
+            images, labels = images.to(where, dtype), labels.to(where)
+            if shape is None:
+                shape = tuple(images.shape[1:])
+                _warm_up(everyone, images)
+            _one_batch(variants, everyone, images, labels, turn)
+            seen += len(images)
+            if progress is not None:
+                progress(seen, len(data))
+    if shape is None:
+        raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
+    rows = [_row(variant, variants[0], bounds.get(i), bound, seen, shape) for i, variant in enumerate(variants)]
+    return Evaluation(rows, environment(where), seen, list(data.corrupt))
+
+
+def _patched(model: nn.Module, method: str | tokenmerge.Reduction, r: R, prop_attn: bool | str) -> nn.Module:
+    twin = shared_copy(model)
+    tokenmerge.patch(twin, method, r=r, prop_attn=prop_attn)
+    return twin
+
+
+def _warm_up(everyone: list[_Variant], images: Tensor) -> None:
+    """Run the first batch once untimed, and say so where the model cannot take it."""
+    try:
+        for variant in everyone:
+            logits = variant.model(images)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"the model does not take images of {tuple(images.shape[1:])}: {error}.") from error
+    if logits.dim() != 2:
+        raise DataError(f"the model returns {tuple(logits.shape)}, not [B, classes]: it is no classifier.")
+
+
+def _one_batch(variants: list[_Variant], everyone: list[_Variant], images: Tensor, labels: Tensor, turn: int) -> None:
+    first = turn % len(everyone)
+    logits = {id(variant): variant(images) for variant in everyone[first:] + everyone[:first]}
+    answers = logits[id(variants[0])].argmax(dim=1)
+    for variant in variants:
+        ranked = logits[id(variant)].topk(min(5, logits[id(variant)].shape[1]), dim=1).indices  # [B, 5]
+        hits = ranked == labels[:, None]
+        variant.top1 += int(hits[:, 0].sum())
+        variant.top5 += int(hits.any(dim=1).sum())
+        variant.agree += int((ranked[:, 0] == answers).sum())
+
+
+def _row(
+    variant: _Variant, unmerged: _Variant, bound: _Variant | None, with_bound: bool, seen: int, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "r": str(variant.r),
+        "top-1 %": round(100 * variant.top1 / seen, 2),
+        "top-5 %": round(100 * variant.top5 / seen, 2),
+        "agreement %": round(100 * variant.agree / seen, 2),
+        "images/s": round(seen / variant.seconds, 1),
+        "speed-up": round(unmerged.seconds / variant.seconds, 2),
+        "GMACs": round(flops(variant.model, shape) / 1e9, 4),
+        "tokens": _tokens(variant.model),
+    }
+    if with_bound:
+        row["bound images/s"] = round(seen / bound.seconds, 1) if bound else None
+        row["over bound"] = round(variant.seconds / bound.seconds, 3) if bound else None
+    return row
+
+
+def _tokens(model: nn.Module) -> int:
+    if "_tokenmerge_handle" in model.__dict__:
+        return tokenmerge.handle_of(model).tokens[-1]
+    with tokenmerge.patched(model, r=0) as handle:
+        return handle.tokens[-1]

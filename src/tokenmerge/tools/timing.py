@@ -1,0 +1,165 @@
+"""Measure forwards side by side: interleaved rounds, medians and spread, the machine they ran on."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.tools.models import find_device
+
+__all__ = ["Timing", "attention_kernel", "environment", "interleave", "peak_memory", "throughput"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round of one variant; rounds of different variants with the same index ran one after another."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+    def over(self, other: Timing) -> float:
+        """Return how many times longer this variant took: the median over rounds, which cancels slow drift."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time each variant once per round, in turn, starting with another one each round; without gradients."""
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with torch.inference_mode():
+        for turn in range(warmup + rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                _wait(device)
+                start = time.perf_counter()
+                variants[name]()
+                _wait(device)
+                if turn >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+            if progress is not None:
+                progress(turn + 1, warmup + rounds)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def throughput(
+    model: nn.Module,
+    device: str | int | torch.device,
+    input_size: Sequence[int],
+    batch_size: int,
+    *,
+    runs: int = 40,
+    throw_out: float = 0.25,
+    use_fp16: bool = False,
+    verbose: bool = False,
+) -> float:
+    """Return the images per second of random input, the first `throw_out` share of the runs left out.
+
+    Moves the model to the device and puts it in eval mode. Raises `UnsupportedError` for a device that is not there.
+    """
+    where = find_device(device)
+    model = model.to(where).eval()
+    x = torch.rand(batch_size, *input_size, device=where)
+    half = torch.float16 if where.type == "cuda" else torch.bfloat16
+    warmup = min(runs - 1, int(runs * throw_out))
+    with torch.autocast(where.type, dtype=half) if use_fp16 else nullcontext():
+        timing = interleave({"model": lambda: model(x)}, where, rounds=runs - warmup, warmup=warmup)["model"]
+    images = batch_size * len(timing.seconds) / sum(timing.seconds)
+    if verbose:
+        print(f"Throughput: {images:.2f} im/s")
+    return images
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what a reader needs to judge a figure: machine, threads, versions."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import tokenmerge
+
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenmerge": tokenmerge.__version__,
+    }
+    try:
+        found["timm"] = version("timm")
+    except PackageNotFoundError:
+        found["timm"] = "not installed"
+    return found
+
+
+def attention_kernel(model: nn.Module, x: Tensor) -> str:
+    """Return the attention kernel a forward runs on, as the profiler sees it."""
+    names = {event.name() for event in _profile(model, x)}
+    fused = sorted(name for name in names if name.startswith("aten::_scaled_dot_product") and "math" not in name)
+    if fused:
+        return str(fused[0]).removeprefix("aten::_scaled_dot_product_")
+    return "math" if names & {"aten::softmax", "aten::_softmax"} else "not seen (compiled)"
+
+
+def peak_memory(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes one forward holds at most, on top of weights and input."""
+    if x.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        with torch.inference_mode():
+            model(x)
+        return torch.cuda.max_memory_allocated(x.device) - before
+    now = peak = 0
+    for event in sorted((e for e in _profile(model, x) if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _profile(model: nn.Module, x: Tensor) -> list[Any]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model(x)
+    # the summary of the public events loses single allocations
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    return list(recorded.profiler.kineto_results.events())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

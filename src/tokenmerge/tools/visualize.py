@@ -1,0 +1,106 @@
+"""Draw what was merged: each group of patches in its mean colour, with a border of its own colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import DataError, UnsupportedError
+
+__all__ = ["draw_groups", "plot_tradeoff", "sheet"]
+
+
+def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
+    """Return a PIL image of the same size whose groups of patches are flat areas with a border.
+
+    `groups` `[N]` holds the group of each patch, row by row over `grid` (rows, columns; taken from the image's size if
+    not given). A group of one patch keeps its pixels. Raises `DataError` where patches and image do not fit.
+    """
+    image_module = _pil()
+    rows, columns = grid or (image.height // patch_size, image.width // patch_size)
+    if groups.numel() != rows * columns:
+        raise DataError(f"{groups.numel()} patches do not fit an image of {rows} x {columns} patches of {patch_size}.")
+    canvas = image.convert("RGB").resize((columns * patch_size, rows * patch_size))
+    pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(rows * patch_size, -1, 3)
+    label = groups.cpu().view(rows, columns).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+    _, index, counts = label.unique(return_inverse=True, return_counts=True)
+    is_merged = counts[index] > patch_size**2  # [height, width]
+    flat = torch.zeros(len(counts), 3).index_add_(0, index.flatten(), pixels.view(-1, 3).float())
+    drawn = torch.where(is_merged[..., None], (flat / counts[:, None])[index], pixels.float())
+    colours = _colours(len(counts))[index]
+    drawn = torch.where((_border(index) & is_merged)[..., None], colours, drawn)
+    picture = image_module.frombytes("RGB", canvas.size, bytes(drawn.round().to(torch.uint8).flatten().tolist()))
+    return picture.resize(image.size)
+
+
+def sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], *, side: int = 168, gap: int = 8) -> Any:
+    """Return one PIL image: rows of images of equal size, with a label above each column."""
+    image_module = _pil()
+    from PIL import ImageDraw
+
+    top = 24
+    width = len(labels) * (side + gap) + gap
+    page = image_module.new("RGB", (width, top + len(rows) * (side + gap) + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for column, label in enumerate(labels):
+        pen.text((gap + column * (side + gap), 7), label, fill="black")
+    for line, images in enumerate(rows):
+        for column, image in enumerate(images):
+            spot = (gap + column * (side + gap), top + gap + line * (side + gap))
+            page.paste(image.resize((side, side), image_module.NEAREST), spot)
+    return page
+
+
+def plot_tradeoff(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Save a PNG of accuracy over throughput, one point per `r`; the free bound beside it where the rows have it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UnsupportedError('the plot needs matplotlib: pip install "tokenmerge[viz]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot([row["images/s"] for row in rows], [row["top-1 %"] for row in rows], "o-", label="merged")
+    for row in rows:
+        at = (row["images/s"], row["top-1 %"])
+        axes.annotate(f"r = {row['r']}", at, xytext=(4, 6), textcoords="offset points", fontsize=9)
+    bound = [row for row in rows if row.get("bound images/s")]
+    if bound:
+        speeds, hits = [row["bound images/s"] for row in bound], [row["top-1 %"] for row in bound]
+        axes.plot(speeds, hits, "|", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
+    axes.set(xlabel="images per second", ylabel="top-1 accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _border(index: Tensor) -> Tensor:  # [height, width] -> bool [height, width]
+    """Pixels whose right or lower, left or upper neighbour is of another group."""
+    border = torch.zeros_like(index, dtype=torch.bool)
+    across, down = index[:, 1:] != index[:, :-1], index[1:] != index[:-1]
+    border[:, 1:] |= across
+    border[:, :-1] |= across
+    border[1:] |= down
+    border[:-1] |= down
+    return border
+
+
+def _colours(count: int) -> Tensor:
+    """`count` colours far apart in hue, `[count, 3]`: steps of the golden ratio around the colour circle."""
+    hue = (torch.arange(count) * 0.618034) % 1 * 6
+    offsets = torch.tensor([5.0, 3.0, 1.0])
+    k = (hue[:, None] + offsets) % 6
+    return 255 * (1 - 0.85 * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def _pil() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UnsupportedError('pictures need Pillow: pip install "tokenmerge[viz]"') from error
+    return Image
