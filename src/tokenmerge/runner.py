@@ -78,10 +78,11 @@ class BlockRunner:
         x, seen = self._attend(x, size.log() if size is not None and self.is_proportional else None)
         plan = None
         if r:
-            q, k, v = (seen.get(name) for name in ("q", "k", "v"))
-            with torch.no_grad():
-                view = TokenView(x, x_pre, q, k, v, size, self.layout.prefix, self.layout.grid, self.layer)
-                plan = self.method.plan(view, r)
+            # detached rather than under no_grad, which an exported graph would hold as an operator of its own
+            q, k, v = (seen[name].detach() if name in seen else None for name in ("q", "k", "v"))
+            prefix, grid = self.layout.prefix, self.layout.grid
+            view = TokenView(x.detach(), x_pre.detach(), q, k, v, size, prefix, grid, self.layer)
+            plan = self.method.plan(view, r)
             x, size = self.method.merge(plan, x, size)
         return self._apply_mlp(x), size, plan
 

@@ -78,7 +78,8 @@ class SwagStandIn(nn.Module):
             tokens += 1
         self.classifier = classifier
         self.encoder = _SwagEncoder(tokens, num_layers, num_heads, hidden_dim)
-        self.head = nn.Linear(hidden_dim, num_classes)
+        layers = nn.Sequential(OrderedDict(head=nn.Linear(hidden_dim, num_classes)))
+        self.head = nn.Sequential(OrderedDict(layers=layers))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, height, width] -> [B, classes]
         x = self.conv_proj(x).flatten(2).permute(2, 0, 1)  # [N, B, C]

@@ -16,8 +16,7 @@ __all__ = ["match", "merge", "reduce", "unmerge"]
 def match(a: Tensor, b: Tensor, distance: str) -> tuple[Tensor, Tensor]:  # [B, Na, D], [B, Nb, D]
     """Return for every row of `a` its best score in `b` and the row of `b` that has it, both `[B, Na]`."""
     # half precision ties scores that differ in the third digit, and autocast would bring it back in the product
-    device = a.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(a.device.type, enabled=False) if _is_autocast(a.device.type) else nullcontext():
         a, b = _full_precision(a), _full_precision(b)
         if distance == "cosine":
             scores = _unit(a) @ _unit(b).mT
@@ -71,6 +70,10 @@ def unmerge(y: Tensor, assignment: Tensor) -> Tensor:  # [B, M, C], [B, N]
     """Give every input token the row of its group, `[B, N, C]`; dropped tokens (-1) get zeros."""
     index = assignment.clamp_min(0)[..., None].expand(-1, -1, y.shape[-1])
     return y.gather(1, index).masked_fill(assignment[..., None] < 0, 0)
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _full_precision(metric: Tensor) -> Tensor:

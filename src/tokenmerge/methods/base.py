@@ -39,7 +39,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def plan(self, view: TokenView, r: int) -> Plan:
-        """Choose `r` tokens to remove; output shapes may depend on N and `r` only. Called without gradients."""
+        """Choose `r` tokens to remove; output shapes may depend on N and `r` only. The view is detached."""
 
     def merge(self, plan: Plan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [B, N, C], [B, N]
         """Apply the plan: `[B, M, C]` and the new sizes `[B, M]`. The default is the size-weighted mean."""

@@ -1,0 +1,50 @@
+"""Comparisons that assert inside, and models whose one-dimensional parameters hide nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# rounding of one forward, relative to the largest value
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """Fail with both extremes where two tensors differ by more than the tolerance of their dtype."""
+    assert got.shape == expected.shape, f"{tuple(got.shape)} is not {tuple(expected.shape)}"
+    tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
+    difference = (got.double() - expected.double()).abs().max().item() if got.numel() else 0.0
+    scale = max(1.0, expected.double().abs().max().item()) if got.numel() else 1.0
+    assert difference <= tolerance * scale, f"max |difference| {difference:.3g}, largest value {scale:.3g}"
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Draw every parameter so that a forgotten one shows: norms, biases, layer scale, and weights that mix tokens."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(0.5, 0.5)
+            elif "pos_embed" in name or "token" in name or "latent" in name:
+                parameter.normal_()
+            else:
+                # twice the usual width: attention that is not flat, so that it matters which tokens are there
+                parameter.normal_(0.0, 2 * parameter[0].numel() ** -0.5)
+    return model
+
+
+def tiny_vit(**options: Any) -> nn.Module:
+    """A small timm VisionTransformer with randomised parameters, in eval mode."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    settings = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
+    return randomised(VisionTransformer(**{**settings, **options})).eval()
+
+
+def bound_attributes(model: nn.Module) -> list[str]:
+    """Every instance attribute that patching could leave behind."""
+    names = ("forward", "pool", "_tokenmerge_handle", "r", "_tome_info")
+    found = [f"{path}.{name}" for path, module in model.named_modules() for name in names if name in module.__dict__]
+    hooks = [path for path, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    return found + hooks
