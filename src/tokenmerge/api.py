@@ -191,7 +191,7 @@ class Handle:
             planned=planned,
             prop_attn=runner.is_proportional,
             attention=runner.tap.kind,
-            kernels={op: kernels.select(op, parameter).name for op in ("match", "merge")},
+            kernels={op: kernels.select(op, parameter).name for op in ("match", "mean_heads", "merge")},
             parity=self._attachment.parity,
             limits=list(self._attachment.limits),
         )

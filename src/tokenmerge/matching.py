@@ -12,10 +12,16 @@ from tokenmerge import kernels
 from tokenmerge.errors import unknown_name
 from tokenmerge.plan import Plan
 
-__all__ = ["DISTANCES", "PARTITIONS", "bipartite", "kth", "largest_r", "random"]
+__all__ = ["DISTANCES", "HEADS", "PARTITIONS", "bipartite", "join_heads", "kth", "largest_r", "random"]
 
 DISTANCES = ("cosine", "dot", "euclidean", "softmax")
+HEADS = ("mean", "concat")
 PARTITIONS = ("alternating", "sequential", "random")
+
+
+def join_heads(x: Tensor, how: str) -> Tensor:  # [B, H, N, D]
+    """Make one metric of queries, keys or values: the `mean` over heads `[B, N, D]`, or their `concat` `[B, N, H * D]`."""
+    return kernels.mean_heads(x) if how == "mean" else x.transpose(1, 2).flatten(2)
 
 
 def largest_r(n: int, prefix: int) -> int:
@@ -45,7 +51,7 @@ def bipartite(
     B, n, _ = metric.shape
     r = min(r, largest_r(n, prefix))
     side_a, side_b = _sides(n, prefix, partition, seed, metric.device)
-    best, partner = kernels.match(metric[:, side_a], metric[:, side_b], distance)  # [B, A]
+    best, partner = kernels.match(metric, side_a, side_b, distance)  # [B, A]
     token = torch.arange(n, device=metric.device)
     token_a, token_b = token[side_a], token[side_b]
     order = best.argsort(dim=-1, descending=True)
@@ -66,7 +72,7 @@ def kth(metric: Tensor, k: int) -> Plan:  # [B, N, D]
     B, n, _ = metric.shape
     token = torch.arange(n - n % k, device=metric.device)
     keep, src = token[k - 1 :: k], token.view(-1, k)[:, : k - 1].flatten()
-    _, partner = kernels.match(metric[:, src], metric[:, keep], "cosine")
+    _, partner = kernels.match(metric, src, keep)
     return Plan(keep=keep.expand(B, -1), src=src.expand(B, -1), dst=partner, n=n)
 
 
@@ -74,15 +80,12 @@ def random(metric: Tensor, r: int) -> Plan:  # [B, N, D]
     """Absorb `r` tokens drawn with torch's global generator, each into its best among the rest."""
     B, n, D = metric.shape
     order = torch.rand(B, n, device=metric.device).argsort(dim=1)
-    src, keep = order[:, :r], order[:, r:]
-    sides = [metric.gather(1, index[..., None].expand(-1, -1, D)) for index in (src, keep)]
-    _, partner = kernels.match(sides[0], sides[1], "cosine")
-    return Plan(keep=keep, src=src, dst=partner, n=n)
+    shuffled = metric.gather(1, order[..., None].expand(-1, -1, D))
+    _, partner = kernels.match(shuffled, slice(0, r), slice(r, n))
+    return Plan(keep=order[:, r:], src=order[:, :r], dst=partner, n=n)
 
 
-def _sides(
-    n: int, prefix: int, partition: str, seed: int, device: torch.device
-) -> tuple[slice | Tensor, slice | Tensor]:
+def _sides(n: int, prefix: int, partition: str, seed: int, device: torch.device) -> tuple[kernels.Side, kernels.Side]:
     """Indices of the unprotected tokens of A and B."""
     if partition == "alternating":
         # the parity is that of the whole sequence, prefix included, as in the paper

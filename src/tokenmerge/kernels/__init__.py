@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError, unknown_name
-from tokenmerge.kernels import reference
+from tokenmerge.kernels import cpu, reference
+from tokenmerge.kernels.reference import Side
 
-__all__ = ["match", "merge", "reduce", "select", "unmerge"]
+__all__ = ["Side", "match", "mean_heads", "merge", "reduce", "select", "unmerge"]
 
 
 class Kernel(NamedTuple):
@@ -21,17 +22,31 @@ class Kernel(NamedTuple):
     supports: Callable[[Tensor], bool]  # a pure predicate on device, dtype and shape; never raises
 
 
+def _reference(op: str) -> Kernel:
+    return Kernel("reference", getattr(reference, op), lambda x: True)
+
+
 # fastest first; the reference supports everything and closes every row
-TABLE: dict[str, list[Kernel]] = {
-    op: [Kernel("reference", getattr(reference, op), lambda x: True)] for op in reference.__all__
+TABLE: dict[str, tuple[Kernel, ...]] = {
+    "match": (_reference("match"),),
+    "mean_heads": (Kernel("cpu", cpu.mean_heads, cpu.supports_mean_heads), _reference("mean_heads")),
+    "merge": (_reference("merge"),),
+    "reduce": (_reference("reduce"),),
+    "unmerge": (_reference("unmerge"),),
 }
 NAMES = sorted({kernel.name for row in TABLE.values() for kernel in row})
 
 
-def match(a: Tensor, b: Tensor, distance: str = "cosine") -> tuple[Tensor, Tensor]:
-    """Best partner in `b` `[B, Nb, D]` of every row of `a` `[B, Na, D]`: scores and indices, both `[B, Na]`."""
-    best: tuple[Tensor, Tensor] = select("match", a).run(a, b, distance)
+def match(metric: Tensor, side_a: Side, side_b: Side, distance: str = "cosine") -> tuple[Tensor, Tensor]:
+    """Best partner in side B of every token of side A, of `[B, N, D]`: scores and places in B, both `[B, Na]`."""
+    best: tuple[Tensor, Tensor] = select("match", metric).run(metric, side_a, side_b, distance)
     return best
+
+
+def mean_heads(x: Tensor) -> Tensor:
+    """Mean over heads: `[B, H, N, D]` to `[B, N, D]`."""
+    mean: Tensor = select("mean_heads", x).run(x)
+    return mean
 
 
 def merge(x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +82,9 @@ def select(op: str, x: Tensor) -> Kernel:
         return next(kernel for kernel in row if kernel.supports(x))
     if forced not in NAMES:
         raise unknown_name("kernel family (TOKENMERGE_KERNELS)", forced, NAMES)
-    for kernel in row:
-        if kernel.name == forced and kernel.supports(x):
-            return kernel
+    named = [kernel for kernel in row if kernel.name == forced] or [row[-1]]  # an op without that version has one only
+    if named[0].supports(x):
+        return named[0]
     raise UnsupportedError(
         f"TOKENMERGE_KERNELS={forced} asks for the {forced!r} version of {op!r}; it does not run on "
         f"{tuple(x.shape)} {x.dtype} on {x.device}. Unset the variable to let tokenmerge choose."

@@ -10,24 +10,29 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["match", "merge", "reduce", "unmerge"]
+__all__ = ["Side", "match", "mean_heads", "merge", "reduce", "unmerge"]
+
+Side = slice | Tensor  # the tokens of one side of a bipartite graph: positions `[Na]`, the same in every image
 
 
-def match(a: Tensor, b: Tensor, distance: str) -> tuple[Tensor, Tensor]:  # [B, Na, D], [B, Nb, D]
-    """Return for every row of `a` its best score in `b` and the row of `b` that has it, both `[B, Na]`."""
+def match(metric: Tensor, side_a: Side, side_b: Side, distance: str) -> tuple[Tensor, Tensor]:  # [B, N, D]
+    """Return for every token of side A its best score in side B and the place there that has it, both `[B, Na]`."""
     # half precision ties scores that differ in the third digit, and autocast would bring it back in the product
-    with torch.autocast(a.device.type, enabled=False) if _is_autocast(a.device.type) else nullcontext():
-        a, b = _full_precision(a), _full_precision(b)
+    with torch.autocast(metric.device.type, enabled=False) if _is_autocast(metric.device.type) else nullcontext():
+        metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
         if distance == "cosine":
-            scores = _unit(a) @ _unit(b).mT
-        elif distance == "dot":
-            scores = a @ b.mT
-        elif distance == "euclidean":
-            scores = -torch.cdist(a, b)
-        else:
-            scores = (a @ b.mT / a.shape[-1] ** 0.5).softmax(dim=-1)
+            metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        a, b = metric[:, side_a], metric[:, side_b]
+        scores = -torch.cdist(a, b) if distance == "euclidean" else torch.bmm(a, b.mT)  # [B, Na, Nb]
+        if distance == "softmax":
+            scores = (scores / metric.shape[-1] ** 0.5).softmax(dim=-1)
         best, index = scores.max(dim=-1)
     return best, index
+
+
+def mean_heads(x: Tensor) -> Tensor:  # [B, H, N, D]
+    """Return the mean over heads, `[B, N, D]`."""
+    return x.mean(dim=1)
 
 
 def merge(
@@ -74,12 +79,3 @@ def unmerge(y: Tensor, assignment: Tensor) -> Tensor:  # [B, M, C], [B, N]
 
 def _is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _full_precision(metric: Tensor) -> Tensor:
-    return metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
-
-
-def _unit(metric: Tensor) -> Tensor:
-    unit: Tensor = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return unit

@@ -18,7 +18,7 @@ __all__ = ["ToMe"]
 
 _CHOICES = {
     "metric": ("k", "q", "v", "x", "x_pre"),
-    "heads": ("mean", "concat"),
+    "heads": matching.HEADS,
     "distance": matching.DISTANCES,
     "combine": ("weighted", "average", "max", "keep_one"),
     "partition": matching.PARTITIONS,
@@ -78,6 +78,4 @@ class ToMe(Reduction):
 
     def _metric(self, view: TokenView) -> Tensor:  # [B, N, D]
         metric: Tensor = getattr(view, self.metric)
-        if metric.dim() == 3:
-            return metric
-        return metric.mean(1) if self.heads == "mean" else metric.transpose(1, 2).flatten(2)
+        return matching.join_heads(metric, self.heads) if self.metric in self.needs else metric

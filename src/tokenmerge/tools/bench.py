@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,25 +48,38 @@ def bench(
     """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
 
     The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. With `compiled`
-    all variants are compiled. Raises `UnsupportedError` for a device or dtype that is not there.
+    all variants are compiled. The model itself is not changed. Raises `UnsupportedError` for a device or dtype that is
+    not there, `DataError` for an input size the model does not take.
     """
     where = find_device(device)
     if dtype not in DTYPES:
         raise UnsupportedError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
     if rounds < 1 or any(batch < 1 for batch in batches) or not batches or not rs:
         raise DataError("bench needs at least one r, one batch size >= 1 and one round.")
-    model = model.to(where, DTYPES[dtype]).eval()
+    # a copy: a change of dtype cannot be undone in the caller's model
+    model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
     rows = []
     with tokenmerge.patched(model, method, r=0) as handle:
         size = tuple(input_size or handle.input_size)
     steps = len(batches) * len(rs)
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
+        if i == 0:
+            _try(model, x[:1])
         for j, r in enumerate(rs):
             inner = _inner_progress(progress, i * len(rs) + j, steps)
             rows.append({"model": label, **_row(model, method, r, x, rounds, compiled, inner)})
     about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
     return Bench(rows, about, _verdicts(rows))
+
+
+def _try(model: nn.Module, x: torch.Tensor) -> None:
+    """Run one image, and say so where the model cannot take it."""
+    try:
+        with torch.inference_mode():
+            model(x)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"the model does not take images of {tuple(x.shape[1:])}: {str(error).rstrip('.')}.") from error
 
 
 def _row(

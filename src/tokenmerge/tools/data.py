@@ -25,6 +25,7 @@ class FashionMNIST:
     def __init__(self, batch_size: int, limit: int | None = None) -> None:
         from tokenmerge import assets
 
+        _check_amounts(batch_size, limit)
         images, labels = assets.fashion_mnist("test")
         self.images, self.labels = images[:limit], labels[:limit]
         self.batch_size = batch_size
@@ -52,6 +53,7 @@ class Folder:
     """
 
     def __init__(self, root: Path, model: nn.Module, batch_size: int, workers: int, limit: int | None = None) -> None:
+        _check_amounts(batch_size, limit, workers)
         self.corrupt: list[str] = []
         dataset, self.classes = _image_folder(root, model)
         count = len(dataset.samples)
@@ -76,8 +78,6 @@ def open_data(
     source: str, model: nn.Module, *, batch_size: int, workers: int = 2, limit: int | None = None
 ) -> FashionMNIST | Folder:
     """Open `"fashion-mnist"` or a folder; raises `DataError` for a folder missing, empty or of other classes."""
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise DataError(f"batch size and limit must be at least 1; got {batch_size} and {limit}.")
     if source == FASHION_MNIST:
         classes = getattr(model, "num_classes", 10)
         if classes != 10:
@@ -86,6 +86,13 @@ def open_data(
             )
         return FashionMNIST(batch_size, limit)
     return Folder(Path(source), model, batch_size, workers, limit)
+
+
+def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None:
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise DataError(f"batch size and limit must be at least 1; got {batch_size} and {limit}.")
+    if workers < 0:
+        raise DataError(f"the number of workers must be at least 0; got {workers}.")
 
 
 def _image_folder(root: Path, model: nn.Module) -> tuple[Any, list[str]]:
@@ -103,14 +110,15 @@ def _image_folder(root: Path, model: nn.Module) -> tuple[Any, list[str]]:
         raise DataError(f"{root} holds no labelled images: expected {root}/CLASS/IMAGE. {error}.") from error
     expected = getattr(model, "num_classes", None)
     classes = dataset.classes
-    if expected is not None and len(classes) != expected:
-        if not all(name.isdigit() and int(name) < expected for name in classes):
-            raise DataError(
-                f"{root} has {len(classes)} class folders ({', '.join(classes[:3])}, ...), the model has {expected} "
-                "classes, and folders are numbered in the order of their names. Give a folder with all classes, or "
-                "name the sub-folders by class index."
-            )
+    if expected is not None and all(name.isdecimal() and int(name) < expected for name in classes):
+        # by index even where all classes are there: in the order of names, "10" comes before "2"
         dataset.samples = [(path, int(classes[label])) for path, label in dataset.samples]
+    elif expected is not None and len(classes) != expected:
+        raise DataError(
+            f"{root} has {len(classes)} class folders ({', '.join(classes[:3])}, ...), the model has {expected} "
+            "classes, and folders are numbered in the order of their names. Give a folder with all classes, or "
+            "name the sub-folders by class index."
+        )
     dataset.transform = None
     return dataset, classes
 

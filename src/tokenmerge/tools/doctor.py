@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tokenmerge
-from tokenmerge.errors import TokenMergeError
+from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.schedule import R
 from tokenmerge.tools.models import find_device, shared_copy
 from tokenmerge.tools.timing import environment, interleave
@@ -43,6 +43,8 @@ def examine(
     The model itself is not changed. An unsupported model is a finding, not an error.
     """
     where = find_device(device)
+    if batch < 1 or rounds < 1:
+        raise DataError(f"examining needs a batch size and rounds of at least 1; got {batch} and {rounds}.")
     about = environment(where)
     model = copy.deepcopy(model).to(where).eval()
     try:

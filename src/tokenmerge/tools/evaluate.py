@@ -66,7 +66,7 @@ def evaluate(
     Raises `DataError` where no image could be read.
     """
     where = find_device(device)
-    model = model.to(where).eval()
+    model = shared_copy(model.to(where)).eval()  # the caller's may be in training
     dtype = next(model.parameters()).dtype
     variants = [_Variant(model, 0)]
     bounds: dict[int, _Variant] = {}
@@ -107,7 +107,9 @@ def _warm_up(everyone: list[_Variant], images: Tensor) -> None:
         for variant in everyone:
             logits = variant.model(images)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"the model does not take images of {tuple(images.shape[1:])}: {error}.") from error
+        raise DataError(
+            f"the model does not take images of {tuple(images.shape[1:])}: {str(error).rstrip('.')}."
+        ) from error
     if logits.dim() != 2:
         raise DataError(f"the model returns {tuple(logits.shape)}, not [B, classes]: it is no classifier.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.errors import DataError, UnsupportedError, unknown_name
 
 __all__ = ["BUNDLED", "find_device", "import_timm", "load_model", "shared_copy"]
 
@@ -20,14 +20,16 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
     """Return a model in eval mode: `"reference"` (bundled), a path that `torch.save(model)` wrote, or a timm name.
 
     A saved module is a pickle: load only files you trust. Raises `UnknownNameError` for a name timm does not have (with
-    the nearest), `DataError` for a file that holds no module, `UnsupportedError` where weights cannot be downloaded.
+    the nearest), `DataError` for a file that holds no module, `UnsupportedError` where timm cannot build it.
     """
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
 
+        import_timm()
         model: nn.Module = reference_model()
         return model.eval()
-    if Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists():
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists() or "/" in name
+    if is_path and ":" not in name:
         return _load_file(Path(name))
     timm = import_timm()
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models() and ":" not in name:
@@ -35,12 +37,11 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError) as error:
-        if not pretrained or isinstance(error, TokenMergeError):
-            raise
+    except (OSError, RuntimeError, ValueError) as error:
+        what = "pretrained weights of" if pretrained else "model"
         raise UnsupportedError(
-            f"the pretrained weights of {name!r} could not be loaded: {error}. Check the network, give a path to a "
-            f"saved module, or use the bundled model ({BUNDLED!r})."
+            f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, give "
+            f"a path to a saved module, or use the bundled model ({BUNDLED!r})."
         ) from error
 
 

@@ -1,0 +1,187 @@
+"""Labelled images: what a folder must look like, how labels are numbered, and broken images left out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from helpers import tiny_vit
+from tokenmerge import assets
+from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.tools.data import FashionMNIST, Folder, normalise, open_data
+
+
+def _model(num_classes: int = 3) -> nn.Module:
+    model = tiny_vit(num_classes=num_classes)
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return model
+
+
+def _images(root: Path, classes: dict[str, list[int]]) -> Path:
+    """Write one grey 32 x 32 image of each value into its class folder."""
+    for name, values in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for value in values:
+            Image.new("RGB", (32, 32), (value,) * 3).save(root / name / f"{value:03}.png")
+    return root
+
+
+def _read(data: FashionMNIST | Folder) -> tuple[list[int], list[int]]:
+    """Return the grey values and the labels of one pass."""
+    batches = list(data)
+    values = [round(float(image.mean()) * 255) for images, _ in batches for image in images]
+    return values, [int(label) for _, labels in batches for label in labels]
+
+
+def test_folder_gives_images_and_labels_in_batches(tmp_path: Path) -> None:
+    data = open_data(
+        str(_images(tmp_path, {"b": [10, 20], "a": [30], "c": [40, 50]})), _model(), batch_size=2, workers=0
+    )
+    assert isinstance(data, Folder) and data.classes == ["a", "b", "c"] and len(data) == 5
+    assert [(len(images), images.shape[1:], len(labels)) for images, labels in data] == [
+        (n, (3, 32, 32), n) for n in (2, 2, 1)
+    ]
+    assert _read(data) == ([30, 10, 20, 40, 50], [0, 1, 1, 2, 2])
+    assert data.corrupt == []
+
+
+def test_folder_uses_the_transform_of_the_model(tmp_path: Path) -> None:
+    model = _model()
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    data = open_data(str(_images(tmp_path, {"a": [255], "b": [0], "c": [51]})), model, batch_size=3, workers=0)
+    ((images, _),) = list(data)
+    assert images.mean(dim=(1, 2, 3)).tolist() == pytest.approx([2.0, -2.0, -1.2], abs=1e-5)
+
+
+def test_workers_read_the_same(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"a": [1, 2], "b": [3], "c": [4]})
+    (root / "b" / "broken.png").write_bytes(b"nothing")
+    data = open_data(str(root), _model(), batch_size=2, workers=1)
+    assert _read(data) == ([1, 2, 3, 4], [0, 0, 1, 2])
+    assert len(data.corrupt) == 1 and "broken.png" in data.corrupt[0]
+
+
+def test_limit_is_spread_over_the_classes(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"a": [1, 2, 3, 4], "b": [11, 12, 13, 14], "c": [21, 22, 23, 24]})
+    data = open_data(str(root), _model(), batch_size=8, workers=0, limit=6)
+    assert len(data) == 6
+    assert _read(data) == ([1, 3, 11, 13, 21, 23], [0, 0, 1, 1, 2, 2])
+    assert len(open_data(str(root), _model(), batch_size=8, workers=0, limit=100)) == 12
+
+
+def test_folders_named_by_index(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"7": [1], "2": [2], "011": [3]})
+    assert _read(open_data(str(root), _model(12), batch_size=8, workers=0)) == ([3, 2, 1], [11, 2, 7])
+
+
+def test_folders_named_by_index_with_every_class_there(tmp_path: Path) -> None:
+    # in the order of names, "10" and "11" come before "2"
+    root = _images(tmp_path, {str(i): [i] for i in range(12)})
+    values, labels = _read(open_data(str(root), _model(12), batch_size=8, workers=0))
+    assert sorted(values) == list(range(12)) and values == labels
+
+
+def test_a_model_that_does_not_say_its_classes_takes_any_folders(tmp_path: Path) -> None:
+    model = nn.Flatten()
+    model.pretrained_cfg = _model().pretrained_cfg
+    assert _read(open_data(str(_images(tmp_path, {"x": [1], "y": [2]})), model, batch_size=8, workers=0))[1] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a", "b"], ["a", "b", "c", "d"], ["0", "3"], ["0", "b"], ["0", "²"]],
+    ids=["few", "many", "index-too-large", "mixed", "no-decimal"],
+)
+def test_folders_that_do_not_fit_the_classes(tmp_path: Path, names: list[str]) -> None:
+    root = _images(tmp_path, {name: [1] for name in names})
+    text = rf"has {len(names)} class folders \(.*\.\.\.\), the model has 3 classes.*name the sub-folders by class index"
+    with pytest.raises(DataError, match=text):
+        open_data(str(root), _model(), batch_size=8, workers=0)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no folder .*nowhere: --data takes 'fashion-mnist' or a folder with one sub-"):
+        open_data(str(tmp_path / "nowhere"), _model(), batch_size=8)
+
+
+@pytest.mark.parametrize("case", ["empty", "no-class-folders", "empty-class-folder"])
+def test_folder_without_labelled_images(tmp_path: Path, case: str) -> None:
+    if case == "no-class-folders":
+        Image.new("RGB", (32, 32)).save(tmp_path / "lonely.png")
+    elif case == "empty-class-folder":
+        _images(tmp_path, {"a": [1], "b": [1], "c": []})
+    with pytest.raises(DataError, match=rf"{tmp_path} holds no labelled images: expected {tmp_path}/CLASS/IMAGE\."):
+        open_data(str(tmp_path), _model(), batch_size=8)
+
+
+def test_truncated_images_are_named_and_left_out(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"a": [1, 2], "b": [3], "c": [4]})
+    noise = Image.frombytes("RGB", (32, 32), bytes(torch.randint(0, 256, (32 * 32 * 3,)).tolist()))
+    for name in ("half.jpg", "half.png"):
+        noise.save(root / "b" / name)
+        content = (root / "b" / name).read_bytes()
+        (root / "b" / name).write_bytes(content[: len(content) * 9 // 10])
+    (root / "c" / "text.png").write_text("no image")
+    data = open_data(str(root), _model(), batch_size=2, workers=0)
+    assert len(data) == 7
+    for _ in range(2):  # a second pass starts to count anew
+        assert _read(data) == ([1, 2, 3, 4], [0, 0, 1, 2])
+        paths, reasons = zip(*(line.split(": ", 1) for line in data.corrupt), strict=True)
+        assert list(paths) == [str(root / "b/half.jpg"), str(root / "b/half.png"), str(root / "c/text.png")]
+        assert "truncated" in reasons[0] and "cannot identify" in reasons[2]
+
+
+def test_fashion_mnist() -> None:
+    model = tiny_vit(num_classes=10, in_chans=1)
+    data = open_data("fashion-mnist", model, batch_size=4, limit=10)
+    assert isinstance(data, FashionMNIST) and len(data) == 10 and data.corrupt == ()
+    batches = list(data)
+    assert [images.shape for images, _ in batches] == [(4, 1, 28, 28), (4, 1, 28, 28), (2, 1, 28, 28)]
+    images, labels = assets.fashion_mnist("test")
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), normalise(images[:10]))
+    assert torch.equal(torch.cat([batch for _, batch in batches]), labels[:10])
+    assert len(FashionMNIST(500)) == 10_000
+
+
+def test_normalise_uses_the_figures_of_the_training_set() -> None:
+    x = normalise(torch.tensor([[[0, 255]]], dtype=torch.uint8))
+    assert x.shape == (1, 1, 1, 2)
+    assert x.flatten().tolist() == pytest.approx([-assets.MEAN / assets.STD, (1 - assets.MEAN) / assets.STD])
+    images, _ = assets.fashion_mnist("test")
+    assert normalise(images).mean().abs() < 0.01 and (normalise(images).std() - 1).abs() < 0.01
+
+
+@pytest.mark.parametrize("classes", [1000, 0])
+def test_fashion_mnist_with_a_model_of_other_classes(classes: int) -> None:
+    with pytest.raises(
+        DataError, match=rf"fashion-mnist has 10 classes, the model has {classes}; use the bundled model"
+    ):
+        open_data("fashion-mnist", tiny_vit(num_classes=classes), batch_size=4)
+
+
+@pytest.mark.parametrize("source", ["fashion-mnist", "folder"])
+@pytest.mark.parametrize(
+    ("batch_size", "limit"), [(0, None), (4, 0), (4, -3)], ids=["batch", "limit-0", "limit-negative"]
+)
+def test_amounts_that_make_no_sense(tmp_path: Path, source: str, batch_size: int, limit: int | None) -> None:
+    if source == "folder":
+        source = str(_images(tmp_path, {"0": [1]}))
+    with pytest.raises(DataError, match=f"batch size and limit must be at least 1; got {batch_size} and {limit}"):
+        open_data(source, tiny_vit(), batch_size=batch_size, workers=0, limit=limit)
+
+
+def test_a_negative_number_of_workers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the number of workers must be at least 0; got -1"):
+        open_data(str(_images(tmp_path, {"0": [1]})), tiny_vit(), batch_size=4, workers=-1)
+
+
+@pytest.mark.parametrize("module", ["timm.data", "torchvision.datasets"])
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnsupportedError, match=r'needs timm and torchvision: pip install "tokenmerge\[timm\]"'):
+        open_data(str(_images(tmp_path, {"a": [1]})), _model(), batch_size=4)

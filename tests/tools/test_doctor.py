@@ -1,0 +1,181 @@
+"""The doctor: every finding on a healthy model, and each one false on a model made ill for it."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import bound_attributes, randomised, tiny_vit
+from tokenmerge.errors import DataError, InvalidScheduleError, UnsupportedError
+from tokenmerge.tools.doctor import Diagnosis, examine
+
+FINDINGS = ["adapter", "blocks", "r = 0", "equivalence", "unpatch", "overhead", "could not be done"]
+
+
+def _found(diagnosis: Diagnosis) -> dict[str, tuple[bool | None, str]]:
+    return {name: (good, sentence) for name, good, sentence in diagnosis.findings}
+
+
+def _subclass(**methods: Any) -> nn.Module:
+    """A tiny timm VisionTransformer of a subclass with the methods replaced."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    cls = types.new_class("Changed", (VisionTransformer,), exec_body=lambda space: space.update(methods))
+    settings = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
+    return randomised(cls(**settings)).eval()
+
+
+def test_healthy_model() -> None:
+    diagnosis = examine(tiny_vit(), r=8, rounds=1)
+    found = _found(diagnosis)
+    assert list(found) == FINDINGS
+    assert {name: good for name, (good, _) in found.items()} == {**dict.fromkeys(FINDINGS, True), "overhead": None}
+    assert diagnosis.is_healthy
+    assert found["adapter"][1] == "timm_vit: 4 blocks, attention seen by seam"
+    assert "at r = 8 (33 tokens left)" in found["equivalence"][1]
+    assert "the free bound" in found["overhead"][1] and "(batch 2, r = 8)" in found["overhead"][1]
+    assert found["could not be done"][1] == "nothing: all of the method is applied"
+
+
+def test_as_dict() -> None:
+    diagnosis = Diagnosis([("adapter", True, "fine"), ("overhead", None, "some")], {"torch": "2.x"})
+    assert diagnosis.as_dict() == {
+        "findings": [("adapter", True, "fine"), ("overhead", None, "some")],
+        "environment": {"torch": "2.x"},
+        "is_healthy": True,
+    }
+
+
+@pytest.mark.parametrize(("good", "is_healthy"), [(True, True), (None, True), (False, False)])
+def test_only_a_failed_finding_is_unhealthy(good: bool | None, is_healthy: bool) -> None:
+    assert Diagnosis([("a", True, ""), ("b", good, ""), ("c", None, "")], {}).is_healthy is is_healthy
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_model_itself_is_not_changed(training: bool) -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    expected, before = model(x), (bound_attributes(model), set(dir(model)))
+    examine(model.train(training), rounds=1)
+    assert model.training is training
+    assert torch.equal(model.eval()(x), expected)
+    assert (bound_attributes(model), set(dir(model))) == before
+
+
+def test_a_block_subclass_with_a_step_of_its_own() -> None:
+    from timm.models.vision_transformer import Block
+
+    class Scaled(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return 1.01 * super().forward(x, *args, **kwargs)
+
+    diagnosis = examine(tiny_vit(block_fn=Scaled), rounds=1)
+    ((name, good, sentence),) = diagnosis.findings
+    assert (name, good, diagnosis.is_healthy) == ("adapter", False, False)
+    assert "Scaled) does not behave as its adapter describes: max |difference|" in sentence
+
+
+def test_a_block_whose_forward_was_replaced_on_the_instance() -> None:
+    model = tiny_vit()
+    model.blocks[0].forward = _no_mlp.__get__(model.blocks[0])
+    ((name, good, sentence),) = examine(model, rounds=1).findings
+    assert (name, good) == ("adapter", False)
+    assert sentence.startswith("blocks.0 (timm.models.vision_transformer.Block) does not behave as its adapter")
+
+
+def _no_mlp(self: Any, x: Tensor) -> Tensor:
+    return x + self.attn(self.norm1(x))
+
+
+def test_a_head_that_does_not_weigh_the_tokens() -> None:
+    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x[:, 1:].mean(dim=1))
+
+    found = _found(examine(_subclass(forward_head=forward_head), rounds=1))
+    assert [name for name, (good, _) in found.items() if good is False] == ["equivalence"]
+    assert found["equivalence"][1].startswith("max |difference| ")
+
+
+def test_a_model_that_is_random() -> None:
+    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x[:, 0]) + torch.rand(1)
+
+    found = _found(examine(_subclass(forward_head=forward_head), rounds=1))
+    assert [name for name, (good, _) in found.items() if good is False] == ["r = 0", "equivalence", "unpatch"]
+
+
+def test_a_model_that_computes_nan() -> None:
+    model = tiny_vit()
+    nn.init.constant_(model.head.bias, float("nan"))
+    found = _found(examine(model, rounds=1))
+    assert [name for name, (good, _) in found.items() if good is False] == ["r = 0", "equivalence", "unpatch"]
+
+
+def test_merging_nothing_is_no_judgement() -> None:
+    diagnosis = examine(tiny_vit(), r=0, rounds=1)
+    assert _found(diagnosis)["equivalence"] == (None, "r = 0 merges nothing in this model")
+    assert _found(diagnosis)["unpatch"][0] is True and diagnosis.is_healthy
+
+
+def test_what_could_not_be_done_is_told_and_no_failure() -> None:
+    model = tiny_vit()
+    model.pretrained_cfg = {"tag": "mae"}
+    diagnosis = examine(model, rounds=1)
+    found = _found(diagnosis)
+    assert found["equivalence"] == (None, "does not hold without proportional attention")
+    good, sentence = found["could not be done"]
+    assert good is None and sentence.startswith("no proportional attention: an MAE model")
+    assert diagnosis.is_healthy
+
+
+def _swin() -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 1))
+
+
+def _parallel() -> nn.Module:
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    return tiny_vit(block_fn=ParallelScalingBlock)
+
+
+@pytest.mark.parametrize(
+    ("make", "texts"),
+    [
+        (lambda: nn.Linear(2, 2), ["no adapter for torch.nn.modules.linear.Linear", "None is near"]),
+        (_swin, ["no adapter for timm.models.swin_transformer", "Nearest is 'timm_vit'", "missing are fc_norm"]),
+        (_parallel, ["blocks of class timm.models.vision_transformer.ParallelScalingBlock are not described"]),
+    ],
+    ids=["linear", "swin", "parallel-blocks"],
+)
+def test_an_unsupported_model_is_a_finding_with_the_nearest_family(make: Any, texts: list[str]) -> None:
+    diagnosis = examine(make())
+    ((name, good, sentence),) = diagnosis.findings
+    assert (name, good, diagnosis.is_healthy) == ("adapter", False, False)
+    for text in texts:
+        assert text in sentence
+    assert diagnosis.environment["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"device": "cuda:99"}, UnsupportedError, "no device 'cuda:99' on this machine"),
+        ({"batch": 0}, DataError, "a batch size and rounds of at least 1; got 0 and 10"),
+        ({"rounds": 0}, DataError, "a batch size and rounds of at least 1; got 2 and 0"),
+        ({"r": [1] * 5}, InvalidScheduleError, "r has 5 entries, the model has 4 blocks"),
+    ],
+    ids=["device", "batch", "rounds", "r"],
+)
+def test_wrong_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        examine(tiny_vit(), **options)
+
+
+def test_bfloat16_is_judged_by_its_own_precision() -> None:
+    found = _found(examine(tiny_vit().bfloat16(), rounds=1))
+    assert found["adapter"][0] and found["r = 0"][0] and found["unpatch"][0]

@@ -1,0 +1,129 @@
+"""Tables in every format parse back, and a path that cannot be written is refused before any work."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenmerge.errors import DataError
+from tokenmerge.tools.results import Progress, as_csv, as_markdown, check_writable, save_rows, show
+
+ROWS: list[dict[str, Any]] = [
+    {"r": "0", "images/s": 1234.5678, "speed-up": 1.0, "tokens": 197, "bound": None},
+    {"r": "(8, -1.0)", "images/s": 8.12345, "speed-up": 1.25, "tokens": 101, "bound": 2.5},
+]
+ABOUT = {"device": "a machine, 2 cores", "torch": "2.x"}
+
+
+def _cells(text: str) -> list[list[str]]:
+    lines = text.splitlines()
+    assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+    assert len({len(line) for line in lines}) == 1, "the columns are not aligned"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_markdown() -> None:
+    text = as_markdown(ROWS)
+    names, rule, *lines = _cells(text)
+    assert names == list(ROWS[0])
+    assert lines == [["0", "1234.6", "1.000", "197", "-"], ["(8, -1.0)", "8.123", "1.250", "101", "2.500"]]
+    assert [cell.endswith(":") for cell in rule] == [False, True, True, True, True]
+    assert all(set(cell) <= {"-", ":"} for cell in rule)
+
+
+def test_csv() -> None:
+    parsed = list(csv.DictReader(io.StringIO(as_csv(ROWS))))
+    assert parsed == [{name: "" if value is None else str(value) for name, value in row.items()} for row in ROWS]
+
+
+def test_save_json(tmp_path: Path) -> None:
+    save_rows(tmp_path / "x.json", ROWS, ABOUT, ["a note"])
+    assert json.loads((tmp_path / "x.json").read_text()) == {"environment": ABOUT, "rows": ROWS, "notes": ["a note"]}
+
+
+def test_save_csv_carries_the_environment_in_every_row(tmp_path: Path) -> None:
+    save_rows(tmp_path / "x.csv", ROWS, ABOUT)
+    parsed = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
+    assert [row["r"] for row in parsed] == ["0", "(8, -1.0)"]
+    assert all({name: row[name] for name in ABOUT} == ABOUT for row in parsed)
+
+
+def test_save_markdown(tmp_path: Path) -> None:
+    save_rows(tmp_path / "x.md", ROWS, ABOUT, ["a note"])
+    table, note, facts = (tmp_path / "x.md").read_text().split("\n\n")
+    assert table == as_markdown(ROWS)
+    assert (note, facts) == ("a note", "Measured on: device a machine, 2 cores, torch 2.x.\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing/rows.csv", "No such file or directory"),
+        ("folder.json", "Is a directory"),
+        ("file/rows.md", "Not a directory"),
+        ("rows.txt", r"the name must end in \.json, \.csv, \.md"),
+        ("rows", r"the name must end in \.json, \.csv, \.md"),
+    ],
+)
+def test_a_path_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=rf"cannot write results to .*{name}: {reason}"):
+        check_writable(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.md"])
+def test_a_path_that_can_be_written_is_left_as_it_was(tmp_path: Path, name: str) -> None:
+    assert check_writable(str(tmp_path / name)) == tmp_path / name
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).write_text("kept")
+    check_writable(tmp_path / name)
+    assert (tmp_path / name).read_text() == "kept"
+
+
+def test_show_prints_plain_markdown_into_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    show(ROWS, "The title")
+    assert capsys.readouterr().out == f"The title\n\n{as_markdown(ROWS)}\n"
+
+
+@pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "no-rich"])
+def test_show_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_rich: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    if not has_rich:
+        for module in ("rich", "rich.console", "rich.table"):
+            monkeypatch.setitem(sys.modules, module, None)
+    show(ROWS, "The title")
+    out = capsys.readouterr().out
+    assert ("| --" in out) is not has_rich
+    for text in ("The title", "images/s", "1234.6", "(8, -1.0)", "1.250", "101"):
+        assert text in out
+
+
+def test_progress_is_one_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("images") as progress:
+        for done in range(1, 41):
+            progress(done, 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["images: 1/40"] + [f"images: {done}/40" for done in range(4, 41, 4)]
+
+
+def test_progress_on_a_terminal_ends_its_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("images") as progress:
+        progress(3, 6)
+        assert progress._bar is not None
+        (task,) = progress._bar.tasks
+        assert (task.completed, task.total, task.description) == (3, 6, "images")
+    assert progress._bar.live.is_started is False
+    assert "images: 3/6" not in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Pictures of groups: single patches keep their pixels, merged ones become their mean with a border."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.tools.visualize import draw_groups, plot_tradeoff, sheet
+
+ROWS: list[dict[str, Any]] = [
+    {"r": "0", "images/s": 10.0, "top-1 %": 90.0, "bound images/s": None},
+    {"r": "8", "images/s": 20.0, "top-1 %": 85.0, "bound images/s": 25.0},
+]
+
+
+def _noise(width: int, height: int) -> Any:
+    return Image.frombytes("RGB", (width, height), bytes(torch.randint(0, 256, (height * width * 3,)).tolist()))
+
+
+def _pixels(image: Any) -> torch.Tensor:  # [height, width, 3]
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def test_single_patches_keep_their_pixels() -> None:
+    image = _noise(24, 16)
+    drawn = draw_groups(image, torch.randperm(6), patch_size=8)
+    assert drawn.tobytes() == image.tobytes()
+
+
+def test_one_group_is_one_flat_colour() -> None:
+    image = _noise(24, 16)
+    pixels = _pixels(draw_groups(image, torch.zeros(6, dtype=torch.long), patch_size=8))
+    assert torch.equal(pixels, _pixels(image).float().mean(dim=(0, 1)).round().byte().expand_as(pixels))
+
+
+def test_two_groups_are_flat_inside_with_a_border_between() -> None:
+    image = _noise(32, 16)
+    # the left half and the right half, two patches each; labels need not be counted from 0
+    pixels = _pixels(draw_groups(image, torch.tensor([7, 7, 3, 3, 7, 7, 3, 3]), patch_size=8))
+    before = _pixels(image).float()
+    left, right = pixels[:, :15], pixels[:, 17:]
+    assert torch.equal(left, before[:, :16].mean(dim=(0, 1)).round().byte().expand_as(left))
+    assert torch.equal(right, before[:, 16:].mean(dim=(0, 1)).round().byte().expand_as(right))
+    for column in (15, 16):
+        assert len(pixels[:, column].unique(dim=0)) == 1
+        assert not torch.equal(pixels[0, column], pixels[0, 0])
+        assert not torch.equal(pixels[0, column], pixels[0, 31])
+    assert not torch.equal(pixels[0, 15], pixels[0, 16]), "each group has a border of its own colour"
+
+
+def test_patches_of_a_group_need_not_touch_and_others_keep_their_pixels() -> None:
+    image = _noise(24, 8)
+    pixels, before = _pixels(draw_groups(image, torch.tensor([0, 1, 0]), patch_size=8)), _pixels(image)
+    mean = torch.cat([before[:, :8], before[:, 16:]]).float().mean(dim=(0, 1)).round().byte()
+    assert torch.equal(pixels[4, 3], mean) and torch.equal(pixels[4, 20], mean)
+    assert torch.equal(pixels[:, 8:16], before[:, 8:16])
+
+
+def test_the_picture_keeps_the_size_of_the_image_where_patches_do_not_divide_it() -> None:
+    assert draw_groups(_noise(30, 20), torch.arange(6), patch_size=8, grid=(2, 3)).size == (30, 20)
+    assert draw_groups(_noise(30, 20).convert("L"), torch.arange(6), patch_size=8).mode == "RGB"
+
+
+@pytest.mark.parametrize("options", [{}, {"grid": (2, 2)}], ids=["from-the-image", "grid"])
+def test_a_wrong_patch_count(options: dict[str, Any]) -> None:
+    shape = "2 x 3" if not options else "2 x 2"
+    with pytest.raises(DataError, match=rf"5 patches do not fit an image of {shape} patches of 8"):
+        draw_groups(_noise(24, 16), torch.arange(5), patch_size=8, **options)
+
+
+def test_sheet_places_every_image_below_its_label() -> None:
+    colours = [["red", "lime"], ["blue", "black"], ["yellow", "cyan"]]
+    page = sheet(
+        [[Image.new("RGB", (4, 4), colour) for colour in line] for line in colours], ["a", "b"], side=20, gap=5
+    )
+    assert page.size == (2 * 25 + 5, 24 + 3 * 25 + 5)
+    for row, line in enumerate(colours):
+        for column, colour in enumerate(line):
+            left, top = 5 + 25 * column, 24 + 5 + 25 * row
+            cell = page.crop((left, top, left + 20, top + 20))
+            assert cell.tobytes() == Image.new("RGB", (20, 20), colour).tobytes()
+            assert page.getpixel((left - 1, top)) == page.getpixel((left, top - 1)) == (255, 255, 255)
+    header = _pixels(page)[:24]
+    assert header[:, :27].min() < 128 and header[:, 30:].min() < 128, "no label is written"
+
+
+@pytest.mark.parametrize("has_bound", [True, False])
+def test_plot_is_a_png(tmp_path: Path, has_bound: bool) -> None:
+    from matplotlib import pyplot
+
+    rows = ROWS if has_bound else [{k: v for k, v in row.items() if k != "bound images/s"} for row in ROWS]
+    plot_tradeoff(tmp_path / "plot.png", rows, "a title")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG" and image.width > image.height > 300
+        assert image.convert("L").getextrema() < (100, 256)
+    assert pyplot.get_fignums() == [], "the figure stays in memory"
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "text"),
+    [
+        ("matplotlib", lambda: plot_tradeoff("plot.png", ROWS, ""), r'the plot needs matplotlib: pip install "tokenm'),
+        ("PIL", lambda: draw_groups(None, torch.zeros(1)), r'pictures need Pillow: pip install "tokenmerge\[viz\]"'),
+        ("PIL", lambda: sheet([], []), r'pictures need Pillow: pip install "tokenmerge\[viz\]"'),
+    ],
+    ids=["plot", "groups", "sheet"],
+)
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, module: str, call: Any, text: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnsupportedError, match=text):
+        call()
