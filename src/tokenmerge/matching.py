@@ -20,7 +20,7 @@ PARTITIONS = ("alternating", "sequential", "random")
 
 
 def join_heads(x: Tensor, how: str) -> Tensor:  # [B, H, N, D]
-    """Make one metric of queries, keys or values: the `mean` over heads `[B, N, D]`, or their `concat` `[B, N, H * D]`."""
+    """Make one metric of queries, keys or values: heads by `mean`, `[B, N, D]`, or `concat`, `[B, N, H * D]`."""
     return kernels.mean_heads(x) if how == "mean" else x.transpose(1, 2).flatten(2)
 
 
@@ -42,17 +42,20 @@ def bipartite(
     """Match each token of side A with its best of side B and merge the `r` best pairs.
 
     Bipartite soft matching of Bolya et al., ICLR 2023, arXiv:2210.09461. The first `prefix` tokens are protected and
-    come first in the output, then the unmerged tokens of A, then B. `r` is clamped to half of the unprotected tokens.
-    `by_position=False` leaves the unmerged tokens of A in the order of their scores, as the paper's own code does
-    without a class token. Raises `UnknownNameError` for an unknown distance or partition.
+    come first in the output, then the unmerged tokens of A, then B. `r` is clamped to half of the unprotected tokens;
+    0 keeps all in their order. `by_position=False` leaves the unmerged tokens of A in the order of their scores, as
+    the paper's own code does without a class token. Raises `UnknownNameError` for an unknown distance or partition.
     """
     if distance not in DISTANCES:
         raise unknown_name("distance", distance, DISTANCES)
     B, n, _ = metric.shape
     r = min(r, largest_r(n, prefix))
+    token = torch.arange(n, device=metric.device)
+    if r <= 0:
+        everyone = token.expand(B, -1)
+        return Plan(keep=everyone, src=everyone[:, :0], dst=everyone[:, :0], n=n)
     side_a, side_b = _sides(n, prefix, partition, seed, metric.device)
     best, partner = kernels.match(metric, side_a, side_b, distance)  # [B, A]
-    token = torch.arange(n, device=metric.device)
     token_a, token_b = token[side_a], token[side_b]
     order = best.argsort(dim=-1, descending=True)
     absorbed, unmerged = order[:, :r], order[:, r:]

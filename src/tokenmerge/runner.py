@@ -169,11 +169,13 @@ def attach(
         raise UnsupportedModelError(
             f"{type(model).__qualname__} matches {adapter.name!r} but has no blocks: nothing to patch."
         )
+    # before the taps: it refuses blocks that are made in another way
+    specs = [adapter.spec(block) for _, block in blocks]
     taps = [adapter.tap(block) for _, block in blocks]
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn)
     runners = [
-        BlockRunner(block, layer, adapter.spec(block), tap, method, state, layout, is_proportional)
-        for layer, ((_, block), tap) in enumerate(zip(blocks, taps, strict=True))
+        BlockRunner(block, layer, spec, tap, method, state, layout, is_proportional)
+        for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
     ]
     attachment = Attachment(runners, limits)
     try:

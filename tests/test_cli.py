@@ -1,0 +1,437 @@
+"""The command line: what it prints and writes, and for every mistake the exit code and a sentence on stderr."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import tokenmerge
+from helpers import tiny_vit
+from tokenmerge.adapters import ADAPTERS
+from tokenmerge.cli import main
+from tokenmerge.tools import bench as bench_module
+from tokenmerge.tools import models as models_module
+from tokenmerge.tools.bench import Bench
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of saved models: `tiny.pt` for 32 x 32 images of three classes, `grey.pt` for the bundled images."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny = tiny_vit(num_classes=3)
+    tiny.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    torch.save(tiny, folder / "tiny.pt")
+    torch.save(tiny_vit(img_size=28, in_chans=1, depth=2), folder / "grey.pt")
+    torch.save(nn.Linear(2, 2), folder / "linear.pt")
+    torch.save(tiny.state_dict(), folder / "state.pt")
+    (folder / "text.pt").write_text("no pickle")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two plain images in each of three classes."""
+    for name, colour in (("ant", "red"), ("bee", "lime"), ("cat", "blue")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def _fails(capsys: Capture, arguments: list[str], *texts: str) -> None:
+    """Run a command that must end with exit code 2, nothing on stdout and one sentence on stderr."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tokenmerge: ") and len(err.splitlines()) == 1, err
+    for text in texts:
+        assert text in err
+
+
+def _refuse_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models_module, "load_model", lambda *args, **options: pytest.fail("the work began"))
+
+
+def test_list(capsys: Capture) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("methods\n") and "\nfamilies\n" in out
+    for name in (*tokenmerge.list_methods(), *(adapter.families for adapter in ADAPTERS)):
+        assert name in out
+
+
+def test_list_json(capsys: Capture) -> None:
+    assert main(["list", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert sorted(content["methods"]) == sorted(tokenmerge.list_methods()) and all(content["methods"].values())
+    assert content["families"] == {adapter.name: adapter.families for adapter in ADAPTERS}
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tokenmerge.cli", "list"], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("methods\n") and "timm_vit" in done.stdout
+
+
+def test_bench_prints_table_verdict_and_environment(capsys: Capture, models: Path) -> None:
+    assert main(["bench", str(models / "tiny.pt"), "-r", "0", "4", "8,-1", "-b", "1", "--rounds", "1"]) == 0
+    out, err = capsys.readouterr()
+    title, table, rest = out.split("\n\n")[0], out.split("\n\n")[1].splitlines()[:5], out.splitlines()[-3:]
+    assert title == f"{models / 'tiny.pt'}, medians of interleaved rounds"
+    assert [line.split("|")[2].strip() for line in table] == ["r", "-" * 7, "0", "4", "(8, -1)"]
+    assert rest[0].startswith("r = 4 is ") and rest[1].startswith("r = (8, -1) is ")
+    assert rest[2].startswith("Measured on: device ") and rest[2].endswith("dtype float32, compiled False, rounds 1")
+    assert "rounds: 12/12" in err
+
+
+def test_bench_json_is_all_that_is_printed(capsys: Capture, models: Path) -> None:
+    assert main(["bench", str(models / "tiny.pt"), "-r", "4", "-b", "2", "--rounds", "1", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content) == ["title", "environment", "rows", "notes"]
+    (row,) = content["rows"]
+    assert (row["r"], row["batch"], row["tokens"]) == ("4", 2, 49)
+    assert len(content["notes"]) == 1 and content["environment"]["rounds"] == "1"
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "md"])
+def test_bench_writes_its_rows(capsys: Capture, models: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"rows.{suffix}"
+    arguments = [
+        "bench",
+        str(models / "tiny.pt"),
+        "-r",
+        "0",
+        "4",
+        "-b",
+        "1",
+        "--rounds",
+        "1",
+        "--json",
+        "--out",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    content = json.loads(capsys.readouterr().out)
+    text = out.read_text()
+    if suffix == "json":
+        assert json.loads(text) == {name: content[name] for name in ("environment", "rows", "notes")}
+    elif suffix == "csv":
+        expected = [{**row, **content["environment"]} for row in content["rows"]]
+        assert list(csv.DictReader(text.splitlines())) == [{k: str(v) for k, v in row.items()} for row in expected]
+    else:
+        lines = text.splitlines()
+        names = [cell.strip() for cell in lines[0].strip("|").split("|")]
+        assert names == list(content["rows"][0])
+        assert [line.split("|")[2].strip() for line in lines[2:4]] == ["0", "4"]
+        assert content["notes"][0] in lines and lines[-1].startswith("Measured on: ")
+
+
+def test_bench_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys: Capture, models: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def fake(model: nn.Module, **options: Any) -> Bench:
+        given.update(options)
+        return Bench([{"r": "0"}], {}, [])
+
+    monkeypatch.setattr(bench_module, "bench", fake)
+    name = str(models / "tiny.pt")
+    text = f"bench {name} -r 0.1 [4,2] -b 1 2 --method drop --dtype bfloat16 --compile --rounds 3 --device cpu"
+    assert main([*text.split(), "--input-size", "3", "48", "48"]) == 0
+    given.pop("progress")
+    assert given == {
+        "rs": [0.1, [4, 2]],
+        "batches": [1, 2],
+        "method": "drop",
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "compiled": True,
+        "rounds": 3,
+        "input_size": [3, 48, 48],
+        "label": name,
+    }
+
+
+def test_eval_prints_accuracy_and_what_was_left_out(
+    capsys: Capture, models: Path, images: Path, tmp_path: Path
+) -> None:
+    (images / "bee" / "1.png").write_bytes(b"broken")
+    out = tmp_path / "rows.json"
+    name = str(models / "tiny.pt")
+    arguments = ["eval", name, "--data", str(images), "-r", "4", "--workers", "0", "--out", str(out)]
+    assert main(arguments) == 0
+    printed, err = capsys.readouterr()
+    lines = printed.splitlines()
+    assert lines[0] == f"{name} on 5 images of {images}"
+    assert [line.split("|")[1].strip() for line in lines[4:6]] == ["0", "4"]
+    assert lines[6] == "1 of 6 images could not be read and were left out:"
+    assert lines[7].startswith(f"  {images / 'bee' / '1.png'}: ")
+    assert "images: 5/6" in err
+    saved = json.loads(out.read_text())
+    assert saved["notes"] == lines[6:8]
+    model = torch.load(name, weights_only=False)
+    x = torch.stack([torch.eye(3)[c][:, None, None].expand(3, 32, 32) for c in (0, 0, 1, 2, 2)])
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    with torch.no_grad():
+        hits = (model((x - mean) / std).argmax(dim=1) == torch.tensor([0, 0, 1, 2, 2])).double().mean().item()
+    assert saved["rows"][0]["top-1 %"] == pytest.approx(100 * hits, abs=0.006)
+
+
+def test_eval_json_on_the_bundled_images(capsys: Capture, models: Path) -> None:
+    arguments = [
+        "eval",
+        str(models / "grey.pt"),
+        "--data",
+        "fashion-mnist",
+        "--limit",
+        "6",
+        "-b",
+        "4",
+        "-r",
+        "4",
+        "--bound",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["title"].endswith("on 6 images of fashion-mnist") and content["notes"] == []
+    assert [row["r"] for row in content["rows"]] == ["0", "4"]
+    assert content["rows"][0]["over bound"] is None and content["rows"][1]["over bound"] > 0
+
+
+@pytest.mark.parametrize(("flags", "pretrained"), [([], True), (["--no-pretrained"], False)])
+def test_eval_asks_for_pretrained_weights_unless_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, flags: list[str], pretrained: bool
+) -> None:
+    import timm
+
+    def create(name: str, **options: Any) -> nn.Module:
+        raise OSError(f"asked for {name} with {options}")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    text = f"could not be loaded: asked for vit_tiny_patch16_224 with {{'pretrained': {pretrained}}}."
+    _fails(capsys, ["eval", "vit_tiny_patch16_224", "--data", "x", *flags], text, "'reference'")
+
+
+def test_doctor_on_a_healthy_model(capsys: Capture, models: Path) -> None:
+    assert main(["doctor", str(models / "tiny.pt"), "-r", "6", "-b", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["adapter", "blocks", "r = 0", "equivalence", "unpatch", "overhead", "could not be done"]
+    assert [line[5:23].strip() for line in lines[:-1]] == names
+    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 5 + ["    ", "ok  "]
+    assert "at r = 6 " in lines[3] and "(batch 1, r = 6)" in lines[5]
+    assert lines[-1].startswith("Measured on: device ")
+
+
+def test_doctor_json(capsys: Capture, models: Path) -> None:
+    assert main(["doctor", str(models / "tiny.pt"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["is_healthy"] is True and len(content["findings"]) == 7
+    assert content["findings"][0][:2] == ["adapter", True] and content["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_doctor_on_an_unsupported_model(capsys: Capture, flags: list[str]) -> None:
+    assert main(["doctor", "resnet18", *flags]) == 1
+    out = capsys.readouterr().out
+    assert "no adapter for timm.models.resnet.ResNet; tried: timm_vit, mae, swag. None is near" in out
+    if flags:
+        content = json.loads(out)
+        assert content["is_healthy"] is False and content["findings"][0][:2] == ["adapter", False]
+    else:
+        assert out.startswith("FAIL adapter ")
+
+
+def test_demo(capsys: Capture, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--limit", "4", "-b", "2", "-r", "8", "--json"]) == 0
+    printed, err = capsys.readouterr()
+    content = json.loads(printed)
+    assert content["title"] == "Bundled ViT, 4 Fashion-MNIST test images"
+    assert [row["r"] for row in content["rows"]] == ["0", "8"]
+    assert content["rows"] == json.loads((out / "table.json").read_text())["rows"]
+    assert f"Written to {out}: table.md, table.json, plot.png, merged.png" in err
+    assert all((out / name).stat().st_size > 100 for name in ("table.md", "table.json", "plot.png", "merged.png"))
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "doctor"])
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("vit_tny_patch16_224", ["no timm model 'vit_tny_patch16_224'.", "Did you mean 'vit_tiny_patch16_224'?"]),
+        ("missing.pt", ["no file missing.pt: give a timm name, 'reference', or a file written by torch.save(model)."]),
+        ("state.pt", ["state.pt holds a OrderedDict, not a module."]),
+        ("text.pt", ["text.pt cannot be read as a saved module: "]),
+    ],
+    ids=["unknown", "missing", "state-dict", "no-pickle"],
+)
+def test_models_that_cannot_be_loaded(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, models: Path, command: str, name: str, texts: list[str]
+) -> None:
+    monkeypatch.chdir(models)
+    _fails(capsys, [command, name, *(["--data", "fashion-mnist"] if command == "eval" else [])], *texts)
+
+
+DEVICES = [
+    pytest.param(
+        "cuda",
+        "no device 'cuda' on this machine; there are: cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there"),
+    ),
+    ("gpu", "no device 'gpu'; there are: cpu"),
+    ("cuda:99", "no device 'cuda:99' on this machine; there are: cpu"),
+]
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "doctor", "demo"])
+@pytest.mark.parametrize(("device", "text"), DEVICES)
+def test_devices_that_are_not_there(
+    capsys: Capture, models: Path, tmp_path: Path, command: str, device: str, text: str
+) -> None:
+    name = str(models / "grey.pt")
+    options = {"eval": [name, "--data", "fashion-mnist"], "demo": ["--out", str(tmp_path)]}.get(command, [name])
+    _fails(capsys, [command, *options, "--device", device], text)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "text"),
+    [
+        ("linear.pt", [], "no adapter for torch.nn.modules.linear.Linear; tried: timm_vit, mae, swag."),
+        ("tiny.pt", ["--dtype", "int8"], "no dtype 'int8'; there are: float32, bfloat16, float16."),
+        ("tiny.pt", ["--method", "tme"], "Did you mean 'tome'?"),
+        ("tiny.pt", ["-b", "0"], "at least one r, one batch size >= 1 and one round"),
+        ("tiny.pt", ["--rounds", "0"], "at least one r, one batch size >= 1 and one round"),
+        ("tiny.pt", ["--input-size", "3", "64", "64"], "does not take images of (3, 64, 64): Input height (64)"),
+        ("tiny.pt", ["-r", "[1,1,1,1,1]", "--rounds", "1"], "r has 5 entries, the model has 4 blocks."),
+    ],
+    ids=["unsupported", "dtype", "method", "batch", "rounds", "input-size", "list-too-long"],
+)
+def test_bench_mistakes(capsys: Capture, models: Path, model: str, options: list[str], text: str) -> None:
+    _fails(capsys, ["bench", str(models / model), *options], text)
+
+
+def test_doctor_with_a_batch_of_nothing(capsys: Capture, models: Path) -> None:
+    _fails(capsys, ["doctor", str(models / "tiny.pt"), "-b", "0"], "a batch size and rounds of at least 1; got 0")
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "text"),
+    [
+        ("missing", [], "no folder "),
+        ("empty", [], "holds no labelled images: expected "),
+        ("no-class-folders", [], "holds no labelled images: expected "),
+        ("other-classes", [], "has 2 class folders (ant, bee, ...), the model has 3 classes"),
+        ("all-corrupt", [], "none of the 6 images could be read; the first: "),
+        ("good", ["-b", "0"], "batch size and limit must be at least 1; got 0 and None."),
+        ("good", ["--limit", "0"], "batch size and limit must be at least 1; got 64 and 0."),
+        ("good", ["--workers", "-1"], "the number of workers must be at least 0; got -1."),
+    ],
+    ids=["missing", "empty", "no-class-folders", "other-classes", "all-corrupt", "batch", "limit", "workers"],
+)
+def test_eval_mistakes(
+    capsys: Capture, models: Path, images: Path, tmp_path: Path, case: str, options: list[str], text: str
+) -> None:
+    folder = images if case in ("good", "all-corrupt", "other-classes") else tmp_path / case
+    if case in ("empty", "no-class-folders"):
+        folder.mkdir()
+    if case == "no-class-folders":
+        Image.new("RGB", (32, 32)).save(folder / "lonely.png")
+    elif case == "all-corrupt":
+        for path in images.rglob("*.png"):
+            path.write_bytes(b"broken")
+    elif case == "other-classes":
+        for path in (images / "cat").iterdir():
+            path.unlink()
+        (images / "cat").rmdir()
+    arguments = ["eval", str(models / "tiny.pt"), "--data", str(folder), *(options or ["--workers", "0"])]
+    _fails(capsys, arguments, text, "" if options else str(folder))
+
+
+def test_eval_of_the_bundled_images_with_a_model_of_other_classes(capsys: Capture, models: Path) -> None:
+    arguments = ["eval", str(models / "tiny.pt"), "--data", "fashion-mnist"]
+    _fails(capsys, arguments, "fashion-mnist has 10 classes, the model has 3; use the bundled model 'reference'.")
+
+
+@pytest.mark.parametrize("command", ["bench", "eval"])
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("missing/rows.csv", "No such file or directory."),
+        ("folder.json", "Is a directory."),
+        ("rows.txt", "the name must end in .json, .csv, .md."),
+    ],
+    ids=["missing-folder", "directory", "suffix"],
+)
+def test_out_that_cannot_be_written_comes_before_the_work(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, out: str, reason: str
+) -> None:
+    _refuse_work(monkeypatch)
+    (tmp_path / "folder.json").mkdir()
+    data = ["--data", "fashion-mnist"] if command == "eval" else []
+    path = tmp_path / out
+    _fails(capsys, [command, "reference", *data, "--out", str(path)], f"cannot write results to {path}: {reason}")
+
+
+def test_demo_out_that_cannot_be_written(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "demo"
+    _fails(capsys, ["demo", "--out", str(out)], f"cannot write to {out}: Not a directory.")
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "doctor", "demo"])
+@pytest.mark.parametrize(
+    ("r", "text"),
+    [
+        ("nan", "'nan' is no r: tokens removed per block: 8, a share 0.1, a pair 16,-1"),
+        ("abc", "'abc' is no r: tokens removed per block"),
+        ("8,", "r is a tuple of 1 entries"),
+        ("-1", "r holds -1. Allowed: an int >= 0"),
+        ("1.5", "r holds 1.5. Allowed: "),
+        ("1e999", "r holds inf. Allowed: "),
+        ("True", "r holds True. Allowed: "),
+        ("16,-2", "r has the inflection -2. Allowed: "),
+        ("0.5,1", "r is the pair (0.5, 1); its first entry counts tokens, an int."),
+        ("[4,-4]", "r holds -4. Allowed: "),
+    ],
+)
+def test_invalid_r(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str, r: str, text: str) -> None:
+    _refuse_work(monkeypatch)
+    positional = {"demo": [], "eval": ["reference", "--data", "fashion-mnist"]}.get(command, ["reference"])
+    with pytest.raises(SystemExit) as raised:
+        main([command, *positional, "-r", r])
+    assert raised.value.code == 2
+    assert f"tokenmerge {command}: error: argument -r: {text}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [([], "COMMAND"), (["benchmark"], "invalid choice: 'benchmark'"), (["eval", "reference"], "--data")],
+    ids=["no-command", "unknown-command", "no-data"],
+)
+def test_usage_errors(capsys: Capture, arguments: list[str], text: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_an_interruption_ends_with_130(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **options: Any) -> nn.Module:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models_module, "load_model", interrupt)
+    assert main(["bench", "reference"]) == 130
+    assert capsys.readouterr().err == "tokenmerge: interrupted, nothing more was written.\n"

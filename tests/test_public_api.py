@@ -1,0 +1,65 @@
+"""The front door: its names, their documentation, and what importing it costs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenmerge
+
+MODULES = ["tokenmerge"] + [
+    info.name for info in pkgutil.walk_packages(tokenmerge.__path__, "tokenmerge.") if "__main__" not in info.name
+]
+
+
+def test_all_is_sorted_complete_and_small() -> None:
+    assert tokenmerge.__all__ == sorted(tokenmerge.__all__) and len(tokenmerge.__all__) <= 20
+    public = {
+        name for name, value in vars(tokenmerge).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(tokenmerge.__all__)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_things_are_documented(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert (loaded.__doc__ or "").strip()
+    for name in getattr(loaded, "__all__", []):
+        value = getattr(loaded, name)
+        if inspect.isfunction(value) or (inspect.isclass(value) and value.__module__.startswith("tokenmerge")):
+            if inspect.isclass(value) and value.__module__.startswith("tokenmerge.adapters."):
+                continue  # an adapter's text is its `families`
+            assert inspect.getdoc(value), f"{module}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module: str) -> None:
+    loaded = importlib.import_module(module)
+    result = doctest.testmod(loaded, extraglobs={"torch": torch})
+    assert result.failed == 0
+
+
+def test_importing_loads_torch_and_nothing_else() -> None:
+    code = (
+        "import sys, tokenmerge; cold = {'timm', 'transformers', 'triton', 'matplotlib', 'rich', 'PIL', 'torchvision'};"
+        "found = cold & set(sys.modules); assert not found, found;"
+        "import torch; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

@@ -1,0 +1,126 @@
+"""The house rules: who imports whom, how large files are, and that every plug-in is listed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tokenmerge import adapters, kernels, methods
+
+SRC = Path(adapters.__file__).parent.parent
+FILES = sorted(SRC.rglob("*.py"))
+HOSTS = {
+    "timm",
+    "transformers",
+    "torchvision",
+    "open_clip",
+    "diffusers",
+    "matplotlib",
+    "rich",
+    "PIL",
+    "safetensors",
+    "triton",
+}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "kernels": {"kernels", "errors"},
+    "plan": {"kernels"},
+    "matching": {"kernels", "plan", "errors"},
+    "functional": {"matching", "plan"},
+    "schedule": {"errors"},
+    "state": {"plan", "schedule"},
+    "methods": {"methods", "matching", "plan", "errors"},
+    "adapters": {"adapters", "errors"},
+    "config": {"methods", "schedule", "errors"},
+    "runner": {"methods", "adapters", "plan", "state", "errors"},
+    "api": {"adapters", "methods", "schedule", "runner", "state", "config", "errors", "kernels"},
+    "compat": {"api", "functional", "schedule", "errors", "tools"},
+    "assets": set(),
+    "tools": {"", "tools", "errors", "schedule", "adapters", "assets"},
+    "cli": {"tools", "errors", "schedule", "adapters", "methods"},
+    "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
+}
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return "" if parts[0] == "__init__" else parts[0]
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """Every imported module, and whether the import stands at the top level."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
+    guarded = {id(node) for test in ast.walk(tree) if isinstance(test, ast.If) for node in ast.walk(test)}
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module == "tokenmerge":
+                names = [f"tokenmerge.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found += [(name, id(node) not in inside | guarded) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_a_room_sees_only_what_it_may(path: Path) -> None:
+    allowed = MAY_IMPORT[_room(path)]
+    rooms = {child.stem for child in SRC.iterdir()}
+    for name, _ in _imports(path):
+        if name.split(".")[0] != "tokenmerge":
+            continue
+        parts = name.split(".")
+        room = parts[1] if len(parts) > 1 and parts[1] in rooms else ""
+        assert room in allowed, (
+            f"{path.name} imports {name}; {_room(path) or 'the front door'} may import {sorted(allowed)}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_host_libraries_are_imported_on_first_use(path: Path) -> None:
+    at_top = {name.split(".")[0] for name, is_top in _imports(path) if is_top}
+    assert not at_top & HOSTS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            docs = ast.get_docstring(node)
+            length = (node.end_lineno or 0) - node.lineno + 1 - (len(docs.splitlines()) if docs else 0)
+            assert length <= 50, f"{path.name}: {node.name} has {length} lines"
+
+
+def _classes(room: str) -> dict[str, str]:
+    found = {}
+    for path in sorted((SRC / room).glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name] = path.stem
+    return found
+
+
+def test_every_plug_in_file_is_listed() -> None:
+    listed = {type(adapter).__name__ for adapter in adapters.ADAPTERS}
+    files = {stem for name, stem in _classes("adapters").items() if name in listed}
+    assert files == {path.stem for path in (SRC / "adapters").glob("*.py")} - {
+        "__init__",
+        "base",
+        "taps",
+        "heads",
+        "standins",
+    }
+    names = {methods.find(name).__name__ for name in methods.list_methods()}
+    files = {stem for name, stem in _classes("methods").items() if name in names}
+    assert files == {path.stem for path in (SRC / "methods").glob("*.py")} - {"__init__", "base"}
+    implementations = {kernel.run.__module__.rpartition(".")[2] for row in kernels.TABLE.values() for kernel in row}
+    assert implementations == {path.stem for path in (SRC / "kernels").glob("*.py")} - {"__init__"}

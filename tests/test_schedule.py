@@ -1,0 +1,104 @@
+"""Every form of r, what it removes, and every value that is none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokenmerge import Schedule, TokenMergeError
+from tokenmerge.schedule import parse_r
+
+
+@pytest.mark.parametrize(
+    ("r", "expected"),
+    [
+        (0, [197] * 4),
+        (16, [181, 165, 149, 133]),
+        (np.int64(16), [181, 165, 149, 133]),
+        (1000, [99, 50, 26, 14]),
+        ([5, 0, 3], [192, 192, 189, 189]),
+        ([0.5, 4], [99, 95, 95, 95]),
+        ((10, -1.0), [177, 164, 158, 158]),
+        ((10, 0), [187, 177, 167, 157]),
+        (0.25, [148, 112, 85, 64]),
+        (lambda block, tokens: block if tokens > 194 else 0, [197, 196, 194, 194]),
+    ],
+    ids=str,
+)
+def test_tokens_left(r: Any, expected: list[int]) -> None:
+    assert Schedule.of(r, depth=4).tokens(197, prefix=1) == expected
+
+
+def test_the_prefix_is_never_counted() -> None:
+    assert Schedule.of(0.5, depth=1).at(0, tokens=15, prefix=5) == 5
+    assert Schedule.of(100, depth=1).at(0, tokens=15, prefix=5) == 5
+    assert Schedule.of(100, depth=1).at(0, tokens=5, prefix=5) == 0
+    assert Schedule.of(8, depth=1).at(0, tokens=2, prefix=2) == 0
+
+
+@pytest.mark.parametrize(
+    "r",
+    [
+        -1,
+        1.0,
+        1.5,
+        0.0,
+        -0.5,
+        math.nan,
+        math.inf,
+        True,
+        False,
+        "8",
+        None,
+        [8, -1],
+        [True],
+        [1.5],
+        [1] * 5,
+        (8,),
+        (8, 1, 1),
+        (8, 1.01),
+        (8, -1.01),
+        (8, math.nan),
+        (8, True),
+        (8, "1"),
+        (-8, 0.5),
+        (0.5, 0.5),
+        (True, 0.5),
+        [None],
+        {8},
+        2 + 1j,
+    ],
+    ids=repr,
+)
+def test_anything_else_is_a_value_error_that_says_what_is_allowed(r: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"Allowed: an int >= 0 .* a float in \(0, 1\) .* a list .* a pair .* a callable"
+    ):
+        Schedule.of(r, depth=4)
+    with pytest.raises(TokenMergeError):
+        Schedule.of(r, depth=4)
+
+
+@pytest.mark.parametrize("answer", [-1, 1.5, True, None, "3"], ids=repr)
+def test_a_callable_is_checked_when_it_answers(answer: Any) -> None:
+    schedule = Schedule.of(lambda block, tokens: answer, depth=3)
+    with pytest.raises(ValueError, match=r"the callable r returned .* for block 2"):
+        schedule.at(2, tokens=100, prefix=1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12, 24])
+@pytest.mark.parametrize("inflection", [-1.0, -0.3, 0.0, 0.5, 1.0])
+def test_a_pair_removes_what_its_mean_would(depth: int, inflection: float) -> None:
+    amounts = parse_r(depth, (10, inflection))
+    assert len(amounts) == depth and min(amounts) >= 0
+    if depth > 1:
+        assert abs(sum(amounts) - 10 * depth) <= depth  # each is rounded down
+        assert amounts == sorted(amounts, reverse=inflection < 0)
+
+
+def test_parse_r_counts_tokens_only() -> None:
+    with pytest.raises(ValueError, match=r"parse_r counts tokens; r is 0.5"):
+        parse_r(4, 0.5)
