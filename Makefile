@@ -20,7 +20,7 @@ check: .venv/ready
 	scripts/check
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/cpu_overhead.py
 
 ablation: .venv/ready
 	$(BIN)/python benchmarks/ablation.py

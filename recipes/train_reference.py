@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="torch.compile")
     add("--width", type=int, default=128 if gpu else 64)
     add("--heads", type=int, default=4 if gpu else 2)
-    stages = "60:0.5,20:0" if gpu else "9:0.75,6:0.5,2:0"
+    stages = "60:0.5,20:0" if gpu else "8:0.75,4:0.5,2:0"
     add("--stages", default=stages, help="epochs:share of patches dropped,... (drop none in the last, as at test time)")
     add("--teacher-epochs", type=int, default=30 if gpu else 6, help="0 trains without a teacher")
     add("--batch-size", type=int, default=128)

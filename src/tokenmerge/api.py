@@ -180,7 +180,9 @@ class Handle:
         runner = self._attachment.runners[0]
         frame = self._state.last()
         planned = frame is None or frame.shape[-1] is None
+        # stands for the keys [B, H, N, D] of a forward without gradients
         parameter = next(self.model.parameters(), torch.empty(0))
+        keys = torch.empty(1, 2, 1, 1, device=parameter.device, dtype=parameter.dtype)
         return Report(
             model=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             adapter=self._adapter.name,
@@ -191,7 +193,7 @@ class Handle:
             planned=planned,
             prop_attn=runner.is_proportional,
             attention=runner.tap.kind,
-            kernels={op: kernels.select(op, parameter).name for op in ("match", "mean_heads", "merge")},
+            kernels={op: kernels.select(op, keys).name for op in ("match", "mean_heads", "merge")},
             parity=self._attachment.parity,
             limits=list(self._attachment.limits),
         )

@@ -39,11 +39,15 @@ def test_one_group_is_one_flat_colour() -> None:
     assert torch.equal(pixels, _pixels(image).float().mean(dim=(0, 1)).round().byte().expand_as(pixels))
 
 
-def test_two_groups_are_flat_inside_with_a_border_between() -> None:
-    image = _noise(32, 16)
-    # the left half and the right half, two patches each; labels need not be counted from 0
-    pixels = _pixels(draw_groups(image, torch.tensor([7, 7, 3, 3, 7, 7, 3, 3]), patch_size=8))
+@pytest.mark.parametrize("is_turned", [False, True], ids=["left-right", "top-bottom"])
+def test_two_groups_are_flat_inside_with_a_border_between(is_turned: bool) -> None:
+    image = _noise(16, 32) if is_turned else _noise(32, 16)
+    # one half and the other, four patches each; labels need not be counted from 0
+    groups = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3] if is_turned else [7, 7, 3, 3, 7, 7, 3, 3])
+    pixels = _pixels(draw_groups(image, groups, patch_size=8))
     before = _pixels(image).float()
+    if is_turned:
+        pixels, before = pixels.transpose(0, 1), before.transpose(0, 1)
     left, right = pixels[:, :15], pixels[:, 17:]
     assert torch.equal(left, before[:, :16].mean(dim=(0, 1)).round().byte().expand_as(left))
     assert torch.equal(right, before[:, 16:].mean(dim=(0, 1)).round().byte().expand_as(right))
