@@ -238,10 +238,11 @@ def test_a_block_that_does_more_than_described_is_refused_and_left_alone() -> No
         assert bound_attributes(model) == attributes and [module.training for module in model.modules()] == modes
 
 
-def test_a_missing_child_is_named() -> None:
+@pytest.mark.parametrize("child", ["ls1", "attn", "mlp"])
+def test_a_missing_child_is_named(child: str) -> None:
     model = tiny_vit()
-    del model.blocks[2].ls1
-    with pytest.raises(e.AdapterMismatchError, match=r"block 2 \(.*Block\) has no child ls1"):
+    delattr(model.blocks[2], child)
+    with pytest.raises(e.AdapterMismatchError, match=rf"block 2 \(.*Block\) has no child {child}, .*It has: norm1"):
         tokenmerge.patch(model, r=8)
     assert bound_attributes(model) == []
 

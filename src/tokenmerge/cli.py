@@ -156,12 +156,13 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from tokenmerge.tools.data import open_data
+    from tokenmerge.tools.data import check_source, open_data
     from tokenmerge.tools.evaluate import evaluate
     from tokenmerge.tools.models import load_model
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
+    check_source(arguments.data)
     model = load_model(arguments.model, pretrained=not arguments.no_pretrained)
     data = open_data(
         arguments.data, model, batch_size=arguments.batch_size, workers=arguments.workers, limit=arguments.limit

@@ -41,13 +41,6 @@ class BlockRunner:
         self.method, self.state, self.layout = method, state, layout
         self.is_proportional = is_proportional
         self.previous = block.__dict__.get("forward")
-        missing = [name for name in spec.attention + spec.mlp if not isinstance(getattr(block, name, None), nn.Module)]
-        if missing:
-            present = ", ".join(name for name, _ in block.named_children())
-            raise AdapterMismatchError(
-                f"block {layer} ({type(block).__module__}.{type(block).__qualname__}) has no child "
-                f"{', '.join(missing)}, which its adapter expects. It has: {present}."
-            )
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state, layer = self.state, self.layer
@@ -171,6 +164,8 @@ def attach(
         )
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
+    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+        _check_children(block, layer, spec)
     taps = [adapter.tap(block) for _, block in blocks]
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn)
     runners = [
@@ -193,6 +188,16 @@ def attach(
         attachment.undo()
         raise
     return attachment
+
+
+def _check_children(block: nn.Module, layer: int, spec: BlockSpec) -> None:
+    missing = [name for name in spec.attention + spec.mlp if not isinstance(getattr(block, name, None), nn.Module)]
+    if missing:
+        present = ", ".join(name for name, _ in block.named_children())
+        raise AdapterMismatchError(
+            f"block {layer} ({type(block).__module__}.{type(block).__qualname__}) has no child "
+            f"{', '.join(missing)}, which its adapter expects. It has: {present}."
+        )
 
 
 def _proportional(

@@ -101,39 +101,36 @@ def test_three_variants_run_interleaved_on_the_same_input(monkeypatch: pytest.Mo
     assert not torch.equal(merged["merged"], merged["bound"])
 
 
+NEVER = "it pays at no batch size up to the largest measured."
+SLOWER = "r = 8 is SLOWER than the unmerged model at"
+
+
 @pytest.mark.parametrize(
     ("speeds", "sentence"),
     [
+        ({1: 0.8, 8: 0.9}, f"{SLOWER} batch 1 (0.80x), batch 8 (0.90x); {NEVER}"),
+        ({1: 0.5, 4: 0.9, 8: 1.1, 32: 1.5}, f"{SLOWER} batch 1 (0.50x), batch 4 (0.90x); it pays from batch 8 on."),
+        ({32: 1.5, 1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x); it pays from batch 32 on."),
+        ({1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x); {NEVER}"),
+        ({8: 1.5, 1: 1.1}, "r = 8 is faster at every batch size measured, from batch 1 on."),
+        ({1: 1.02, 8: 1.5}, "r = 8 is no faster, within the spread, at batch 1 (1.02x); it pays from batch 8 on."),
         (
-            {1: 0.8, 8: 0.9},
-            "r = 8 is SLOWER than the unmerged model at batch 1 (0.80x), batch 8 (0.90x); it pays at no batch size "
-            "measured up to the largest.",
+            {1: 0.9, 2: 0.98, 8: 1.5},
+            f"{SLOWER} batch 1 (0.90x); no faster, within the spread, at batch 2 (0.98x); it pays from batch 8 on.",
         ),
-        (
-            {1: 0.5, 4: 0.9, 8: 1.1, 32: 1.5},
-            "r = 8 is SLOWER than the unmerged model at batch 1 (0.50x), batch 4 (0.90x); it pays from batch 8 on.",
-        ),
-        (
-            {32: 1.5, 1: 1.2, 8: 0.7},
-            "r = 8 is SLOWER than the unmerged model at batch 8 (0.70x); it pays from batch 32 on.",
-        ),
-        (
-            {1: 1.2, 8: 0.7},
-            "r = 8 is SLOWER than the unmerged model at batch 8 (0.70x); it pays at no batch size measured up to the "
-            "largest.",
-        ),
-        ({8: 1.5, 1: 1.0}, "r = 8 is faster at every batch size measured, from batch 1 on."),
+        ({1: 1.01}, f"r = 8 is no faster, within the spread, at batch 1 (1.01x); {NEVER}"),
     ],
-    ids=["slower-everywhere", "pays-from-8", "dip-unsorted", "slower-at-the-largest", "faster-everywhere"],
+    ids=["slower", "pays-from-8", "dip-unsorted", "slower-at-largest", "faster", "equal-at-1", "slower-equal", "equal"],
 )
 def test_verdict(speeds: dict[int, float], sentence: str) -> None:
-    rows = [{"r": "8", "batch": batch, "speed-up": speed} for batch, speed in speeds.items()]
-    unmerged = [{"r": "0", "batch": 1, "speed-up": 0.9}]
+    rows = [{"r": "8", "batch": batch, "speed-up": speed, "spread %": 3.0} for batch, speed in speeds.items()]
+    unmerged = [{"r": "0", "batch": 1, "speed-up": 0.9, "spread %": 3.0}]
     assert _verdicts(unmerged + rows) == [sentence]
 
 
 def test_one_verdict_for_every_r() -> None:
-    rows = [{"r": r, "batch": b, "speed-up": s} for b in (1, 2) for r, s in (("0", 1.0), ("16", 1.5), ("8", 0.5))]
+    speeds = (("0", 1.0), ("16", 1.5), ("8", 0.5))
+    rows = [{"r": r, "batch": b, "speed-up": s, "spread %": None} for b in (1, 2) for r, s in speeds]
     sixteen, eight = _verdicts(rows)
     assert sixteen.startswith("r = 16 is faster") and eight.startswith("r = 8 is SLOWER")
 

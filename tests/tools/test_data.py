@@ -185,3 +185,21 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnsupportedError, match=r'needs timm and torchvision: pip install "tokenmerge\[timm\]"'):
         open_data(str(_images(tmp_path, {"a": [1]})), _model(), batch_size=4)
+
+
+def test_a_model_without_a_configuration_gets_its_own_input_size(tmp_path: Path) -> None:
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    (tmp_path / "one" / "b").mkdir()
+    for name in "ab":
+        Image.new("RGB", (80, 60), "red").save(tmp_path / "one" / name / "0.png")
+    model = tiny_vit(num_classes=2)
+    images, _ = next(iter(Folder(tmp_path / "one", model, 2, 0)))
+    assert images.shape == (2, 3, 32, 32)
+
+
+def test_numbered_folders_that_start_at_one_are_refused(tmp_path: Path) -> None:
+    for name in ("1", "2", "3"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0.png")
+    with pytest.raises(DataError, match=r"name the sub-folders by class index, 0 to 2"):
+        Folder(tmp_path, tiny_vit(num_classes=3), 2, 0)

@@ -109,7 +109,7 @@ def test_plot_is_a_png(tmp_path: Path, has_bound: bool) -> None:
 @pytest.mark.parametrize(
     ("module", "call", "text"),
     [
-        ("matplotlib", lambda: plot_tradeoff("plot.png", ROWS, ""), r'the plot needs matplotlib: pip install "tokenm'),
+        ("matplotlib", lambda: plot_tradeoff("plot.png", ROWS, ""), r'plots need matplotlib: pip install "tokenm'),
         ("PIL", lambda: draw_groups(None, torch.zeros(1)), r'pictures need Pillow: pip install "tokenmerge\[viz\]"'),
         ("PIL", lambda: sheet([], []), r'pictures need Pillow: pip install "tokenmerge\[viz\]"'),
     ],
@@ -119,3 +119,8 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, module:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnsupportedError, match=text):
         call()
+
+
+def test_dropped_patches_are_black() -> None:
+    drawn = draw_groups(Image.new("RGB", (8, 8), "white"), torch.tensor([0, 1, -1, -1]), patch_size=4)
+    assert drawn.getpixel((1, 1)) == (255, 255, 255) and drawn.getpixel((1, 6)) == drawn.getpixel((6, 6)) == (0, 0, 0)

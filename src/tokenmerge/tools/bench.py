@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,11 +115,11 @@ def _row(
     }
 
 
-def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float]:
+def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float | None]:
     merged, unmerged, bound = timings["merged"], timings["unmerged"], timings["bound"]
     return {
         "ms": round(merged.median * 1e3, 3),
-        "spread %": round(merged.spread * 100, 1),
+        "spread %": None if merged.spread is None else round(merged.spread * 100, 1),
         "images/s": round(batch / merged.median, 2),
         "unmerged ms": round(unmerged.median * 1e3, 3),
         "speed-up": round(unmerged.over(merged), 3),
@@ -129,19 +129,33 @@ def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float]:
 
 
 def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say for every r where merging is slower and from which batch size it pays."""
+    """Say for every r where merging is slower, where it makes no difference, and from which batch size it pays."""
     said = []
     for r in dict.fromkeys(row["r"] for row in rows if row["r"] != "0"):
         of_r = sorted((row for row in rows if row["r"] == r), key=lambda row: row["batch"])
-        slower = [row for row in of_r if row["speed-up"] < 1]
-        if not slower:
+        gains = [_gain(row) for row in of_r]
+        slower = _cases(row for row, gain in zip(of_r, gains, strict=True) if gain < 0)
+        equal = _cases(row for row, gain in zip(of_r, gains, strict=True) if gain == 0)
+        pays = next((row["batch"] for i, row in enumerate(of_r) if all(gain > 0 for gain in gains[i:])), None)
+        parts = [f"SLOWER than the unmerged model at {slower}"] if slower else []
+        parts += [f"no faster, within the spread, at {equal}"] if equal else []
+        if parts:
+            end = f"it pays from batch {pays} on" if pays else "it pays at no batch size up to the largest measured"
+            said.append(f"r = {r} is {'; '.join(parts)}; {end}.")
+        else:
             said.append(f"r = {r} is faster at every batch size measured, from batch {of_r[0]['batch']} on.")
-            continue
-        cases = ", ".join(f"batch {row['batch']} ({row['speed-up']:.2f}x)" for row in slower)
-        pays = next((row["batch"] for i, row in enumerate(of_r) if all(x["speed-up"] >= 1 for x in of_r[i:])), None)
-        end = f"it pays from batch {pays} on." if pays else "it pays at no batch size measured up to the largest."
-        said.append(f"r = {r} is SLOWER than the unmerged model at {cases}; {end}")
     return said
+
+
+def _gain(row: dict[str, Any]) -> int:
+    """1 where merging is faster, -1 where it is slower, 0 where the difference is within the spread of the rounds."""
+    difference = row["speed-up"] - 1
+    noise = (row["spread %"] or 0.0) / 100
+    return 0 if abs(difference) <= noise else (1 if difference > 0 else -1)
+
+
+def _cases(rows: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(f"batch {row['batch']} ({row['speed-up']:.2f}x)" for row in rows)
 
 
 def _call(model: Any, x: torch.Tensor) -> Callable[[], Any]:

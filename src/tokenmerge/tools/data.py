@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import tokenmerge
 from tokenmerge.errors import DataError, UnsupportedError
 
-__all__ = ["FASHION_MNIST", "FashionMNIST", "Folder", "normalise", "open_data"]
+__all__ = ["FASHION_MNIST", "FashionMNIST", "Folder", "check_source", "normalise", "open_data"]
 
 FASHION_MNIST = "fashion-mnist"
 
@@ -88,6 +89,19 @@ def open_data(
     return Folder(Path(source), model, batch_size, workers, limit)
 
 
+def check_source(source: str) -> None:
+    """Raise `DataError` where a data source is no folder, before a model is loaded for it."""
+    if source != FASHION_MNIST and not Path(source).is_dir():
+        raise DataError(
+            f"no folder {source}: --data takes {FASHION_MNIST!r} or a folder with one sub-folder per class."
+        )
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    with tokenmerge.patched(model, r=0) as handle:
+        return handle.input_size
+
+
 def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None:
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch size and limit must be at least 1; got {batch_size} and {limit}.")
@@ -101,23 +115,25 @@ def _image_folder(root: Path, model: nn.Module) -> tuple[Any, list[str]]:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
         raise UnsupportedError('an image folder needs timm and torchvision: pip install "tokenmerge[timm]"') from error
-    if not root.is_dir():
-        raise DataError(f"no folder {root}: --data takes {FASHION_MNIST!r} or a folder with one sub-folder per class.")
-    transform = create_transform(**resolve_data_config({}, model=model))
+    check_source(str(root))
+    has_config = bool(getattr(model, "pretrained_cfg", None))
+    given = {} if has_config else {"input_size": _input_size(model)}
+    transform = create_transform(**resolve_data_config(given, model=model))
     try:
         dataset = ImageFolder(root, transform=transform, loader=_Loader(transform))
     except FileNotFoundError as error:
         raise DataError(f"{root} holds no labelled images: expected {root}/CLASS/IMAGE. {error}.") from error
     expected = getattr(model, "num_classes", None)
     classes = dataset.classes
-    if expected is not None and all(name.isdecimal() and int(name) < expected for name in classes):
+    is_numbered = all(name.isdecimal() for name in classes)
+    if expected is not None and is_numbered and all(int(name) < expected for name in classes):
         # by index even where all classes are there: in the order of names, "10" comes before "2"
         dataset.samples = [(path, int(classes[label])) for path, label in dataset.samples]
-    elif expected is not None and len(classes) != expected:
+    elif expected is not None and (is_numbered or len(classes) != expected):
         raise DataError(
             f"{root} has {len(classes)} class folders ({', '.join(classes[:3])}, ...), the model has {expected} "
-            "classes, and folders are numbered in the order of their names. Give a folder with all classes, or "
-            "name the sub-folders by class index."
+            "classes. Folders are numbered in the order of their names: give a folder with all classes, or name the "
+            f"sub-folders by class index, 0 to {expected - 1}."
         )
     dataset.transform = None
     return dataset, classes
@@ -136,7 +152,8 @@ class _Loader:
             with Image.open(path) as image:
                 tensor: Tensor = self.transform(image.convert("RGB"))
                 return tensor
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+        # what PIL raises for broken files, and for those of absurd size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"{path}: {error}"
 
 

@@ -16,8 +16,8 @@ from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
-from tokenmerge.tools.results import as_markdown
-from tokenmerge.tools.visualize import draw_groups, plot_tradeoff, sheet
+from tokenmerge.tools.results import as_markdown, check_writable
+from tokenmerge.tools.visualize import draw_groups, plot_tradeoff, require_viz, sheet
 
 __all__ = ["demo"]
 
@@ -36,14 +36,15 @@ def demo(
 ) -> Evaluation:
     """Evaluate the bundled model and write `table.md`, `table.json`, `plot.png` and `merged.png` into the folder.
 
-    Raises `DataError` before any work where the folder cannot be written.
+    Raises before any work: `DataError` where the folder cannot be written, `UnsupportedError` without matplotlib.
     """
     folder = Path(folder)
+    require_viz()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").touch()
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error.strerror}.") from error
+    check_writable(folder / "table.md")
     model = load_model("reference")
     data = FashionMNIST(batch_size, limit)
     result = evaluate(model, data, rs=rs, device=device, bound=True, progress=progress)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
-from tokenmerge.errors import DataError
+from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.flops import flops
@@ -106,6 +106,8 @@ def _warm_up(everyone: list[_Variant], images: Tensor) -> None:
     try:
         for variant in everyone:
             logits = variant.model(images)
+    except TokenMergeError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise DataError(
             f"the model does not take images of {tuple(images.shape[1:])}: {str(error).rstrip('.')}."

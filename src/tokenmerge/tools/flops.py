@@ -44,7 +44,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Count:
 
     shape = tuple(input_size) if len(input_size) == 4 else (1, *input_size)
     # handing deepcopy the replaced tensors keeps it from copying the weights
-    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     memo.update({id(b): b.to("meta") for b in model.buffers()})
     twin = copy.deepcopy(model, memo)
     dtype = next((t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)

@@ -28,12 +28,12 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
-    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists() or "/" in name
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).is_file() or "/" in name
     if is_path and ":" not in name:
         return _load_file(Path(name))
     timm = import_timm()
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models() and ":" not in name:
-        raise unknown_name("timm model", name, timm.list_models("*vit*") + timm.list_models("*deit*"))
+        raise unknown_name("timm model", name, [BUNDLED, *timm.list_models("*vit*"), *timm.list_models("*deit*")])
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]

@@ -30,10 +30,10 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median."""
+    def spread(self) -> float | None:
+        """Half the distance between the quartiles, as a share of the median; None for fewer than four rounds."""
         if len(self.seconds) < 4:
-            return 0.0
+            return None
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from tokenmerge.errors import DataError, UnsupportedError
 
-__all__ = ["draw_groups", "plot_tradeoff", "sheet"]
+__all__ = ["draw_groups", "plot_tradeoff", "require_viz", "sheet"]
 
 
 def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
     """Return a PIL image of the same size whose groups of patches are flat areas with a border.
 
     `groups` `[N]` holds the group of each patch, row by row over `grid` (rows, columns; taken from the image's size if
-    not given). A group of one patch keeps its pixels. Raises `DataError` where patches and image do not fit.
+    not given). A group of one patch keeps its pixels,
+    dropped patches (-1) are black. Raises `DataError` where patches and image do not fit.
     """
     image_module = _pil()
     rows, columns = grid or (image.height // patch_size, image.width // patch_size)
@@ -32,6 +33,7 @@ def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple
     drawn = torch.where(is_merged[..., None], (flat / counts[:, None])[index], pixels.float())
     colours = _colours(len(counts))[index]
     drawn = torch.where((_border(index) & is_merged)[..., None], colours, drawn)
+    drawn[label < 0] = 0
     picture = image_module.frombytes("RGB", canvas.size, bytes(drawn.round().to(torch.uint8).flatten().tolist()))
     return picture.resize(image.size)
 
@@ -56,10 +58,9 @@ def sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], *, side: int = 1
 
 def plot_tradeoff(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Save a PNG of accuracy over throughput, one point per `r`; the free bound beside it where the rows have it."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UnsupportedError('the plot needs matplotlib: pip install "tokenmerge[viz]"') from error
+    require_viz()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -77,6 +78,15 @@ def plot_tradeoff(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None
     axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def require_viz() -> None:
+    """Raise `UnsupportedError` with the command that installs what plots and pictures need."""
+    _pil()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError('plots need matplotlib: pip install "tokenmerge[viz]"') from error
 
 
 def _border(index: Tensor) -> Tensor:  # [height, width] -> bool [height, width]
