@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_close, tiny_vit
 
 import tokenmerge
+from helpers import assert_close, tiny_vit
 
 pytestmark = pytest.mark.gpu
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
