@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -182,8 +183,6 @@ def test_a_mistake_says_so_and_changes_nothing(options: dict[str, Any], error: t
 
 
 def test_an_unsupported_model_says_what_was_tried_and_what_is_nearest() -> None:
-    import timm
-
     relpos = timm.create_model("vit_relpos_small_patch16_224", img_size=32)
     with pytest.raises(
         e.UnsupportedModelError, match=r"VisionTransformerRelPos; tried: timm_vit, mae, swag. Nearest is 'tim"
@@ -312,7 +311,8 @@ def test_proportional_attention_follows_the_paper_for_mae() -> None:
 
 
 def test_a_pool_that_takes_no_mask_is_reported() -> None:
-    pytest.importorskip("timm.layers.attention_pool", reason="timm without AttentionPoolPrr")
+    if not hasattr(timm.layers, "AttentionPoolPrr"):
+        pytest.skip(f"timm {timm.__version__} has no AttentionPoolPrr")
     handle = tokenmerge.patch(tiny_vit(global_pool="prr"), r=2)
     assert handle.report().limits == ["AttentionPoolPrr takes no mask: pooling counts each merged token once"]
 
