@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"methods", "schedule", "errors"},
     "runner": {"methods", "adapters", "plan", "state", "errors"},
     "api": {"adapters", "methods", "schedule", "runner", "state", "config", "errors", "kernels"},
-    "compat": {"api", "functional", "schedule", "errors", "tools"},
+    "compat": {"compat", "api", "functional", "schedule", "errors", "tools"},
     "assets": set(),
     "tools": {"", "tools", "errors", "schedule", "adapters", "assets"},
     "cli": {"tools", "errors", "schedule", "adapters", "methods"},

@@ -85,3 +85,15 @@ def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UnsupportedError, match=r"no device 0 on this machine; there are: cpu"):
             tome.utils.benchmark(tiny_vit(), batch_size=2, input_size=(3, 32, 32))
+
+
+def test_its_modules_import_by_their_names() -> None:
+    from tokenmerge.compat.tome.merge import bipartite_soft_matching, merge_source, merge_wavg
+    from tokenmerge.compat.tome.patch import timm as patch_timm
+    from tokenmerge.compat.tome.utils import benchmark, parse_r
+    from tokenmerge.compat.tome.vis import make_visualization
+
+    assert tome.merge.bipartite_soft_matching is bipartite_soft_matching and tome.merge.merge_wavg is merge_wavg
+    assert tome.merge.merge_source is merge_source and tome.patch.timm is patch_timm
+    assert (tome.utils.benchmark, tome.utils.parse_r) == (benchmark, parse_r)
+    assert tome.make_visualization is make_visualization

@@ -1,24 +1,18 @@
-"""The surface of the ToMe package: `from tokenmerge.compat import tome` in place of `import tome`.
-
-`tome.patch.timm / swag / mae(model)`, then `model.r` and `model._tome_info`; `tome.utils`, `tome.merge`,
-`tome.make_visualization`. The models are patched by `tokenmerge.patch`, so they keep their class and can be unpatched.
-"""
+"""`tome.patch.timm`, `tome.patch.swag`, `tome.patch.mae`: the model gets `model.r` and `model._tome_info`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge import api
-from tokenmerge import functional as merge
 from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.schedule import parse_r
 
-__all__ = ["make_visualization", "merge", "patch", "utils", "vis"]
+__all__ = ["mae", "swag", "timm"]
 
 
 def _patcher(*families: str) -> Callable[..., api.Handle]:
@@ -87,35 +81,6 @@ class _Cleanup:
             self.model.__dict__.pop(name, None)
 
 
-def _benchmark(
-    model: nn.Module,
-    device: Any = 0,
-    input_size: tuple[int, ...] = (3, 224, 224),
-    batch_size: int = 64,
-    runs: int = 40,
-    throw_out: float = 0.25,
-    use_fp16: bool = False,
-    verbose: bool = False,
-) -> float:
-    """Return the images per second of random batches, the first `throw_out` of the runs left out.
-
-    Raises `UnsupportedError` where the device is not there. `use_fp16` runs under autocast.
-    """
-    from tokenmerge.tools.timing import throughput
-
-    return throughput(
-        model, device, tuple(input_size), batch_size, runs=runs, throw_out=throw_out, use_fp16=use_fp16, verbose=verbose
-    )
-
-
-def make_visualization(img: Any, source: Tensor, patch_size: int = 16, class_token: bool = True) -> Any:
-    """Draw each group of a PIL image in its mean colour with a border; `source` is `[1, M, N]` of one image."""
-    from tokenmerge.tools.visualize import draw_groups
-
-    groups = source[0].argmax(dim=0)[int(class_token) :]
-    return draw_groups(img, groups, patch_size=patch_size)
-
-
-patch = SimpleNamespace(timm=_patcher("timm_vit"), swag=_patcher("swag"), mae=_patcher("mae", "timm_vit"))
-utils = SimpleNamespace(benchmark=_benchmark, parse_r=parse_r)
-vis = SimpleNamespace(make_visualization=make_visualization)
+timm = _patcher("timm_vit")
+swag = _patcher("swag")
+mae = _patcher("mae", "timm_vit")
