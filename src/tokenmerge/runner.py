@@ -69,15 +69,18 @@ class BlockRunner:
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
         x_pre = x
         x, seen = self._attend(x, size.log() if size is not None and self.is_proportional else None)
-        plan = None
-        if r:
-            # detached rather than under no_grad, which an exported graph would hold as an operator of its own
-            q, k, v = (seen[name].detach() if name in seen else None for name in ("q", "k", "v"))
-            prefix, grid = self.layout.prefix, self.layout.grid
-            view = TokenView(x.detach(), x_pre.detach(), q, k, v, size, prefix, grid, self.layer)
-            plan = self.method.plan(view, r)
+        plan = self._choose(x, x_pre, seen, size, r) if r else None
+        # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
+        del seen
+        if plan is not None:
             x, size = self.method.merge(plan, x, size)
         return self._apply_mlp(x), size, plan
+
+    def _choose(self, x: Tensor, x_pre: Tensor, seen: dict[str, Tensor], size: Tensor | None, r: int) -> Plan:
+        # detached rather than under no_grad, which an exported graph would hold as an operator of its own
+        q, k, v = (seen[name].detach() if name in seen else None for name in ("q", "k", "v"))
+        prefix, grid = self.layout.prefix, self.layout.grid
+        return self.method.plan(TokenView(x.detach(), x_pre.detach(), q, k, v, size, prefix, grid, self.layer), r)
 
     def parity(self, x: Tensor) -> Tensor:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
