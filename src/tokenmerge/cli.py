@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "the bundled model on the bundled images, for several r")
     demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
     demo.add_argument("--limit", type=int, help="use only the first LIMIT of the 10,000 images")
-    demo.add_argument("-b", "--batch-size", type=int, default=100)
+    demo.add_argument("-b", "--batch-size", type=int, default=32, help="%(default)s is fastest unmerged on a CPU")
     demo.add_argument("-r", type=_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=_R_HELP)
 
     bench = _command(commands, "bench", _bench, "time a model merged, unmerged and at the free bound")

@@ -30,7 +30,7 @@ def demo(
     *,
     rs: Sequence[R] = RS,
     limit: int | None = None,
-    batch_size: int = 100,
+    batch_size: int = 32,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:

@@ -121,5 +121,6 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        decimals = 3 if abs(value) < 10 else 2 if abs(value) <= 100 else 1
+        return f"{value:.{decimals}f}"
     return str(value)
