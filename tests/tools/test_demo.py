@@ -39,7 +39,7 @@ def test_demo_writes_four_files_that_agree(tmp_path: Path) -> None:
         assert 0 <= row["top-1 %"] <= row["top-5 %"] <= 100 and 20 * row["top-1 %"] % 100 == 0
 
     title, table, facts = (folder / "table.md").read_text().split("\n\n")
-    assert title == f"# {content['title']}" and "20 Fashion-MNIST test images, batch 100" in title
+    assert title == f"# {content['title']}" and "20 Fashion-MNIST test images, batch 32" in title
     assert len(table.splitlines()) == 4
     assert facts.startswith("Measured on: device ") and f"torch {torch.__version__}" in facts
 

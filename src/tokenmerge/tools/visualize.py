@@ -72,6 +72,9 @@ def plot_tradeoff(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None
     bound = [row for row in rows if row.get("bound images/s")]
     if bound:
         speeds, hits = [row["bound images/s"] for row in bound], [row["top-1 %"] for row in bound]
+        for row in bound:
+            height = row["top-1 %"]
+            axes.plot([row["images/s"], row["bound images/s"]], [height, height], ":", color="gray", linewidth=1)
         axes.plot(speeds, hits, "|", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
     # at least two points high: zoomed in further, chance would look like a trend
     middle = (max(row["top-1 %"] for row in rows) + min(row["top-1 %"] for row in rows)) / 2
