@@ -196,6 +196,14 @@ def test_an_unsupported_model_says_what_was_tried_and_what_is_nearest() -> None:
     assert bound_attributes(relpos) == []
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"]
+)
+def test_a_wrapped_model_is_to_be_patched_before(wrap: Any) -> None:
+    with pytest.raises(e.UnsupportedModelError, match=r"wraps a VisionTransformer: patch that one, before"):
+        tokenmerge.patch(wrap(tiny_vit()), r=2)
+
+
 def test_blocks_without_a_place_to_merge_are_refused() -> None:
     from timm.models.vision_transformer import ParallelScalingBlock
 

@@ -25,6 +25,12 @@ def find(model: nn.Module) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.matches(model):
             return adapter
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(inner, nn.Module):
+        raise UnsupportedModelError(
+            f"{type(model).__qualname__} wraps a {type(inner).__qualname__}: patch that one, before it is compiled or "
+            "wrapped."
+        )
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
     nearest = max(ADAPTERS, key=lambda adapter: len(present.intersection(adapter.landmarks)) / len(adapter.landmarks))
     missing = [name for name in nearest.landmarks if name not in present]
