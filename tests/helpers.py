@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,3 +50,12 @@ def bound_attributes(model: nn.Module) -> list[str]:
     found = [f"{path}.{name}" for path, module in model.named_modules() for name in names if name in module.__dict__]
     hooks = [path for path, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     return found + hooks
+
+
+def run_in_threads(work: Callable[[int], None], count: int) -> None:
+    """Call `work(0)` ... `work(count - 1)` at once, each in a thread of its own, and wait for all."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 import tokenmerge
-from helpers import assert_close, bound_attributes, tiny_vit
+from helpers import assert_close, bound_attributes, run_in_threads, tiny_vit
 from tokenmerge import MergeConfig, ToMe
 from tokenmerge import errors as e
 
@@ -382,11 +381,7 @@ def test_two_threads_train_one_model() -> None:
             if not torch.allclose(gradient, expected[i], rtol=1e-5):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, 2)
     assert wrong == []
 
 

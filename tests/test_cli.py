@@ -49,7 +49,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def _fails(capsys: Capture, arguments: list[str], *texts: str) -> None:
+def _expect_failure(capsys: Capture, arguments: list[str], *texts: str) -> None:
     """Run a command that must end with exit code 2, nothing on stdout and one sentence on stderr."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -225,7 +225,7 @@ def test_eval_asks_for_pretrained_weights_unless_told(
 
     monkeypatch.setattr(timm, "create_model", create)
     text = f"could not be loaded: asked for vit_tiny_patch16_224 with {{'pretrained': {pretrained}}}."
-    _fails(capsys, ["eval", "vit_tiny_patch16_224", "--data", "fashion-mnist", *flags], text, "'reference'")
+    _expect_failure(capsys, ["eval", "vit_tiny_patch16_224", "--data", "fashion-mnist", *flags], text, "'reference'")
 
 
 def test_doctor_on_a_healthy_model(capsys: Capture, models: Path) -> None:
@@ -284,7 +284,7 @@ def test_models_that_cannot_be_loaded(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, models: Path, command: str, name: str, texts: list[str]
 ) -> None:
     monkeypatch.chdir(models)
-    _fails(capsys, [command, name, *(["--data", "fashion-mnist"] if command == "eval" else [])], *texts)
+    _expect_failure(capsys, [command, name, *(["--data", "fashion-mnist"] if command == "eval" else [])], *texts)
 
 
 DEVICES = [
@@ -305,7 +305,7 @@ def test_devices_that_are_not_there(
 ) -> None:
     name = str(models / "grey.pt")
     options = {"eval": [name, "--data", "fashion-mnist"], "demo": ["--out", str(tmp_path)]}.get(command, [name])
-    _fails(capsys, [command, *options, "--device", device], text)
+    _expect_failure(capsys, [command, *options, "--device", device], text)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +322,13 @@ def test_devices_that_are_not_there(
     ids=["unsupported", "dtype", "method", "batch", "rounds", "input-size", "list-too-long"],
 )
 def test_bench_mistakes(capsys: Capture, models: Path, model: str, options: list[str], text: str) -> None:
-    _fails(capsys, ["bench", str(models / model), *options], text)
+    _expect_failure(capsys, ["bench", str(models / model), *options], text)
 
 
 def test_doctor_with_a_batch_of_nothing(capsys: Capture, models: Path) -> None:
-    _fails(capsys, ["doctor", str(models / "tiny.pt"), "-b", "0"], "a batch size and rounds of at least 1; got 0")
+    _expect_failure(
+        capsys, ["doctor", str(models / "tiny.pt"), "-b", "0"], "a batch size and rounds of at least 1; got 0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,12 +361,14 @@ def test_eval_mistakes(
             path.unlink()
         (images / "cat").rmdir()
     arguments = ["eval", str(models / "tiny.pt"), "--data", str(folder), *(options or ["--workers", "0"])]
-    _fails(capsys, arguments, text, "" if options else str(folder))
+    _expect_failure(capsys, arguments, text, "" if options else str(folder))
 
 
 def test_eval_of_the_bundled_images_with_a_model_of_other_classes(capsys: Capture, models: Path) -> None:
     arguments = ["eval", str(models / "tiny.pt"), "--data", "fashion-mnist"]
-    _fails(capsys, arguments, "fashion-mnist has 10 classes, the model has 3; use the bundled model 'reference'.")
+    _expect_failure(
+        capsys, arguments, "fashion-mnist has 10 classes, the model has 3; use the bundled model 'reference'."
+    )
 
 
 @pytest.mark.parametrize("command", ["bench", "eval"])
@@ -384,13 +388,15 @@ def test_out_that_cannot_be_written_comes_before_the_work(
     (tmp_path / "folder.json").mkdir()
     data = ["--data", "fashion-mnist"] if command == "eval" else []
     path = tmp_path / out
-    _fails(capsys, [command, "reference", *data, "--out", str(path)], f"cannot write results to {path}: {reason}")
+    _expect_failure(
+        capsys, [command, "reference", *data, "--out", str(path)], f"cannot write results to {path}: {reason}"
+    )
 
 
 def test_demo_out_that_cannot_be_written(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "demo"
-    _fails(capsys, ["demo", "--out", str(out)], f"cannot write to {out}: Not a directory.")
+    _expect_failure(capsys, ["demo", "--out", str(out)], f"cannot write to {out}: Not a directory.")
 
 
 @pytest.mark.parametrize("command", ["bench", "eval", "doctor", "demo"])

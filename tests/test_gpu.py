@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
 
 import tokenmerge
-from helpers import assert_close, tiny_vit
+from helpers import assert_close, run_in_threads, tiny_vit
 
 pytestmark = pytest.mark.gpu
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -73,9 +72,5 @@ def test_four_threads_at_once() -> None:
                 if not torch.allclose(model(inputs[i]), expected[i], atol=1e-4):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, 4)
     assert wrong == []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
-from helpers import assert_close, bound_attributes, randomised, tiny_vit
+from helpers import assert_close, bound_attributes, randomised, run_in_threads, tiny_vit
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.adapters.standins import MAEStandIn, SwagStandIn
 from tokenmerge.errors import AlreadyPatchedError
@@ -277,11 +277,7 @@ def test_four_threads_at_once(make: Make) -> None:
             if not all(torch.equal(a, b) for a, b in zip(got, expected[i], strict=True)):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, 4)
     assert wrong == []
 
 
