@@ -65,7 +65,9 @@ EXAMPLES = [(page.name, block.split("```")[0]) for page in PAGES for block in pa
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
 def test_examples_of_the_pages_run(page: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, page, "exec"), {"__name__": "__main__"})
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(example, page, "exec"), names)
+    assert names.keys() & {"tokenmerge", "tome"}, "an example that does not use the library"
 
 
 def test_there_are_examples_to_run() -> None:

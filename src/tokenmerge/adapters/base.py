@@ -10,12 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.adapters.heads import Sizes
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError
 
-__all__ = ["Adapter", "BlockSpec", "Replacement", "TokenLayout", "check_parity", "class_names"]
-
-Sizes = Callable[[], "Tensor | None"]  # the final sizes [B, M] of the forward in progress
+__all__ = ["Adapter", "BlockSpec", "Replacement", "Sizes", "TokenLayout", "check_parity", "class_names"]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasedPool", "InputMean", "OutputMean", "weigh"]
+__all__ = ["BiasedPool", "InputMean", "OutputMean", "Sizes", "weigh"]
 
-Sizes = Callable[[], "Tensor | None"]
+Sizes = Callable[[], "Tensor | None"]  # the final sizes [B, M] of the forward in progress
 
 
 def weigh(x: Tensor, size: Tensor | None, start: int) -> Tensor:  # [B, M, C], [B, M]

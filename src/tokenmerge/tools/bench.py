@@ -14,7 +14,7 @@ import tokenmerge
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.flops import count
-from tokenmerge.tools.models import find_device, shared_copy
+from tokenmerge.tools.models import find_device, run_images, shared_copy
 from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory
 
 __all__ = ["Bench", "bench"]
@@ -65,21 +65,12 @@ def bench(
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
         if i == 0:
-            _try(model, x[:1])
+            run_images(model, x[:1])
         for j, r in enumerate(rs):
             inner = _inner_progress(progress, i * len(rs) + j, steps)
             rows.append({"model": label, **_row(model, method, r, x, rounds, compiled, inner)})
     about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
     return Bench(rows, about, _verdicts(rows))
-
-
-def _try(model: nn.Module, x: torch.Tensor) -> None:
-    """Run one image, and say so where the model cannot take it."""
-    try:
-        with torch.inference_mode():
-            model(x)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"the model does not take images of {tuple(x.shape[1:])}: {str(error).rstrip('.')}.") from error
 
 
 def _row(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
-from tokenmerge.errors import DataError, TokenMergeError
+from tokenmerge.errors import DataError
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.flops import flops
-from tokenmerge.tools.models import find_device, shared_copy
+from tokenmerge.tools.models import find_device, run_images, shared_copy
 from tokenmerge.tools.timing import environment
 
 __all__ = ["Evaluation", "evaluate"]
@@ -103,15 +103,8 @@ def _patched(model: nn.Module, method: str | tokenmerge.Reduction, r: R, prop_at
 
 def _warm_up(everyone: list[_Variant], images: Tensor) -> None:
     """Run the first batch once untimed, and say so where the model cannot take it."""
-    try:
-        for variant in everyone:
-            logits = variant.model(images)
-    except TokenMergeError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(
-            f"the model does not take images of {tuple(images.shape[1:])}: {str(error).rstrip('.')}."
-        ) from error
+    for variant in everyone:
+        logits = run_images(variant.model, images)
     if logits.dim() != 2:
         raise DataError(f"the model returns {tuple(logits.shape)}, not [B, classes]: it is no classifier.")
 

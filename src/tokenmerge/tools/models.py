@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tokenmerge.errors import DataError, UnsupportedError, unknown_name
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
 
-__all__ = ["BUNDLED", "find_device", "import_timm", "load_model", "shared_copy"]
+__all__ = ["BUNDLED", "find_device", "import_timm", "load_model", "run_images", "shared_copy"]
 
 BUNDLED = "reference"
 
@@ -73,6 +73,18 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """Copy a model's modules, not its weights: both see the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def run_images(model: nn.Module, x: Tensor) -> Tensor:
+    """Run a batch `[B, channels, height, width]` without gradients; raises `DataError` where it does not fit."""
+    try:
+        with torch.inference_mode():
+            out: Tensor = model(x)
+    except TokenMergeError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"the model does not take images of {tuple(x.shape[1:])}: {str(error).rstrip('.')}.") from error
+    return out
 
 
 def _load_file(path: Path) -> nn.Module:
