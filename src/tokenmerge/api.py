@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tokenmerge import adapters, kernels
 from tokenmerge.adapters.base import Adapter
+from tokenmerge.adapters.generic import Generic
+from tokenmerge.attach import attach
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import (
     AlreadyPatchedError,
@@ -24,14 +26,14 @@ from tokenmerge.errors import (
     unknown_name,
 )
 from tokenmerge.methods import Reduction
-from tokenmerge.runner import BlockRunner, attach
+from tokenmerge.runner import BlockRunner
 from tokenmerge.schedule import R, Schedule
 from tokenmerge.state import ForwardState, Frame
 
 __all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
 
 _ATTRIBUTE = "_tokenmerge_handle"
-_KEYWORDS = ("r", "prop_attn", "track")
+_KEYWORDS = ("r", "prop_attn", "track", "restore", "blocks", "attn", "norm", "mlp", "prefix")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class Report:
             ("adapter", f"{self.adapter}, {self.blocks} blocks, attention seen by {self.attention}"),
             ("method", self.method),
             ("r", self.r),
-            ("tokens", " ".join(map(str, self.tokens)) + (" (planned)" if self.planned else "")),
+            (
+                "tokens",
+                " ".join(map(str, self.tokens)) + (" (planned)" if self.planned else "") if self.tokens else "-",
+            ),
             ("proportional attention", "on" if self.prop_attn else "off"),
             ("kernels", used),
             ("parity when attached", f"max |difference| {self.parity:.2g}"),
@@ -79,7 +84,9 @@ class Handle:
         depth = len(adapter.blocks(model))
         self._state = ForwardState(depth, Schedule.of(config.r, depth))
         self._state.track = config.track
-        self._attachment = attach(model, adapter, config.method, self._state, self._layout, config.prop_attn)
+        self._attachment = attach(
+            model, adapter, config.method, self._state, self._layout, config.prop_attn, config.restore
+        )
 
     @property
     def r(self) -> R:
@@ -117,6 +124,8 @@ class Handle:
         """Tokens after each block: those of the last forward, or those planned before any."""
         frame = self._state.last()
         if frame is None or frame.shape[-1] is None:
+            if self._layout.tokens is None:
+                raise NotTrackedError("how many tokens this model has is known after a forward; run the model first.")
             return self._state.schedule.tokens(self._layout.tokens, self._layout.prefix)
         return [shape[1] for shape in frame.shape[1:] if shape is not None]
 
@@ -141,8 +150,8 @@ class Handle:
         return self._layout.prefix
 
     @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the input the model was built for."""
+    def input_size(self) -> tuple[int, ...] | None:
+        """Channels, height and width of the input the model was built for, where it says so."""
         return self._layout.input_size
 
     @property
@@ -161,6 +170,13 @@ class Handle:
         if len(groups) < self._state.depth:
             raise NotTrackedError("the last forward ran before tracking was switched on; run the model again.")
         return groups
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """After each block, the input token whose place each token keeps, `[B, M]`; needs `track=True`."""
+        B, n = self.groups[-1].shape
+        everyone = torch.arange(n, device=self.groups[-1].device).expand(B, -1)
+        return [everyone if kept is None else kept for kept in self._last().kept[1:]]
 
     def dense(self, y: Tensor) -> Tensor:  # [B, M, C]
         """Give every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.
@@ -189,7 +205,7 @@ class Handle:
             method=repr(self._config.method),
             r=repr(self._config.r),
             blocks=self._state.depth,
-            tokens=self.tokens,
+            tokens=[] if planned and self._layout.tokens is None else self.tokens,
             planned=planned,
             prop_attn=runner.is_proportional,
             attention=runner.tap.kind,
@@ -232,12 +248,22 @@ def patch(
     r: R | None = None,
     prop_attn: bool | str | None = None,
     track: bool | None = None,
+    restore: str | None = None,
+    blocks: str | None = None,
+    attn: str | None = None,
+    norm: str | None = None,
+    mlp: str | None = None,
+    prefix: int | None = None,
     **unknown: Any,
 ) -> Handle:
     """Make a vision transformer merge tokens, in place; on any error the model stays as it was.
 
     `method` is a name, an object or a saved configuration; `r` what is removed per block (see `Schedule.of`);
-    `prop_attn` adds log(size) to attention scores (`"auto"` follows the paper); `track` records `handle.groups`.
+    `prop_attn` adds log(size) to attention scores (`"auto"` follows the paper); `track` records `handle.groups`;
+    `restore="dense"` hands out every token in its place, wherever the model hands tokens out, `restore="merged"` the
+    merged ones (without either, calls that need them all are refused). A model that no adapter describes is patched by
+    names: `blocks` is the path to its blocks, `attn`, `norm` (before the MLP) and `mlp` are children of a block,
+    `prefix` how many tokens in front are protected.
     Raises `TokenMergeError`: an unsupported model, an unknown name or keyword, a model patched already, a wrong `r`
     (also a ValueError).
 
@@ -257,7 +283,7 @@ def patch(
         raise AlreadyPatchedError(
             f"this model is reduced already: {model.__dict__[_ATTRIBUTE]!r}; call unpatch(model) first."
         )
-    given = {"r": r, "prop_attn": prop_attn, "track": track}
+    given = {"r": r, "prop_attn": prop_attn, "track": track, "restore": restore}
     values = {name: value for name, value in given.items() if value is not None}
     if isinstance(method, MergeConfig):
         config = dataclasses.replace(method, **values)  # type: ignore[arg-type]
@@ -265,7 +291,7 @@ def patch(
         raise InvalidScheduleError("r is missing: say how many tokens each block removes, e.g. patch(model, r=8).")
     else:
         config = MergeConfig(method, **values)  # type: ignore[arg-type]
-    handle = Handle(model, adapters.find(model), config)
+    handle = Handle(model, _adapter(model, {"blocks": blocks, "attn": attn, "norm": norm, "mlp": mlp}, prefix), config)
     model.__dict__[_ATTRIBUTE] = handle
     return handle
 
@@ -308,6 +334,18 @@ def supports(model: nn.Module) -> bool:
         return True
     except TokenMergeError:
         return False
+
+
+def _adapter(model: nn.Module, names: dict[str, str | None], prefix: int | None) -> Adapter:
+    given = {option: name for option, name in names.items() if name is not None}
+    if not given and prefix is None:
+        return adapters.find(model)
+    missing = [option for option in names if option not in given]
+    if missing:
+        raise UnsupportedModelError(
+            f"a model patched by names needs blocks, attn, norm and mlp; missing: {', '.join(missing)}."
+        )
+    return Generic(**given, prefix=prefix)
 
 
 def _unknown_keyword(name: str, method: str | Reduction | MergeConfig) -> TokenMergeError:

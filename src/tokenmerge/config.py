@@ -30,8 +30,16 @@ class MergeConfig:
     r: R
     prop_attn: bool | str = "auto"
     track: bool = False
+    restore: str | None = None
 
-    def __init__(self, method: str | Reduction = "tome", r: R = 0, prop_attn: bool | str = "auto", track: bool = False):
+    def __init__(
+        self,
+        method: str | Reduction = "tome",
+        r: R = 0,
+        prop_attn: bool | str = "auto",
+        track: bool = False,
+        restore: str | None = None,
+    ) -> None:
         if isinstance(method, str):
             method = methods.find(method)()
         if not isinstance(method, Reduction):
@@ -40,9 +48,11 @@ class MergeConfig:
             )
         if prop_attn not in (True, False, "auto"):
             raise ConfigError(f"prop_attn is {prop_attn!r}; allowed: True, False, 'auto'.")
+        if restore not in (None, "dense", "merged"):
+            raise ConfigError(f"restore is {restore!r}; allowed: 'dense', 'merged', None.")
         # any depth will do: only the form is checked here, the length against the model by `patch`
         Schedule.of(r, depth=len(r) if isinstance(r, list) else 1)
-        values = {"method": method, "r": r, "prop_attn": prop_attn, "track": bool(track)}
+        values = {"method": method, "r": r, "prop_attn": prop_attn, "track": bool(track), "restore": restore}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -55,6 +65,8 @@ class MergeConfig:
         r = {"r": self.r[0], "inflection": self.r[1]} if isinstance(self.r, tuple) else self.r
         method = {"name": self.method.name, **dataclasses.asdict(self.method)}  # type: ignore[call-overload]
         content = {"version": _VERSION, "method": method, "r": r, "prop_attn": self.prop_attn, "track": self.track}
+        if self.restore:
+            content["restore"] = self.restore
         try:
             Path(path).write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
@@ -73,7 +85,7 @@ class MergeConfig:
 
 
 def _checked(content: Any, path: str | Path) -> dict[str, Any]:
-    known = {"version", "method", "r", "prop_attn", "track"}
+    known = {"version", "method", "r", "prop_attn", "track", "restore"}
     if not isinstance(content, dict) or not {"version", "method", "r"} <= content.keys():
         raise ConfigError(f"{path} is no tokenmerge configuration: it must hold version, method and r.")
     if content["version"] != _VERSION:

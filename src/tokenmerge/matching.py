@@ -38,13 +38,16 @@ def bipartite(
     partition: str = "alternating",
     seed: int = 0,
     by_position: bool = True,
+    valid: Tensor | None = None,  # [B, N] bool
 ) -> Plan:
     """Match each token of side A with its best of side B and merge the `r` best pairs.
 
     Bipartite soft matching of Bolya et al., ICLR 2023, arXiv:2210.09461. The first `prefix` tokens are protected and
     come first in the output, then the unmerged tokens of A, then B. `r` is clamped to half of the unprotected tokens;
     0 keeps all in their order. `by_position=False` leaves the unmerged tokens of A in the order of their scores, as
-    the paper's own code does without a class token. Raises `UnknownNameError` for an unknown distance or partition.
+    the paper's own code does without a class token. Tokens that are not `valid` (padding) are merged with each other,
+    before any others, and with a real one only where nothing else is left to remove. Raises `UnknownNameError` for an
+    unknown distance or partition.
     """
     if distance not in DISTANCES:
         raise unknown_name("distance", distance, DISTANCES)
@@ -55,7 +58,7 @@ def bipartite(
         everyone = token.expand(B, -1)
         return Plan(keep=everyone, src=everyone[:, :0], dst=everyone[:, :0], n=n)
     side_a, side_b = _sides(n, prefix, partition, seed, metric.device)
-    best, partner = kernels.match(metric, side_a, side_b, distance)  # [B, A]
+    best, partner = kernels.match(metric, side_a, side_b, distance, valid)  # [B, A]
     token_a, token_b = token[side_a], token[side_b]
     order = best.argsort(dim=-1, descending=True)
     absorbed, unmerged = order[:, :r], order[:, r:]

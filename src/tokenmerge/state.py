@@ -23,7 +23,9 @@ class Frame:
     def __init__(self, depth: int) -> None:
         self.size: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i]; None while all sizes are 1
         self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept only while tracking
+        self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] places in the input; None while all are there
         self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
+        self.has_padding = False  # some tokens are none: their size is 0
 
 
 class ForwardState:
@@ -39,6 +41,8 @@ class ForwardState:
         self.schedule = schedule
         self.enabled = True
         self.track = False
+        self.restore = ""  # after which layers every input token is handed out: "every", the "last", none
+        self.needs_places = False
         self.latest: Frame | None = None
         self._forget()
 
@@ -55,7 +59,11 @@ class ForwardState:
         """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, while tracking, its groups."""
         frame.size[layer + 1] = size
         frame.shape[layer + 1] = (x.shape[0], x.shape[1])
-        if self.track:
+        kept = frame.kept[layer] if layer else None
+        if plan is not None and (self.track or self.restore or self.needs_places):
+            kept = plan.keep if kept is None else kept.gather(1, plan.keep)
+        frame.kept[layer + 1] = kept
+        if self.track or self.restore:
             previous = frame.assign[layer] if layer else None
             if plan is not None:
                 previous = compose(previous, plan)
@@ -64,6 +72,14 @@ class ForwardState:
             frame.assign[layer + 1] = previous
         if torch.compiler.is_compiling() and not _is_exporting():
             self.latest = frame
+
+    def restores(self, layer: int) -> bool:
+        """Say whether every input token is handed out after this layer."""
+        return self.restore == "every" or (self.restore == "last" and layer == self.depth - 1)
+
+    def is_merging(self) -> bool:
+        """Say whether a forward could remove tokens now."""
+        return self.enabled and any(amount != 0 for amount in self.schedule.amounts)
 
     def last(self) -> Frame | None:
         """Return the last forward of this thread, else the last of any; a compiled one belongs to no thread."""

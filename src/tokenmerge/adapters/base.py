@@ -3,49 +3,75 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.adapters.follow import Follow
 from tokenmerge.adapters.heads import Sizes
+from tokenmerge.adapters.original import Original, Replacement
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError
 
-__all__ = ["Adapter", "BlockSpec", "Replacement", "Sizes", "TokenLayout", "check_parity", "class_names"]
+__all__ = [
+    "Adapter",
+    "BlockSpec",
+    "Follow",
+    "HookSpec",
+    "Original",
+    "Replacement",
+    "Sizes",
+    "TokenLayout",
+    "check_parity",
+    "class_names",
+    "first_of",
+]
 
 
 @dataclass(frozen=True)
 class BlockSpec:
     """A residual block as data: `x + chain(attention)`, then `x + chain(mlp)`, each chain the children in call order.
 
-    `attn` is the child of the first chain that the tap stands in for.
+    A child that can be called is called, a parameter multiplies, `None` is passed over; names may have dots. `attn` is
+    the child of the first chain that the tap stands in for. `closes` names a last child of the second chain that is
+    called with the branch and the tokens and adds the two itself. Without `attn` the tap stands in for the whole block
+    and tokens are merged after it, for blocks that have no place between attention and MLP.
     """
 
-    attention: tuple[str, ...]
+    attention: tuple[str, ...] = ()
+    attn: str = ""
+    mlp: tuple[str, ...] = ()
+    closes: str = ""
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """A block of which only three children are known: it runs its own forward, and they are listened to.
+
+    Tokens become fewer on their way into `norm` and as many again on their way out of `mlp`.
+    """
+
     attn: str
-    mlp: tuple[str, ...]
+    norm: str
+    mlp: str
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where tokens lie: `prefix` protected ones in front, `grid` rows and columns of patches, `tokens` in all."""
+    """Where tokens lie: `prefix` protected ones in front, `grid` rows and columns of patches, `tokens` in all.
+
+    `tokens`, `grid` and `input_size` (without the batch; channels first for images) are None where the model does not
+    say them.
+    """
 
     prefix: int
     grid: tuple[int, int] | None
-    tokens: int
-    input_size: tuple[int, int, int]  # channels, height, width
+    tokens: int | None
+    input_size: tuple[int, ...] | None  # images: channels, height, width
     batch_first: bool = True
-
-
-class Replacement(NamedTuple):
-    """An attribute of a module that is replaced on the instance while the model is patched."""
-
-    owner: nn.Module
-    attribute: str
-    value: Any
 
 
 class Adapter(ABC):
@@ -54,6 +80,14 @@ class Adapter(ABC):
     name: ClassVar[str]
     families: ClassVar[str]  # what `tokenmerge list` shows
     landmarks: ClassVar[tuple[str, ...]]  # names of children that this family has; an error compares them
+    # further arguments of a block that belong to its tokens (rotary tables, masks), and how each follows those left
+    followers: ClassVar[Mapping[str, Follow]] = {}
+    # the attention knows where a token lies: it needs the places of the tokens that are left
+    is_positional: ClassVar[bool] = False
+    # methods of the model that hand tokens out by their place: refused unless the user says what to hand out
+    token_methods: ClassVar[tuple[str, ...]] = ()
+    # a method that compares keys may compare features where the attention shows no keys
+    may_match_features: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -64,7 +98,7 @@ class Adapter(ABC):
         """Return the blocks in order, with their names in the model."""
 
     @abstractmethod
-    def spec(self, block: nn.Module) -> BlockSpec:
+    def spec(self, block: nn.Module) -> BlockSpec | HookSpec:
         """Describe one block; raises `UnsupportedModelError` where it is not of this family."""
 
     @abstractmethod
@@ -78,6 +112,32 @@ class Adapter(ABC):
     def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         """Return what makes pooling weigh tokens by size, and what could not be done. Default: nothing."""
         return [], []
+
+    def grid_head(self, model: nn.Module) -> str | None:
+        """Say why what follows the last block needs every token in its place; they are then put back there."""
+        return None
+
+    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
+        """Return what refuses, while tokens are merged, the calls of this model that need them all. Default: none.
+
+        `token_methods` are guarded without it.
+        """
+        return []
+
+    def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        """Return how many tokens to probe a block with, and the further arguments the model would call it with."""
+        return layout.prefix + 5, {}
+
+    def placed(self, block: nn.Module, places: Tensor) -> list[Replacement]:
+        """Return what makes the unpatched block's attention take token n for one that stands at `places` `[B, N]`.
+
+        For attentions that know places by themselves, not by an argument in `followers`; `simulate` asks.
+        """
+        return []
+
+    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
+        """Return which tokens are real, `[B, N]` bool, from the first block's arguments; None: all."""
+        return None
 
     def trained_without_merging(self, model: nn.Module) -> tuple[bool, str | None]:
         """Say whether this is an MAE model never trained with merging (then no proportional attention); any doubt."""
@@ -93,28 +153,37 @@ def class_names(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
+def first_of(output: Any) -> Any:
+    """Return the tokens of what a block or an attention put out: the first entry of a tuple, else all of it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def check_parity(
     block: nn.Module,
-    composed: Callable[[Tensor], Any],
-    original: Callable[[Tensor], Any],
+    composed: Callable[..., Any],
+    original: Callable[..., Any],
     layout: TokenLayout,
     label: str,
+    sample: tuple[int, dict[str, Any]],
+    is_positional: bool = False,
 ) -> float:
     """Compare a block with its description on random tokens, nothing merged, in eval and train mode.
 
-    Returns the largest absolute difference; raises `AdapterMismatchError` where it is more than rounding. The
-    model's random state, buffers and mode are left as they were.
+    Returns the largest absolute difference; raises `AdapterMismatchError` where it is more than rounding, or where the
+    block knows the places of its tokens and its description does not say so. The model's random state, buffers and
+    mode are left as they were.
     """
     parameter = next((p for p in block.parameters() if p.is_floating_point()), None)
-    if parameter is None or parameter.is_meta:
+    if parameter is None:
         return 0.0
     worst = 0.0
     buffers = [buffer.detach().clone() for buffer in block.buffers()]
     modes = [(module, module.training) for module in block.modules()]
     devices = [parameter.device] if parameter.device.type == "cuda" else []
+    n, given = sample
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         width = parameter.shape[-1]  # norm weight [C] or projection [3C, C]
-        x = torch.randn(2, layout.prefix + 5, width, device=parameter.device, dtype=parameter.dtype)
+        x = torch.randn(2, n, width, device=parameter.device, dtype=parameter.dtype)
         x = x if layout.batch_first else x.transpose(0, 1)
         try:
             for training in (False, True):
@@ -122,8 +191,11 @@ def check_parity(
                 results = []
                 for forward in (original, composed):
                     torch.manual_seed(0)
-                    results.append(forward(x))
+                    results.append(forward(x, **given))
                 worst = max(worst, _difference(results[0], results[1], label))
+            block.eval()
+            if not is_positional and not given:
+                _check_places(composed, x, 1 if layout.batch_first else 0, label)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -133,16 +205,37 @@ def check_parity(
 
 
 def _difference(original: Any, composed: Any, label: str) -> float:
-    if not isinstance(original, Tensor):
+    if type(original) is not type(composed) or not isinstance(first_of(original), Tensor):
         raise AdapterMismatchError(
-            f"{label} returns {type(original).__name__}, not a tensor; no adapter describes that."
+            f"{label} returns {type(original).__name__}, its description {type(composed).__name__}; expected are "
+            "tokens, or a tuple that starts with them. No adapter describes that."
         )
+    original, composed = first_of(original), first_of(composed)
+    if original.is_meta:
+        return 0.0
     difference = (original - composed).abs().max().item()
-    tolerance = 1e-5 if original.dtype in (torch.float32, torch.float64) else 4e-2
-    if not difference <= tolerance * max(1.0, original.abs().max().item()):  # NaN fails too
+    if not difference <= _tolerance(original):  # NaN fails too
         raise AdapterMismatchError(
             f"{label} does not behave as its adapter describes: max |difference| {difference:.2g} with nothing merged. "
             "The host library's block has probably changed, or a subclass adds a step of its own; the model was left "
             "as it was. Describe the block in an adapter of its own (CONTRIBUTING.md, 'a new family')."
         )
     return float(difference)
+
+
+def _check_places(composed: Callable[..., Any], x: Tensor, axis: int, label: str) -> None:
+    """Fail where tokens in another order do not come out as the same tokens in that order."""
+    turned = first_of(composed(x.roll(1, axis)))
+    expected = first_of(composed(x)).roll(1, axis)
+    if expected.is_meta or (turned - expected).abs().max().item() <= _tolerance(expected):
+        return
+    raise AdapterMismatchError(
+        f"{label} treats a token by its place in the sequence (relative or rotary positions, a convolution, a causal "
+        "mask), which its adapter does not describe: with tokens merged, places would be wrong. The model was left as "
+        "it was."
+    )
+
+
+def _tolerance(expected: Tensor) -> float:
+    relative = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 4e-2
+    return relative * max(1.0, expected.abs().max().item())

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.adapters.original import Original
+
 __all__ = ["BiasedPool", "InputMean", "OutputMean", "Sizes", "weigh"]
 
 Sizes = Callable[[], "Tensor | None"]  # the final sizes [B, M] of the forward in progress
@@ -26,25 +28,12 @@ def weigh(x: Tensor, size: Tensor | None, start: int) -> Tensor:  # [B, M, C], [
     return torch.cat((ones, scale), dim=1)[..., None].to(x.dtype) * x
 
 
-class Pool:
-    """A callable that replaces a module's method and knows what it replaced."""
-
-    def __init__(self, owner: nn.Module, attribute: str, sizes: Sizes) -> None:
-        self.owner, self.attribute, self.sizes = owner, attribute, sizes
-        self.previous = owner.__dict__.get(attribute)
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return getattr(type(self.owner), self.attribute)(self.owner, *args, **kwargs)
-
-
-class OutputMean(Pool):
+class OutputMean(Original):
     """A module whose output the host averages over the tokens from `start` on."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes, start: int, batch_first: bool = True) -> None:
-        super().__init__(owner, "forward", sizes)
-        self.start, self.batch_first = start, batch_first
+        super().__init__(owner)
+        self.sizes, self.start, self.batch_first = sizes, start, batch_first
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.original(*args, **kwargs)
@@ -53,12 +42,12 @@ class OutputMean(Pool):
         return weigh(out.transpose(0, 1), self.sizes(), self.start).transpose(0, 1)
 
 
-class InputMean(Pool):
+class InputMean(Original):
     """timm's `pool(x, pool_type)`: weighs what goes into its mean, leaves its other kinds alone."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
-        super().__init__(owner, "pool", sizes)
-        self.start = start
+        super().__init__(owner, "pool")
+        self.sizes, self.start = sizes, start
 
     def __call__(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.owner.global_pool if pool_type is None else pool_type
@@ -69,12 +58,12 @@ class InputMean(Pool):
         return mean if kind == "avg" else 0.5 * (self.original(x, "max") + mean)
 
 
-class BiasedPool(Pool):
+class BiasedPool(Original):
     """An attention pool that takes `attn_mask`: log-size is added to its scores."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
-        super().__init__(owner, "forward", sizes)
-        self.start = start
+        super().__init__(owner)
+        self.sizes, self.start = sizes, start
 
     def __call__(self, x: Tensor) -> Tensor:
         size = self.sizes()

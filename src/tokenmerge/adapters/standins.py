@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MAEStandIn", "SwagStandIn"]
+__all__ = ["MAEStandIn", "PlainStandIn", "SwagStandIn"]
 
 
 class MAEStandIn(nn.Module):
@@ -120,4 +120,37 @@ class _SwagBlock(nn.Module):
         y = self.ln_1(x)
         x = x + self.dropout(self.self_attention(y, y, y, need_weights=False)[0])
         out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class PlainStandIn(nn.Module):
+    """A ViT as anyone writes it for themselves, with names of its own; what follows the blocks averages the tokens."""
+
+    def __init__(self, *, patch_size: int = 8, width: int = 32, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch_size, patch_size)
+        self.position = nn.Parameter(torch.randn(1, (32 // patch_size) ** 2, width) * 0.02)
+        self.layers = nn.ModuleList(_PlainBlock(width, heads) for _ in range(depth))
+        self.classify = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, height, width] -> [B, classes]
+        x = self.embed(x).flatten(2).mT + self.position
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.classify(x.mean(dim=1))
+        return logits
+
+
+class _PlainBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.before = nn.LayerNorm(width)
+        self.mix = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.between = nn.LayerNorm(width)
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
+        y = self.before(x)
+        x = x + self.mix(y, y, y)[0]
+        out: Tensor = x + self.feed(self.between(x))
         return out

@@ -30,6 +30,7 @@ class TimmViT(Adapter):
     name = "timm_vit"
     families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, average-pooled ViTs"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    token_methods = ("forward_features", "forward_intermediates", "get_intermediate_layers")
 
     def matches(self, model: Any) -> bool:
         return _MODEL in class_names(model) and not isinstance(getattr(model, "global_pool", None), bool)

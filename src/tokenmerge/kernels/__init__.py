@@ -37,9 +37,11 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
 NAMES = sorted({kernel.name for row in TABLE.values() for kernel in row})
 
 
-def match(metric: Tensor, side_a: Side, side_b: Side, distance: str = "cosine") -> tuple[Tensor, Tensor]:
+def match(
+    metric: Tensor, side_a: Side, side_b: Side, distance: str = "cosine", valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Best partner in side B of every token of side A, of `[B, N, D]`: scores and places in B, both `[B, Na]`."""
-    best: tuple[Tensor, Tensor] = select("match", metric).run(metric, side_a, side_b, distance)
+    best: tuple[Tensor, Tensor] = select("match", metric).run(metric, side_a, side_b, distance, valid)
     return best
 
 

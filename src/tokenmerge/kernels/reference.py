@@ -15,8 +15,17 @@ __all__ = ["Side", "match", "mean_heads", "merge", "reduce", "unmerge"]
 Side = slice | Tensor  # the tokens of one side of a bipartite graph: positions `[Na]`, the same in every image
 
 
-def match(metric: Tensor, side_a: Side, side_b: Side, distance: str) -> tuple[Tensor, Tensor]:  # [B, N, D]
-    """Return for every token of side A its best score in side B and the place there that has it, both `[B, Na]`."""
+def match(
+    metric: Tensor,  # [B, N, D]
+    side_a: Side,
+    side_b: Side,
+    distance: str,
+    valid: Tensor | None = None,  # [B, N] bool
+) -> tuple[Tensor, Tensor]:
+    """Return for every token of side A its best score in side B and the place there that has it, both `[B, Na]`.
+
+    Between two tokens that are not `valid` the score is infinite, between one that is and one that is not minus that.
+    """
     # half precision ties scores that differ in the third digit, and autocast would bring it back in the product
     with torch.autocast(metric.device.type, enabled=False) if _is_autocast(metric.device.type) else nullcontext():
         metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
@@ -26,6 +35,9 @@ def match(metric: Tensor, side_a: Side, side_b: Side, distance: str) -> tuple[Te
         scores = -torch.cdist(a, b) if distance == "euclidean" else torch.bmm(a, b.mT)  # [B, Na, Nb]
         if distance == "softmax":
             scores = (scores / metric.shape[-1] ** 0.5).softmax(dim=-1)
+        if valid is not None:
+            a, b = valid[:, side_a, None], valid[:, None, side_b]  # [B, Na, 1], [B, 1, Nb]
+            scores = scores.masked_fill(~a & ~b, float("inf")).masked_fill(a ^ b, float("-inf"))
         best, index = scores.max(dim=-1)
     return best, index
 
@@ -57,7 +69,8 @@ def merge(
     # one flat index_select copies whole rows; a gather with an expanded index is several times slower on CPU
     out = flat.index_select(0, (keep + rows * N).flatten())  # [B*M, C]
     flat_dst = (dst + rows * M).flatten()  # [B*R]
-    weight = (absorbed_size / new_size.gather(1, dst)).flatten()[:, None].to(x.dtype)
+    # groups of padding alone have the size 0
+    weight = (absorbed_size / new_size.gather(1, dst).clamp_min(1e-12)).flatten()[:, None].to(x.dtype)
     step = flat.index_select(0, (src + rows * N).flatten()) - out.index_select(0, flat_dst)
     out.index_add_(0, flat_dst, weight * step)
     return out.view(B, M, C), new_size

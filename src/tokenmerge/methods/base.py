@@ -26,6 +26,7 @@ class TokenView:
     prefix: int  # protected tokens at the front
     grid: tuple[int, int] | None  # rows and columns of the input patches, where the model has a grid
     layer: int
+    valid: Tensor | None = None  # [B, N] bool: which tokens are real; None: all
 
 
 class Reduction(ABC):

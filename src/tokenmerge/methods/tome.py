@@ -64,6 +64,7 @@ class ToMe(Reduction):
             distance=self.distance,
             partition=self.partition,
             seed=self.seed + view.layer,
+            valid=view.valid,
         )
 
     def merge(self, plan: Plan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ import tokenmerge
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.flops import count
-from tokenmerge.tools.models import find_device, run_images, shared_copy
+from tokenmerge.tools.models import find_device, known_size, run_images, shared_copy
 from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory
 
 __all__ = ["Bench", "bench"]
@@ -60,7 +60,7 @@ def bench(
     model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
     rows = []
     with tokenmerge.patched(model, method, r=0) as handle:
-        size = tuple(input_size or handle.input_size)
+        size = tuple(input_size or known_size(handle))
     steps = len(batches) * len(rs)
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])

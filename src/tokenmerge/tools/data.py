@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import tokenmerge
 from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.tools.models import known_size
 
 __all__ = ["FASHION_MNIST", "FashionMNIST", "Folder", "check_source", "normalise", "open_data"]
 
@@ -97,9 +98,9 @@ def check_source(source: str) -> None:
         )
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
+def _input_size(model: nn.Module) -> tuple[int, ...]:
     with tokenmerge.patched(model, r=0) as handle:
-        return handle.input_size
+        return known_size(handle)
 
 
 def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 import tokenmerge
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.schedule import R
-from tokenmerge.tools.models import find_device, shared_copy
+from tokenmerge.tools.models import find_device, known_size, shared_copy
 from tokenmerge.tools.timing import environment, interleave
 
 __all__ = ["Diagnosis", "examine"]
@@ -57,7 +57,7 @@ def examine(
         ("blocks", True, f"re-composed, they differ from their own forward by at most {report.parity:.2g}"),
     ]
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, *handle.input_size, generator=generator).to(where, next(model.parameters()).dtype)
+    x = torch.randn(batch, *known_size(handle), generator=generator).to(where, next(model.parameters()).dtype)
     with torch.inference_mode(), handle.disabled():
         unmerged = model(x)
     with torch.inference_mode():

@@ -22,7 +22,7 @@ class Count(NamedTuple):
 
 
 def flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Return the MACs of one forward on an input of `(channels, height, width)`, or `(batch, channels, ...)`.
+    """Return the MACs of one forward on an input of `(channels, height, width)`, or `(batch, ...)` of any other kind.
 
     MACs, which the papers call FLOPs: convolutions, linear layers and both products of attention; norms, activations,
     additions and, as in the papers, the matching itself are not counted (`count` gives that beside it). Nothing is
@@ -42,7 +42,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Count:
     # imports triton where that is installed, which `import tokenmerge` must not
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape = tuple(input_size) if len(input_size) == 4 else (1, *input_size)
+    shape = tuple(input_size) if len(input_size) != 3 else (1, *input_size)
     # handing deepcopy the replaced tensors keeps it from copying the weights
     memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     memo.update({id(b): b.to("meta") for b in model.buffers()})

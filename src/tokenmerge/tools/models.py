@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge import Handle
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
 
-__all__ = ["BUNDLED", "find_device", "import_timm", "load_model", "run_images", "shared_copy"]
+__all__ = ["BUNDLED", "find_device", "import_timm", "known_size", "load_model", "run_images", "shared_copy"]
 
 BUNDLED = "reference"
 
@@ -100,3 +101,12 @@ def _load_file(path: Path) -> nn.Module:
             "path); a state dict alone does not say what to build."
         )
     return content.eval()
+
+
+def known_size(handle: Handle) -> tuple[int, ...]:
+    """Return the input size of a patched model; raises `DataError` where the model does not say it."""
+    if handle.input_size is None:
+        raise DataError(
+            f"{type(handle.model).__qualname__} does not say which input size it takes; give input_size (--input-size)."
+        )
+    return handle.input_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,38 +10,64 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import adapters
+from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec
 from tokenmerge.errors import AlreadyPatchedError, UnsupportedError
 
 __all__ = ["simulate"]
 
 
-def simulate(model: nn.Module, groups: Sequence[Tensor], *inputs: Tensor) -> Any:  # per block [B, N]
+def simulate(
+    model: nn.Module,
+    groups: Sequence[Tensor],  # per block [B, N]
+    *inputs: Any,
+    positions: Sequence[Tensor] | None = None,  # per block [B, M]
+    adapter: Adapter | None = None,
+    **options: Any,
+) -> Any:
     """Run an unpatched model whose tokens become their group's mean between attention and MLP of every block.
 
     `groups` are a handle's after a forward of the same inputs. With proportional attention a patched model's answer is
-    this one, to rounding: all N tokens are still there, so a group of n weighs n times by itself, everywhere. Uses
-    hooks only, none of the code that merges. Raises `AlreadyPatchedError` for a patched model and `UnsupportedError`
-    where tokens were dropped.
+    this one, to rounding: all N tokens are still there, so a group of n weighs n times by itself, everywhere. A model
+    whose attention knows places needs the handle's `positions` too: all members of a group stand at the place that
+    their merged token keeps. Uses hooks only, none of the code that merges. Raises `AlreadyPatchedError` for a patched
+    model and `UnsupportedError` where tokens were dropped.
     """
     if "_tokenmerge_handle" in model.__dict__:
         raise AlreadyPatchedError("simulate() runs the unmerged model; call unpatch(model) first.")
     if any(bool((assign < 0).any()) for assign in groups):
         raise UnsupportedError("a method that drops tokens has no group-mean simulation.")
-    adapter = adapters.find(model)
+    adapter = adapter or adapters.find(model)
     batch_first = adapter.layout(model).batch_first
-    hooks = []
+    hooks: list[Any] = []
+    bound: list[tuple[nn.Module, str]] = []
     try:
-        for (_, block), assign in zip(adapter.blocks(model), groups, strict=True):
-            mean = _GroupMean(assign, batch_first)
+        for layer, (_, block) in enumerate(adapter.blocks(model)):
+            mean = _GroupMean(groups[layer], batch_first)
+            spec = adapter.spec(block)
             # x + f(mean(x)) leaves the block, and its group mean is mean(x) + f(mean(x)): what merging computes
-            first = getattr(block, adapter.spec(block).mlp[0])
-            hooks.append(first.register_forward_pre_hook(lambda module, args, mean=mean: (mean(args[0]), *args[1:])))
-            hooks.append(block.register_forward_hook(lambda module, args, out, mean=mean: mean(out)))
+            first = _before_mlp(spec)
+            if first:
+                hooks.append(block.get_submodule(first).register_forward_pre_hook(mean.before))
+            hooks.append(block.register_forward_hook(mean.after))
+            if positions is not None and layer:
+                places = positions[layer - 1].gather(1, groups[layer - 1])  # [B, N]
+                hooks.append(block.register_forward_pre_hook(_Places(adapter, block, places), with_kwargs=True))
+                for owner, attribute, value in adapter.placed(block, places):
+                    owner.__dict__[attribute] = value
+                    bound.append((owner, attribute))
         with torch.no_grad():
-            return model(*inputs)
+            return model(*inputs, **options)
     finally:
         for hook in hooks:
             hook.remove()
+        for owner, attribute in bound:
+            del owner.__dict__[attribute]
+
+
+def _before_mlp(spec: BlockSpec | HookSpec) -> str | None:
+    if isinstance(spec, HookSpec):
+        return spec.norm
+    return spec.mlp[0] if spec.mlp else None
 
 
 class _GroupMean:
@@ -52,3 +79,26 @@ class _GroupMean:
         same = (self.assign[:, :, None] == self.assign[:, None, :]).to(tokens.dtype)  # [B, N, N]
         mean = (same @ tokens) / same.sum(dim=-1, keepdim=True)
         return mean if self.batch_first else mean.transpose(0, 1)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self(args[0]), *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        return (self(out[0]), *out[1:]) if isinstance(out, tuple) else self(out)
+
+
+class _Places:
+    """Gives a block its further arguments (rotary tables, masks) for tokens that stand at other places."""
+
+    def __init__(self, adapter: Adapter, block: nn.Module, places: Tensor) -> None:
+        self.adapter, self.places = adapter, places
+        self.names = list(inspect.signature(type(block).forward).parameters)[1:]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        followers = self.adapter.followers
+        moved = {
+            name: followers[name](value, self.places) if name in followers and value is not None else value
+            for name, value in call.items()
+        }
+        return (), moved

@@ -1,0 +1,89 @@
+"""A model that no adapter describes: the user names the blocks and three of their children."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import Adapter, HookSpec, TokenLayout
+from tokenmerge.adapters.original import Original
+from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
+from tokenmerge.errors import UnknownNameError, UnsupportedModelError
+
+__all__ = ["Generic"]
+
+
+class Generic(Adapter):
+    """Describes a model by names: `blocks` is a path to the list of blocks, the others are paths inside a block."""
+
+    name = "generic"
+    families = "any pre-norm model, told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)"
+    landmarks = ()
+    may_match_features = True
+
+    def __init__(self, blocks: str, attn: str, norm: str, mlp: str, prefix: int | None = None) -> None:
+        self.path, self.names, self.prefix = blocks, HookSpec(attn, norm, mlp), prefix
+
+    def matches(self, model: Any) -> bool:
+        return True
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        holder = _find(model, self.path, "blocks", type(model).__qualname__)
+        found = [(f"{self.path}.{name}", block) for name, block in holder.named_children()]
+        if not isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            raise UnsupportedModelError(
+                f"blocks={self.path!r} is one {type(holder).__qualname__}, not a list of blocks. "
+                f"Its children are: {', '.join(name for name, _ in holder.named_children()) or 'none'}."
+            )
+        return found
+
+    def spec(self, block: Any) -> HookSpec:
+        for option in ("attn", "norm", "mlp"):
+            _find(block, getattr(self.names, option), option, f"the block {type(block).__qualname__}")
+        return self.names
+
+    def layout(self, model: Any) -> TokenLayout:
+        attns = [block.get_submodule(self.spec(block).attn) for _, block in self.blocks(model)]
+        batch_first = not any(isinstance(attn, nn.MultiheadAttention) and not attn.batch_first for attn in attns)
+        return TokenLayout(self._prefix(model), None, None, None, batch_first)
+
+    def tap(self, block: Any) -> AttentionTap:
+        attn = block.get_submodule(self.names.attn)
+        if isinstance(attn, nn.MultiheadAttention):
+            return MultiheadTap(attn)
+        return SeamTap(attn, Original(attn).original)
+
+    def grid_head(self, model: Any) -> str | None:
+        return "what a model that is only known by names does with its tokens is not known"
+
+    def _prefix(self, model: Any) -> int:
+        if self.prefix is not None:
+            return self.prefix
+        declared = getattr(model, "num_prefix_tokens", None)
+        if isinstance(declared, int):
+            return declared
+        # [1, n, C] parameters that are put in front of the patches
+        names = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
+        tokens = [getattr(model, name, None) for name in names]
+        return sum(token.shape[-2] if token.dim() == 3 else 1 for token in tokens if isinstance(token, Tensor))
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.adapters.standins import PlainStandIn
+
+        return PlainStandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+def _find(module: nn.Module, path: str, option: str, where: str) -> nn.Module:
+    here, done = module, ""
+    for part in path.split("."):
+        child = getattr(here, part, None)
+        if not isinstance(child, nn.Module):
+            present = ", ".join(name for name, _ in here.named_children()) or "none"
+            raise UnknownNameError(
+                f"{option}={path!r}: {where}{' at ' + repr(done) if done else ''} has no child {part!r}. "
+                f"Its children are: {present}."
+            )
+        here, done = child, f"{done}.{part}".lstrip(".")
+    return here

@@ -1,0 +1,184 @@
+"""Bind what runs inside a model, prove it, and take it out again."""
+
+from __future__ import annotations
+
+import dataclasses
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, Replacement, TokenLayout, check_parity
+from tokenmerge.adapters.taps import AttentionTap
+from tokenmerge.errors import AdapterMismatchError, UnsupportedError, UnsupportedModelError
+from tokenmerge.guards import guard_methods
+from tokenmerge.hooks import HookRunner
+from tokenmerge.methods.base import Reduction
+from tokenmerge.runner import BlockRunner
+from tokenmerge.state import ForwardState
+
+__all__ = ["Attachment", "attach"]
+
+
+class Attachment:
+    """All that was bound to one model; undoing it leaves no attribute behind."""
+
+    def __init__(self, runners: list[BlockRunner], limits: list[str]) -> None:
+        self.runners, self.limits = runners, limits
+        self.parity = 0.0
+        self._bound: list[tuple[nn.Module, str, bool, Any]] = []
+
+    def bind(self, replacement: Replacement) -> None:
+        owner, attribute, value = replacement
+        self._bound.append((owner, attribute, attribute in owner.__dict__, owner.__dict__.get(attribute)))
+        owner.__dict__[attribute] = value
+
+    def undo(self) -> None:
+        for owner, attribute, existed, previous in reversed(self._bound):
+            if existed:
+                owner.__dict__[attribute] = previous
+            else:
+                owner.__dict__.pop(attribute, None)
+        self._bound.clear()
+
+
+def attach(
+    model: nn.Module,
+    adapter: Adapter,
+    method: Reduction,
+    state: ForwardState,
+    layout: TokenLayout,
+    prop_attn: bool | str,
+    restore: str | None,
+) -> Attachment:
+    """Bind one runner per block and the adapter's pooling, and prove them; on any error the model is as before.
+
+    Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says) or
+    `UnsupportedError` (proportional attention was demanded, and this attention takes no bias).
+    """
+    blocks = adapter.blocks(model)
+    if not blocks:
+        raise UnsupportedModelError(
+            f"{type(model).__qualname__} matches {adapter.name!r} but has no blocks: nothing to patch."
+        )
+    # before the taps: it refuses blocks that are made in another way
+    specs = [adapter.spec(block) for _, block in blocks]
+    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+        _check_children(block, layer, spec)
+    taps = [adapter.tap(block) for _, block in blocks]
+    is_proportional, limits = _proportional(adapter, model, taps, prop_attn)
+    method = _seeing(method, adapter, taps, limits)
+    runners = [
+        (HookRunner if isinstance(spec, HookSpec) else BlockRunner)(
+            block, layer, spec, tap, adapter, method, state, layout, is_proportional
+        )
+        for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
+    ]
+    attachment = Attachment(runners, limits)
+    state.needs_places = adapter.is_positional or bool(adapter.followers)
+    try:
+        for tap in taps:
+            for replacement in tap.seams(method.needs):
+                attachment.bind(replacement)
+        for runner in runners:
+            for replacement in runner.seams():
+                attachment.bind(replacement)
+        attachment.parity = _prove(model, adapter, blocks, runners)
+        for runner in runners:
+            attachment.bind(Replacement(runner.block, "forward", runner))
+        _bind_outputs(attachment, model, adapter, state, restore)
+    except BaseException:
+        attachment.undo()
+        raise
+    return attachment
+
+
+def _bind_outputs(
+    attachment: Attachment, model: nn.Module, adapter: Adapter, state: ForwardState, restore: str | None
+) -> None:
+    """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
+    reason = adapter.grid_head(model)
+    if restore == "dense":
+        state.restore = "every"
+        return
+    if reason:
+        state.restore = "last"
+        attachment.limits.append(f"tokens are put back in their places after the last block: {reason}")
+    else:
+        head, limits = adapter.head(model, state.final_size)
+        attachment.limits += limits
+        for replacement in head:
+            attachment.bind(replacement)
+    if restore is None:
+        for replacement in guard_methods(model, adapter.token_methods, state) + adapter.guards(model, state.is_merging):
+            attachment.bind(replacement)
+
+
+def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec) -> None:
+    names = (*spec.attention, *spec.mlp) if isinstance(spec, BlockSpec) else dataclasses.astuple(spec)
+    missing = []
+    for name in filter(None, names):
+        try:
+            attrgetter(name)(block)
+        except AttributeError:
+            missing.append(name)
+    if missing:
+        present = ", ".join(name for name, _ in block.named_children())
+        raise AdapterMismatchError(
+            f"block {layer} ({type(block).__module__}.{type(block).__qualname__}) has no child "
+            f"{', '.join(missing)}, which its adapter expects. It has: {present}."
+        )
+
+
+def _seeing(method: Reduction, adapter: Adapter, taps: list[AttentionTap], limits: list[str]) -> Reduction:
+    """Return the method, made to match by features where the adapter allows it and the attention shows no keys."""
+    if not adapter.may_match_features or "metric" not in getattr(method, "__dataclass_fields__", {}):
+        return method
+    try:
+        for tap in taps:
+            tap.seams(method.needs)
+    except UnsupportedError:
+        limits.append("matched by features: the attention has no queries, keys or values that could be listened to")
+        return dataclasses.replace(method, metric="x")  # type: ignore[type-var]
+    return method
+
+
+def _proportional(
+    adapter: Adapter, model: nn.Module, taps: list[AttentionTap], prop_attn: bool | str
+) -> tuple[bool, list[str]]:
+    """Decide on proportional attention; returns it and what the report should say."""
+    can = all(tap.takes_bias for tap in taps)
+    if prop_attn is True and not can:
+        raise UnsupportedError(
+            "prop_attn=True, but this attention takes no mask to add log(size) to. Use prop_attn='auto' or False, or a "
+            "host version whose attention has an attn_mask argument (timm >= 1.0.16)."
+        )
+    if prop_attn is not True and prop_attn is not False and not can:
+        return False, ["no proportional attention: this attention takes no mask"]
+    if prop_attn != "auto":
+        return bool(prop_attn), []
+    without, doubt = adapter.trained_without_merging(model)
+    if without:
+        return False, ["no proportional attention: an MAE model trained without merging is better without it"]
+    return True, [doubt] if doubt else []
+
+
+def _prove(
+    model: nn.Module, adapter: Adapter, blocks: list[tuple[str, nn.Module]], runners: list[BlockRunner]
+) -> float:
+    """Probe one block of each make; returns the largest difference from the block's own forward."""
+    worst = 0.0
+    seen: dict[Any, BlockRunner] = {}
+    for (name, block), runner in zip(blocks, runners, strict=True):
+        make = (type(block), tuple((child, type(module)) for child, module in block.named_modules()))
+        if make in seen:
+            runner.rest = seen[make].rest
+            continue
+        seen[make] = runner
+        label = f"{name} ({type(block).__module__}.{type(block).__qualname__})"
+        sample = adapter.sample(model, block, runner.layout)
+        worst = max(
+            worst,
+            check_parity(block, runner.parity, runner.probe, runner.layout, label, sample, adapter.is_positional),
+        )
+    return worst
