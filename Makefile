@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench ablation train clean
+.PHONY: demo test check bench ablation train support hosts clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/tokenmerge demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: .venv/ready
 	scripts/check
@@ -28,5 +28,20 @@ ablation: .venv/ready
 train: .venv/ready
 	$(BIN)/python recipes/train_reference.py
 
+# the page of supported models, from the results of the tests that support them
+support: .venv/ready
+	$(BIN)/python -m pytest tests/adapters tests/conformance/test_timm_registry.py --support docs/support.md
+
+# the same promises on the oldest host versions that are supported, in an environment of their own
+OLD := .venv-hosts/bin
+.venv-hosts/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-hosts
+	$(OLD)/python -m pip install --quiet --disable-pip-version-check torch torchvision timm==1.0.16 "transformers==4.57.*"
+	$(OLD)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" timm==1.0.16 "transformers==4.57.*"
+	touch $@
+
+hosts: .venv-hosts/ready
+	$(OLD)/python -m pytest --numprocesses auto tests/adapters tests/conformance/test_adapters.py tests/conformance/test_timm_registry.py
+
 clean:
-	rm -rf .venv tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-hosts tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache

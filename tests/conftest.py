@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support", metavar="PATH", help="write the page of supported models from this run's results")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path = session.config.getoption("--support")
+    if path and exitstatus == 0:
+        from support_page import page
+
+        Path(path).write_text(page())
 
 
 @pytest.fixture(autouse=True)

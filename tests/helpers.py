@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.tools.models import answer
+
+__all__ = ["TOLERANCE", "answer", "assert_close", "bound_attributes", "randomised", "run_in_threads", "tiny_vit"]
+
 # rounding of one forward, relative to the largest value
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
@@ -26,7 +30,7 @@ def randomised(model: nn.Module) -> nn.Module:
     """Draw every parameter so that a forgotten one shows: norms, biases, layer scale, and weights that mix tokens."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() < 2:
                 parameter.normal_(0.5, 0.5)
             elif "pos_embed" in name or "token" in name or "latent" in name:
                 parameter.normal_()
@@ -47,7 +51,13 @@ def tiny_vit(**options: Any) -> nn.Module:
 def bound_attributes(model: nn.Module) -> list[str]:
     """Every instance attribute that patching could leave behind."""
     names = ("forward", "pool", "_tokenmerge_handle", "r", "_tome_info")
-    found = [f"{path}.{name}" for path, module in model.named_modules() for name in names if name in module.__dict__]
+    # vit-pytorch has a `pool` of its own, a word
+    found = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name in names
+        if name in module.__dict__ and not isinstance(module.__dict__[name], str)
+    ]
     hooks = [path for path, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     return found + hooks
 

@@ -50,6 +50,75 @@ def test_every_token_is_kept_or_absorbed_once(n: int, prefix: int, r: int, parti
         assert all(slot >= prefix for slot in plan.dst[image].tolist()), "a prefix token absorbed something"
 
 
+# real tokens per image, padding behind them, r: with these r there are padding tokens or real pairs enough
+PADDED = [
+    pytest.param(20, 1, (20, 12, 7), 4, id="more-padding-each"),
+    pytest.param(33, 0, (33, 2, 17), 6, id="two-real"),
+    pytest.param(24, 2, (20, 21, 24), 3, id="little-padding"),
+    pytest.param(16, 1, (16, 16, 16), 7, id="no-padding"),
+]
+
+
+@pytest.mark.parametrize(("n", "prefix", "reals", "r"), PADDED)
+@pytest.mark.parametrize("is_scattered", [False, True], ids=["behind", "scattered"])
+def test_padding_is_merged_with_padding_first_and_never_with_a_real_token(
+    n: int, prefix: int, reals: tuple[int, ...], r: int, is_scattered: bool
+) -> None:
+    metric, valid = torch.randn(3, n, 8), torch.arange(n) < torch.tensor(reals)[:, None]
+    if is_scattered:
+        order = torch.cat((torch.arange(prefix), prefix + torch.randperm(n - prefix)))
+        valid = valid[:, order]
+    plan = plans.lead_by_real(matching.bipartite(metric, r, prefix=prefix, valid=valid), valid)
+    assert plan.keep.shape == (3, n - r)
+    for image in range(3):
+        is_real = valid[image].tolist()
+        got = [sorted(group) for group in _groups(plan, image)]
+        expected = slow_bipartite(metric[image].double().numpy(), r, prefix, valid[image].double().numpy())
+        assert all(len({is_real[token] for token in group}) == 1 for group in got)
+        # which of the padding goes is nobody's concern: how much of it does
+        assert sorted(g for g in got if is_real[g[0]]) == sorted(sorted(g) for g in expected if is_real[g[0]])
+        removed = sum(len(group) - 1 for group in got if not is_real[group[0]])
+        assert removed == sum(len(group) - 1 for group in expected if not is_real[group[0]])
+
+
+@pytest.mark.parametrize("partition", matching.PARTITIONS)
+@pytest.mark.parametrize("distance", matching.DISTANCES)
+@pytest.mark.parametrize("real", [0, 1, 2, 5, 16])
+def test_a_group_with_a_real_token_is_led_by_one_however_little_room_there_is(
+    real: int, distance: str, partition: str
+) -> None:
+    metric = torch.randn(40, 16, 4)
+    valid = torch.rand(40, 16).argsort(dim=1) < real
+    first = matching.bipartite(metric, 100, distance=distance, partition=partition, valid=valid)
+    plan = plans.lead_by_real(first, valid)
+    assert torch.equal(plans.assignment(plan), plans.assignment(first))
+    size = plans.merge(plan, valid[..., None].float(), "sum")[..., 0]
+    assert torch.equal(size > 0, valid.gather(1, plan.keep)) and (size.sum(dim=1) == real).all()
+    x = torch.randn(40, 16, 3).masked_fill(~valid[..., None], 1e6)
+    merged, _ = plans.merge_weighted(plan, x, valid.float())
+    assert merged[size > 0].abs().max() < 100 if real else merged.eq(1e6).all(), "padding has no weight"
+
+
+@pytest.mark.parametrize("distance", matching.DISTANCES)
+def test_padding_behind_an_image_does_not_change_its_matching(distance: str) -> None:
+    metric, junk = torch.randn(2, 20, 8), torch.randn(2, 12, 8)
+    alone = matching.bipartite(metric, 5, prefix=1, distance=distance)
+    valid = torch.arange(32) < 20
+    padded = matching.bipartite(
+        torch.cat((metric, junk), dim=1), 6 + 5, prefix=1, distance=distance, valid=valid.expand(2, -1)
+    )
+    groups, padded_groups = plans.assignment(alone), plans.assignment(padded)[:, :20]
+    for image in range(2):
+        same = groups[image, :, None] == groups[image]
+        assert torch.equal(padded_groups[image, :, None] == padded_groups[image], same)
+
+
+def test_matching_without_padding_is_the_same_with_a_mask_that_says_so() -> None:
+    metric = torch.randn(3, 30, 8)
+    plain, masked = (matching.bipartite(metric, 7, prefix=1, valid=v) for v in (None, torch.ones(3, 30).bool()))
+    assert all(torch.equal(getattr(plain, name), getattr(masked, name)) for name in ("keep", "src", "dst"))
+
+
 def _best_pairs(a: Tensor, b: Tensor, distance: str) -> tuple[Tensor, Tensor]:
     if distance == "dot":
         scores = torch.einsum("bid,bjd->bij", a, b)

@@ -121,13 +121,17 @@ class Handle:
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens after each block: those of the last forward, or those planned before any."""
+        """Tokens after each block: those of the last forward, or those planned before any.
+
+        Where tokens are merged inside windows, for the attention only: those of a window that each attention saw.
+        """
         frame = self._state.last()
         if frame is None or frame.shape[-1] is None:
             if self._layout.tokens is None:
                 raise NotTrackedError("how many tokens this model has is known after a forward; run the model first.")
             return self._state.schedule.tokens(self._layout.tokens, self._layout.prefix)
-        return [shape[1] for shape in frame.shape[1:] if shape is not None]
+        shapes = [inside or shape for inside, shape in zip(frame.inside, frame.shape, strict=True)]
+        return [shape[1] for shape in shapes[1:] if shape is not None]
 
     @property
     def sizes(self) -> Tensor:
@@ -142,7 +146,8 @@ class Handle:
     @property
     def has_merged(self) -> bool:
         """Whether the last forward merged anything."""
-        return self._last().size[-1] is not None
+        frame = self._last()
+        return frame.size[-1] is not None or any(inside and inside[1] < inside[0] for inside in frame.inside)
 
     @property
     def prefix(self) -> int:

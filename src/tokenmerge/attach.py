@@ -8,30 +8,45 @@ from typing import Any
 
 from torch import nn
 
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, Replacement, TokenLayout, check_parity
+from tokenmerge.adapters.base import (
+    Adapter,
+    BlockSpec,
+    HookSpec,
+    Original,
+    Replacement,
+    TokenLayout,
+    WindowSpec,
+    check_parity,
+)
 from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.errors import AdapterMismatchError, UnsupportedError, UnsupportedModelError
+from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 from tokenmerge.guards import guard_methods
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import Reduction
 from tokenmerge.runner import BlockRunner
 from tokenmerge.state import ForwardState
+from tokenmerge.windows import WindowRunner
 
 __all__ = ["Attachment", "attach"]
+
+_RUNNERS: dict[type, type[BlockRunner]] = {BlockSpec: BlockRunner, HookSpec: HookRunner, WindowSpec: WindowRunner}
 
 
 class Attachment:
     """All that was bound to one model; undoing it leaves no attribute behind."""
 
-    def __init__(self, runners: list[BlockRunner], limits: list[str]) -> None:
-        self.runners, self.limits = runners, limits
+    def __init__(self, limits: list[str]) -> None:
+        self.limits = limits
+        self.runners: list[BlockRunner] = []
         self.parity = 0.0
         self._bound: list[tuple[nn.Module, str, bool, Any]] = []
 
-    def bind(self, replacement: Replacement) -> None:
-        owner, attribute, value = replacement
-        self._bound.append((owner, attribute, attribute in owner.__dict__, owner.__dict__.get(attribute)))
-        owner.__dict__[attribute] = value
+    def bind(self, *replacements: Replacement) -> None:
+        for owner, attribute, value in replacements:
+            self._bound.append((owner, attribute, attribute in owner.__dict__, owner.__dict__.get(attribute)))
+            if isinstance(value, Original) and value.owner is owner:
+                value.previous = owner.__dict__.get(attribute)  # several may be made before the first is bound
+            owner.__dict__[attribute] = value
 
     def undo(self) -> None:
         for owner, attribute, existed, previous in reversed(self._bound):
@@ -53,13 +68,18 @@ def attach(
 ) -> Attachment:
     """Bind one runner per block and the adapter's pooling, and prove them; on any error the model is as before.
 
-    Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says) or
-    `UnsupportedError` (proportional attention was demanded, and this attention takes no bias).
+    Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says),
+    `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
     blocks = adapter.blocks(model)
     if not blocks:
         raise UnsupportedModelError(
             f"{type(model).__qualname__} matches {adapter.name!r} but has no blocks: nothing to patch."
+        )
+    if any(_is_patched(block) for _, block in blocks):
+        raise AlreadyPatchedError(
+            f"blocks of this {type(model).__qualname__} are reduced already, by way of a model around or inside it; "
+            "call unpatch on that one first."
         )
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
@@ -68,25 +88,24 @@ def attach(
     taps = [adapter.tap(block) for _, block in blocks]
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn)
     method = _seeing(method, adapter, taps, limits)
-    runners = [
-        (HookRunner if isinstance(spec, HookSpec) else BlockRunner)(
-            block, layer, spec, tap, adapter, method, state, layout, is_proportional
-        )
-        for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
-    ]
-    attachment = Attachment(runners, limits)
+    attachment = Attachment(limits)
     state.needs_places = adapter.is_positional or bool(adapter.followers)
     try:
+        attachment.bind(*adapter.wiring(model))
+        runners = attachment.runners = [
+            _RUNNERS[type(spec)](block, layer, spec, tap, adapter, method, state, layout, is_proportional)
+            for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
+        ]
+        limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
-            for replacement in tap.seams(method.needs):
-                attachment.bind(replacement)
+            attachment.bind(*tap.seams(method.needs))
         for runner in runners:
-            for replacement in runner.seams():
-                attachment.bind(replacement)
+            attachment.bind(*runner.seams())
         attachment.parity = _prove(model, adapter, blocks, runners)
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
+        attachment.bind(*adapter.finish(model, state.is_merging, restore))
     except BaseException:
         attachment.undo()
         raise
@@ -114,7 +133,14 @@ def _bind_outputs(
             attachment.bind(replacement)
 
 
-def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec) -> None:
+def _is_patched(block: nn.Module) -> bool:
+    bound = block.__dict__.get("forward")
+    while isinstance(bound, Original) and not isinstance(bound, BlockRunner):
+        bound = bound.previous
+    return isinstance(bound, BlockRunner)
+
+
+def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | WindowSpec) -> None:
     names = (*spec.attention, *spec.mlp) if isinstance(spec, BlockSpec) else dataclasses.astuple(spec)
     missing = []
     for name in filter(None, names):

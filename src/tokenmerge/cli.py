@@ -213,7 +213,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for title, entries in (("methods", methods), ("families", families)):
         print(title)
         for name, text in entries.items():
-            print(f"  {name:<10} {text}")
+            print(f"  {name:<16} {text}")
     return 0
 
 

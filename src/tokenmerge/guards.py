@@ -17,13 +17,29 @@ __all__ = ["guard_methods"]
 
 
 def guard_methods(model: nn.Module, names: tuple[str, ...], state: ForwardState) -> list[Replacement]:
-    """Guard the model's methods of these names; its own forward may go on calling them."""
-    present = [name for name in names if callable(getattr(model, name, None))]
-    if not present:
-        return []
-    entry = _Entry(model)
-    guards = [Replacement(model, name, _Guard(model, name, entry, state)) for name in present]
-    return [Replacement(model, "forward", entry), *guards]
+    """Guard the methods of these names; a name with dots is a method of a module inside.
+
+    The forward of a module whose methods are guarded may go on calling them.
+    """
+    guards: list[Replacement] = []
+    entries: dict[str, _Entry] = {}
+    for name in names:
+        path, _, method = name.rpartition(".")
+        owner = _find(model, path)
+        if owner is None or not callable(getattr(owner, method, None)):
+            continue
+        if path not in entries:
+            entries[path] = _Entry(owner)
+            guards.append(Replacement(owner, "forward", entries[path]))
+        guards.append(Replacement(owner, method, _Guard(owner, method, entries[path], state)))
+    return guards
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    owner = model
+    for name in filter(None, path.split(".")):
+        owner = getattr(owner, name, None)  # type: ignore[assignment]
+    return owner
 
 
 class _Entry(Original):

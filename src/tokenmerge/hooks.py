@@ -69,7 +69,7 @@ class HookRunner(BlockRunner):
         has_padding: bool = False,
     ) -> tuple[Tensor, Tensor | None, Plan | None]:
         self._follow(call, None)
-        turn = _Turn(x, self._bias(size), size, r, has_padding)
+        turn = _Turn(x, self._bias(size, has_padding), size, r, has_padding)
         out = self._run(turn, call)
         if turn.plan is None or turn.mid is None or turn.merged is None:
             return out, size, None

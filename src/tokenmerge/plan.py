@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenmerge import kernels
 
-__all__ = ["Plan", "assignment", "compose", "merge", "merge_weighted", "unmerge"]
+__all__ = ["Plan", "assignment", "compose", "lead_by_real", "merge", "merge_weighted", "unmerge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,23 @@ def assignment(plan: Plan) -> Tensor:
     slots = torch.arange(M, device=plan.keep.device).expand(B, M)
     groups = torch.full((B, plan.n), -1, dtype=torch.long, device=plan.keep.device)
     return groups.scatter(1, plan.keep, slots).scatter(1, plan.src, plan.dst)
+
+
+def lead_by_real(plan: Plan, valid: Tensor) -> Plan:  # [B, N] bool
+    """Let a real token lead each group that has one, so that masks at the kept places say whether a group is real.
+
+    Padding (not `valid`) that was to absorb real tokens changes places with the first of them.
+    """
+    R = plan.src.shape[1]
+    if R == 0:
+        return plan
+    leader = plan.keep.gather(1, plan.dst)  # [B, R]
+    is_real = valid.gather(1, plan.src) & ~valid.gather(1, leader)
+    rank = torch.arange(R, device=plan.src.device).expand_as(plan.src).masked_fill(~is_real, R)
+    first = torch.full_like(plan.keep, R).scatter_reduce(1, plan.dst, rank, "amin")  # [B, M]
+    src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
+    keep = torch.where(first < R, plan.src.gather(1, first.clamp_max(R - 1)), plan.keep)
+    return Plan(keep=keep, src=src, dst=plan.dst, n=plan.n)
 
 
 def compose(previous: Tensor | None, plan: Plan) -> Tensor:  # [B, N0] or None

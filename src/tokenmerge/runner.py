@@ -19,7 +19,7 @@ from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
 from tokenmerge.methods.base import Reduction, TokenView
-from tokenmerge.plan import Plan
+from tokenmerge.plan import Plan, lead_by_real
 from tokenmerge.state import ForwardState, Frame
 
 __all__ = ["BlockRunner"]
@@ -30,6 +30,8 @@ class BlockRunner(Original):
 
     While nothing is merged, before it or in it, the block's own forward runs untouched.
     """
+
+    remark = ""  # what the report should say of this way of merging
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class BlockRunner(Original):
         self._check_device(x)
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if size is None:
-            size = self._begin_sizes(frame, call)
+            size = self._begin_sizes(frame, call, tokens.shape[0])
         tokens, size, plan = self.compose(tokens, size, r, kept, call, frame.has_padding)
         state.record(frame, layer, tokens, size, plan)
         return self._hand_out(tokens, frame)
@@ -83,7 +85,7 @@ class BlockRunner(Original):
     ) -> tuple[Tensor, Tensor | None, Plan | None]:
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
         x_pre = x
-        x, seen = self._attend(x, self._bias(size), kept, self._follow(call, kept))
+        x, seen = self._attend(x, self._bias(size, has_padding), kept, self._follow(call, kept))
         plan = self._choose(x, x_pre, seen, size, r, has_padding) if r else None
         # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
         del seen
@@ -109,8 +111,11 @@ class BlockRunner(Original):
                     "listens. Choose another metric, e.g. ToMe(metric='x')."
                 )
 
-    def _bias(self, size: Tensor | None) -> Tensor | None:  # [B, N]
-        return size.log() if size is not None and self.is_proportional else None
+    def _bias(self, size: Tensor | None, has_padding: bool) -> Tensor | None:  # [B, N]
+        if size is None or not self.is_proportional:
+            return None
+        # not -inf for padding: of an image that is all padding, attention would be NaN
+        return size.log().clamp_min(-1e4) if has_padding else size.log()
 
     def _choose(
         self,
@@ -126,7 +131,8 @@ class BlockRunner(Original):
         prefix, grid = self.layout.prefix, self.layout.grid
         valid = size > 0 if has_padding and size is not None else None
         view = TokenView(x.detach(), x_pre.detach(), q, k, v, size, prefix, grid, self.layer, valid)
-        return self.method.plan(view, r)
+        plan = self.method.plan(view, r)
+        return plan if valid is None else lead_by_real(plan, valid)
 
     def _attend(
         self, x: Tensor, bias: Tensor | None, kept: Tensor | None, given: dict[str, Any]
@@ -151,6 +157,8 @@ class BlockRunner(Original):
 
     def _step(self, name: str, x: Tensor) -> Tensor:
         child = attrgetter(name)(self.block)
+        if isinstance(child, nn.ModuleList):
+            return torch.stack([branch(x) for branch in child]).sum(dim=0)
         out: Tensor = x if child is None else x * child if isinstance(child, Tensor) else child(x)
         return out
 
@@ -166,11 +174,11 @@ class BlockRunner(Original):
             )
         return given if kept is None else {name: followers[name](value, kept) for name, value in given.items()}
 
-    def _begin_sizes(self, frame: Frame, call: Mapping[str, Any]) -> Tensor | None:
+    def _begin_sizes(self, frame: Frame, call: Mapping[str, Any], B: int) -> Tensor | None:
         """Return the sizes before any merging, where some tokens are padding: 0 for these, 1 for the others."""
         valid = self.adapter.valid(call)
         frame.has_padding = valid is not None
-        return None if valid is None else valid.float()
+        return None if valid is None else valid.float().expand(B, -1)
 
     def _hand_out(self, tokens: Tensor, frame: Frame) -> Any:
         groups = frame.assign[self.layer + 1]
@@ -196,6 +204,8 @@ class BlockRunner(Original):
     def learn_output(self, output: Any) -> None:
         """Note how the block's own forward returns its tokens: alone, or as the first of a tuple of nothing else."""
         self.rest = output[1:] if isinstance(output, tuple) else None
+        if self.rest and self.adapter.ignores_rest:
+            self.rest = (None,) * len(self.rest)
         if self.rest and any(entry is not None for entry in self.rest):
             raise AdapterMismatchError(
                 f"block {self.layer} ({type(self.block).__qualname__}) returns more than its tokens: "

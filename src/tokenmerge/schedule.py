@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -53,6 +54,9 @@ class Schedule:
                 raise InvalidScheduleError(f"the callable r returned {amount!r} for block {layer}. {_ALLOWED}")
         elif isinstance(amount, float):
             amount = int(amount * max(0, tokens - prefix))
+        else:
+            # one captured graph per r: with a symbolic r, tracing may take ten times as long
+            amount = operator.index(amount)
         return min(int(amount), max(0, (tokens - prefix) // 2))
 
     def tokens(self, tokens: int, prefix: int) -> list[int]:

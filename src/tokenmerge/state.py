@@ -25,6 +25,8 @@ class Frame:
         self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept only while tracking
         self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] places in the input; None while all are there
         self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
+        # tokens before and after merging in a window, where they are merged for the attention only
+        self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
         self.has_padding = False  # some tokens are none: their size is 0
 
 

@@ -9,7 +9,7 @@ from timm.models import model_entrypoint
 
 import tokenmerge
 
-# one or two of each line; a sweep over all 206 of the four modules takes two minutes and refuses parallel blocks only
+# one or two of each line
 NAMES = [
     "vit_tiny_patch16_224",
     "vit_base_patch16_384",
@@ -30,11 +30,14 @@ NAMES = [
     "vit_medium_patch16_gap_256",
     "vit_base_patch16_gap_224",
     "vit_srelpos_small_patch16_224",
+    "vit_base_patch16_xp_224",
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
     "vit_small_r26_s32_224",
     "vitamin_small_224",
     "test_vit3",
 ]
-REFUSED = {"vit_srelpos_small_patch16_224": "no adapter for", "vit_base_patch16_xp_224": "ParallelScalingBlock"}
+REFUSED = {"resnet18": "no adapter for", "swin_tiny_patch4_window7_224": "windows that partition the full grid"}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])

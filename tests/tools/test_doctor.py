@@ -137,20 +137,20 @@ def _swin() -> nn.Module:
     return SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 1))
 
 
-def _parallel() -> nn.Module:
-    from timm.models.vision_transformer import ParallelScalingBlock
-
-    return tiny_vit(block_fn=ParallelScalingBlock)
+def _near() -> nn.Module:
+    near = nn.Module()
+    near.blocks = tiny_vit().blocks
+    return near
 
 
 @pytest.mark.parametrize(
     ("make", "texts"),
     [
         (lambda: nn.Linear(2, 2), ["no adapter for torch.nn.modules.linear.Linear", "None is near"]),
-        (_swin, ["no adapter for timm.models.swin_transformer", "Nearest is 'timm_vit'", "missing are fc_norm"]),
-        (_parallel, ["blocks of class timm.models.vision_transformer.ParallelScalingBlock are not described"]),
+        (_swin, ["SwinTransformer", "its attention runs inside windows that partition the full grid"]),
+        (_near, ["no adapter for torch.nn.modules.module.Module", "Nearest is '", "missing are"]),
     ],
-    ids=["linear", "swin", "parallel-blocks"],
+    ids=["linear", "swin", "near"],
 )
 def test_an_unsupported_model_is_a_finding_with_the_nearest_family(make: Any, texts: list[str]) -> None:
     diagnosis = examine(make())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.visualize import draw_groups, plot_tradeoff, sheet
+from tokenmerge.tools.visualize import draw_features, draw_groups, plot_tradeoff, sheet
 
 ROWS: list[dict[str, Any]] = [
     {"r": "0", "images/s": 10.0, "top-1 %": 90.0, "bound images/s": None},
@@ -124,3 +124,32 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, module:
 def test_dropped_patches_are_black() -> None:
     drawn = draw_groups(Image.new("RGB", (8, 8), "white"), torch.tensor([0, 1, -1, -1]), patch_size=4)
     assert drawn.getpixel((1, 1)) == (255, 255, 255) and drawn.getpixel((1, 6)) == drawn.getpixel((6, 6)) == (0, 0, 0)
+
+
+def test_features_of_a_photograph_have_its_resolution_and_their_groups_colours() -> None:
+    data = pytest.importorskip("skimage.data", reason="photographs need scikit-image")
+    import timm
+
+    import tokenmerge
+
+    photo = Image.fromarray(data.chelsea())
+    pixels = _pixels(photo.resize((112, 112))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=112, depth=3, num_classes=0).eval()
+    maps = []
+    for r in (0, 12):
+        with tokenmerge.patched(model, r=r, restore="dense", track=True) as handle, torch.no_grad():
+            maps.append(model.get_intermediate_layers(pixels, n=1, reshape=True)[0][0])
+            groups = handle.groups[-1][0, 5:]
+    assert maps[1].shape == (384, 8, 8)
+    for group in groups.unique():
+        members = maps[1].flatten(1)[:, groups == group]
+        assert torch.equal(members, members[:, :1].expand_as(members))
+    plain, merged = draw_features(maps, photo.size)
+    assert plain.size == merged.size == photo.size == (451, 300)
+    difference = (_pixels(plain).float() - _pixels(merged).float()).abs().mean()
+    assert 0 < difference < 0.5 * _pixels(plain).float().std(), "the restored picture is another one"
+
+
+def test_feature_maps_of_different_shapes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"expected maps of one shape .* got \[\(8, 4, 4\), \(8, 5, 4\)\]"):
+        draw_features([torch.zeros(8, 4, 4), torch.zeros(8, 5, 4)], (10, 10))

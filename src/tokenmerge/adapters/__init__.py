@@ -5,14 +5,39 @@ from __future__ import annotations
 from torch import nn
 
 from tokenmerge.adapters.base import Adapter
+from tokenmerge.adapters.dino import Dino, DinoV2
+from tokenmerge.adapters.hf_audio import HFAST, HFWhisper
+from tokenmerge.adapters.hf_beit import HFBeit
+from tokenmerge.adapters.hf_rotary import HFDINOv3, HFVJEPA2
+from tokenmerge.adapters.hf_timm import HFTimm
+from tokenmerge.adapters.hf_video import HFVideoMAE, HFVivit
+from tokenmerge.adapters.hf_aimv2 import HFAimv2
+from tokenmerge.adapters.hf_clip import HFCLIP
+from tokenmerge.adapters.hf_dinov2 import HFDinov2
+from tokenmerge.adapters.hf_internvl import HFInternVL
+from tokenmerge.adapters.hf_vit import HFViT
+from tokenmerge.adapters.hf_yolos import HFYolos
 from tokenmerge.adapters.mae import MAE
+from tokenmerge.adapters.mae_st import MAEst
+from tokenmerge.adapters.open_clip import OpenClip
+from tokenmerge.adapters.refused import refusal
 from tokenmerge.adapters.swag import Swag
+from tokenmerge.adapters.timm_beit import TimmBeit
+from tokenmerge.adapters.timm_cait import TimmCait
+from tokenmerge.adapters.timm_eva import TimmEva
+from tokenmerge.adapters.timm_naflex import TimmNaFlex
+from tokenmerge.adapters.timm_relpos import TimmRelPos
+from tokenmerge.adapters.timm_sam import TimmSAM
 from tokenmerge.adapters.timm_vit import TimmViT
+from tokenmerge.adapters.timm_vlm import TimmVLM
+from tokenmerge.adapters.torch_encoder import TorchEncoder
+from tokenmerge.adapters.torchvision_vit import TorchvisionViT
+from tokenmerge.adapters.vit_pytorch import VitPytorch
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["ADAPTERS", "find", "list_adapters"]
 
-ADAPTERS: tuple[Adapter, ...] = (TimmViT(), MAE(), Swag())
+ADAPTERS: tuple[Adapter, ...] = (TimmViT(), TimmBeit(), TimmRelPos(), TimmCait(), TimmEva(), TimmNaFlex(), TimmSAM(), TimmVLM(), MAEst(), MAE(), Swag(), TorchvisionViT(), OpenClip(), Dino(), DinoV2(), VitPytorch(), HFBeit(), HFDINOv3(), HFVideoMAE(), HFVivit(), HFVJEPA2(), HFAST(), HFWhisper(), HFViT(), HFCLIP(), HFDinov2(), HFInternVL(), HFAimv2(), HFTimm(), HFYolos(), TorchEncoder())
 
 
 def list_adapters() -> list[str]:
@@ -22,14 +47,21 @@ def list_adapters() -> list[str]:
 
 def find(model: nn.Module) -> Adapter:
     """Return the adapter of the model; raises `UnsupportedModelError` that says what was tried and what is nearest."""
-    for adapter in ADAPTERS:
-        if adapter.matches(model):
-            return adapter
+    # before the adapters: a wrapper answers for what it wraps, so they would take it for that
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(inner, nn.Module):
         raise UnsupportedModelError(
             f"{type(model).__qualname__} wraps a {type(inner).__qualname__}: patch that one, before it is compiled or "
             "wrapped."
+        )
+    for adapter in ADAPTERS:
+        if adapter.matches(model):
+            return adapter.resolve(model)
+    reason = refusal(model)
+    if reason:
+        raise UnsupportedModelError(
+            f"tokens cannot be merged in {type(model).__module__}.{type(model).__qualname__}: {reason}. Take a model "
+            "that keeps one plain sequence of tokens through its blocks; `tokenmerge list` names the families."
         )
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
     nearest = max(ADAPTERS, key=lambda adapter: len(present.intersection(adapter.landmarks)) / len(adapter.landmarks))
@@ -44,5 +76,5 @@ def find(model: nn.Module) -> Adapter:
     cls = type(model)
     raise UnsupportedModelError(
         f"no adapter for {cls.__module__}.{cls.__qualname__}; tried: {', '.join(list_adapters())}. {near} "
-        "Add a family in adapters/ (CONTRIBUTING.md), or patch the vision tower inside the model."
+        "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +27,7 @@ __all__ = [
     "Replacement",
     "Sizes",
     "TokenLayout",
+    "WindowSpec",
     "check_parity",
     "class_names",
     "first_of",
@@ -35,10 +38,11 @@ __all__ = [
 class BlockSpec:
     """A residual block as data: `x + chain(attention)`, then `x + chain(mlp)`, each chain the children in call order.
 
-    A child that can be called is called, a parameter multiplies, `None` is passed over; names may have dots. `attn` is
-    the child of the first chain that the tap stands in for. `closes` names a last child of the second chain that is
-    called with the branch and the tokens and adds the two itself. Without `attn` the tap stands in for the whole block
-    and tokens are merged after it, for blocks that have no place between attention and MLP.
+    A child that can be called is called, a list of them is called side by side and summed, a parameter multiplies,
+    `None` is passed over; names may have dots. `attn` is the child of the first chain that the tap stands in for.
+    `closes` names a last child of the second chain that is called with the branch and the tokens and adds the two
+    itself. Without `attn` the tap stands in for the whole block and tokens are merged after it, for blocks that have no
+    place between attention and MLP.
     """
 
     attention: tuple[str, ...] = ()
@@ -57,6 +61,18 @@ class HookSpec:
     attn: str
     norm: str
     mlp: str
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """A block on a grid `[B, rows, columns, C]` that must stay complete: it runs its own forward, but for `attn`.
+
+    `attn` is called with `[windows, rows, columns, C]`. `window` names the block's attribute that holds the side of a
+    window; 0 stands for one window of everything.
+    """
+
+    attn: str
+    window: str
 
 
 @dataclass(frozen=True)
@@ -88,17 +104,27 @@ class Adapter(ABC):
     token_methods: ClassVar[tuple[str, ...]] = ()
     # a method that compares keys may compare features where the attention shows no keys
     may_match_features: ClassVar[bool] = False
+    # nothing reads what a block returns behind its tokens (attention weights): None may stand for it
+    ignores_rest: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
         """Say whether this adapter describes the model."""
+
+    def resolve(self, model: nn.Module) -> Adapter:
+        """Return the adapter that describes the model: this one, or that of the one part of it where tokens are."""
+        return self
+
+    def wiring(self, model: nn.Module) -> list[Replacement]:
+        """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
+        return []
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Return the blocks in order, with their names in the model."""
 
     @abstractmethod
-    def spec(self, block: nn.Module) -> BlockSpec | HookSpec:
+    def spec(self, block: nn.Module) -> BlockSpec | HookSpec | WindowSpec:
         """Describe one block; raises `UnsupportedModelError` where it is not of this family."""
 
     @abstractmethod
@@ -122,6 +148,10 @@ class Adapter(ABC):
 
         `token_methods` are guarded without it.
         """
+        return []
+
+    def finish(self, model: nn.Module, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
+        """Return what is bound last, around everything else; it is asked for whatever `restore` says. Default: none."""
         return []
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
@@ -173,17 +203,22 @@ def check_parity(
     block knows the places of its tokens and its description does not say so. The model's random state, buffers and
     mode are left as they were.
     """
-    parameter = next((p for p in block.parameters() if p.is_floating_point()), None)
-    if parameter is None:
+    # of a module without children first: what a block or an attention holds itself may be of any inner width
+    leaves = (module for module in block.modules() if next(module.children(), None) is None)
+    found = [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
+    if not found:
         return 0.0
+    parameter = found[0]
+    # tokens have the precision of the matrices: CLIP keeps float32 norms beside them
+    dtype = next((p.dtype for p in found if p.dim() > 1), parameter.dtype)
     worst = 0.0
     buffers = [buffer.detach().clone() for buffer in block.buffers()]
     modes = [(module, module.training) for module in block.modules()]
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     n, given = sample
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _steady_dropout(block):
         width = parameter.shape[-1]  # norm weight [C] or projection [3C, C]
-        x = torch.randn(2, n, width, device=parameter.device, dtype=parameter.dtype)
+        x = torch.randn(2, n, width, device=parameter.device, dtype=dtype)
         x = x if layout.batch_first else x.transpose(0, 1)
         try:
             for training in (False, True):
@@ -194,14 +229,32 @@ def check_parity(
                     results.append(forward(x, **given))
                 worst = max(worst, _difference(results[0], results[1], label))
             block.eval()
-            if not is_positional and not given:
-                _check_places(composed, x, 1 if layout.batch_first else 0, label)
+            if not is_positional and all(value is None for value in given.values()):
+                _check_places(partial(composed, **given), x, 1 if layout.batch_first else 0, label)
         finally:
             for module, mode in modes:
                 module.training = mode
             for buffer, saved in zip(block.buffers(), buffers, strict=True):
                 buffer.copy_(saved)
     return worst
+
+
+@contextmanager
+def _steady_dropout(block: nn.Module) -> Iterator[None]:
+    """Let dropout scale instead of drawing: it draws in the order of memory, which a composition may change."""
+    dropouts = [m for m in block.modules() if isinstance(m, nn.Dropout) and "forward" not in m.__dict__]
+    for module in dropouts:
+        module.__dict__["forward"] = _Scaling(module)
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            del module.__dict__["forward"]
+
+
+class _Scaling(Original):
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * (1 - 0.5 * self.owner.p) if self.owner.training else x  # type: ignore[operator]
 
 
 def _difference(original: Any, composed: Any, label: str) -> float:
@@ -225,8 +278,10 @@ def _difference(original: Any, composed: Any, label: str) -> float:
 
 def _check_places(composed: Callable[..., Any], x: Tensor, axis: int, label: str) -> None:
     """Fail where tokens in another order do not come out as the same tokens in that order."""
-    turned = first_of(composed(x.roll(1, axis)))
-    expected = first_of(composed(x)).roll(1, axis)
+    n = x.shape[axis]
+    order = torch.tensor([*range(0, n, 2), *range(1, n, 2)], device=x.device)  # no rotation: a convolution follows one
+    turned = first_of(composed(x.index_select(axis, order)))
+    expected = first_of(composed(x)).index_select(axis, order)
     if expected.is_meta or (turned - expected).abs().max().item() <= _tolerance(expected):
         return
     raise AdapterMismatchError(

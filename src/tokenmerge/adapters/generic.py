@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tokenmerge.adapters.original import Original
 from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
 from tokenmerge.errors import UnknownNameError, UnsupportedModelError
 
-__all__ = ["Generic"]
+__all__ = ["Generic", "count_prefix"]
 
 
 class Generic(Adapter):
@@ -47,7 +48,8 @@ class Generic(Adapter):
     def layout(self, model: Any) -> TokenLayout:
         attns = [block.get_submodule(self.spec(block).attn) for _, block in self.blocks(model)]
         batch_first = not any(isinstance(attn, nn.MultiheadAttention) and not attn.batch_first for attn in attns)
-        return TokenLayout(self._prefix(model), None, None, None, batch_first)
+        prefix = count_prefix(model) if self.prefix is None else self.prefix
+        return TokenLayout(prefix, None, None, None, batch_first)
 
     def tap(self, block: Any) -> AttentionTap:
         attn = block.get_submodule(self.names.attn)
@@ -55,24 +57,29 @@ class Generic(Adapter):
             return MultiheadTap(attn)
         return SeamTap(attn, Original(attn).original)
 
+    def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        behind = list(inspect.signature(type(block).forward).parameters.values())[2:]
+        plain = [p for p in behind if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return layout.prefix + 5, {p.name: None for p in plain if p.default is p.empty}
+
     def grid_head(self, model: Any) -> str | None:
         return "what a model that is only known by names does with its tokens is not known"
-
-    def _prefix(self, model: Any) -> int:
-        if self.prefix is not None:
-            return self.prefix
-        declared = getattr(model, "num_prefix_tokens", None)
-        if isinstance(declared, int):
-            return declared
-        # [1, n, C] parameters that are put in front of the patches
-        names = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
-        tokens = [getattr(model, name, None) for name in names]
-        return sum(token.shape[-2] if token.dim() == 3 else 1 for token in tokens if isinstance(token, Tensor))
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.adapters.standins import PlainStandIn
 
         return PlainStandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+def count_prefix(model: nn.Module) -> int:
+    """Return how many tokens a model that is not known puts in front of its patches, by the usual names for them."""
+    declared = getattr(model, "num_prefix_tokens", None)
+    if isinstance(declared, int):
+        return declared
+    # [1, n, C] parameters
+    names = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
+    tokens = [getattr(model, name, None) for name in names]
+    return sum(token.shape[-2] if token.dim() == 3 else 1 for token in tokens if isinstance(token, Tensor))
 
 
 def _find(module: nn.Module, path: str, option: str, where: str) -> nn.Module:

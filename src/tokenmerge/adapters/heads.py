@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.original import Original
 
-__all__ = ["BiasedPool", "InputMean", "OutputMean", "Sizes", "weigh"]
+__all__ = ["BiasedPool", "HeadMean", "InputMean", "OutputMean", "Sizes", "weigh"]
 
 Sizes = Callable[[], "Tensor | None"]  # the final sizes [B, M] of the forward in progress
 
@@ -56,6 +56,19 @@ class InputMean(Original):
             return pooled
         mean: Tensor = self.original(weigh(x, self.sizes(), self.start), "avg")
         return mean if kind == "avg" else 0.5 * (self.original(x, "max") + mean)
+
+
+class HeadMean(Original):
+    """timm's `forward_head(x, ...)`: where `global_pool` is "avg", its mean over the tokens from `start` on weighs."""
+
+    def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
+        super().__init__(owner, "forward_head")
+        self.sizes, self.start = sizes, start
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weighed = weigh(x, self.sizes(), self.start) if self.owner.global_pool == "avg" else x
+        out: Tensor = self.original(weighed, *args, **kwargs)
+        return out
 
 
 class BiasedPool(Original):

@@ -150,7 +150,8 @@ class SeamTap:
             if module is None:
                 fused.append(name)
             else:
-                found.append(Replacement(module, "forward", Listener(module, self.slot, (name,), heads, 1)))
+                count = heads if name == "q" else getattr(self.attn, "num_kv_heads", None) or heads
+                found.append(Replacement(module, "forward", Listener(module, self.slot, (name,), count, 1)))
         if fused:
             qkv = _child(self.attn, *_FUSED)
             if qkv is None or not heads:

@@ -1,4 +1,4 @@
-"""timm's plain vision transformers: every model of its `vision_transformer` and `deit` modules made of `Block`s."""
+"""timm's plain vision transformers: its `vision_transformer`, `vision_transformer_hybrid`, `deit` and `vitamin`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.heads import BiasedPool, InputMean
+from tokenmerge.adapters.parallel import BranchesTap, ScalingTap
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import UnsupportedModelError
 
-__all__ = ["TimmViT", "timm_blocks", "timm_spec"]
+__all__ = ["TimmViT", "timm_blocks", "timm_layout", "timm_spec"]
 
 _MODEL = "timm.models.vision_transformer.VisionTransformer"
+_PRE_NORM = BlockSpec(
+    attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
+)
+_POST_NORM = BlockSpec(attention=("attn", "norm1", "drop_path1"), attn="attn", mlp=("mlp", "norm2", "drop_path2"))
 _SPECS = {
-    "Block": BlockSpec(
-        attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
-    ),
-    "ResPostBlock": BlockSpec(
-        attention=("attn", "norm1", "drop_path1"), attn="attn", mlp=("mlp", "norm2", "drop_path2")
-    ),
+    "Block": _PRE_NORM,
+    "ResPostBlock": _POST_NORM,
+    "RelPosBlock": _PRE_NORM,
+    "ResPostRelPosBlock": _POST_NORM,
+    "ParallelThingsBlock": BlockSpec(attention=("attns",), attn="attns", mlp=("ffns",)),
+    # attention and MLP in one piece: merged after the block
+    "ParallelScalingBlock": BlockSpec(),
+    "DiffParallelScalingBlock": BlockSpec(),
 }
 
 
 class TimmViT(Adapter):
     name = "timm_vit"
-    families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, average-pooled ViTs"
+    families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, hybrids, ViTamin, parallel blocks"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
     token_methods = ("forward_features", "forward_intermediates", "get_intermediate_layers")
 
@@ -42,14 +49,14 @@ class TimmViT(Adapter):
         return timm_spec(block)
 
     def layout(self, model: Any) -> TokenLayout:
-        embed = model.patch_embed
-        prefix = int(model.num_prefix_tokens)
-        height, width = getattr(embed, "img_size", None) or (224, 224)
-        grid = embed.dynamic_feat_size((height, width))
-        channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), 3)
-        return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width))
+        return timm_layout(model, int(model.num_prefix_tokens))
 
     def tap(self, block: Any) -> AttentionTap:
+        kind = _kind(block)
+        if kind == "ParallelThingsBlock":
+            return BranchesTap(block.attns)
+        if kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
+            return ScalingTap(block, has_heads_last=kind == "ParallelScalingBlock")
         return SeamTap(block.attn)
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
@@ -57,12 +64,18 @@ class TimmViT(Adapter):
         pool = model.attn_pool
         if not isinstance(pool, nn.Module):
             return [Replacement(model, "pool", InputMean(model, sizes, start))], []
-        if "attn_mask" not in inspect.signature(type(pool).forward).parameters:
-            return [], [f"{type(pool).__name__} takes no mask: pooling counts each merged token once"]
-        if getattr(pool, "pos_embed", None) is not None:
-            raise UnsupportedModelError("the attention pool adds position embeddings of its own to the tokens.")
         # `pool` has cut the prefix off before the attention pool sees the tokens
         return [Replacement(pool, "forward", BiasedPool(pool, sizes, start))], []
+
+    def grid_head(self, model: Any) -> str | None:
+        pool = model.attn_pool
+        if not isinstance(pool, nn.Module):
+            return None
+        if "attn_mask" not in inspect.signature(type(pool).forward).parameters:
+            return f"{type(pool).__name__} takes no mask to weigh merged tokens by"
+        if getattr(pool, "pos_embed", None) is not None:
+            return f"{type(pool).__name__} adds position embeddings of its own to the tokens"
+        return None
 
     def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
         tag = (getattr(model, "pretrained_cfg", None) or {}).get("tag") or ""
@@ -82,13 +95,27 @@ def timm_blocks(model: Any) -> list[tuple[str, nn.Module]]:
     return [(f"blocks.{name}", block) for name, block in model.blocks.named_children()]
 
 
+def timm_layout(model: Any, prefix: int) -> TokenLayout:
+    """Return where the tokens lie in a model with timm's `patch_embed`."""
+    embed = model.patch_embed
+    height, width = getattr(embed, "img_size", None) or (224, 224)
+    grid = embed.dynamic_feat_size((height, width))
+    channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), 3)
+    return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width))
+
+
 def timm_spec(block: nn.Module) -> BlockSpec:
-    """Describe a timm block by its class; raises `UnsupportedModelError` for those without a place to merge."""
-    for name in class_names(block):
-        package, _, cls = name.rpartition(".")
-        if package.startswith("timm.") and cls in _SPECS:
-            return _SPECS[cls]
-    raise UnsupportedModelError(
-        f"blocks of class {class_names(block)[0]} are not described: only timm's {' and '.join(_SPECS)} have attention "
-        "and MLP one after the other with a residual between them (parallel blocks have no place to merge)."
-    )
+    """Describe a timm block by its class; raises `UnsupportedModelError` for others."""
+    kind = _kind(block)
+    if kind is None:
+        raise UnsupportedModelError(
+            f"blocks of class {class_names(block)[0]} are not described, so it is not known where attention ends and "
+            f"the MLP begins; timm's {', '.join(_SPECS)} are. Describe the block in an adapter of its own "
+            "(CONTRIBUTING.md, 'a new family')."
+        )
+    return _SPECS[kind]
+
+
+def _kind(block: nn.Module) -> str | None:
+    names = (name.rpartition(".") for name in class_names(block))
+    return next((cls for package, _, cls in names if package.startswith("timm.") and cls in _SPECS), None)

@@ -33,10 +33,13 @@ def match(
             metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         a, b = metric[:, side_a], metric[:, side_b]
         scores = -torch.cdist(a, b) if distance == "euclidean" else torch.bmm(a, b.mT)  # [B, Na, Nb]
+        if valid is not None:
+            a, b = valid[:, side_a, None], valid[:, None, side_b]  # [B, Na, 1], [B, 1, Nb]
+            scores = scores.masked_fill(a ^ b, float("-inf"))
         if distance == "softmax":
             scores = (scores / metric.shape[-1] ** 0.5).softmax(dim=-1)
         if valid is not None:
-            a, b = valid[:, side_a, None], valid[:, None, side_b]  # [B, Na, 1], [B, 1, Nb]
+            # again after the softmax: of infinities alone it is NaN
             scores = scores.masked_fill(~a & ~b, float("inf")).masked_fill(a ^ b, float("-inf"))
         best, index = scores.max(dim=-1)
     return best, index

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import tokenmerge
-from tokenmerge.errors import DataError, TokenMergeError
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.schedule import R
-from tokenmerge.tools.models import find_device, known_size, shared_copy
+from tokenmerge.tools.models import answer, find_device, known_size, shared_copy
 from tokenmerge.tools.timing import environment, interleave
 
 __all__ = ["Diagnosis", "examine"]
@@ -59,14 +59,14 @@ def examine(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *known_size(handle), generator=generator).to(where, next(model.parameters()).dtype)
     with torch.inference_mode(), handle.disabled():
-        unmerged = model(x)
+        unmerged = answer(model(x))
     with torch.inference_mode():
-        findings.append(_compare("r = 0", model(x), unmerged, 1e-6, "from the unmerged model"))
+        findings.append(_compare("r = 0", answer(model(x)), unmerged, 1e-6, "from the unmerged model"))
     findings.append(_equivalence(model, handle, x, r))
     if "_tokenmerge_handle" in model.__dict__:
         handle.remove()
     with torch.inference_mode():
-        findings.append(_compare("unpatch", model(x), unmerged, 0.0, "from the model before"))
+        findings.append(_compare("unpatch", answer(model(x)), unmerged, 0.0, "from the model before"))
     findings.append(("overhead", None, _overhead(model, x, r, rounds)))
     limits = "; ".join(report.limits) or "nothing: all of the method is applied"
     findings.append(("could not be done", None if report.limits else True, limits))
@@ -76,14 +76,21 @@ def examine(
 def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r: R) -> tuple[str, bool | None, str]:
     handle.r = r
     with torch.inference_mode():
-        merged = model(x)
+        merged = answer(model(x))
         if not handle.has_merged:
             return "equivalence", None, f"r = {r} merges nothing in this model"
-        groups, tokens = handle.groups, handle.tokens[-1]
+        groups, positions, tokens = handle.groups, handle.positions, handle.tokens[-1]
         if not handle.report().prop_attn:
             return "equivalence", None, "does not hold without proportional attention"
         handle.remove()
-        simulated = tokenmerge.simulate(model, groups, x)
+        try:
+            simulated = answer(tokenmerge.simulate(model, groups, x, positions=positions))
+        except UnsupportedError as error:
+            return "equivalence", None, f"not compared: {error}"
+        if merged.shape != simulated.shape:
+            # the model hands out its tokens: they are compared in their places
+            with tokenmerge.patched(model, r=r, restore="dense"):
+                merged = answer(model(x))
     sentence = f"from the group-mean simulation at r = {r} ({tokens} tokens left)"
     return _compare("equivalence", merged, simulated, TOLERANCE, sentence)
 

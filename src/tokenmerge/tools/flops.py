@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenmerge import adapters
+from tokenmerge.errors import UnsupportedModelError
+
 __all__ = ["Count", "count", "flops"]
 
 
@@ -22,7 +25,7 @@ class Count(NamedTuple):
 
 
 def flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Return the MACs of one forward on an input of `(channels, height, width)`, or `(batch, ...)` of any other kind.
+    """Return the MACs of one forward on an input of this size, with or without a batch in front.
 
     MACs, which the papers call FLOPs: convolutions, linear layers and both products of attention; norms, activations,
     additions and, as in the papers, the matching itself are not counted (`count` gives that beside it). Nothing is
@@ -42,7 +45,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Count:
     # imports triton where that is installed, which `import tokenmerge` must not
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape = tuple(input_size) if len(input_size) != 3 else (1, *input_size)
+    shape = tuple(input_size) if len(input_size) != _rank(model) else (1, *input_size)
     # handing deepcopy the replaced tensors keeps it from copying the weights
     memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     memo.update({id(b): b.to("meta") for b in model.buffers()})
@@ -59,6 +62,15 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Count:
         twin(torch.empty(shape, device="meta", dtype=dtype))
     matching = sum(meter.seen for meter in meters)
     return Count((counter.get_total_flops() - matching) // 2, matching // 2)
+
+
+def _rank(model: nn.Module) -> int:
+    """Return how many dimensions one input has: those its family knows (a clip, a spectrogram), else an image's."""
+    try:
+        known = adapters.find(model).layout(model).input_size
+    except UnsupportedModelError:
+        known = None
+    return len(known) if known else 3
 
 
 class _Meter:

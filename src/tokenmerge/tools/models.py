@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenmerge import Handle
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
 
-__all__ = ["BUNDLED", "find_device", "import_timm", "known_size", "load_model", "run_images", "shared_copy"]
+__all__ = ["BUNDLED", "answer", "find_device", "import_timm", "known_size", "load_model", "run_images", "shared_copy"]
 
 BUNDLED = "reference"
 
@@ -80,12 +80,19 @@ def run_images(model: nn.Module, x: Tensor) -> Tensor:
     """Run a batch `[B, channels, height, width]` without gradients; raises `DataError` where it does not fit."""
     try:
         with torch.inference_mode():
-            out: Tensor = model(x)
+            out = answer(model(x))
     except TokenMergeError:
         raise
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"the model does not take images of {tuple(x.shape[1:])}: {str(error).rstrip('.')}.") from error
     return out
+
+
+def answer(output: Any) -> Tensor:
+    """Return the tensor that a model's answer is about: itself, or the first that a host's output object holds."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
 
 
 def _load_file(path: Path) -> nn.Module:

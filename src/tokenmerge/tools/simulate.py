@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import adapters
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec
+from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, WindowSpec
 from tokenmerge.errors import AlreadyPatchedError, UnsupportedError
 
 __all__ = ["simulate"]
@@ -41,14 +41,21 @@ def simulate(
     hooks: list[Any] = []
     bound: list[tuple[nn.Module, str]] = []
     try:
+        for owner, attribute, value in adapter.wiring(model):
+            owner.__dict__[attribute] = value
+            bound.append((owner, attribute))
         for layer, (_, block) in enumerate(adapter.blocks(model)):
             mean = _GroupMean(groups[layer], batch_first)
             spec = adapter.spec(block)
+            if isinstance(spec, WindowSpec):
+                raise UnsupportedError(
+                    f"{type(model).__qualname__} merges inside windows, for the attention only: no groups leave a "
+                    "block, and there is none to take the mean of. Compare with handle.r = 0 instead."
+                )
             # x + f(mean(x)) leaves the block, and its group mean is mean(x) + f(mean(x)): what merging computes
-            first = _before_mlp(spec)
-            if first:
-                hooks.append(block.get_submodule(first).register_forward_pre_hook(mean.before))
-            hooks.append(block.register_forward_hook(mean.after))
+            for first in _before_mlp(block, spec):
+                hooks.append(first.register_forward_pre_hook(mean.before))
+            hooks.append(block.register_forward_hook(mean.after, prepend=True))  # before those of the host
             if positions is not None and layer:
                 places = positions[layer - 1].gather(1, groups[layer - 1])  # [B, N]
                 hooks.append(block.register_forward_pre_hook(_Places(adapter, block, places), with_kwargs=True))
@@ -64,10 +71,12 @@ def simulate(
             del owner.__dict__[attribute]
 
 
-def _before_mlp(spec: BlockSpec | HookSpec) -> str | None:
-    if isinstance(spec, HookSpec):
-        return spec.norm
-    return spec.mlp[0] if spec.mlp else None
+def _before_mlp(block: nn.Module, spec: BlockSpec | HookSpec) -> list[nn.Module]:
+    name = spec.norm if isinstance(spec, HookSpec) else next(iter(spec.mlp), None)
+    if name is None:
+        return []
+    first = block.get_submodule(name)
+    return list(first) if isinstance(first, nn.ModuleList) else [first]
 
 
 class _GroupMean:

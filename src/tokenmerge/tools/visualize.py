@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge.errors import DataError, UnsupportedError
 
-__all__ = ["draw_groups", "plot_tradeoff", "require_viz", "sheet"]
+__all__ = ["draw_features", "draw_groups", "plot_tradeoff", "require_viz", "sheet"]
 
 
 def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
@@ -36,6 +36,30 @@ def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple
     drawn[label < 0] = 0
     picture = image_module.frombytes("RGB", canvas.size, bytes(drawn.round().to(torch.uint8).flatten().tolist()))
     return picture.resize(image.size)
+
+
+def draw_features(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Any]:  # each [C, rows, columns]
+    """Return a PIL image of `size` (width, height) per feature map: the first three principal components as colours.
+
+    The components are those of the first map, so that colours compare. Raises `DataError` for maps of other shapes.
+    """
+    image_module = _pil()
+    shape = maps[0].shape
+    if len(shape) != 3 or any(features.shape != shape for features in maps):
+        raise DataError(f"expected maps of one shape [C, rows, columns]; got {[tuple(m.shape) for m in maps]}.")
+    rows = maps[0].flatten(1).T.double()  # [rows * columns, C]
+    mean = rows.mean(dim=0)
+    basis = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors[:, -3:].flip(1)  # [C, 3]
+    scores = (rows - mean) @ basis
+    low, high = scores.quantile(0.02, dim=0), scores.quantile(0.98, dim=0)
+    pictures = []
+    for features in maps:
+        colours = (((features.flatten(1).T.double() - mean) @ basis - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        grid = colours.T.view(1, 3, *shape[1:])
+        pixels = torch.nn.functional.interpolate(grid, size=size[::-1], mode="bilinear")[0].permute(1, 2, 0)
+        data = (255 * pixels).round().to(torch.uint8)
+        pictures.append(image_module.frombytes("RGB", size, bytes(data.flatten().tolist())))
+    return pictures
 
 
 def sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], *, side: int = 168, gap: int = 8) -> Any:

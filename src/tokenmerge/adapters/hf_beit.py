@@ -1,0 +1,150 @@
+"""transformers' BEiT and Data2Vec-Vision: relative positions as a bias in every attention, or one that all share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import BlockSpec, Original, Replacement, Sizes, TokenLayout
+from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
+from tokenmerge.adapters.heads import OutputMean
+from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, follow_mask, hf_names, no_change
+from tokenmerge.adapters.hf_video import TINY
+from tokenmerge.adapters.taps import AttentionTap
+
+__all__ = ["HFBeit"]
+
+
+def _biases(table: Tensor, kept: Tensor) -> Tensor:
+    """Take a bias that all images share, or, where one is traced, the sum of that and a mask, `[B or 1, H, N, N]`."""
+    return pairs(table, kept) if table.shape[0] == 1 else follow_mask(table, kept)
+
+
+def _at_its_size(value: bool, kept: Tensor) -> bool:
+    """Leave out to interpolate a bias to the tokens there are: it has the size of all, and kept pairs are taken."""
+    return False
+
+
+class HFBeit(HFAdapter):
+    name = "hf_beit"
+    families = "transformers BEiT, Data2Vec-Vision"
+    landmarks = ("layernorm_before", "attention", "layernorm_after", "drop_path", "relative_position_bias", "lambda_1")
+    towers: ClassVar = {"BeitEncoder": ("layer",), "BeitModel": ("layers",), "Data2VecVisionEncoder": ("layer",)}
+    followers: ClassVar = {
+        **HFAdapter.followers,
+        "attention_mask": _biases,
+        "relative_position_bias": pairs,
+        "interpolate_pos_encoding": _at_its_size,
+        "resolution": no_change,
+    }
+    refused = ("attention_mask",)
+    is_positional = True
+
+    def prefix(self, tower: Any) -> int:
+        return 1
+
+    def spec(self, block: Any) -> BlockSpec:
+        if _has_interface(block):
+            # without layer scale, a plain 1.0 stands in its place
+            first, second = (
+                (name,) if isinstance(getattr(block, name), Tensor) else () for name in ("lambda_1", "lambda_2")
+            )
+            return BlockSpec(
+                attention=("layernorm_before", "attention", "dropout", *first, "drop_path"),
+                attn="attention",
+                mlp=("layernorm_after", "mlp", "dropout", *second, "drop_path"),
+            )
+        return BlockSpec(
+            attention=(
+                *("layernorm_before", "attention.attention"),
+                *("attention.output.dense", "attention.output.dropout", "lambda_1", "drop_path"),
+            ),
+            attn="attention.attention",
+            mlp=("layernorm_after", "intermediate", "output", "lambda_2", "drop_path"),
+        )
+
+    def tap(self, block: Any) -> AttentionTap:
+        if _has_interface(block):
+            return _MaskTap(block)
+        return PairTap(block.attention.attention, _table(block), "forward", "relative_position_bias")
+
+    def placed(self, block: Any, places: Tensor) -> list[Replacement]:
+        return placed_pairs(_table(block), "forward", places)
+
+    def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        config = self.tower(model)[1].config
+        given: dict[str, Any] = {"resolution": (2 * config.patch_size, 3 * config.patch_size)}
+        if config.use_shared_relative_position_bias:
+            name = "attention_mask" if _has_interface(block) else "relative_position_bias"
+            given[name] = sample_pairs(config.num_attention_heads, 7, block.layernorm_before.weight)
+        return 7, given
+
+    def valid(self, given: Any) -> Tensor | None:
+        return None  # what comes as a mask is the shared bias
+
+    def grid_head(self, model: Any) -> str | None:
+        return None if _is_classifier(model) else super().grid_head(model)
+
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        # the pooler averages the patches that leave this norm, an identity then
+        norm = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layernorm")
+        found = (
+            [Replacement(norm, "forward", OutputMean(norm, sizes, start=1))] if model.config.use_mean_pooling else []
+        )
+        return found, []
+
+    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
+        shared = getattr(self.tower(model)[1], "relative_position_bias", None)
+        whole = [] if shared is None else [Replacement(shared, "forward", _Whole(shared))]
+        return [*whole, *super().finish(model, is_merging, restore)]
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import BeitConfig, BeitForImageClassification
+
+        # fused attention rounds differently where the bias needs no gradient, as in reentrant checkpointing
+        config: Any = BeitConfig(**TINY, image_size=32, patch_size=8, use_relative_position_bias=True)
+        config._attn_implementation = "eager"
+        return BeitForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
+
+
+class _MaskTap(InterfaceTap):
+    """Adds the bias of a block's own table, which the block looks up itself, to the mask of its attention."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__(block.attention)
+        self.table, self.patch_size = block.relative_position_bias, block.patch_size
+
+    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+        height, width = given.pop("resolution")
+        given.pop("interpolate_pos_encoding", None)
+        if self.table is not None:
+            own = self.table((height // self.patch_size, width // self.patch_size))  # [1, H, N, N]
+            own = own if kept is None else pairs(own, kept)
+            given["attention_mask"] = own + given.get("attention_mask", 0)
+        return super().__call__(x, bias, kept, **given)
+
+
+class _Whole(Original):
+    """A shared bias, of all places: how many tokens there are is asked of those left."""
+
+    def __call__(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Tensor:
+        whole: Tensor = self.original(window_size, interpolate_pos_encoding, 1 + window_size[0] * window_size[1])
+        return whole
+
+
+def _has_interface(block: Any) -> bool:
+    """Say whether the block's attention is one module that uses transformers' `AttentionInterface`."""
+    return not hasattr(block.attention, "attention")
+
+
+def _table(block: Any) -> Any:
+    """Return the module of the block's own bias, if it has one."""
+    owner = block if _has_interface(block) else block.attention.attention
+    return getattr(owner, "relative_position_bias", None)
+
+
+def _is_classifier(model: Any) -> bool:
+    return bool({"BeitForImageClassification", "Data2VecVisionForImageClassification"}.intersection(hf_names(model)))

@@ -1,0 +1,122 @@
+"""CLIP as in open_clip and in OpenAI's own repository: the vision tower, alone or inside the whole model.
+
+Shapes: B batch, M tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import Adapter, BlockSpec, Original, Replacement, Sizes, TokenLayout, class_names
+from tokenmerge.adapters.heads import weigh
+from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
+from tokenmerge.adapters.within import Within
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["OpenClip"]
+
+_TIMM = "open_clip.timm_model.TimmModel"
+
+
+class OpenClip(Adapter):
+    name = "open_clip"
+    families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
+    landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
+    token_methods = ("forward_intermediates",)
+
+    def matches(self, model: Any) -> bool:
+        return any(_is_ours(part) for part in (model, getattr(model, "visual", None)))
+
+    def resolve(self, model: Any) -> Adapter:
+        from tokenmerge.adapters import find
+
+        # the text tower is made of the same blocks; what is patched are those of the vision tower only
+        path = "visual" if isinstance(getattr(model, "visual", None), nn.Module) else "trunk"
+        part = getattr(model, path, None)
+        return self if part is None else Within(path, find(part), self.token_methods)
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        if not _is_tower(model):
+            raise UnsupportedModelError(
+                f"{type(model).__qualname__} is a text tower: its attention is causal and its end token is found by "
+                "its place, so its tokens are not merged. Patch the vision tower or the whole model."
+                if hasattr(model, "token_embedding")
+                else f"{type(model).__qualname__} is convolutional: it has no tokens before its attention pool. Choose "
+                "a ViT model of CLIP."
+            )
+        return [
+            (f"transformer.resblocks.{name}", block) for name, block in model.transformer.resblocks.named_children()
+        ]
+
+    def spec(self, block: Any) -> BlockSpec:
+        if getattr(block, "attn_mask", None) is not None or hasattr(block, "ln_1_kv"):
+            raise UnsupportedModelError(
+                f"this {type(block).__qualname__} has a mask or a cross-attention of its own: it belongs to a text "
+                "tower or a decoder, whose tokens are not merged."
+            )
+        # scaled attention and layer scale are options that older versions do not have
+        scaled = [name for name in ("ln_attn", "ls_1") if hasattr(block, name)]
+        mlp = ("ln_2", "mlp", *(["ls_2"] if hasattr(block, "ls_2") else []))
+        return BlockSpec(attention=("ln_1", "attn", *scaled), attn="attn", mlp=mlp)
+
+    def layout(self, model: Any) -> TokenLayout:
+        attn = self.blocks(model)[0][1].attn
+        tokens = int(model.positional_embedding.shape[0])
+        side = int((tokens - 1) ** 0.5)
+        rows, columns = getattr(model, "grid_size", (side, side))
+        conv: nn.Conv2d = model.conv1
+        pixels = (int(rows * conv.stride[0]), int(columns * conv.stride[1]))
+        batch_first = not isinstance(attn, nn.MultiheadAttention) or attn.batch_first
+        return TokenLayout(1, (int(rows), int(columns)), tokens, (conv.in_channels, *pixels), batch_first)
+
+    def tap(self, block: Any) -> AttentionTap:
+        return MultiheadTap(block.attn) if isinstance(block.attn, nn.MultiheadAttention) else SeamTap(block.attn)
+
+    def grid_head(self, model: Any) -> str | None:
+        if getattr(model, "attn_pool", None) is not None:
+            return "its attention pool looks at every token"
+        if getattr(model, "output_tokens", False) or getattr(model, "pool_type", "tok") not in ("tok", "avg"):
+            return "the tower hands its tokens out (output_tokens, or pool_type='none')"
+        if getattr(model, "global_average_pool", False):
+            return "versions of open_clip before pool_type average all tokens, the class token too"
+        return None
+
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        if getattr(model, "pool_type", "tok") != "avg":
+            return [], []
+        return [Replacement(model, "_global_pool", _PatchMean(model, sizes))], []
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.adapters.standins_clip import ClipTowerStandIn
+
+        return ClipTowerStandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+class _PatchMean(Original):
+    """open_clip's `_global_pool(x)`, which averages the tokens behind the class token: each weighs as its size."""
+
+    def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
+        super().__init__(owner, "_global_pool")
+        self.sizes = sizes
+
+    def __call__(self, x: Tensor) -> Any:  # [B, M, C]
+        return self.original(weigh(x, self.sizes(), 1))
+
+
+def _is_ours(part: Any) -> bool:
+    if not isinstance(part, nn.Module):
+        return False
+    is_resnet = hasattr(part, "attnpool") and hasattr(part, "layer4")
+    is_text = hasattr(part, "token_embedding") and _has_blocks(part)
+    return _is_tower(part) or is_resnet or is_text or _TIMM in class_names(part)
+
+
+def _is_tower(part: Any) -> bool:
+    return _has_blocks(part) and all(hasattr(part, name) for name in ("conv1", "class_embedding", "ln_post"))
+
+
+def _has_blocks(part: Any) -> bool:
+    return hasattr(getattr(part, "transformer", None), "resblocks")

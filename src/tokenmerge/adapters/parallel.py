@@ -1,0 +1,83 @@
+"""Taps of timm's parallel blocks: several attentions side by side, or attention and MLP in one piece.
+
+Shapes: B batch, N tokens, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.original import Original, Replacement
+from tokenmerge.adapters.taps import SeamTap, Slot
+from tokenmerge.errors import UnsupportedError
+
+__all__ = ["BranchesTap", "ScalingTap"]
+
+
+class BranchesTap:
+    """Runs a list of branches, each a sequence with a child `attn`, and sums them; the heads of all are seen."""
+
+    kind = "seam"
+
+    def __init__(self, branches: nn.ModuleList) -> None:
+        self.branches = branches
+        self.taps = [SeamTap(branch.attn) for branch in branches]  # type: ignore[arg-type]
+        self.takes_bias = all(tap.takes_bias for tap in self.taps)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+        outs = []
+        for branch, tap in zip(self.branches, self.taps, strict=True):
+            out = x
+            for name, child in branch.named_children():
+                out = tap(out, bias, kept, **given) if name == "attn" else child(out)
+            outs.append(out)
+        return torch.stack(outs).sum(dim=0)
+
+    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise UnsupportedError("attentions side by side are called by their block's description, not one by one.")
+
+    def take(self) -> dict[str, Tensor]:
+        seen = [tap.take() for tap in self.taps]
+        return {name: torch.cat([one[name] for one in seen], dim=1) for name in seen[0]}  # [B, all heads, N, D]
+
+    def seams(self, needs: frozenset[str]) -> list[Replacement]:
+        return [replacement for tap in self.taps for replacement in tap.seams(needs)]
+
+
+class ScalingTap(SeamTap):
+    """Stands in for a whole block whose `in_proj` gives the MLP's input, q, k and v at once.
+
+    `has_heads_last`: its `q_norm` and `k_norm` see `[B, N, H, D]`.
+    """
+
+    def __init__(self, block: nn.Module, has_heads_last: bool) -> None:
+        super().__init__(block, Original(block).original)
+        self.has_heads_last = has_heads_last
+
+    def take(self) -> dict[str, Tensor]:
+        seen = super().take()
+        return {name: x.transpose(1, 2) if self.has_heads_last and name != "v" else x for name, x in seen.items()}
+
+    def seams(self, needs: frozenset[str]) -> list[Replacement]:
+        block: Any = self.attn
+        found = super().seams(needs - {"v"})
+        if "v" in needs:
+            found.append(Replacement(block.in_proj, "forward", _Values(block, self.slot)))
+        return found
+
+
+class _Values(Original):
+    """The instance `forward` of a block's `in_proj`: keeps the values, which come last."""
+
+    def __init__(self, block: Any, slot: Slot) -> None:
+        super().__init__(block.in_proj)
+        self.slot, self.heads, self.width = slot, block.num_heads, block.in_split[-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.original(x)
+        B, N, _ = out.shape
+        self.slot.put({"v": out[..., -self.width :].view(B, N, self.heads, -1).transpose(1, 2)})  # [B, H, N, D]
+        return out

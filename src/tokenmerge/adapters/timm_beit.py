@@ -1,0 +1,113 @@
+"""timm's BEiT and BEiT v2: relative positions as a bias in every attention, or one that all blocks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
+from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
+from tokenmerge.adapters.heads import HeadMean
+from tokenmerge.adapters.taps import AttentionTap, Listener, Slot
+from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["TimmBeit"]
+
+_SPEC = BlockSpec(
+    attention=("norm1", "attn", "gamma_1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "gamma_2", "drop_path2")
+)
+
+
+class TimmBeit(Adapter):
+    name = "timm_beit"
+    families = "timm BEiT, BEiT v2"
+    landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos_bias")
+    followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos_bias": pairs}
+    is_positional = True
+    token_methods = ("forward_features", "forward_intermediates")
+
+    def matches(self, model: Any) -> bool:
+        return "timm.models.beit.Beit" in class_names(model)
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        return timm_blocks(model)
+
+    def spec(self, block: Any) -> BlockSpec:
+        if "timm.models.beit.Block" not in class_names(block):
+            raise UnsupportedModelError(f"blocks of class {class_names(block)[0]} are not described: Beit has Block.")
+        return _SPEC
+
+    def layout(self, model: Any) -> TokenLayout:
+        return timm_layout(model, int(model.num_prefix_tokens))
+
+    def tap(self, block: Any) -> AttentionTap:
+        return _BeitTap(block.attn, _table(block), "_get_rel_pos_bias", "shared_rel_pos_bias")
+
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        return [Replacement(model, "forward_head", HeadMean(model, sizes, start=1))], []
+
+    def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        n = super().sample(model, block, layout)[0] if _table(block) is None else layout.tokens or 0
+        if model.rel_pos_bias is None:
+            return n, {}
+        return n, {"shared_rel_pos_bias": sample_pairs(block.attn.num_heads, n, block.attn.proj.weight)}
+
+    def placed(self, block: Any, places: Tensor) -> list[Replacement]:
+        return placed_pairs(_table(block), "_get_rel_pos_bias", places)
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from timm.models.beit import Beit
+
+        model = Beit(
+            img_size=32,
+            patch_size=8,
+            embed_dim=32,
+            depth=4,
+            num_heads=4,
+            num_classes=10,
+            init_values=0.5,
+            use_abs_pos_emb=False,
+            use_rel_pos_bias=True,
+        )
+        return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+def _table(block: Any) -> nn.Module | None:
+    """Return what holds the block's own bias, if it has one."""
+    attn: nn.Module = block.attn
+    return None if attn.relative_position_bias_table is None else attn
+
+
+class _BeitTap(PairTap):
+    """Listens on `qkv`, which an attention with biases for q and v passes by: it uses the weight alone."""
+
+    def seams(self, needs: frozenset[str]) -> list[Replacement]:
+        attn: Any = self.attn
+        found = super().seams(needs)
+        if not needs or attn.q_bias is None:
+            return found
+        found = [replacement for replacement in found if replacement.owner is not attn.qkv]
+        # an attention that finds no q_bias calls `qkv`, which then adds the biases
+        projection = _Projection(attn, self.slot, tuple(sorted(needs)))
+        return [*found, Replacement(attn, "q_bias", None), Replacement(attn.qkv, "forward", projection)]
+
+
+class _Projection(Listener):
+    """The instance `forward` of `qkv`: the projection with the biases of the attention around it."""
+
+    def __init__(self, attn: Any, slot: Slot, names: tuple[str, ...]) -> None:
+        super().__init__(attn.qkv, slot, names, attn.num_heads, 3)
+        self.attn = attn
+
+    def original(self, x: Tensor) -> Tensor:
+        attn, own = self.attn, self.attn._parameters
+        bias = torch.cat((own["q_bias"], attn.k_bias, own["v_bias"]))
+        if attn.qkv_bias_separate:
+            projected: Tensor = super().original(x)
+            return projected + bias
+        return F.linear(x, attn.qkv.weight, bias)

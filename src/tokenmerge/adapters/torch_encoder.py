@@ -1,0 +1,107 @@
+"""`torch.nn.TransformerEncoder` with `norm_first=True`, alone or as the one encoder of a model.
+
+Shapes: B batch, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters import follow
+from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
+from tokenmerge.adapters.generic import count_prefix
+from tokenmerge.adapters.taps import AttentionTap, MultiheadTap
+from tokenmerge.errors import UnsupportedError, UnsupportedModelError
+
+__all__ = ["TorchEncoder"]
+
+_SPEC = BlockSpec(
+    attention=("norm1", "self_attn", "dropout1"),
+    attn="self_attn",
+    mlp=("norm2", "linear1", "activation", "dropout", "linear2", "dropout2"),
+)
+
+
+class TorchEncoder(Adapter):
+    name = "torch_encoder"
+    families = "torch.nn.TransformerEncoder with norm_first=True, alone or as the one encoder of a model"
+    landmarks = ("layers", "norm1", "self_attn", "linear1", "linear2", "norm2")
+    # True where a token is padding; what the encoder makes of it is added to the scores
+    followers: ClassVar[Mapping[str, follow.Follow]] = {"src_key_padding_mask": follow.mask}
+
+    def matches(self, model: nn.Module) -> bool:
+        return bool(_encoders(model))
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        path, encoder = _one_encoder(model)
+        start = f"{path}.layers" if path else "layers"
+        return [(f"{start}.{name}", layer) for name, layer in encoder.layers.named_children()]
+
+    def spec(self, block: Any) -> BlockSpec:
+        if not isinstance(block, nn.TransformerEncoderLayer):
+            raise UnsupportedModelError(
+                f"the encoder's layers are of class {type(block).__qualname__}, not nn.TransformerEncoderLayer."
+            )
+        if not block.norm_first:
+            raise UnsupportedModelError(
+                "the encoder's layers normalise after each residual (norm_first=False, post-norm): what is merged "
+                "between attention and MLP has to be a plain residual. Only norm_first=True can be merged in."
+            )
+        return _SPEC
+
+    def layout(self, model: nn.Module) -> TokenLayout:
+        first: Any = self.blocks(model)[0][1]
+        self.spec(first)
+        return TokenLayout(count_prefix(model), None, None, None, first.self_attn.batch_first)
+
+    def tap(self, block: Any) -> AttentionTap:
+        return _EncoderTap(block.self_attn)
+
+    def grid_head(self, model: nn.Module) -> str:
+        prefix = count_prefix(model)
+        return f"a torch encoder hands out tokens by their place (in front, {prefix} are protected as class tokens)"
+
+    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
+        padding = given.get("src_key_padding_mask")
+        return None if padding is None else follow.keys_of_mask(_added(padding))
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+        return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval(), torch.randn(2, 16, 32)
+
+
+class _EncoderTap(MultiheadTap):
+    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+        if x.dim() != 3:
+            raise UnsupportedError(
+                f"the encoder was given one sequence without a batch, {tuple(x.shape)}: give it as a batch of one."
+            )
+        padding = given.get("src_key_padding_mask")
+        mask = None if padding is None else _added(padding)[:, None, None, :]  # [B, 1, 1, N]
+        return super().__call__(x, bias, kept, attn_mask=mask)
+
+
+def _added(padding: Tensor) -> Tensor:
+    """Return a padding mask, True for padding or added to the scores already, as one that is added."""
+    if padding.dtype != torch.bool:
+        return padding
+    return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, float("-inf"))
+
+
+def _encoders(model: nn.Module) -> list[tuple[str, nn.TransformerEncoder]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
+
+
+def _one_encoder(model: nn.Module) -> tuple[str, nn.TransformerEncoder]:
+    found = _encoders(model)
+    if len(found) > 1:
+        names = [name or "the model itself" for name, _ in found]
+        raise UnsupportedModelError(
+            f"{type(model).__qualname__} holds {len(found)} encoders: {', '.join(names)}. Patch one of them, e.g. "
+            f"patch(model.{found[-1][0]}, ...)."
+        )
+    return found[0]

@@ -1,0 +1,65 @@
+"""torchvision's vision transformers: ViT-B/16 to ViT-H/14, with a class token and the batch first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
+from tokenmerge.adapters.taps import AttentionTap, MultiheadTap
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["TorchvisionViT"]
+
+_SPEC = BlockSpec(attention=("ln_1", "self_attention", "dropout"), attn="self_attention", mlp=("ln_2", "mlp"))
+
+
+class TorchvisionViT(Adapter):
+    name = "torchvision_vit"
+    families = "torchvision VisionTransformer (vit_b_16 to vit_h_14)"
+    landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj", "heads")
+
+    def matches(self, model: Any) -> bool:
+        position = getattr(getattr(model, "encoder", None), "pos_embedding", None)
+        # SWAG's models have the same children, but keep the tokens first and call their classifier `head`
+        has_parts = hasattr(model, "conv_proj") and hasattr(model, "heads")
+        return has_parts and isinstance(position, Tensor) and position.shape[0] == 1
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        if isinstance(model, torch.fx.GraphModule):
+            raise UnsupportedModelError(
+                "this model is a traced graph (torch.fx, create_feature_extractor): its blocks are modules that it "
+                "never calls. Patch the model itself, then trace it with its blocks as leaves: "
+                "create_feature_extractor(model, ..., tracer_kwargs={'leaf_modules': [EncoderBlock]})."
+            )
+        return [(f"encoder.layers.{name}", block) for name, block in model.encoder.layers.named_children()]
+
+    def spec(self, block: Any) -> BlockSpec:
+        attention = getattr(block, "self_attention", None)
+        if not isinstance(attention, nn.MultiheadAttention) or not attention.batch_first:
+            raise UnsupportedModelError(
+                f"the self_attention of a {type(block).__qualname__} is a {type(attention).__qualname__}, not the "
+                "batch-first nn.MultiheadAttention of torchvision's blocks."
+            )
+        return _SPEC
+
+    def layout(self, model: Any) -> TokenLayout:
+        self.blocks(model)
+        tokens = int(model.encoder.pos_embedding.shape[1])
+        side = int((tokens - 1) ** 0.5)
+        pixels = int(model.image_size)
+        channels = next(m.in_channels for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d))
+        return TokenLayout(1, (side, side), tokens, (channels, pixels, pixels))
+
+    def tap(self, block: Any) -> AttentionTap:
+        return MultiheadTap(block.self_attention)
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from torchvision.models import VisionTransformer
+
+        model: nn.Module = VisionTransformer(
+            image_size=32, patch_size=8, num_layers=4, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10
+        )
+        return model.eval(), torch.randn(2, 3, 32, 32)

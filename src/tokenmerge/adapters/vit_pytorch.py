@@ -1,0 +1,115 @@
+"""lucidrains' vit-pytorch: `ViT` and `SimpleViT`, whose blocks are pairs in a list, called by the list's owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import (
+    Adapter,
+    BlockSpec,
+    Original,
+    Replacement,
+    Sizes,
+    TokenLayout,
+    check_parity,
+    class_names,
+)
+from tokenmerge.adapters.heads import OutputMean
+from tokenmerge.adapters.projections import ProjectionTap
+from tokenmerge.adapters.taps import AttentionTap
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["VitPytorch"]
+
+_MODELS = frozenset(("vit_pytorch.vit.ViT", "vit_pytorch.simple_vit.SimpleViT"))
+
+
+class VitPytorch(Adapter):
+    name = "vit_pytorch"
+    families = "vit-pytorch ViT and SimpleViT (lucidrains)"
+    landmarks = ("to_patch_embedding", "transformer", "layers", "to_qkv", "to_latent")
+
+    def matches(self, model: nn.Module) -> bool:
+        return any(name.startswith("vit_pytorch.") for name in class_names(model))
+
+    def wiring(self, model: Any) -> list[Replacement]:
+        # pairs are made callable, and what runs the list calls them instead of their members
+        transformer = model.transformer
+        pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
+        composed = partial(loop.run, pairs)
+        check_parity(transformer, composed, loop.original, self.layout(model), "transformer", (5, {}))
+        return [Replacement(bound.owner, "forward", bound) for bound in (*pairs, loop)]
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        if _MODELS.isdisjoint(class_names(model)):
+            raise UnsupportedModelError(
+                f"{class_names(model)[0]} is not described: of vit-pytorch only ViT and SimpleViT are. Patch the ViT "
+                "inside, if it holds one."
+            )
+        return [(f"transformer.layers.{name}", pair) for name, pair in model.transformer.layers.named_children()]
+
+    def spec(self, block: Any) -> BlockSpec:
+        # each member normalises what it is given
+        return BlockSpec(attention=("0",), attn="0", mlp=("1",))
+
+    def layout(self, model: Any) -> TokenLayout:
+        self.blocks(model)
+        class_token = getattr(model, "cls_token", None)
+        prefix = 0 if class_token is None else int(class_token.shape[-2])
+        tokens = int(model.pos_embedding.shape[-2])
+        side = int((tokens - prefix) ** 0.5)
+        height, width = model.patch_size
+        channels = int(model.to_patch_embedding[1].normalized_shape[0]) // (height * width)
+        if side**2 != tokens - prefix:
+            return TokenLayout(prefix, None, tokens, None)
+        return TokenLayout(prefix, (side, side), tokens, (channels, side * height, side * width))
+
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block[0], qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
+
+    def grid_head(self, model: Any) -> str | None:
+        if getattr(model, "mlp_head", getattr(model, "linear_head", None)) is None:
+            return "without a classifier the model hands its tokens out"
+        return None
+
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        if model.pool != "mean":
+            return [], []
+        norm = model.transformer.norm
+        return [Replacement(norm, "forward", OutputMean(norm, sizes, start=0))], []
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from vit_pytorch import ViT
+
+        model: nn.Module = ViT(
+            image_size=32, patch_size=8, num_classes=10, dim=32, depth=4, heads=4, dim_head=8, mlp_dim=64
+        )
+        return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+class _Pair(Original):
+    """The forward that a pair of attention and MLP does not have."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        attention, mlp = self.owner.children()
+        x: Tensor = attention(input) + input
+        out: Tensor = mlp(x) + x
+        return out
+
+
+class _Loop(Original):
+    """The instance `forward` of the module that runs the pairs: calls each as a block."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(self.owner.layers, x)  # type: ignore[arg-type]
+
+    def run(self, pairs: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        for pair in pairs:
+            x = pair(x)
+        out: Tensor = self.owner.norm(x)  # type: ignore[operator]
+        return out

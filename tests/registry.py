@@ -1,0 +1,71 @@
+"""timm's registry as a list of small models: every name of its ViT modules, built at depth 2 without its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+MODULES = (
+    "vision_transformer",
+    "deit",
+    "eva",
+    "beit",
+    "naflexvit",
+    "vision_transformer_relpos",
+    "vision_transformer_hybrid",
+    "vision_transformer_sam",
+    "vitamin",
+    "cait",
+    "qwen3_vit",
+    "gemma4_vit",
+    "deepseek_vit",
+)
+# what a name's own settings need beside a small depth and width
+_EXTRA: dict[str, dict[str, Any]] = {"sapiens2": {"num_kv_heads": 4}, "samvit": {"global_attn_indexes": (1,)}}
+_WIDTHS: tuple[dict[str, Any], ...] = ({"embed_dim": 64, "num_heads": 4}, {})
+
+
+def names() -> dict[str, str]:
+    """Return every registered name with its module, for the modules that the installed timm has."""
+    import timm
+
+    found = {module: timm.list_models(module=module) for module in MODULES}
+    return {name: module for module, members in found.items() for name in members}
+
+
+def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return a small model of this name and an input size with few tokens; raises what timm raises where none works."""
+    import timm
+
+    extra = next((options for part, options in _EXTRA.items() if part in name), {})
+    problem: Exception | None = None
+    for width in _WIDTHS:
+        options = {"depth": 2, **width, **extra}
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name, **options)
+            size = _size(model)
+            for sized in ({"img_size": size[1]}, {}):
+                try:
+                    return timm.create_model(name, **options, **sized), size
+                except TypeError as error:
+                    problem = error
+        except (AssertionError, TypeError, RuntimeError) as error:
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+def _size(model: nn.Module) -> tuple[int, int, int]:
+    """An image of six by six patches."""
+    embed = getattr(model, "patch_embed", None)
+    if callable(getattr(embed, "feat_ratio", None)):
+        stride = embed.feat_ratio()  # a stem of convolutions
+    elif isinstance(embed, nn.Module):
+        stride = embed.patch_size
+    else:
+        stride = next((module.stride for module in model.modules() if isinstance(module, nn.Conv2d)), 16)
+    side = 6 * int(stride[0] if isinstance(stride, (tuple, list)) else stride)
+    return 3, side, side

@@ -1,0 +1,45 @@
+"""The page of supported models, made of what a run of the tests has found."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from promises import FOUND, Family, Row
+from tokenmerge.adapters.refused import REFUSED
+
+HOSTS = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "vit-pytorch")
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    timm = {family: row for family, row in FOUND.items() if family.heading.startswith("timm ")}
+    others = {family: row for family, row in FOUND.items() if family not in timm}
+    lines = [
+        "# What is supported",
+        "",
+        "Written by the tests (`make support`): a model stands here as supported because this run built it, with random",
+        "parameters and small, and showed that r = 0 is the original, that as many tokens go as planned, that sizes add",
+        "up, that merging equals its group-mean simulation, that restored tokens do, and that removal is bit-exact.",
+        "",
+        "Versions: " + ", ".join(f"{host} {version(host)}" for host in HOSTS) + ".",
+        "",
+        f"timm: {_count(timm)} registered names of its ViT modules are supported. Elsewhere: {_count(others)} classes.",
+        "",
+    ]
+    for heading in sorted({family.heading for family in timm}) + sorted({family.heading for family in others}):
+        rows = {family.name: row for family, row in FOUND.items() if family.heading == heading}
+        lines += [f"## {heading}", "", f"{_count(rows)} supported.", "", *_table(rows), ""]
+    lines += ["## Refused by name", "", "| class | why |", "| --- | --- |"]
+    lines += [f"| `{name}` | {reason} |" for name, reason in sorted(REFUSED.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _count(rows: dict[Family, Row] | dict[str, Row]) -> str:
+    return f"{sum(row.state == 'supported' for row in rows.values())} of {len(rows)}"
+
+
+def _table(rows: dict[str, Row]) -> list[str]:
+    head = ["| name | state | adapter | remark |", "| --- | --- | --- | --- |"]
+    return head + [
+        f"| `{name}` | {row.state} | {row.adapter} | {row.remark or '-'} |" for name, row in sorted(rows.items())
+    ]
