@@ -56,7 +56,8 @@ def check_promises(
     r = 0 is the original, as many tokens go as planned, sizes add up to the input's tokens, merging changes the answer,
     the answer and all restored tokens are those of the group-mean simulation (`is_simulated`), and removal is
     bit-exact. `output` picks the tensor to compare out of what the model returns for `inputs` and `options`; `patch`
-    are further options of `tokenmerge.patch`, `family` the model's place on the page of what is supported. Use float64 models where the tolerance should mean something.
+    are further options of `tokenmerge.patch`, `family` the model's place on the page of what is supported. Use
+    float64 models where the tolerance should mean something.
     """
     settings = {"prop_attn": prop_attn, "track": True, **(patch or {})}
 
@@ -114,9 +115,7 @@ def check_intermediates(model: Any, x: Tensor, r: int = 3, tolerance: float = 1e
             with pytest.raises(UnsupportedError, match=rf"{name}\(\) hands out one token per place"):
                 getattr(model, name)(x)
     entered: list[Tensor] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args: entered.append(args[0])) for block in [*model.blocks][1:]
-    ]
+    hooks = [block.register_forward_pre_hook(lambda _, args: entered.append(args[0])) for block in [*model.blocks][1:]]
     tokenmerge.simulate(model, groups, x, positions=positions)
     for hook in hooks:
         hook.remove()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 MODULES = (
@@ -44,9 +43,7 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     for width in _WIDTHS:
         options = {"depth": 2, **width, **extra}
         try:
-            with torch.device("meta"):
-                model = timm.create_model(name, **options)
-            size = _size(model)
+            size = _size(timm.create_model(name, **options))
             for sized in ({"img_size": size[1]}, {}):
                 try:
                     return timm.create_model(name, **options, **sized), size

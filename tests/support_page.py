@@ -17,9 +17,9 @@ def page() -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by the tests (`make support`): a model stands here as supported because this run built it, with random",
-        "parameters and small, and showed that r = 0 is the original, that as many tokens go as planned, that sizes add",
-        "up, that merging equals its group-mean simulation, that restored tokens do, and that removal is bit-exact.",
+        "Written by the tests (`make support`): a model stands here as supported because this run built it, small and",
+        "with random parameters, and showed that r = 0 is the original, that as many tokens go as planned, that sizes",
+        "add up, that merging and restored tokens equal the group-mean simulation, and that removal is bit-exact.",
         "",
         "Versions: " + ", ".join(f"{host} {version(host)}" for host in HOSTS) + ".",
         "",

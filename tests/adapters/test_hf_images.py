@@ -267,6 +267,24 @@ def test_an_implementation_without_masks(monkeypatch: pytest.MonkeyPatch) -> Non
         assert any("no proportional attention" in limit for limit in handle.report().limits)
 
 
+def test_an_implementation_with_block_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flex(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        assert mask is None  # a bias goes through sdpa
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=options["scaling"])
+        return out.transpose(1, 2), None
+
+    mapping = transformers.modeling_utils.AttentionInterface._global_mapping
+    monkeypatch.setitem(mapping, "flex_attention", flex)
+    case = CASES["clip-vision"]
+    model = case.make()
+    with tokenmerge.patched(model, r=3, prop_attn=True):
+        expected = _run(model, case)
+        model.set_attn_implementation("flex_attention")
+        assert_close(_run(model, case), expected, 1e-9)
+    with pytest.raises(UnsupportedError, match=r"mask is a str, .*set_attn_implementation\('sdpa'\)"):
+        adapters.find(model).valid({"attention_mask": "a BlockMask, which stands for no tokens"})
+
+
 def test_gradient_checkpointing_by_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["vit-classifier"]
     model = case.make().train()
@@ -402,6 +420,26 @@ def test_two_towers_are_not_chosen_from() -> None:
         tokenmerge.patch(model, r=3)
     with tokenmerge.patched(model.left, r=3):
         assert tokenmerge.supports(model.right)
+
+
+def test_a_subclass_may_use_every_token() -> None:
+    class Averaged(transformers.ViTModel):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return super().forward(pixel_values).last_hidden_state[:, 1:].mean(dim=1)
+
+    model = randomised(Averaged(transformers.ViTConfig(**VISION))).eval()
+    check_promises(model, **CASES["vit"].inputs())
+
+
+@pytest.mark.filterwarnings("ignore")  # the host's, about generation settings
+def test_a_patched_model_generates_text() -> None:
+    case = CASES["blip2"]
+    config = getattr(transformers, case.config)(**case.settings)
+    model = randomised(transformers.Blip2ForConditionalGeneration(config)).eval()
+    inputs = case.inputs()
+    with tokenmerge.patched(model, r=3) as handle:
+        words = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert words.shape[0] == 3 and handle.has_merged
 
 
 def test_a_tower_inside_a_module_of_the_users_own() -> None:

@@ -6,15 +6,15 @@ from torch import nn
 
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.dino import Dino, DinoV2
+from tokenmerge.adapters.hf_aimv2 import HFAimv2
 from tokenmerge.adapters.hf_audio import HFAST, HFWhisper
 from tokenmerge.adapters.hf_beit import HFBeit
-from tokenmerge.adapters.hf_rotary import HFDINOv3, HFVJEPA2
-from tokenmerge.adapters.hf_timm import HFTimm
-from tokenmerge.adapters.hf_video import HFVideoMAE, HFVivit
-from tokenmerge.adapters.hf_aimv2 import HFAimv2
 from tokenmerge.adapters.hf_clip import HFCLIP
 from tokenmerge.adapters.hf_dinov2 import HFDinov2
 from tokenmerge.adapters.hf_internvl import HFInternVL
+from tokenmerge.adapters.hf_rotary import HFVJEPA2, HFDINOv3
+from tokenmerge.adapters.hf_timm import HFTimm
+from tokenmerge.adapters.hf_video import HFVideoMAE, HFVivit
 from tokenmerge.adapters.hf_vit import HFViT
 from tokenmerge.adapters.hf_yolos import HFYolos
 from tokenmerge.adapters.mae import MAE
@@ -37,7 +37,39 @@ from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["ADAPTERS", "find", "list_adapters"]
 
-ADAPTERS: tuple[Adapter, ...] = (TimmViT(), TimmBeit(), TimmRelPos(), TimmCait(), TimmEva(), TimmNaFlex(), TimmSAM(), TimmVLM(), MAEst(), MAE(), Swag(), TorchvisionViT(), OpenClip(), Dino(), DinoV2(), VitPytorch(), HFBeit(), HFDINOv3(), HFVideoMAE(), HFVivit(), HFVJEPA2(), HFAST(), HFWhisper(), HFViT(), HFCLIP(), HFDinov2(), HFInternVL(), HFAimv2(), HFTimm(), HFYolos(), TorchEncoder())
+ADAPTERS: tuple[Adapter, ...] = (
+    TimmViT(),
+    TimmBeit(),
+    TimmRelPos(),
+    TimmCait(),
+    TimmEva(),
+    TimmNaFlex(),
+    TimmSAM(),
+    TimmVLM(),
+    MAEst(),
+    MAE(),
+    Swag(),
+    TorchvisionViT(),
+    OpenClip(),
+    Dino(),
+    DinoV2(),
+    VitPytorch(),
+    HFBeit(),
+    HFDINOv3(),
+    HFVideoMAE(),
+    HFVivit(),
+    HFVJEPA2(),
+    HFAST(),
+    HFWhisper(),
+    HFViT(),
+    HFCLIP(),
+    HFDinov2(),
+    HFInternVL(),
+    HFAimv2(),
+    HFTimm(),
+    HFYolos(),
+    TorchEncoder(),
+)
 
 
 def list_adapters() -> list[str]:

@@ -44,12 +44,16 @@ MERGED_TOKENS = "last_hidden_state holds the merged tokens; restore='dense' hand
 
 def follow_mask(value: Any, kept: Tensor) -> Tensor:
     """Let a mask follow the tokens that are left; raises `UnsupportedError` for one that is no tensor."""
-    if not isinstance(value, Tensor):
+    return follow.mask(_tensor_mask(value), kept)
+
+
+def _tensor_mask(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):  # flex attention's BlockMask
         raise UnsupportedError(
             f"the attention mask is a {type(value).__name__}, which cannot follow merged tokens. Choose "
             "model.set_attn_implementation('sdpa'), leave the mask out, or set handle.r = 0."
         )
-    return follow.mask(value, kept)
+    return value
 
 
 def no_change(value: Any, kept: Tensor) -> Any:
@@ -122,7 +126,8 @@ class HFAdapter(Adapter):
         return hf_tap(attrgetter(self.spec(block).attn)(block))
 
     def grid_head(self, model: Any) -> str | None:
-        if self.token_models.intersection(hf_names(model)):
+        # a subclass with a forward of its own may do anything
+        if self.token_models.intersection(hf_names(model)[:1]) and _is_hosts(type(model).forward):
             return None
         return f"{type(model).__qualname__} is not known to use the class token alone"
 
@@ -139,7 +144,7 @@ class HFAdapter(Adapter):
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:
         mask = given.get("attention_mask")
-        return None if mask is None else follow.keys_of_mask(mask)
+        return None if mask is None else follow.keys_of_mask(_tensor_mask(mask))
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
         name, tower, _ = self.tower(model)
@@ -170,7 +175,11 @@ class HFAdapter(Adapter):
 
 def hf_names(module: nn.Module) -> list[str]:
     """Return the names of the module's classes that transformers defines, most derived first."""
-    return [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.")]
+    return [cls.__name__ for cls in type(module).__mro__ if _is_hosts(cls)]
+
+
+def _is_hosts(thing: Any) -> bool:
+    return str(thing.__module__).startswith("transformers.")
 
 
 def pair(size: int | Iterable[int]) -> tuple[int, int]:

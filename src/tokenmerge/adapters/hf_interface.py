@@ -92,10 +92,10 @@ class InterfaceTap:
                     "patch again with prop_attn=False."
                 )
             mask = follow.add_bias(mask, bias, q.dtype)
-            if name == "eager" and not self.eager_adds:
-                name = "sdpa"  # some eager functions multiply by what they call a mask
-            elif name == "flex_attention":
-                mask = mask.expand(q.shape[0], -1, q.shape[2], -1)
+            # some eager functions multiply by what they call a mask; flex attention would read this one from all of
+            # [B, 1, N, N], and its CPU kernel corrupts memory when it reads any (torch 2.15)
+            if name == "flex_attention" or (name == "eager" and not self.eager_adds):
+                name = "sdpa"
         if name == "eager":
             return self.eager(self.core, q, k, v, mask, **options)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
