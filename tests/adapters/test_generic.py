@@ -99,12 +99,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def test_a_model_known_by_names_keeps_the_promises(make: Callable[[], nn.Module], method: ToMe) -> None:
     model = _model(make())
     family = Family("by names (blocks=, attn=, norm=, mlp=)", "any pre-norm model")
-    is_mean = method.combine == "weighted"
-    before = tokenmerge.patch
-    check_promises(model, X, patch=NAMES, adapter=Generic(**NAMES), family=family, is_simulated=is_mean)
-    with tokenmerge.patched(model, method, r=5, **NAMES) as handle, torch.no_grad():
+    with tokenmerge.patched(model, method, r=5, track=True, **NAMES) as handle, torch.no_grad():
         assert model(X).isfinite().all() and handle.report().limits[-1].startswith("tokens are put back")
-    assert before is tokenmerge.patch
+        groups = handle.groups
+        merged = model(X)
+    if method.combine == "weighted":
+        assert_close(merged, tokenmerge.simulate(model, groups, X, adapter=Generic(**NAMES)), 1e-6)
+    check_promises(model, X, patch=NAMES, adapter=Generic(**NAMES), family=family)
 
 
 def test_hooks_give_what_a_described_block_gives() -> None:
