@@ -1,7 +1,7 @@
 """Per-pixel features of photographs from a DINOv2-shaped model, unmerged and merged, as one picture.
 
-`python examples/dense_features.py` writes docs/images/dense_features.png. The weights are random: colours show what patch
-embedding and mixing make of the photograph, not what things are.
+`python examples/dense_features.py` writes docs/images/dense_features.png. The weights are random: colours show what
+patch embedding and mixing make of the photograph, not what things are.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from tokenmerge.schedule import parse_r
         (0.25, [148, 112, 85, 64]),
         (lambda block, tokens: block if tokens > 194 else 0, [197, 196, 194, 194]),
     ],
-    ids=str,
+    ids=lambda value: "callable" if callable(value) else str(value),
 )
 def test_tokens_left(r: Any, expected: list[int]) -> None:
     assert Schedule.of(r, depth=4).tokens(197, prefix=1) == expected
