@@ -249,7 +249,7 @@ def test_doctor_json(capsys: Capture, models: Path) -> None:
 def test_doctor_on_an_unsupported_model(capsys: Capture, flags: list[str]) -> None:
     assert main(["doctor", "resnet18", *flags]) == 1
     out = capsys.readouterr().out
-    assert "no adapter for timm.models.resnet.ResNet; tried: timm_vit, mae, swag. None is near" in out
+    assert "no adapter for timm.models.resnet.ResNet; tried: timm_vit, " in out and "Patch it by names" in out
     if flags:
         content = json.loads(out)
         assert content["is_healthy"] is False and content["findings"][0][:2] == ["adapter", False]
@@ -311,7 +311,7 @@ def test_devices_that_are_not_there(
 @pytest.mark.parametrize(
     ("model", "options", "text"),
     [
-        ("linear.pt", [], "no adapter for torch.nn.modules.linear.Linear; tried: timm_vit, mae, swag."),
+        ("linear.pt", [], "no adapter for torch.nn.modules.linear.Linear; tried: timm_vit, "),
         ("tiny.pt", ["--dtype", "int8"], "no dtype 'int8'; there are: float32, bfloat16, float16."),
         ("tiny.pt", ["--method", "tme"], "Did you mean 'tome'?"),
         ("tiny.pt", ["-b", "0"], "at least one r, one batch size >= 1 and one round"),
