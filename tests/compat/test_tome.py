@@ -23,6 +23,7 @@ def test_the_readme_script() -> None:
     merged = model(x)
     assert not torch.equal(merged, unmerged) and model._tome_info["size"].shape == (2, 33, 1)
     assert model._tome_info["source"] is None
+    assert model.forward_features(x).shape == (2, 33, 32), "merged tokens are handed out, as the ToMe package does"
     for r in ((8, -1.0), [8, 4, 2, 1], 3):
         model.r = r
         model(x)

@@ -21,7 +21,7 @@ def _patcher(*families: str) -> Callable[..., api.Handle]:
 
         With `trace_source` the info holds `source` `[B, M, N]`. Returns the handle, whose `remove()` takes all back.
         """
-        handle = api.patch(model, r=0, prop_attn=prop_attn, track=trace_source)
+        handle = api.patch(model, r=0, prop_attn=prop_attn, track=trace_source, restore="merged")
         if handle.report().adapter not in families:
             found = handle.report().adapter
             handle.remove()
