@@ -40,10 +40,27 @@ def test_the_handle_says_what_was_done() -> None:
     report = handle.report()
     assert (report.adapter, report.blocks, report.tokens, report.planned) == ("timm_vit", 4, handle.tokens, False)
     assert report.prop_attn and report.limits == [] and report.parity == 0.0
-    assert report.kernels == {"match": "reference", "mean_heads": "cpu", "merge": "reference"}
+    assert report.kernels == {"bipartite": "cpu", "merge": "cpu", "attend": "reference"} and report.fallbacks == []
     for word in ("timm_vit", "57 49 41 33", "ToMe(metric='k'", "seam"):
         assert word in str(report)
     assert "ToMe" in repr(handle) and "r=8" in repr(handle)
+
+
+def test_tokens_left_are_rounded_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = tiny_vit()
+    handle = tokenmerge.patch(model, r=7, multiple_of=8)
+    _run(model)
+    assert handle.tokens == [56, 48, 40, 32]
+    handle.r = 15
+    _run(model)
+    assert handle.tokens == [48, 32, 24, 16]
+    handle.config.save(tmp_path / "merge.json")
+    loaded = tokenmerge.MergeConfig.load(tmp_path / "merge.json")
+    assert loaded == handle.config and loaded.multiple_of == 8
+    handle.remove()
+    with pytest.raises(ValueError, match="multiple_of is 0"):
+        tokenmerge.patch(model, r=8, multiple_of=0)
+    assert tokenmerge.patch(model, loaded).tokens == [48, 32, 24, 16]
 
 
 def test_dense_gives_every_token_its_groups_features() -> None:

@@ -205,4 +205,13 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 def test_concatenated_heads_compare_all_channels() -> None:
     k = torch.randn(2, 3, 10, 4)
     assert torch.equal(matching.join_heads(k, "concat"), torch.cat([k[:, head] for head in range(3)], dim=-1))
-    assert_close(matching.join_heads(k, "mean"), torch.from_numpy(np.mean(k.numpy(), axis=1)), 1e-6)
+
+
+@pytest.mark.parametrize("distance", matching.DISTANCES)
+def test_heads_are_averaged_while_matching(distance: str) -> None:
+    k = torch.randn(2, 3, 25, 4)
+    whole, mean = (
+        matching.bipartite(metric, 6, prefix=1, distance=distance)
+        for metric in (matching.join_heads(k, "mean"), torch.from_numpy(np.mean(k.numpy(), axis=1)))
+    )
+    assert torch.equal(whole.keep, mean.keep) and torch.equal(whole.dst, mean.dst)

@@ -40,6 +40,29 @@ def test_the_prefix_is_never_counted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("r", "multiple_of", "expected"),
+    [
+        (13, 8, [184, 168, 152, 136]),  # 13 fits; then 16 is nearer than 8
+        (16, 1, [181, 165, 149, 133]),
+        (2, 8, [192, 192, 192, 192]),  # of 5 and 0 that is the nearest: what is left is a multiple already
+        (1000, 8, [104, 56, 32, 24]),  # no more than half can go
+        (1000, 128, [128, 128, 128, 128]),
+        (1000, 256, [99, 50, 26, 14]),  # no multiple within reach: as without
+        (0, 8, [197] * 4),
+    ],
+    ids=str,
+)
+def test_what_is_left_is_rounded_to_a_multiple(r: int, multiple_of: int, expected: list[int]) -> None:
+    assert Schedule.of(r, depth=4, multiple_of=multiple_of).tokens(197, prefix=1) == expected
+
+
+@pytest.mark.parametrize("multiple_of", [0, -8, 1.5, True, "8", None], ids=repr)
+def test_a_multiple_is_a_positive_int(multiple_of: Any) -> None:
+    with pytest.raises(ValueError, match=r"multiple_of is .*\. Allowed: an int >= 1"):
+        Schedule.of(8, depth=4, multiple_of=multiple_of)
+
+
+@pytest.mark.parametrize(
     "r",
     [
         -1,

@@ -33,7 +33,7 @@ from tokenmerge.state import ForwardState, Frame
 __all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
 
 _ATTRIBUTE = "_tokenmerge_handle"
-_KEYWORDS = ("r", "prop_attn", "track", "restore", "blocks", "attn", "norm", "mlp", "prefix")
+_KEYWORDS = ("r", "prop_attn", "track", "restore", "multiple_of", "blocks", "attn", "norm", "mlp", "prefix")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Report:
     prop_attn: bool
     attention: str  # how the tap sees the attention
     kernels: dict[str, str]
+    fallbacks: list[str]  # operations without the fused version for this device, and what that needs
     parity: float  # largest difference of a re-composed block from its own forward, when attaching
     limits: list[str]  # what could not be done
 
@@ -65,7 +66,7 @@ class Report:
                 " ".join(map(str, self.tokens)) + (" (planned)" if self.planned else "") if self.tokens else "-",
             ),
             ("proportional attention", "on" if self.prop_attn else "off"),
-            ("kernels", used),
+            ("kernels", "; ".join((used, *self.fallbacks))),
             ("parity when attached", f"max |difference| {self.parity:.2g}"),
             ("could not be done", "; ".join(self.limits) or "-"),
         ]
@@ -82,7 +83,7 @@ class Handle:
         self._layout = adapter.layout(model)
         self._actions: list[Callable[[], None]] = []
         depth = len(adapter.blocks(model))
-        self._state = ForwardState(depth, Schedule.of(config.r, depth))
+        self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of))
         self._state.track = config.track
         self._attachment = attach(
             model, adapter, config.method, self._state, self._layout, config.prop_attn, config.restore
@@ -95,7 +96,7 @@ class Handle:
 
     @r.setter
     def r(self, value: R) -> None:
-        schedule = Schedule.of(value, self._state.depth)
+        schedule = Schedule.of(value, self._state.depth, self._config.multiple_of)
         self._config = dataclasses.replace(self._config, r=value)
         self._state.schedule = schedule
 
@@ -201,9 +202,10 @@ class Handle:
         runner = self._attachment.runners[0]
         frame = self._state.last()
         planned = frame is None or frame.shape[-1] is None
-        # stands for the keys [B, H, N, D] of a forward without gradients
+        # stand for the keys [B, H, N, D] and the tokens [B, N, C] of a forward without gradients
         parameter = next(self.model.parameters(), torch.empty(0))
-        keys = torch.empty(1, 2, 1, 1, device=parameter.device, dtype=parameter.dtype)
+        keys = torch.empty(1, 2, 2, 64, device=parameter.device, dtype=parameter.dtype)
+        seen = {"bipartite": keys, "merge": keys[0], "attend": keys}
         return Report(
             model=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             adapter=self._adapter.name,
@@ -214,7 +216,8 @@ class Handle:
             planned=planned,
             prop_attn=runner.is_proportional,
             attention=runner.tap.kind,
-            kernels={op: kernels.select(op, keys).name for op in ("match", "mean_heads", "merge")},
+            kernels={op: kernels.select(op, x).name for op, x in seen.items()},
+            fallbacks=[line for op, x in seen.items() for line in kernels.fallbacks(op, x)],
             parity=self._attachment.parity,
             limits=list(self._attachment.limits),
         )
@@ -254,6 +257,7 @@ def patch(
     prop_attn: bool | str | None = None,
     track: bool | None = None,
     restore: str | None = None,
+    multiple_of: int | None = None,
     blocks: str | None = None,
     attn: str | None = None,
     norm: str | None = None,
@@ -266,9 +270,10 @@ def patch(
     `method` is a name, an object or a saved configuration; `r` what is removed per block (see `Schedule.of`);
     `prop_attn` adds log(size) to attention scores (`"auto"` follows the paper); `track` records `handle.groups`;
     `restore="dense"` hands out every token in its place, wherever the model hands tokens out, `restore="merged"` the
-    merged ones (without either, calls that need them all are refused). A model that no adapter describes is patched by
-    names: `blocks` is the path to its blocks, `attn`, `norm` (before the MLP) and `mlp` are children of a block,
-    `prefix` how many tokens in front are protected.
+    merged ones (without either, calls that need them all are refused); `multiple_of=8` rounds what each block removes
+    so that the tokens left are a multiple, on which some kernels are faster. A model that no adapter describes is
+    patched by names: `blocks` is the path to its blocks, `attn`, `norm` (before the MLP) and `mlp` are children of a
+    block, `prefix` how many tokens in front are protected.
     Raises `TokenMergeError`: an unsupported model, an unknown name or keyword, a model patched already, a wrong `r`
     (also a ValueError).
 
@@ -288,7 +293,7 @@ def patch(
         raise AlreadyPatchedError(
             f"this model is reduced already: {model.__dict__[_ATTRIBUTE]!r}; call unpatch(model) first."
         )
-    given = {"r": r, "prop_attn": prop_attn, "track": track, "restore": restore}
+    given = {"r": r, "prop_attn": prop_attn, "track": track, "restore": restore, "multiple_of": multiple_of}
     values = {name: value for name, value in given.items() if value is not None}
     if isinstance(method, MergeConfig):
         config = dataclasses.replace(method, **values)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ class MergeConfig:
     prop_attn: bool | str = "auto"
     track: bool = False
     restore: str | None = None
+    multiple_of: int = 1
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class MergeConfig:
         prop_attn: bool | str = "auto",
         track: bool = False,
         restore: str | None = None,
+        multiple_of: int = 1,
     ) -> None:
         if isinstance(method, str):
             method = methods.find(method)()
@@ -51,8 +53,9 @@ class MergeConfig:
         if restore not in (None, "dense", "merged"):
             raise ConfigError(f"restore is {restore!r}; allowed: 'dense', 'merged', None.")
         # any depth will do: only the form is checked here, the length against the model by `patch`
-        Schedule.of(r, depth=len(r) if isinstance(r, list) else 1)
+        Schedule.of(r, depth=len(r) if isinstance(r, list) else 1, multiple_of=multiple_of)
         values = {"method": method, "r": r, "prop_attn": prop_attn, "track": bool(track), "restore": restore}
+        values["multiple_of"] = multiple_of
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -67,6 +70,8 @@ class MergeConfig:
         content = {"version": _VERSION, "method": method, "r": r, "prop_attn": self.prop_attn, "track": self.track}
         if self.restore:
             content["restore"] = self.restore
+        if self.multiple_of > 1:
+            content["multiple_of"] = self.multiple_of
         try:
             Path(path).write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
@@ -85,7 +90,7 @@ class MergeConfig:
 
 
 def _checked(content: Any, path: str | Path) -> dict[str, Any]:
-    known = {"version", "method", "r", "prop_attn", "track", "restore"}
+    known = {"version", "method", "r", "prop_attn", "track", "restore", "multiple_of"}
     if not isinstance(content, dict) or not {"version", "method", "r"} <= content.keys():
         raise ConfigError(f"{path} is no tokenmerge configuration: it must hold version, method and r.")
     if content["version"] != _VERSION:

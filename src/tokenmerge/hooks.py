@@ -114,7 +114,7 @@ class HookRunner(BlockRunner):
             if not turn.is_silent:
                 self._check_seen(seen, mid.shape[1])
             return mid
-        turn.plan = self._choose(mid, turn.x_pre, seen, turn.size, turn.r, turn.has_padding)
+        turn.plan = self._choose(mid, None, turn.x_pre, seen, turn.size, turn.r, turn.has_padding)
         turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.size)
         return turn.merged
 

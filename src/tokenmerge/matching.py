@@ -20,8 +20,8 @@ PARTITIONS = ("alternating", "sequential", "random")
 
 
 def join_heads(x: Tensor, how: str) -> Tensor:  # [B, H, N, D]
-    """Make one metric of queries, keys or values: heads by `mean`, `[B, N, D]`, or `concat`, `[B, N, H * D]`."""
-    return kernels.mean_heads(x) if how == "mean" else x.transpose(1, 2).flatten(2)
+    """Make one metric of queries, keys or values: `concat` gives `[B, N, H * D]`, a `mean` is left to the matching."""
+    return x if how == "mean" else x.transpose(1, 2).flatten(2)
 
 
 def largest_r(n: int, prefix: int) -> int:
@@ -30,7 +30,7 @@ def largest_r(n: int, prefix: int) -> int:
 
 
 def bipartite(
-    metric: Tensor,  # [B, N, D]
+    metric: Tensor,  # [B, N, D] or [B, H, N, D]
     r: int,
     *,
     prefix: int = 0,
@@ -40,33 +40,27 @@ def bipartite(
     by_position: bool = True,
     valid: Tensor | None = None,  # [B, N] bool
 ) -> Plan:
-    """Match each token of side A with its best of side B and merge the `r` best pairs.
+    """Match each token of side A with its best of side B and merge the `r` best pairs; heads are averaged.
 
     Bipartite soft matching of Bolya et al., ICLR 2023, arXiv:2210.09461. The first `prefix` tokens are protected and
     come first in the output, then the unmerged tokens of A, then B. `r` is clamped to half of the unprotected tokens;
-    0 keeps all in their order. `by_position=False` leaves the unmerged tokens of A in the order of their scores, as
-    the paper's own code does without a class token. Tokens that are not `valid` (padding) are merged with each other,
-    before any others, and with a real one only where nothing else is left to remove. Raises `UnknownNameError` for an
-    unknown distance or partition.
+    0 keeps all in their order. Of equal scores the first place wins. `by_position=False` leaves the unmerged tokens of
+    A in the order of their scores, as the paper's own code does without a class token. Tokens that are not `valid`
+    (padding) are merged with each other, before any others, and with a real one only where nothing else is left to
+    remove. Raises `UnknownNameError` for an unknown distance or partition.
     """
     if distance not in DISTANCES:
         raise unknown_name("distance", distance, DISTANCES)
-    B, n, _ = metric.shape
+    B, n = metric.shape[0], metric.shape[-2]
     r = min(r, largest_r(n, prefix))
-    token = torch.arange(n, device=metric.device)
     if r <= 0:
-        everyone = token.expand(B, -1)
+        everyone = torch.arange(n, device=metric.device).expand(B, -1)
         return Plan(keep=everyone, src=everyone[:, :0], dst=everyone[:, :0], n=n)
+    if distance == "cosine" and partition == "alternating" and by_position and valid is None:
+        return Plan(*kernels.bipartite(metric, r, prefix), n=n)
     side_a, side_b = _sides(n, prefix, partition, seed, metric.device)
     best, partner = kernels.match(metric, side_a, side_b, distance, valid)  # [B, A]
-    token_a, token_b = token[side_a], token[side_b]
-    order = best.argsort(dim=-1, descending=True)
-    absorbed, unmerged = order[:, :r], order[:, r:]
-    if by_position:
-        unmerged = unmerged.sort(dim=-1).values
-    keep = torch.cat((token[:prefix].expand(B, -1), token_a[unmerged], token_b.expand(B, -1)), dim=1)
-    dst = partner.gather(1, absorbed) + (prefix + unmerged.shape[1])
-    return Plan(keep=keep, src=token_a[absorbed], dst=dst, n=n)
+    return Plan(*kernels.choose(best, partner, side_a, side_b, r, prefix, by_position), n=n)
 
 
 def kth(metric: Tensor, k: int) -> Plan:  # [B, N, D]
@@ -94,8 +88,7 @@ def random(metric: Tensor, r: int) -> Plan:  # [B, N, D]
 def _sides(n: int, prefix: int, partition: str, seed: int, device: torch.device) -> tuple[kernels.Side, kernels.Side]:
     """Indices of the unprotected tokens of A and B."""
     if partition == "alternating":
-        # the parity is that of the whole sequence, prefix included, as in the paper
-        return slice(prefix + prefix % 2, n, 2), slice(prefix + 1 - prefix % 2, n, 2)
+        return kernels.alternating(n, prefix)
     half = prefix + (n - prefix + 1) // 2
     if partition == "sequential":
         return slice(prefix, half), slice(half, n)

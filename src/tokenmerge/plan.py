@@ -37,9 +37,14 @@ def merge(plan: Plan, x: Tensor, mode: str = "mean") -> Tensor:  # [B, N, C]
     return kernels.reduce(x, plan.keep, plan.src, plan.dst, mode)
 
 
-def merge_weighted(plan: Plan, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, N, C], [B, N]
-    """Combine each group as its size-weighted mean; returns `[B, M, C]` and the new sizes `[B, M]`."""
-    return kernels.merge(x, size, plan.keep, plan.src, plan.dst)
+def merge_weighted(
+    plan: Plan,
+    x: Tensor,  # [B, N, C]
+    size: Tensor | None = None,  # [B, N]
+    branch: Tensor | None = None,  # [B, N, C]
+) -> tuple[Tensor, Tensor]:
+    """Combine each group of `x + branch` as its size-weighted mean: `[B, M, C]` and the new sizes `[B, M]`."""
+    return kernels.merge(x, size, plan.keep, plan.src, plan.dst, branch)
 
 
 def unmerge(plan: Plan, y: Tensor) -> Tensor:  # [B, M, C]
@@ -66,7 +71,9 @@ def lead_by_real(plan: Plan, valid: Tensor) -> Plan:  # [B, N] bool
     leader = plan.keep.gather(1, plan.dst)  # [B, R]
     is_real = valid.gather(1, plan.src) & ~valid.gather(1, leader)
     rank = torch.arange(R, device=plan.src.device).expand_as(plan.src).masked_fill(~is_real, R)
-    first = torch.full_like(plan.keep, R).scatter_reduce(1, plan.dst, rank, "amin")  # [B, M]
+    # compared rather than scattered: an exported graph shall hold no scatter but sums
+    slots = torch.arange(plan.keep.shape[1], device=rank.device)[:, None]
+    first = torch.where(plan.dst[:, None] == slots, rank[:, None], R).amin(dim=2)  # [B, M]
     src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
     keep = torch.where(first < R, plan.src.gather(1, first.clamp_max(R - 1)), plan.keep)
     return Plan(keep=keep, src=src, dst=plan.dst, n=plan.n)

@@ -18,6 +18,7 @@ from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.keybias import key_bias
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan, lead_by_real
 from tokenmerge.state import ForwardState, Frame
@@ -85,21 +86,24 @@ class BlockRunner(Original):
     ) -> tuple[Tensor, Tensor | None, Plan | None]:
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
         x_pre = x
-        x, seen = self._attend(x, self._bias(size, has_padding), kept, self._follow(call, kept))
-        plan = self._choose(x, x_pre, seen, size, r, has_padding) if r else None
+        x, branch, seen = self._attend(x, self._bias(size, has_padding), kept, self._follow(call, kept))
+        plan = self._choose(x, branch, x_pre, seen, size, r, has_padding) if r else None
         # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
-        del seen
+        del seen, x_pre
         if plan is not None:
-            x, size = self.method.merge(plan, x, size)
+            x, size = self.method.merge(plan, x, size, branch)
+        elif branch is not None:
+            x = x + branch
+        del branch
         return self._apply_mlp(x), size, plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        tokens, seen = self._attend(tokens, None, None, self._follow(call, None))
+        tokens, branch, seen = self._attend(tokens, None, None, self._follow(call, None))
         self._check_seen(seen, tokens.shape[1])
-        return self._mirror(self._apply_mlp(tokens))
+        return self._mirror(self._apply_mlp(tokens if branch is None else tokens + branch))
 
     def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
         for name in sorted(self.method.needs):
@@ -115,34 +119,35 @@ class BlockRunner(Original):
         if size is None or not self.is_proportional:
             return None
         # not -inf for padding: of an image that is all padding, attention would be NaN
-        return size.log().clamp_min(-1e4) if has_padding else size.log()
+        return key_bias(size.log().clamp_min(-1e4) if has_padding else size.log())
 
     def _choose(
         self,
         x: Tensor,
+        branch: Tensor | None,
         x_pre: Tensor,
         seen: dict[str, Tensor],
         size: Tensor | None,
         r: int,
         has_padding: bool,
     ) -> Plan:
-        # detached rather than under no_grad, which an exported graph would hold as an operator of its own
-        q, k, v = (seen[name].detach() if name in seen else None for name in ("q", "k", "v"))
+        q, k, v = (_cut(seen.get(name)) for name in ("q", "k", "v"))
         prefix, grid = self.layout.prefix, self.layout.grid
         valid = size > 0 if has_padding and size is not None else None
-        view = TokenView(x.detach(), x_pre.detach(), q, k, v, size, prefix, grid, self.layer, valid)
+        view = TokenView(_cut(x), _cut(x_pre), q, k, v, size, prefix, grid, self.layer, valid, _cut(branch))
         plan = self.method.plan(view, r)
         return plan if valid is None else lead_by_real(plan, valid)
 
     def _attend(
         self, x: Tensor, bias: Tensor | None, kept: Tensor | None, given: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the residual stream, what the attention adds to it (None: all is added) and what the tap saw."""
         if not self.spec.attn:
-            return self.tap(x, bias, kept, **given), self.tap.take()
+            return self.tap(x, bias, kept, **given), None, self.tap.take()
         branch = x
         for name in self.spec.attention:
             branch = self.tap(branch, bias, kept, **given) if name == self.spec.attn else self._step(name, branch)
-        return x + branch, self.tap.take()
+        return x, branch, self.tap.take()
 
     def _apply_mlp(self, x: Tensor) -> Tensor:
         if not self.spec.mlp:
@@ -221,3 +226,8 @@ class BlockRunner(Original):
                     f"tokens are on {x.device}, the patched block's weights on {parameter.device}. nn.DataParallel "
                     "copies modules without their runners and is not supported: use DistributedDataParallel."
                 )
+
+
+def _cut(x: Any) -> Any:
+    """Detach what a method sees, where gradients flow: no_grad would leave an operator in exported graphs."""
+    return x.detach() if x is not None and torch.is_grad_enabled() else x

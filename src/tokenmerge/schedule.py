@@ -24,26 +24,23 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class Schedule:
-    """One amount per layer. `Schedule.of` checks what the user gave.
+    """One amount per layer, rounded so that `multiple_of` divides what is left. `Schedule.of` checks what was given.
 
     >>> Schedule.of((16, -1.0), depth=12).amounts
     (32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0)
     """
 
     amounts: tuple[Amount, ...]
+    multiple_of: int = 1
 
     @staticmethod
-    def of(r: R, depth: int) -> Schedule:
+    def of(r: R, depth: int, multiple_of: int = 1) -> Schedule:
         """Check any allowed form of `r` against the number of blocks; raises `InvalidScheduleError` (a ValueError)."""
-        if callable(r):
-            return Schedule((r,) * depth)
-        if isinstance(r, tuple):
-            return Schedule(tuple(_inflected(r, depth)))
-        if isinstance(r, Sequence) and not isinstance(r, str):
-            if len(r) > depth:
-                raise InvalidScheduleError(f"r has {len(r)} entries, the model has {depth} blocks. {_ALLOWED}")
-            return Schedule(tuple(_amount(entry) for entry in r) + (0,) * (depth - len(r)))
-        return Schedule((_amount(r),) * depth)
+        if isinstance(multiple_of, bool) or not isinstance(multiple_of, Integral) or multiple_of < 1:
+            raise InvalidScheduleError(
+                f"multiple_of is {multiple_of!r}. Allowed: an int >= 1 that divides the tokens left by each block."
+            )
+        return Schedule(_amounts(r, depth), int(multiple_of))
 
     def at(self, layer: int, tokens: int, prefix: int) -> int:
         """Return how many of `tokens` (prefix included) the layer removes, at most half of the unprotected ones."""
@@ -57,7 +54,15 @@ class Schedule:
         else:
             # one captured graph per r: with a symbolic r, tracing may take ten times as long
             amount = operator.index(amount)
-        return min(int(amount), max(0, (tokens - prefix) // 2))
+        most = max(0, (tokens - prefix) // 2)
+        amount = min(int(amount), most)
+        return self._round(amount, tokens, most) if amount and self.multiple_of > 1 else amount
+
+    def _round(self, amount: int, tokens: int, most: int) -> int:
+        """Return the nearest amount that leaves a multiple: the larger of two, this one where there is none."""
+        more = amount + (tokens - amount) % self.multiple_of
+        allowed = [other for other in (more, more - self.multiple_of) if 0 <= other <= most]
+        return min(allowed, key=lambda other: abs(other - amount), default=amount)
 
     def tokens(self, tokens: int, prefix: int) -> list[int]:
         """Return the tokens left after each layer, from `tokens` at the first (prefix included)."""
@@ -79,6 +84,18 @@ def parse_r(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[int
     if len(counts) < len(amounts):
         raise InvalidScheduleError(f"parse_r counts tokens; r is {r!r}. Allowed: an int, a list of ints, a pair.")
     return counts
+
+
+def _amounts(r: R, depth: int) -> tuple[Amount, ...]:
+    if callable(r):
+        return (r,) * depth
+    if isinstance(r, tuple):
+        return tuple(_inflected(r, depth))
+    if isinstance(r, Sequence) and not isinstance(r, str):
+        if len(r) > depth:
+            raise InvalidScheduleError(f"r has {len(r)} entries, the model has {depth} blocks. {_ALLOWED}")
+        return tuple(_amount(entry) for entry in r) + (0,) * (depth - len(r))
+    return (_amount(r),) * depth
 
 
 def _inflected(pair: tuple[Any, ...], depth: int) -> list[int]:

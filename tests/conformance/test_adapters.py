@@ -233,8 +233,9 @@ def test_gradient_checkpointing_gives_equal_gradients(make: Family, reentrant: b
         for block, inner in hooks:
             block.__dict__["forward"] = inner
     assert len(grads[0]) > 20
+    # to rounding: without gradients, as in the first pass of a reentrant one, torch may attend by another kernel
     for plain, again in zip(*grads, strict=True):
-        assert_close(again, plain, 1e-6)
+        assert_close(again, plain)
 
 
 class _Checkpointed:

@@ -1,69 +1,268 @@
-"""Every implementation of every operation against the reference, at odd shapes, forward and backward."""
+"""Every implementation of every operation against the reference, at odd shapes, forward and backward.
+
+Triton's have tests of their own beside these, in `tests/kernels`: they need its interpreter or a GPU.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from helpers import TOLERANCE, assert_close
-from tokenmerge import kernels, matching
+import third_opinion
+from helpers import TOLERANCE, assert_close, tiny_vit
+from tokenmerge import kernels, matching, patch
 from tokenmerge.errors import UnknownNameError, UnsupportedError
-from tokenmerge.kernels import TABLE, cpu, reference
+from tokenmerge.kernels import TABLE, attention, cpu, reference
+from tokenmerge.tools.timing import peak_memory
 
-ROWS = [(op, kernel) for op, row in TABLE.items() for kernel in row if kernel.name != "reference"]
-SHAPES = [(1, 1, 2, 5), (2, 3, 17, 8), (3, 12, 197, 64), (1, 2, 577, 33)]  # B, H, N, D
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+ROWS = [(op, kernel) for op, row in TABLE.items() for kernel in row if kernel.name not in ("reference", "triton")]
+IDS = [f"{op}-{kernel.name}" for op, kernel in ROWS]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+needs_native = pytest.mark.skipif(cpu._LIBRARY is None, reason="the part in C++ was not built: no compiler")
+# B, H, N, D, prefix, r: widths that no vector divides, one head, one block of rows and more, every token absorbed
+SHAPES = [
+    (1, 1, 2, 5, 0, 1),
+    (2, 3, 17, 8, 1, 8),
+    (3, 2, 197, 64, 1, 16),
+    (1, 2, 257, 33, 5, 126),
+    (2, 1, 578, 80, 2, 40),
+    (5, 4, 18, 16, 0, 9),
+]
+
+
+def _keys(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Keys as attention has them: a view of a projection, `[B, H, N, D]`."""
+    B, H, N, D = shape[:4]
+    return torch.randn(B, N, 3, H, D).to(dtype)[:, :, 1].transpose(1, 2)
+
+
+def _tokens(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Tokens, sizes with one group of padding, a plan and what attention adds, in rows that are not side by side."""
+    B, _, N, D, prefix, r = shape
+    x, branch = torch.randn(2, B, N, 2 * D).to(dtype)[..., :D]
+    size = torch.randint(1, 9, (B, N)).float()
+    keep, src, dst = reference.bipartite(torch.randn(B, N, 8), r, prefix)
+    size[:, src[0, 0]] = size[:, keep[0, dst[0, 0]]] = 0
+    return x, size, keep, src, dst, branch
+
+
+def _inputs(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    if op == "bipartite":
+        return _keys(shape, dtype), shape[5], shape[4]
+    if op == "merge":
+        return _tokens(shape, dtype)
+    assert op == "attend", "a new operation needs inputs here"
+    q, k, v = (_keys(shape, dtype) for _ in range(3))
+    return q, k, v, torch.randint(1, 197, (shape[0], shape[2])).float().log()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "kernel"), ROWS, ids=[f"{op}-{kernel.name}" for op, kernel in ROWS])
-def test_equals_the_reference(op: str, kernel: kernels.Kernel, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert op == "mean_heads", "a new operation needs inputs here"
-    B, H, N, D = shape
-    x = torch.randn(B, N, 3, H, D, dtype=dtype)[:, :, 1].transpose(1, 2)
-    if not kernel.supports(x):
-        assert dtype == torch.bfloat16 or shape[1] == 1
+@pytest.mark.parametrize(("op", "kernel"), ROWS, ids=IDS)
+def test_equals_the_reference(
+    op: str, kernel: kernels.Kernel, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _inputs(op, shape, dtype)
+    if kernel.name == "flex":
+        # the fused one runs on GPUs only; what it is given is checked on the unfused one
+        monkeypatch.setattr(attention, "_flex", lambda is_compiling: flex_attention)
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+    elif not kernel.supports(inputs[0]):
+        assert kernel.name == "cpu" and (dtype in (torch.float64, torch.float16) or cpu._LIBRARY is None)
         return
-    before = x.clone()
-    assert_close(kernel.run(x), reference.mean_heads(x), TOLERANCE[dtype])
-    assert torch.equal(x, before)
+    before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+    with torch.no_grad():
+        _compare(op, kernel.run(*inputs), inputs)
+    for value, copy in zip(inputs, before, strict=True):
+        assert not isinstance(value, Tensor) or torch.equal(value, copy)
 
 
+def _compare(op: str, got: Any, inputs: tuple[Any, ...]) -> None:
+    expected = getattr(reference, op)(*inputs)
+    got, expected = (out if isinstance(out, tuple) else (out,) for out in (got, expected))
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype
+        if op == "bipartite":
+            assert torch.equal(one, other)
+        else:
+            assert one.isfinite().all()
+            assert_close(one, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("op", "kernel"), [row for row in ROWS if row[0] != "bipartite"], ids=IDS[1:])
+def test_gradients_equal_the_reference(op: str, kernel: kernels.Kernel, shape: tuple[int, ...]) -> None:
+    if kernel.name == "flex":
+        pytest.skip("FlexAttention has no backward on CPU")
+    inputs = _inputs(op, shape, torch.float32)
+    if not kernel.supports(inputs[0]):
+        assert cpu._LIBRARY is None
+        return
+    places = [0, 1, 2] if op == "attend" else [0, 5]
+    found = []
+    for run in (kernel.run, getattr(reference, op)):
+        leaves = [value.detach().clone().requires_grad_() if i in places else value for i, value in enumerate(inputs)]
+        out = run(*leaves)
+        out = out[0] if isinstance(out, tuple) else out
+        found.append(
+            torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[-1])).sum(), [leaves[i] for i in places])
+        )
+    for got, expected in zip(*found, strict=True):
+        assert_close(got, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["cpu", "matmul", "reference"])
+def test_merging_without_sizes_and_branch(name: str) -> None:
+    x, _, keep, src, dst, branch = _tokens((2, 1, 50, 24, 1, 12), torch.float32)
+    kernel = next(kernel for kernel in TABLE["merge"] if kernel.name == name)
+    if not kernel.supports(x):
+        pytest.skip("the part in C++ was not built: no compiler")
+    ones = torch.ones(2, 50)
+    plain, summed = kernel.run(x, None, keep, src, dst, None), kernel.run(x, ones, keep, src, dst, branch)
+    assert_close(plain[0], reference.merge(x, ones, keep, src, dst)[0])
+    assert_close(summed[0], reference.merge(x + branch, ones, keep, src, dst)[0])
+    assert torch.equal(plain[1], summed[1]) and plain[1].sum(dim=1).eq(50).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("run", [reference.bipartite, cpu.bipartite], ids=["reference", "cpu"])
+def test_of_equal_scores_the_first_place_wins(run: Callable[..., Any], prefix: int) -> None:
+    if run is cpu.bipartite and cpu._LIBRARY is None:
+        pytest.skip("the part in C++ was not built: no compiler")
+    # unit vectors of a few directions: scores are 0 and 1 without rounding, most of them tied
+    metric = F.one_hot(torch.randint(0, 4, (3, 41)), 4).float()
+    keep, src, dst = run(metric, 15, prefix)
+    for image in range(3):
+        pairs = list(zip(src[image].tolist(), dst[image].tolist(), strict=True))
+        groups = [[token] + [i for i, slot in pairs if slot == m] for m, token in enumerate(keep[image].tolist())]
+        assert groups == third_opinion.bipartite(metric[image].numpy(), 15, prefix)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("B", [1, 2, 7])
+def test_native_answers_do_not_depend_on_threads(B: int, threads: int) -> None:
+    metric, tokens = _keys((B, 2, 300, 64), torch.float32), _tokens((B, 1, 300, 96, 1, 60), torch.float32)
+    expected = reference.bipartite(metric, 60, 1), cpu.merge(*tokens)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plan, merged = cpu.bipartite(metric, 60, 1), cpu.merge(*tokens)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(plan + merged, expected[0] + expected[1], strict=True))
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_native_operators_keep_torchs_contracts() -> None:
+    x, size, keep, src, dst, branch = _tokens((2, 1, 30, 16, 1, 7), torch.float32)
+    inputs = (x.contiguous().requires_grad_(), size, keep, src, dst, branch.contiguous().requires_grad_())
+    torch.library.opcheck(torch.ops.tokenmerge.cpu_merge.default, inputs)
+    torch.library.opcheck(torch.ops.tokenmerge.cpu_bipartite.default, (_keys((2, 3, 30, 16), torch.float32), 7, 1))
+
+
+@needs_native
+def test_native_refuses_a_plan_that_points_outside() -> None:
+    x, size, keep, src, dst, _ = _tokens((2, 1, 30, 16, 1, 7), torch.float32)
+    for wrong in ((keep + 30, src, dst), (keep, src - 30, dst), (keep, src, dst + 30)):
+        with pytest.raises(IndexError, match="tokens beyond the 30 there are, or output slots beyond 23"):
+            cpu.merge(x, size, *wrong, None)
+
+
+@needs_native
 @pytest.mark.parametrize(
     ("x", "expected"),
     [
         (torch.zeros(1, 2, 3, 4), True),
-        (torch.zeros(1, 1, 3, 4), False),
+        (torch.zeros(1, 3, 4, dtype=torch.bfloat16), True),
         (torch.zeros(1, 2, 3, 4, dtype=torch.float16), False),
-        (torch.zeros(1, 2, 3, 4, requires_grad=True), False),
-        (torch.zeros(2, 3, 4), False),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.float64), False),
+        (torch.zeros(1, 2, 3, 1025), False),
+        (torch.zeros(1, 2, 4, 3).mT, False),
         (torch.zeros(1, 2, 3, 4, device="meta"), False),
+        (torch.nn.Parameter(torch.zeros(1, 2, 3, 4)), False),
     ],
-    ids=["plain", "one-head", "half", "gradient", "no-heads", "meta"],
+    ids=["plain", "bfloat16", "half", "double", "wide", "transposed", "meta", "subclass"],
 )
-def test_cpu_mean_heads_knows_its_borders(x: torch.Tensor, expected: bool) -> None:
-    assert cpu.supports_mean_heads(x) is expected
+def test_native_matching_knows_its_borders(x: Tensor, expected: bool) -> None:
+    assert cpu.supports_bipartite(x) is expected
 
 
+@needs_native
 def test_selection_is_automatic_forced_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, half = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.float16)
     monkeypatch.delenv("TOKENMERGE_KERNELS", raising=False)
-    assert (kernels.select("mean_heads", plain).name, kernels.select("mean_heads", half).name) == ("cpu", "reference")
+    assert (kernels.select("merge", plain).name, kernels.select("merge", half).name) == ("cpu", "reference")
+    assert kernels.fallbacks("merge", plain) == [] and not kernels.is_replaced("attend")
+    assert "merge without its cpu version, which needs a CPU, float32 or" in kernels.fallbacks("merge", half)[0]
+    with kernels.force("matmul"):
+        assert (kernels.select("merge", plain).name, kernels.select("unmerge", plain).name) == ("matmul", "reference")
+    with kernels.force("columns"):
+        assert kernels.is_replaced("attend")
     monkeypatch.setenv("TOKENMERGE_KERNELS", "reference")
-    assert kernels.select("mean_heads", plain).name == "reference"
+    assert kernels.select("merge", plain).name == "reference"
     monkeypatch.setenv("TOKENMERGE_KERNELS", "cpu")
-    assert (kernels.select("mean_heads", plain).name, kernels.select("merge", plain).name) == ("cpu", "reference")
-    with pytest.raises(UnsupportedError, match=r"TOKENMERGE_KERNELS=cpu .*'mean_heads'.*float16.*Unset"):
-        kernels.select("mean_heads", half)
+    assert (kernels.select("merge", plain).name, kernels.select("unmerge", plain).name) == ("cpu", "reference")
+    with pytest.raises(UnsupportedError, match=r"'cpu' version of 'merge' .* needs a CPU, .*C\+\+.*float16 on cpu"):
+        kernels.select("merge", half)
+    monkeypatch.setenv("TOKENMERGE_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedError, match=r"'triton' version of 'merge' .* needs triton, a CUDA device"):
+            kernels.select("merge", plain)
     monkeypatch.setenv("TOKENMERGE_KERNELS", "cpus")
     with pytest.raises(UnknownNameError, match=r"no kernel family .*'cpus'. Did you mean 'cpu'"):
         kernels.select("merge", plain)
+    with pytest.raises(UnknownNameError, match=r"no kernel family .*'flexx'"), kernels.force("flexx"):
+        pass
+
+
+def test_without_the_native_part_all_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    handle = patch(model, r=8)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(cpu, "_LIBRARY", None)
+        assert_close(model(x), expected)
+    report = handle.report()
+    assert report.kernels == {"bipartite": "reference", "merge": "reference", "attend": "reference"}
+    assert len(report.fallbacks) == 2 and "C++ compiler" in str(report)
+
+
+@pytest.mark.parametrize("name", ["columns", "values"])
+@pytest.mark.parametrize("global_pool", ["token", "avg", "map"])
+def test_a_model_attends_through_every_implementation(name: str, global_pool: str) -> None:
+    model, x = tiny_vit(global_pool=global_pool, class_token=global_pool == "token"), torch.randn(2, 3, 32, 32)
+    patch(model, r=8)
+    with torch.no_grad():
+        expected = model(x)
+        with kernels.force(name):
+            got = model(x)
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert type(got) is Tensor and not torch.equal(got, expected)  # another order of rounding: it really ran
+    assert_close(got, expected)
+    assert_close(compiled, expected)
 
 
 def test_every_row_ends_with_the_reference() -> None:
     assert {row[-1].name for row in TABLE.values()} == {"reference"}
     assert all(hasattr(kernels, op) for op in TABLE)
+
+
+def test_matching_holds_no_matrix() -> None:
+    metric = torch.randn(2, 4096, 64)
+    for run in (reference.bipartite, cpu.bipartite)[: 1 if cpu._LIBRARY is None else 2]:
+        # the scores of both sides would take 32 MB
+        assert peak_memory(partial(run, r=100, prefix=1), metric) < 20 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

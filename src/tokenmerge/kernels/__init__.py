@@ -3,38 +3,123 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError, unknown_name
-from tokenmerge.kernels import cpu, reference
-from tokenmerge.kernels.reference import Side
+from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
+from tokenmerge.kernels.reference import Side, alternating, choose
 
-__all__ = ["Side", "match", "mean_heads", "merge", "reduce", "select", "unmerge"]
+__all__ = [
+    "Side",
+    "alternating",
+    "attend",
+    "bipartite",
+    "choose",
+    "fallbacks",
+    "force",
+    "is_replaced",
+    "match",
+    "merge",
+    "reduce",
+    "select",
+    "unmerge",
+]
 
 
 class Kernel(NamedTuple):
     name: str
     run: Callable[..., Any]
     supports: Callable[[Tensor], bool]  # a pure predicate on device, dtype and shape; never raises
+    needs: str = "nothing"  # in words, for whoever forces it
+    device: str = ""  # the type it is made for; none: any
+    is_automatic: bool = True  # False: only where it is forced by name
 
 
 def _reference(op: str) -> Kernel:
     return Kernel("reference", getattr(reference, op), lambda x: True)
 
 
+def _cpu(op: str) -> Kernel:
+    needs = (
+        "a CPU, float32 or bfloat16, and the part in C++, which is built when tokenmerge is installed where a C++ "
+        "compiler (c++) is found"
+    )
+    return Kernel("cpu", getattr(cpu, op), getattr(cpu, f"supports_{op}"), needs, device="cpu")
+
+
+# triton is imported by the first call, not by `import tokenmerge`; by statements, since dynamo knows no import_module
+def _triton_attend(*args: Any) -> Any:
+    from tokenmerge.kernels import triton_attention
+
+    return triton_attention.attend(*args)
+
+
+def _triton_bipartite(*args: Any) -> Any:
+    from tokenmerge.kernels import triton_match
+
+    return triton_match.bipartite(*args)
+
+
+def _triton_merge(*args: Any) -> Any:
+    from tokenmerge.kernels import triton_merge
+
+    return triton_merge.merge(*args)
+
+
+def _triton(run: Callable[..., Any], supports: Callable[[Tensor], bool]) -> Kernel:
+    needs = "triton, a CUDA device (or TRITON_INTERPRET=1) and float32, float16 or bfloat16"
+    # never measured on a GPU so far: what was not measured is not chosen
+    return Kernel("triton", run, supports, needs, device="cuda", is_automatic=False)
+
+
+def _by_name(
+    name: str, run: Callable[..., Any], supports: Callable[[Tensor], bool] = lambda x: True, needs: str = "nothing"
+) -> Kernel:
+    """Plain torch that is chosen by nobody but the user."""
+    return Kernel(name, run, supports, needs, is_automatic=False)
+
+
 # fastest first; the reference supports everything and closes every row
 TABLE: dict[str, tuple[Kernel, ...]] = {
+    "attend": (
+        _triton(_triton_attend, triton_supports.supports_attend),
+        _by_name("columns", attention.columns),
+        _by_name("values", attention.values),
+        _by_name("flex", attention.flex, attention.supports_flex, "a CUDA device"),
+        _reference("attend"),
+    ),
+    "bipartite": (
+        _cpu("bipartite"),
+        _triton(_triton_bipartite, triton_supports.supports_bipartite),
+        _reference("bipartite"),
+    ),
     "match": (_reference("match"),),
-    "mean_heads": (Kernel("cpu", cpu.mean_heads, cpu.supports_mean_heads), _reference("mean_heads")),
-    "merge": (_reference("merge"),),
+    "merge": (
+        _cpu("merge"),
+        _triton(_triton_merge, triton_supports.supports_merge),
+        _by_name("matmul", matmul.merge),
+        _reference("merge"),
+    ),
     "reduce": (_reference("reduce"),),
     "unmerge": (_reference("unmerge"),),
 }
 NAMES = sorted({kernel.name for row in TABLE.values() for kernel in row})
+_forced = ""  # by `force`; module-wide, as the environment variable is
+
+
+def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Match tokens at even with tokens at odd places by cosine similarity and absorb the `r` best.
+
+    Keys `[B, H, N, D]`, whose heads are averaged, or one metric `[B, N, D]`, to `keep` `[B, N - r]`, `src` and `dst`
+    `[B, r]` of a plan; `0 < r <= (N - prefix) // 2`. Of equal scores the first place wins.
+    """
+    plan: tuple[Tensor, Tensor, Tensor] = select("bipartite", metric).run(metric, r, prefix)
+    return plan
 
 
 def match(
@@ -45,16 +130,20 @@ def match(
     return best
 
 
-def mean_heads(x: Tensor) -> Tensor:
-    """Mean over heads: `[B, H, N, D]` to `[B, N, D]`."""
-    mean: Tensor = select("mean_heads", x).run(x)
-    return mean
-
-
-def merge(x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
-    """Size-weighted means of groups: `[B, N, C]` and `[B, N]` to `[B, M, C]` and `[B, M]`."""
-    merged: tuple[Tensor, Tensor] = select("merge", x).run(x, size, keep, src, dst)
+def merge(
+    x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor, branch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Size-weighted means of groups of `x + branch`: `[B, N, C]` and `[B, N]` to `[B, M, C]` and `[B, M]`."""
+    if branch is not None and branch.dtype != x.dtype:
+        x, branch = x + branch, None  # under autocast
+    merged: tuple[Tensor, Tensor] = select("merge", x).run(x, size, keep, src, dst, branch)
     return merged
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
+    """Attention `[B, H, N, D]` whose scores get a bias per key, `[B, N]`."""
+    out: Tensor = select("attend", q).run(q, k, v, bias, scale)
+    return out
 
 
 def reduce(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor, mode: str) -> Tensor:
@@ -69,25 +158,73 @@ def unmerge(y: Tensor, assignment: Tensor) -> Tensor:
     return spread
 
 
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Use the implementation `name` of every operation that has it, as `TOKENMERGE_KERNELS` does, inside the `with`.
+
+    Raises `UnknownNameError` for a name that no operation has.
+    """
+    global _forced
+    before, _forced = _forced, _known(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def select(op: str, x: Tensor) -> Kernel:
     """Return the first implementation of `op` that supports `x`; `TOKENMERGE_KERNELS` forces one by name.
 
-    Raises `UnknownNameError` for a forced name that does not exist and `UnsupportedError` where it cannot run.
-    An exported graph always holds the reference, so that it needs nothing but torch's own operators.
+    Raises `UnknownNameError` for a forced name that does not exist and `UnsupportedError` where it cannot run. A
+    compiled graph keeps what was chosen when it was captured; an exported one holds torch's own operators only.
     """
-    row = TABLE[op]
-    if torch.compiler.is_compiling():
-        # a tracer cannot guard on the environment, and inductor fuses the plain version itself
+    row, forced = TABLE[op], _wish()
+    if _leaves_torch() and forced != "matmul":
         return row[-1]
-    forced = os.environ.get("TOKENMERGE_KERNELS")
     if not forced:
-        return next(kernel for kernel in row if kernel.supports(x))
-    if forced not in NAMES:
-        raise unknown_name("kernel family (TOKENMERGE_KERNELS)", forced, NAMES)
+        return next(kernel for kernel in row if kernel.is_automatic and kernel.supports(x))
     named = [kernel for kernel in row if kernel.name == forced] or [row[-1]]  # an op without that version has one only
     if named[0].supports(x):
         return named[0]
     raise UnsupportedError(
-        f"TOKENMERGE_KERNELS={forced} asks for the {forced!r} version of {op!r}; it does not run on "
-        f"{tuple(x.shape)} {x.dtype} on {x.device}. Unset the variable to let tokenmerge choose."
+        f"the {forced!r} version of {op!r} was asked for (TOKENMERGE_KERNELS or kernels.force); it needs "
+        f"{named[0].needs}, and this is {tuple(x.shape)} {x.dtype} on {x.device}. Leave the choice to tokenmerge."
     )
+
+
+def is_replaced(op: str) -> bool:
+    """Say whether anything but the reference may run for `op`: it has a fused version, and nothing forbids it."""
+    if _leaves_torch():
+        return False
+    forced = _wish()
+    return any(kernel.name == forced if forced else kernel.is_automatic for kernel in TABLE[op][:-1])
+
+
+def fallbacks(op: str, x: Tensor) -> list[str]:
+    """Say why `op` runs without the version made for the device of `x`, if there is one: what that would need."""
+    made = [kernel for kernel in TABLE[op] if kernel.device == x.device.type]
+    if not made or select(op, x) in made:
+        return []
+    how = "" if made[0].is_automatic else f" and has to be asked for: TOKENMERGE_KERNELS={made[0].name}"
+    return [f"{op} without its {made[0].name} version, which needs {made[0].needs}{how}"]
+
+
+def _wish() -> str:
+    """Return the name that is forced, or nothing."""
+    name = _forced or os.environ.get("TOKENMERGE_KERNELS", "")
+    return _known(name)
+
+
+def _leaves_torch() -> bool:
+    """Say whether a graph is made for somewhere else, or by a tracer that knows torch's own operators only."""
+    if torch.compiler.is_compiling():
+        # torch 2.6 cannot tell export and compilation apart
+        is_exporting: bool = getattr(torch.compiler, "is_exporting", lambda: True)()
+        return is_exporting
+    return torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _known(name: str) -> str:
+    if name and name not in NAMES:
+        raise unknown_name("kernel family (TOKENMERGE_KERNELS)", name, NAMES)
+    return name

@@ -1,25 +1,147 @@
-"""Mean over heads on CPU: heads added one by one, where torch's own reduction reads each token's heads in turn.
+"""Fused matching and merging on CPU: `native.cpp`, compiled when the package is installed, where there is a compiler.
 
-Measured on two cores, float32, [16, 6, 184, 64] as a view of a qkv projection: 0.15 ms against 0.26 ms.
+Fuses head mean, normalisation, scores, row maximum and selection into one call that never holds the scores, and the
+residual add with the merge. float32 and bfloat16, rows contiguous in memory, matching up to a width of 1024.
+Measured gain: benchmarks/results/ops_cpu.md.
+
+Shapes: B batch, H heads, N tokens in, M tokens out, R absorbed tokens, C channels, D head width.
 """
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["mean_heads", "supports_mean_heads"]
+from tokenmerge.kernels import reference
+
+__all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
+
+_INTERFACE = 1  # of native.cpp
+_WIDEST = 1024
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def mean_heads(x: Tensor) -> Tensor:  # [B, H, N, D]
-    """Return the mean over heads, `[B, N, D]`."""
-    total = x[:, 0] + x[:, 1]
-    for head in range(2, x.shape[1]):
-        total += x[:, head]
-    return total.div_(x.shape[1])
+def _load() -> ctypes.CDLL | None:
+    """Load the build for this processor's vectors; None where it was not built or belongs to another version."""
+    # ours asks for OpenMP by name only and so shares the threads of torch's, which is loaded by now
+    vectors = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "base")
+    path = Path(__file__).with_name(f"native.{vectors}.so")
+    if not path.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # another platform's, or a torch without OpenMP
+        return None
+    if library.tokenmerge_interface() != _INTERFACE:
+        return None
+    count, pointer, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    library.tokenmerge_scratch.argtypes, library.tokenmerge_scratch.restype = [count] * 3, count
+    numbers: list[Any] = [pointer, flag, *[count] * 9, *[pointer] * 4, flag]
+    library.tokenmerge_bipartite.argtypes, library.tokenmerge_bipartite.restype = numbers, None
+    numbers = [*[pointer, count, count] * 2, flag, *[pointer] * 4, *[count] * 5, *[pointer] * 2, flag]
+    library.tokenmerge_merge.argtypes = numbers
+    return library
 
 
-def supports_mean_heads(x: Tensor) -> bool:
-    """Say whether `x` is on CPU, in single or double precision, with heads to add and no gradient to carry."""
-    is_plain = x.dtype in (torch.float32, torch.float64) and not (x.requires_grad and torch.is_grad_enabled())
-    return x.device.type == "cpu" and is_plain and x.dim() == 4 and x.shape[1] >= 2
+_LIBRARY = _load()
+
+
+def supports_bipartite(metric: Tensor) -> bool:
+    """Say whether the fused matching runs on these keys, `[B, H, N, D]` or `[B, N, D]`."""
+    return _supports(metric) and metric.stride(-1) == 1 and metric.shape[-1] <= _WIDEST
+
+
+def supports_merge(x: Tensor) -> bool:
+    """Say whether the fused merging runs on these tokens, `[B, N, C]`."""
+    return _supports(x)
+
+
+def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.bipartite`."""
+    if _is_bare(metric):
+        return _bipartite(metric, r, prefix)
+    plan: tuple[Tensor, Tensor, Tensor] = _bipartite_op(metric, r, prefix)
+    return plan
+
+
+def merge(
+    x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor, branch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.merge`."""
+    if _is_bare(x) and (branch is None or _is_bare(branch)):
+        return _merge(x, size, keep, src, dst, branch)
+    merged: tuple[Tensor, Tensor] = _merge_op(x, size, keep, src, dst, branch)
+    return merged
+
+
+def _supports(x: Tensor) -> bool:
+    return _LIBRARY is not None and x.device.type == "cpu" and x.dtype in _DTYPES and type(x) is Tensor
+
+
+def _is_bare(x: Tensor) -> bool:
+    """Say whether nobody watches: no tracer, no gradient, no dispatch mode. An operator of torch costs 20 us more."""
+    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not (is_watched or (x.requires_grad and torch.is_grad_enabled()))
+
+
+def _bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    heads = metric if metric.dim() == 4 else metric[:, None]
+    B, H, N, D = heads.shape
+    keep, src, dst = _empty_plan(heads, r)
+    threads = torch.get_num_threads()
+    scratch = torch.empty(min(B, threads) * _LIBRARY.tokenmerge_scratch(N, D, prefix))  # type: ignore[union-attr]
+    _LIBRARY.tokenmerge_bipartite(  # type: ignore[union-attr]
+        heads.data_ptr(), heads.dtype == torch.bfloat16, B, H, N, D, *heads.stride()[:3], r, prefix,
+        keep.data_ptr(), src.data_ptr(), dst.data_ptr(), scratch.data_ptr(), threads,
+    )  # fmt: skip
+    return keep, src, dst
+
+
+def _merge(
+    x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor, branch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, branch = _rows(x), None if branch is None else _rows(branch)
+    keep, src, dst = keep.contiguous(), src.contiguous(), dst.contiguous()
+    size = None if size is None else size.float().contiguous()
+    B, N, C = x.shape
+    M, R = keep.shape[1], src.shape[1]
+    out, new_size = x.new_empty(B, M, C), torch.empty(B, M)
+    is_wrong = _LIBRARY.tokenmerge_merge(  # type: ignore[union-attr]
+        x.data_ptr(), x.stride(0), x.stride(1),
+        *((None, 0, 0) if branch is None else (branch.data_ptr(), branch.stride(0), branch.stride(1))),
+        x.dtype == torch.bfloat16, None if size is None else size.data_ptr(),
+        keep.data_ptr(), src.data_ptr(), dst.data_ptr(), B, N, M, R, C, out.data_ptr(), new_size.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if is_wrong:
+        raise IndexError(f"the plan names tokens beyond the {N} there are, or output slots beyond {M}.")
+    return out, new_size
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_plan(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, n = metric.shape[0], metric.shape[-2]
+    keep, src, dst = (metric.new_empty((B, count), dtype=torch.long) for count in (n - r, r, r))
+    return keep, src, dst
+
+
+_bipartite_op = torch.library.custom_op("tokenmerge::cpu_bipartite", _bipartite, mutates_args=(), device_types="cpu")
+_bipartite_op.register_fake(lambda metric, r, prefix: _empty_plan(metric, r))
+_merge_op = torch.library.custom_op("tokenmerge::cpu_merge", _merge, mutates_args=(), device_types="cpu")
+
+
+@_merge_op.register_fake
+def _(
+    x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor, branch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], keep.shape[1], x.shape[2]), x.new_empty(keep.shape, dtype=torch.float32)
+
+
+_merge_op.register_autograd(reference.merge_backward, setup_context=reference.merge_context)

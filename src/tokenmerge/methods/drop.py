@@ -25,10 +25,13 @@ class Drop(Reduction):
     name: ClassVar[str] = "drop"
 
     def plan(self, view: TokenView, r: int) -> Plan:
-        B, n, _ = view.x.shape
-        keep = torch.arange(n - r, device=view.x.device).expand(B, -1)
+        B, n, _ = view.stream.shape
+        keep = torch.arange(n - r, device=view.stream.device).expand(B, -1)
         return Plan(keep=keep, src=keep[:, :0], dst=keep[:, :0], n=n)
 
-    def merge(self, plan: Plan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge(
+        self, plan: Plan, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         left = plan.keep.shape[1]
+        x = x if branch is None else x + branch
         return x[:, :left], None if size is None else size[:, :left]

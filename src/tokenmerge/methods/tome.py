@@ -67,9 +67,12 @@ class ToMe(Reduction):
             valid=view.valid,
         )
 
-    def merge(self, plan: Plan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge(
+        self, plan: Plan, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.combine == "weighted":
-            return plans.merge_weighted(plan, x, size)
+            return plans.merge_weighted(plan, x, size, branch)
+        x = x if branch is None else x + branch
         if self.combine == "keep_one":
             merged = x.gather(1, plan.keep[..., None].expand(-1, -1, x.shape[-1]))
         else:
@@ -77,6 +80,6 @@ class ToMe(Reduction):
         size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
         return merged, plans.merge(plan, size[..., None], "sum")[..., 0]
 
-    def _metric(self, view: TokenView) -> Tensor:  # [B, N, D]
+    def _metric(self, view: TokenView) -> Tensor:  # [B, N, D] or [B, H, N, D]
         metric: Tensor = getattr(view, self.metric)
         return matching.join_heads(metric, self.heads) if self.metric in self.needs else metric
