@@ -42,15 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-b", "--batch-size", type=int, default=32, help="%(default)s is fastest unmerged on a CPU")
     demo.add_argument("-r", type=_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=_R_HELP)
 
-    bench = _command(commands, "bench", _bench, "time a model merged, unmerged and at the free bound")
-    _model_arguments(bench)
-    bench.add_argument("-b", "--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (%(default)s)")
-    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    bench.add_argument("--compile", action="store_true", help="torch.compile all variants")
-    bench.add_argument("--rounds", type=int, default=20, help="timed rounds per row (%(default)s)")
-    bench.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    bench.add_argument("--out", help="also write the rows to this .csv, .json or .md")
-
+    _bench_parser(commands)
     evaluate = _command(commands, "eval", _evaluate, "accuracy and speed over labelled images, several r in one pass")
     _model_arguments(evaluate)
     evaluate.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
@@ -68,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
 
+    _export_parser(commands)
     _command(commands, "list", _list, "the methods and the model families")
     return parser
 
@@ -80,9 +73,36 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
-    if name != "list":
+    if name not in ("export", "list"):
         parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
+
+
+def _bench_parser(commands: Any) -> None:
+    bench = _command(commands, "bench", _bench, "time a model merged, unmerged and at the free bound")
+    _model_arguments(bench)
+    bench.add_argument("-b", "--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (%(default)s)")
+    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    bench.add_argument("--compile", action="store_true", help="torch.compile all variants")
+    bench.add_argument("--rounds", type=int, default=20, help="timed rounds per row (%(default)s)")
+    bench.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    bench.add_argument("--out", help="also write the rows to this .csv, .json or .md")
+    bench.add_argument("--compare", action="store_true", help="also time the merged model on the reference kernels")
+    bench.add_argument("--training", action="store_true", help="also the peak memory of a training step")
+
+
+def _export_parser(commands: Any) -> None:
+    export = _command(commands, "export", _export, "write a merged model for another engine, checked in that engine")
+    export.add_argument("model", help=_MODEL_HELP)
+    export.add_argument("-r", type=_r, default=8, help=_R_HELP)
+    export.add_argument("--to", required=True, help="onnx, openvino or torch-export")
+    export.add_argument("--out", help="the file to write (the model's name, in this folder)")
+    export.add_argument("--method", default="tome", help="a name of `tokenmerge list` (%(default)s)")
+    export.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    export.add_argument("-b", "--batch", type=int, help="the only batch size the file takes (without it: any)")
+    export.add_argument("--matmul", action="store_true", help="merge by products, for engines that get scatter wrong")
+    export.add_argument("--opset", type=int, help="of ONNX, 18 or later (without it: torch's choice)")
+    export.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +159,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             dtype=arguments.dtype,
             compiled=arguments.compile,
+            compare=arguments.compare,
+            training=arguments.training,
             rounds=arguments.rounds,
             input_size=arguments.input_size,
             label=arguments.model,
@@ -199,6 +221,29 @@ def _doctor(arguments: argparse.Namespace) -> int:
             print(f"{marks[good]} {name:<18} {sentence}")
         print("Measured on: " + ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items()))
     return 0 if diagnosis.is_healthy else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tokenmerge.tools.export import export, find_target
+    from tokenmerge.tools.models import load_model
+    from tokenmerge.tools.results import check_writable
+
+    suffix = find_target(arguments.to).suffix
+    name = Path(arguments.model)
+    out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
+    found = export(
+        load_model(arguments.model, pretrained=not arguments.no_pretrained),
+        out,
+        r=arguments.r,
+        to=arguments.to,
+        method=arguments.method,
+        input_size=arguments.input_size,
+        batch=arguments.batch,
+        matmul=arguments.matmul,
+        opset=arguments.opset,
+    )
+    print(json.dumps(found.as_dict(), indent=2) if arguments.json else found)
+    return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
