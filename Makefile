@@ -20,7 +20,7 @@ check: .venv/ready
 	scripts/check
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/cpu_overhead.py
+	$(BIN)/python benchmarks/run.py
 
 ablation: .venv/ready
 	$(BIN)/python benchmarks/ablation.py

@@ -150,8 +150,8 @@ def test_bench_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(bench_module, "bench", fake)
     name = str(models / "tiny.pt")
-    text = f"bench {name} -r 0.1 [4,2] -b 1 2 --method drop --dtype bfloat16 --compile --rounds 3 --device cpu"
-    assert main([*text.split(), "--input-size", "3", "48", "48"]) == 0
+    text = f"bench {name} -r 0.1 [4,2] -b 1 2 --method drop --dtype bfloat16 --compile --compare --training --rounds 3"
+    assert main([*text.split(), "--device", "cpu", "--input-size", "3", "48", "48"]) == 0
     given.pop("progress")
     assert given == {
         "rs": [0.1, [4, 2]],
@@ -160,6 +160,8 @@ def test_bench_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys: 
         "device": "cpu",
         "dtype": "bfloat16",
         "compiled": True,
+        "compare": True,
+        "training": True,
         "rounds": 3,
         "input_size": [3, 48, 48],
         "label": name,

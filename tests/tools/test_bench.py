@@ -11,6 +11,7 @@ from torch import nn
 
 import tokenmerge
 from helpers import assert_close, bound_attributes, tiny_vit
+from tokenmerge import kernels
 from tokenmerge.errors import (
     AlreadyPatchedError,
     DataError,
@@ -101,6 +102,42 @@ def test_three_variants_run_interleaved_on_the_same_input(monkeypatch: pytest.Mo
     assert not torch.equal(merged["merged"], merged["bound"])
 
 
+def test_compare_runs_the_merged_model_on_the_reference_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[list[str]] = []
+
+    def fake(calls: dict[str, Any], device: torch.device, **options: Any) -> dict[str, Timing]:
+        assert list(calls) == ["unmerged", "merged", "bound", "reference"]
+        with torch.no_grad():
+            for name in ("merged", "reference"):
+                used.append([])
+                outputs[name] = calls[name]()
+        used.append([])  # what else runs in the row
+        return {name: Timing((2.0 if name == "reference" else 1.0,)) for name in calls}
+
+    outputs: dict[str, torch.Tensor] = {}
+    select = kernels.select
+    monkeypatch.setattr(kernels, "select", lambda *args: used[-1].append(select(*args).name) or select(*args))
+    monkeypatch.setattr(module, "interleave", fake)
+    (row,) = bench(tiny_vit(), rs=(6,), batches=(2,), compare=True).rows
+    after_bound = COLUMNS.index("over bound") + 1
+    assert list(row) == [*COLUMNS[:after_bound], "reference ms", "reference / merged", *COLUMNS[after_bound:]]
+    assert (row["reference ms"], row["reference / merged"]) == (2000.0, 2.0)
+    automatic, forced = (set(names) for names in used[:2])
+    assert forced == {"reference"} and automatic
+    assert_close(outputs["merged"], outputs["reference"], 1e-4)
+
+
+def test_training_adds_the_peaks_of_a_step() -> None:
+    model = tiny_vit().requires_grad_(False)
+    zero, merged = bench(model, rs=(0, 16), batches=(2,), rounds=1, training=True).rows
+    names = ["training peak MB", "unmerged training peak MB"]
+    assert list(zero) == COLUMNS + names
+    # r = 16 leaves 49, 33, 17 and 9 of 65 tokens
+    assert merged[names[0]] < 0.8 * merged[names[1]] == 0.8 * zero[names[1]]
+    assert zero[names[0]] == zero[names[1]] > zero["unmerged peak MB"]
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
 NEVER = "it pays at no batch size up to the largest measured."
 SLOWER = "r = 8 is SLOWER than the unmerged model at"
 
@@ -158,12 +195,21 @@ def test_dtype_and_input_size_are_those_asked_for(monkeypatch: pytest.MonkeyPatc
 
 def test_compiled_compiles_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    modes: list[str | None] = []
+
+    def fake(model: nn.Module, *, mode: str | None) -> nn.Module:
+        compiled.append(model)
+        modes.append(mode)
+        return model
+
+    monkeypatch.setattr(torch, "compile", fake)
     result = bench(tiny_vit(), rs=(4,), batches=(1,), rounds=1, compiled=True)
     assert [getattr(model.__dict__.get("_tokenmerge_handle"), "r", None) for model in compiled] == [None, 4, 4]
     assert result.environment["compiled"] == "True"
     bench(tiny_vit(), rs=(4,), batches=(1,), rounds=1)
     assert len(compiled) == 3
+    result = bench(tiny_vit(), rs=(4,), batches=(1,), rounds=1, compiled="reduce-overhead")
+    assert (modes, result.environment["compiled"]) == ([None] * 3 + ["reduce-overhead"] * 3, "reduce-overhead")
 
 
 def test_progress_runs_through_all_rows() -> None:

@@ -11,7 +11,15 @@ import torch
 from helpers import tiny_vit
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.tools import timing
-from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory, throughput
+from tokenmerge.tools.timing import (
+    Timing,
+    attention_kernel,
+    environment,
+    interleave,
+    peak_memory,
+    throughput,
+    training_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -43,6 +51,20 @@ def test_interleave_times_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     timings = interleave({"slow": lambda: take(3.0), "fast": lambda: take(1.0)}, CPU, rounds=5, warmup=2)
     assert timings == {"slow": Timing((3.0,) * 5), "fast": Timing((1.0,) * 5)}
+
+
+def test_interleave_calls_in_a_row_and_counts_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def take(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock[0] += seconds
+
+    variants = {"a": lambda: take("a", 2.0), "b": lambda: take("b", 0.5)}
+    timings = interleave(variants, CPU, rounds=2, warmup=0, number=3)
+    assert timings == {"a": Timing((2.0, 2.0)), "b": Timing((0.5, 0.5))}
+    assert "".join(calls) == "aaabbb" + "bbbaaa"
 
 
 def test_interleave_reports_every_round_with_the_warm_up() -> None:
@@ -93,6 +115,31 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
     x = torch.zeros(1000, 1000)
     assert peak_memory(Steps(), x) == pytest.approx(2 * x.nbytes, rel=0.01)
+
+
+def test_training_memory_is_what_a_backward_needs_besides_the_gradients() -> None:
+    class Layers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    model, x = Layers().eval(), torch.randn(1000, 64)
+    measured = training_memory(model, x)
+    # the result of each relu is kept, at the end a layer's output and a gradient or two are there beside them
+    assert 8 * x.nbytes < measured < 12 * x.nbytes
+    assert peak_memory(model, x) < 4 * x.nbytes
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_memory_is_that_of_train_mode() -> None:
+    x = torch.randn(1000, 64)
+    kept = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5)).eval()
+    assert training_memory(kept, x) > training_memory(kept[:1], x) + x.nbytes / 2
 
 
 @pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "unfused"])

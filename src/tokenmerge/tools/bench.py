@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 import tokenmerge
+from tokenmerge import kernels
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.flops import count
 from tokenmerge.tools.models import find_device, known_size, run_images, shared_copy
-from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory
+from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory, training_memory
 
 __all__ = ["Bench", "bench"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OnProgress = Callable[[int, int], None]  # done, total
 
 
 @dataclass
@@ -39,17 +41,20 @@ def bench(
     method: str | tokenmerge.Reduction = "tome",
     device: str = "cpu",
     dtype: str = "float32",
-    compiled: bool = False,
+    compiled: bool | str = False,
     rounds: int = 20,
     input_size: Sequence[int] | None = None,
+    compare: bool = False,
+    training: bool = False,
     label: str = "model",
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Bench:
     """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
 
     The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. With `compiled`
-    all variants are compiled. The model itself is not changed. Raises `UnsupportedError` for a device or dtype that is
-    not there, `DataError` for an input size the model does not take.
+    (True, or a mode of `torch.compile`) all variants are compiled. `compare` adds the merged model on the reference
+    kernels, `training` the peak memory of a training step. The model itself is not changed. Raises `UnsupportedError`
+    for a device or dtype that is not there, `DataError` for an input size the model does not take.
     """
     where = find_device(device)
     if dtype not in DTYPES:
@@ -61,6 +66,8 @@ def bench(
     rows = []
     with tokenmerge.patched(model, method, r=0) as handle:
         size = tuple(input_size or known_size(handle))
+    if training:
+        model.requires_grad_(True)
     steps = len(batches) * len(rs)
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
@@ -68,7 +75,8 @@ def bench(
             run_images(model, x[:1])
         for j, r in enumerate(rs):
             inner = _inner_progress(progress, i * len(rs) + j, steps)
-            rows.append({"model": label, **_row(model, method, r, x, rounds, compiled, inner)})
+            row = _row(model, method, r, x, rounds, compiled, compare, inner)
+            rows.append({"model": label, **row, **(_training(model, method, r, x) if training else {})})
     about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
     return Bench(rows, about, _verdicts(rows))
 
@@ -79,17 +87,19 @@ def _row(
     r: R,
     x: torch.Tensor,
     rounds: int,
-    compiled: bool,
-    progress: Callable[[int, int], None] | None,
+    compiled: bool | str,
+    compare: bool,
+    progress: OnProgress | None,
 ) -> dict[str, Any]:
-    merged, bound = shared_copy(model), shared_copy(model)
-    handle = tokenmerge.patch(merged, method, r=r)
-    tokenmerge.patch(bound, "drop", r=r)
+    merged, bound = _merged(model, method, r), _merged(model, "drop", r)
     variants: dict[str, Any] = {"unmerged": model, "merged": merged, "bound": bound}
+    if compare:
+        variants["reference"] = _merged(model, method, r)
     if compiled:
         torch._dynamo.reset()
-        variants = {name: torch.compile(variant) for name, variant in variants.items()}
-    calls = {name: _call(variant, x) for name, variant in variants.items()}
+        mode = None if compiled is True else compiled
+        variants = {name: torch.compile(variant, mode=mode) for name, variant in variants.items()}
+    calls = {name: _call(variant, x, is_reference=name == "reference") for name, variant in variants.items()}
     timings = interleave(calls, x.device, rounds=rounds, progress=progress)
     macs = count(merged, tuple(x.shape[1:]))
     return {
@@ -98,7 +108,7 @@ def _row(
         **_figures(timings, x.shape[0]),
         "GMACs": round(macs.model / 1e9, 3),
         "matching GMACs": round(macs.matching / 1e9, 4),
-        "tokens": handle.tokens[-1],
+        "tokens": tokenmerge.handle_of(merged).tokens[-1],
         "peak MB": round(peak_memory(merged, x) / 2**20, 1),
         "unmerged peak MB": round(peak_memory(model, x) / 2**20, 1),
         "attention": attention_kernel(merged, x),
@@ -106,9 +116,20 @@ def _row(
     }
 
 
+def _training(model: nn.Module, method: str | tokenmerge.Reduction, r: R, x: torch.Tensor) -> dict[str, float]:
+    names = {"training peak MB": _merged(model, method, r), "unmerged training peak MB": model}
+    return {name: round(training_memory(variant, x) / 2**20, 1) for name, variant in names.items()}
+
+
+def _merged(model: nn.Module, method: str | tokenmerge.Reduction, r: R) -> nn.Module:
+    twin = shared_copy(model)
+    tokenmerge.patch(twin, method, r=r)
+    return twin
+
+
 def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float | None]:
     merged, unmerged, bound = timings["merged"], timings["unmerged"], timings["bound"]
-    return {
+    figures = {
         "ms": round(merged.median * 1e3, 3),
         "spread %": None if merged.spread is None else round(merged.spread * 100, 1),
         "images/s": round(batch / merged.median, 2),
@@ -117,6 +138,10 @@ def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float | None]:
         "bound ms": round(bound.median * 1e3, 3),
         "over bound": round(merged.over(bound), 3),
     }
+    if "reference" in timings:
+        figures["reference ms"] = round(timings["reference"].median * 1e3, 3)
+        figures["reference / merged"] = round(timings["reference"].over(merged), 3)
+    return figures
 
 
 def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -149,13 +174,15 @@ def _cases(rows: Iterable[dict[str, Any]]) -> str:
     return ", ".join(f"batch {row['batch']} ({row['speed-up']:.2f}x)" for row in rows)
 
 
-def _call(model: Any, x: torch.Tensor) -> Callable[[], Any]:
-    return lambda: model(x)
+def _call(model: Any, x: torch.Tensor, *, is_reference: bool) -> Callable[[], Any]:
+    def forced() -> Any:
+        with kernels.force("reference"):
+            return model(x)
+
+    return forced if is_reference else lambda: model(x)
 
 
-def _inner_progress(
-    progress: Callable[[int, int], None] | None, step: int, steps: int
-) -> Callable[[int, int], None] | None:
+def _inner_progress(progress: OnProgress | None, step: int, steps: int) -> OnProgress | None:
     if progress is None:
         return None
     return lambda done, total: progress(step * total + done, steps * total)

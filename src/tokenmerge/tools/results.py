@@ -21,7 +21,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """Return rows of equal keys as a Markdown table, numbers to the right."""
     names = list(rows[0])
     cells = [[_text(row[name]) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    widths = [max(2, len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
     rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
     lines = [[name.ljust(width) for name, width in zip(names, widths, strict=True)], rule]

@@ -14,9 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.tools.models import find_device
+from tokenmerge.tools.models import answer, find_device, shared_copy
 
-__all__ = ["Timing", "attention_kernel", "environment", "interleave", "peak_memory", "throughput"]
+__all__ = [
+    "Timing",
+    "attention_kernel",
+    "environment",
+    "interleave",
+    "peak_memory",
+    "throughput",
+    "training_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,13 @@ def interleave(
     *,
     rounds: int = 20,
     warmup: int = 3,
+    number: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time each variant once per round, in turn, starting with another one each round; without gradients."""
+    """Time each variant once per round, in turn, starting with another one each round; without gradients.
+
+    With `number` > 1 a variant is called as often in a row each round, and its seconds are those of one call.
+    """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
@@ -59,10 +71,11 @@ def interleave(
             for name in names[first:] + names[:first]:
                 _wait(device)
                 start = time.perf_counter()
-                variants[name]()
+                for _ in range(number):
+                    variants[name]()
                 _wait(device)
                 if turn >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append((time.perf_counter() - start) / number)
             if progress is not None:
                 progress(turn + 1, warmup + rounds)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
@@ -119,33 +132,56 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def attention_kernel(model: nn.Module, x: Tensor) -> str:
     """Return the attention kernel a forward runs on, as the profiler sees it."""
-    names = {event.name() for event in _profile(model, x)}
+    with torch.inference_mode():
+        names = {event.name() for event in _profile(lambda: model(x))}
     fused = sorted(name for name in names if name.startswith("aten::_scaled_dot_product") and "math" not in name)
     if fused:
         return str(fused[0]).removeprefix("aten::_scaled_dot_product_")
     return "math" if names & {"aten::softmax", "aten::_softmax"} else "not seen (compiled)"
 
 
-def peak_memory(model: nn.Module, x: Tensor) -> int:
+def peak_memory(model: Callable[[Tensor], Any], x: Tensor) -> int:
     """Return the bytes one forward holds at most, on top of weights and input."""
-    if x.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(x.device)
-        before = torch.cuda.memory_allocated(x.device)
-        with torch.inference_mode():
-            model(x)
-        return torch.cuda.max_memory_allocated(x.device) - before
+    with torch.inference_mode():
+        return _peak(lambda: model(x), x.device)
+
+
+def training_memory(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes a forward and its backward hold at most, on top of weights, their gradients and input.
+
+    The model runs as a copy in train mode that shares its weights; their gradients are gone afterwards.
+    """
+    twin = shared_copy(model).train()
+
+    def step() -> None:
+        answer(twin(x)).sum().backward()
+
+    try:
+        # the first step makes the gradients, as large as the weights with and without merging
+        step()
+        return _peak(step, x.device)
+    finally:
+        twin.zero_grad(set_to_none=True)
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
     now = peak = 0
-    for event in sorted((e for e in _profile(model, x) if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted((e for e in _profile(call) if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
     return peak
 
 
-def _profile(model: nn.Module, x: Tensor) -> list[Any]:
+def _profile(call: Callable[[], Any]) -> list[Any]:
     from torch.profiler import ProfilerActivity, profile
 
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model(x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
     # the summary of the public events loses single allocations
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     return list(recorded.profiler.kineto_results.events())
