@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,21 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill memory that nobody has written yet with values that no test expects."""
+
+    def poisoned(allocate: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            fresh: Tensor = allocate(*args, **kwargs)
+            return fresh.fill_(float("nan") if fresh.is_floating_point() else -(2**31))
+
+        return run
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -179,12 +179,19 @@ def test_compile_in_one_graph(name: str, dynamic: bool, track: bool) -> None:
 
 
 @pytest.mark.slow
-def test_compile_with_inductor() -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile_with_inductor(mode: str) -> None:
     torch._dynamo.reset()
     model, x = ADAPTERS[0].tiny()
     tokenmerge.patch(model, r=2)
-    expected = _run(model, x)
-    assert_close(_run(torch.compile(model, fullgraph=True), x), expected, 1e-4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
+    inputs = [x, torch.cat((x, x.flip(0)))]
+    for batch in inputs:
+        assert_close(_run(compiled, batch), _run(model, batch), 1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in inputs:
+            batch = torch.randn_like(batch)
+            assert_close(_run(compiled, batch), _run(model, batch), 1e-4)
 
 
 @every_family

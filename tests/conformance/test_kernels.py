@@ -64,6 +64,7 @@ def _inputs(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, .
     return q, k, v, torch.randint(1, 197, (shape[0], shape[2])).float().log()
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "kernel"), ROWS, ids=IDS)

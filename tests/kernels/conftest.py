@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 
 def _interpret() -> None:
@@ -50,18 +49,3 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("a process has either the interpreter or a GPU")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cpu"
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill memory that nobody has written yet with values that no test expects."""
-
-    def poisoned(allocate: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            fresh: Tensor = allocate(*args, **kwargs)
-            return fresh.fill_(float("nan") if fresh.is_floating_point() else -(2**31))
-
-        return run
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -64,7 +64,7 @@ def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tens
     """See `kernels.bipartite`."""
     if _is_bare(metric):
         return _bipartite(metric, r, prefix)
-    plan: tuple[Tensor, Tensor, Tensor] = _bipartite_op(metric, r, prefix)
+    plan: tuple[Tensor, Tensor, Tensor] = torch.ops.tokenmerge.cpu_bipartite(metric, r, prefix)
     return plan
 
 
@@ -74,7 +74,7 @@ def merge(
     """See `kernels.merge`."""
     if _is_bare(x) and (branch is None or _is_bare(branch)):
         return _merge(x, size, keep, src, dst, branch)
-    merged: tuple[Tensor, Tensor] = _merge_op(x, size, keep, src, dst, branch)
+    merged: tuple[Tensor, Tensor] = torch.ops.tokenmerge.cpu_merge(x, size, keep, src, dst, branch)
     return merged
 
 
@@ -91,7 +91,7 @@ def _is_bare(x: Tensor) -> bool:
 def _bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     heads = metric if metric.dim() == 4 else metric[:, None]
     B, H, N, D = heads.shape
-    keep, src, dst = _empty_plan(heads, r)
+    keep, src, dst = _empty_plan(heads, r, prefix)
     threads = torch.get_num_threads()
     scratch = torch.empty(min(B, threads) * _LIBRARY.tokenmerge_scratch(N, D, prefix))  # type: ignore[union-attr]
     _LIBRARY.tokenmerge_bipartite(  # type: ignore[union-attr]
@@ -109,7 +109,7 @@ def _merge(
     size = None if size is None else size.float().contiguous()
     B, N, C = x.shape
     M, R = keep.shape[1], src.shape[1]
-    out, new_size = x.new_empty(B, M, C), torch.empty(B, M)
+    out, new_size = _empty_merge(x, size, keep)
     is_wrong = _LIBRARY.tokenmerge_merge(  # type: ignore[union-attr]
         x.data_ptr(), x.stride(0), x.stride(1),
         *((None, 0, 0) if branch is None else (branch.data_ptr(), branch.stride(0), branch.stride(1))),
@@ -126,22 +126,26 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _empty_plan(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_plan(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     B, n = metric.shape[0], metric.shape[-2]
     keep, src, dst = (metric.new_empty((B, count), dtype=torch.long) for count in (n - r, r, r))
     return keep, src, dst
 
 
-_bipartite_op = torch.library.custom_op("tokenmerge::cpu_bipartite", _bipartite, mutates_args=(), device_types="cpu")
-_bipartite_op.register_fake(lambda metric, r, prefix: _empty_plan(metric, r))
-_merge_op = torch.library.custom_op("tokenmerge::cpu_merge", _merge, mutates_args=(), device_types="cpu")
-
-
-@_merge_op.register_fake
-def _(
-    x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor, branch: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _empty_merge(x: Tensor, size: Tensor | None, keep: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], keep.shape[1], x.shape[2]), x.new_empty(keep.shape, dtype=torch.float32)
 
 
-_merge_op.register_autograd(reference.merge_backward, setup_context=reference.merge_context)
+# for who watches; not torch.library.custom_op, whose checks would double what a call costs
+_OPERATORS = torch.library.Library("tokenmerge", "FRAGMENT")
+_OPERATORS.define("cpu_bipartite(Tensor metric, int r, int prefix) -> (Tensor, Tensor, Tensor)")
+_OPERATORS.define(
+    "cpu_merge(Tensor x, Tensor? size, Tensor keep, Tensor src, Tensor dst, Tensor? branch) -> (Tensor, Tensor)"
+)
+_OPERATORS.impl("cpu_bipartite", _bipartite, "CPU")
+_OPERATORS.impl("cpu_merge", _merge, "CPU")
+torch.library.register_fake("tokenmerge::cpu_bipartite", _empty_plan, lib=_OPERATORS)
+torch.library.register_fake("tokenmerge::cpu_merge", _empty_merge, lib=_OPERATORS)
+torch.library.register_autograd(
+    "tokenmerge::cpu_merge", reference.merge_backward, setup_context=reference.merge_context, lib=_OPERATORS
+)

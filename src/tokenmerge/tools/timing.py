@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,16 +60,16 @@ def interleave(
     number: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time each variant once per round, in turn, starting with another one each round; without gradients.
+    """Time each variant once per round, in turn and without gradients.
 
+    Every round has an order of its own: what ran before leaves memory and caches in a state that helps or hinders.
     With `number` > 1 a variant is called as often in a row each round, and its seconds are those of one call.
     """
-    names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
     with torch.inference_mode():
         for turn in range(warmup + rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.sample(list(variants), len(variants)):
                 _wait(device)
                 start = time.perf_counter()
                 for _ in range(number):
