@@ -105,7 +105,7 @@ def _models() -> list[ModelCase]:
             ("cpu-eager", "float32", False, _over(eager)),
             ("cpu-compiled", "float32", True, _over(compiled)),
             ("cpu-bf16", "bfloat16", False, (NOT_SLOWER,)),
-            ("memory", "float32", False, ()),
+            ("memory", "float32", False, (Bar("merged / unmerged", "<=", 1.0),)),
         ):
             case = f"{group}-{name}"
             rows.append(ModelCase(case, group, name, side, batch, r, dtype, compiled=is_compiled, bars=bars))

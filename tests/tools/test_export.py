@@ -411,3 +411,14 @@ def test_the_product_merges_as_the_reference_does(n: int, r: int, dtype: torch.d
     assert_close(results[0][0], results[1][0])
     for got, expected in zip(*gradients, strict=True):
         assert_close(got, expected)
+
+
+def test_a_patched_model_goes_through_torchs_own_onnx_export(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    tokenmerge.patch(model, r=8)
+    with torch.no_grad():
+        torch.onnx.export(model, (x,), tmp_path / "own.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "own.onnx", providers=["CPUExecutionProvider"])
+        assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), model(x), 1e-4)

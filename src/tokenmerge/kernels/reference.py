@@ -109,7 +109,10 @@ def choose(
     B, n = best.shape[0], prefix + _length(side_a) + _length(side_b)
     token = torch.arange(n, device=best.device)
     token_a, token_b = token[side_a], token[side_b]
-    order = best.argsort(dim=-1, descending=True, stable=True)
+    if _is_for_onnx():
+        order = best.argsort(dim=-1, descending=True)
+    else:
+        order = best.argsort(dim=-1, descending=True, stable=True)
     absorbed, unmerged = order[:, :r], order[:, r:]
     if by_position:
         unmerged = unmerged.sort(dim=-1).values
@@ -197,6 +200,12 @@ def _length(side: Side) -> int:
     if isinstance(side, Tensor):
         return side.shape[0]
     return len(range(side.start, side.stop, side.step or 1))
+
+
+def _is_for_onnx() -> bool:
+    # ONNX sorts stably by definition, and torch 2.15 translates only the sort that need not be stable
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)()
+    return bool(is_exporting and torch.onnx.is_in_onnx_export())
 
 
 def _is_autocast(device: str) -> bool:
