@@ -78,7 +78,7 @@ class HookRunner(BlockRunner):
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
-        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        call = self.by_name(args, kwargs)
         out = self._run(_Turn(tokens, None, None, 0, False), call)
         silent = _Turn(tokens, None, None, 0, False, is_silent=True)
         rest = self._run(silent, call) - silent.mid  # type: ignore[operator]

@@ -68,7 +68,7 @@ class BlockRunner(Original):
             state.record(frame, layer, tokens, None, None)
             return out
         self._check_device(x)
-        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        call = self.by_name(args, kwargs)
         if size is None:
             size = self._begin_sizes(frame, call, tokens.shape[0])
         tokens, size, plan = self.compose(tokens, size, r, kept, call, frame.has_padding)
@@ -100,7 +100,7 @@ class BlockRunner(Original):
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
-        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        call = self.by_name(args, kwargs)
         tokens, branch, seen = self._attend(tokens, None, None, self._follow(call, None))
         self._check_seen(seen, tokens.shape[1])
         return self._mirror(self._apply_mlp(tokens if branch is None else tokens + branch))

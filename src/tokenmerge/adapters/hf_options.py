@@ -57,7 +57,7 @@ class RefusedOptions(Original):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_merging():
-            call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            call = self.by_name(args, kwargs)
             for option in self.refused:
                 if option == self.always or self._is_asked(option, call.get(option)):
                     raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -20,6 +21,8 @@ class Replacement(NamedTuple):
 class Original:
     """A callable that becomes the instance attribute `attribute` of `owner`, in place of the class's own."""
 
+    names: Sequence[str]  # of its positional parameters, where it looks at what it is called with
+
     def __init__(self, owner: nn.Module, attribute: str = "forward") -> None:
         self.owner, self.attribute = owner, attribute
         self.previous = owner.__dict__.get(attribute)
@@ -30,3 +33,8 @@ class Original:
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return getattr(type(self.owner), self.attribute)(self.owner, *args, **kwargs)
+
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by their names."""
+        # not by zip: the dynamo of torch 2.6 takes its strict=False for True
+        return {**{self.names[i]: value for i, value in enumerate(args)}, **kwargs}

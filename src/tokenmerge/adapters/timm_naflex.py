@@ -121,7 +121,7 @@ class _Masked(Original):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_merging():
-            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            given = self.by_name(args, kwargs)
             first = given.get(self.names[0])
             given = {**given, **first} if isinstance(first, dict) else given
             coordinates = given.get("patch_coord")

@@ -90,7 +90,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         _triton(_triton_attend, triton_supports.supports_attend),
         _by_name("columns", attention.columns),
         _by_name("values", attention.values),
-        _by_name("flex", attention.flex, attention.supports_flex, "a CUDA device"),
+        _by_name("flex", attention.flex, attention.supports_flex, "a CUDA device, a head width of 2^n"),
         _reference("attend"),
     ),
     "bipartite": (

@@ -68,8 +68,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = No
 
 
 def supports_flex(q: Tensor) -> bool:
-    """Say whether FlexAttention runs on `q`: its CPU kernel corrupts memory when a score_mod reads a tensor (2.15)."""
-    return q.device.type == "cuda"
+    """Say whether FlexAttention runs on `q`.
+
+    Its CPU kernel corrupts memory when a score_mod reads a tensor (torch 2.15), and not every torch takes every width.
+    """
+    return q.device.type == "cuda" and q.shape[-1] & (q.shape[-1] - 1) == 0
 
 
 @cache
