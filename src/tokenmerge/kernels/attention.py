@@ -1,7 +1,7 @@
 """Proportional attention without a mask, for kernels that are slower or absent with one; all exact, none automatic.
 
 `columns` and `values` put the bias into widened keys or values and call the plain kernel; `flex` is FlexAttention. On
-CPU all are slower than the mask (benchmarks/results/ops_cpu.md); on GPUs they were not measured.
+CPU all are slower than the mask (benchmarks/results/attention.md); on GPUs they were not measured.
 
 Shapes: B batch, H heads, N tokens, D head width.
 """
