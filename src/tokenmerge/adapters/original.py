@@ -37,4 +37,4 @@ class Original:
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by their names."""
         # not by zip: the dynamo of torch 2.6 takes its strict=False for True
-        return {**{self.names[i]: value for i, value in enumerate(args)}, **kwargs}
+        return {**{name: args[i] for i, name in enumerate(self.names[: len(args)])}, **kwargs}
