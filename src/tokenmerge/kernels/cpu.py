@@ -2,7 +2,7 @@
 
 Fuses head mean, normalisation, scores, row maximum and selection into one call that never holds the scores, and the
 residual add with the merge. float32 and bfloat16, rows contiguous in memory, matching up to a width of 1024.
-Measured gain: matching 2.3 times, merging 1.9 to 2.2 times the reference (benchmarks/results/ops.md).
+Measured gain: matching 2.3 to 2.9 times, merging 1.9 to 2.1 times the reference (benchmarks/results/ops.md).
 
 Shapes: B batch, H heads, N tokens in, M tokens out, R absorbed tokens, C channels, D head width.
 """
