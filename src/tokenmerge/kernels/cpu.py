@@ -83,7 +83,7 @@ def _supports(x: Tensor) -> bool:
 
 
 def _is_bare(x: Tensor) -> bool:
-    """Say whether nobody watches: no tracer, no gradient, no dispatch mode. An operator of torch costs 20 us more."""
+    """Say whether nobody watches: no tracer, no gradient, no dispatch mode. An operator of torch costs 3 us more."""
     is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return not (is_watched or (x.requires_grad and torch.is_grad_enabled()))
 
@@ -136,7 +136,7 @@ def _empty_merge(x: Tensor, size: Tensor | None, keep: Tensor, *_: Any) -> tuple
     return x.new_empty(x.shape[0], keep.shape[1], x.shape[2]), x.new_empty(keep.shape, dtype=torch.float32)
 
 
-# for who watches; not torch.library.custom_op, whose checks would double what a call costs
+# for who watches; with written schemas, which torch.library.custom_op would read from annotations
 _OPERATORS = torch.library.Library("tokenmerge", "FRAGMENT")
 _OPERATORS.define("cpu_bipartite(Tensor metric, int r, int prefix) -> (Tensor, Tensor, Tensor)")
 _OPERATORS.define(

@@ -81,7 +81,7 @@ inline vec load_vec(const bf16* p) {
   return (vec)(__builtin_convertvector(bits, word) << 16);
 }
 
-// mean over heads of one token, normalised; the one that lies `ahead` is fetched meanwhile (a fifth of the time of all matching)
+// mean over heads of one token, normalised; the one that lies `ahead` is fetched meanwhile (a seventh of the time of all matching)
 template <typename T>
 ALWAYS void normalise(const T* metric, i64 H, i64 D, i64 sH, i64 ahead, float* row) {
   const float mean = 1.0f / H;
