@@ -43,7 +43,7 @@ merging does to a trained model. The weights are licensed under Apache-2.0, as t
   trial runs.
 - **Data**: Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist), copyright (c) 2017 Zalando SE, MIT licence
   (`fashion_mnist/LICENSE`): greyscale, 28x28 pixels, 10 classes; trained on 58,000 of the 60,000 training images.
-- **Architecture**: timm's `VisionTransformer`, 12 plain blocks, width {width}, {heads} heads, a class token and
+- **Architecture**: timm's `VisionTransformer`, 12 plain blocks, width {width}, {heads} heads, {front} and
   14x14 = 196 patches of 2x2 pixels; the patch embedding is a convolutional stem of timm's parts (3x3, 3x3 with
   stride 2, 1x1; batch norm). {parameters:,} parameters, stored as {storage}, {megabytes:.2f} MB; `reference_vit.json`
   holds the keyword arguments.
@@ -82,6 +82,8 @@ def parse_args() -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="torch.compile")
     add("--width", type=int, default=128 if gpu else 64)
     add("--heads", type=int, default=4 if gpu else 2)
+    add("--pool", choices=("token", "avg"), default="token", help="avg: no class token, the mean of the patches")
+    add("--registers", type=int, default=0, help="register tokens")
     stages = "60:0.5,20:0" if gpu else "8:0.75,4:0.5,2:0"
     add("--stages", default=stages, help="epochs:share of patches dropped,... (drop none in the last, as at test time)")
     add("--teacher-epochs", type=int, default=30 if gpu else 6, help="0 trains without a teacher")
@@ -129,7 +131,11 @@ def augment(images: Tensor) -> Tensor:
 def architecture(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments that are stored beside the weights: 14x14 patches of 2x2 pixels, 12 blocks."""
     stem = {"in_chans": 1, "depth": 3, "channels": [32, 64, args.width], "kernel_size": [3, 3, 1], "stride": [1, 2, 1]}
-    vit = {"img_size": 28, "patch_size": 1, "in_chans": 1, "num_classes": 10, "global_pool": "token"}
+    vit = {"img_size": 28, "patch_size": 1, "in_chans": 1, "num_classes": 10, "global_pool": args.pool}
+    if args.pool == "avg":
+        vit |= {"class_token": False}
+    if args.registers:
+        vit |= {"reg_tokens": args.registers}
     return {"stem": stem, "vit": {**vit, "embed_dim": args.width, "depth": 12, "num_heads": args.heads}}
 
 
@@ -253,6 +259,7 @@ def report(net: nn.Module, storage: str, args: argparse.Namespace) -> None:
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     facts = {
         "accuracy": f"{stored:.2%}",
+        "front": ("a class token" if args.pool == "token" else "no class token") + f", {args.registers} registers",
         "unstored": f"{trained:.2%}",
         "goal": "The goal was 91 %: it is met." if stored >= 0.91 else GOAL_MISSED,
         "held_out_count": HELD_OUT,

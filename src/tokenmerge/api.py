@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tokenmerge import adapters, kernels
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.generic import Generic
-from tokenmerge.attach import attach
+from tokenmerge.attach import MODULES, attach
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import (
     AlreadyPatchedError,
@@ -22,10 +23,11 @@ from tokenmerge.errors import (
     NotPatchedError,
     NotTrackedError,
     TokenMergeError,
+    UnsupportedError,
     UnsupportedModelError,
     unknown_name,
 )
-from tokenmerge.methods import Reduction
+from tokenmerge.methods import Learned, Reduction
 from tokenmerge.runner import BlockRunner
 from tokenmerge.schedule import R, Schedule
 from tokenmerge.state import ForwardState, Frame
@@ -83,7 +85,7 @@ class Handle:
         self._layout = adapter.layout(model)
         self._actions: list[Callable[[], None]] = []
         depth = len(adapter.blocks(model))
-        self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of))
+        self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
         self._state.track = config.track
         self._attachment = attach(
             model, adapter, config.method, self._state, self._layout, config.prop_attn, config.restore
@@ -96,7 +98,7 @@ class Handle:
 
     @r.setter
     def r(self, value: R) -> None:
-        schedule = Schedule.of(value, self._state.depth, self._config.multiple_of)
+        schedule = Schedule.of(value, self._state.depth, self._config.multiple_of, self._config.method.largest_r)
         self._config = dataclasses.replace(self._config, r=value)
         self._state.schedule = schedule
 
@@ -230,6 +232,25 @@ class Handle:
             yield
         finally:
             self._state.enabled = before
+
+    def loss(self) -> Tensor:
+        """Return what a learned method adds to the training loss after a forward; raises for methods that do not."""
+        method = self._config.method
+        if not isinstance(method, Learned):
+            raise UnsupportedError(f"{method.name} learns nothing, so it adds nothing to the loss.")
+        return method.loss(self._last().memory)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration, and what is learned as .safetensors beside it; `MergeConfig.load` reads both."""
+        modules = self.model._modules.get(MODULES)
+        if modules is None:
+            return self._config.save(path)
+        from safetensors.torch import save_file
+
+        weights = Path(path).with_suffix(".safetensors")
+        named = dataclasses.replace(self._config.method, weights=weights.name)  # type: ignore[type-var]
+        dataclasses.replace(self._config, method=named).save(path)
+        save_file({key: value.detach().contiguous().clone() for key, value in modules.state_dict().items()}, weights)
 
     def remove(self) -> None:
         """Take the reduction out: the model is what it was, bit for bit. A second call raises `NotPatchedError`."""

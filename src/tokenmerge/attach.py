@@ -17,18 +17,20 @@ from tokenmerge.adapters.base import (
     TokenLayout,
     WindowSpec,
     check_parity,
+    token_width,
 )
-from tokenmerge.adapters.taps import AttentionTap
+from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 from tokenmerge.guards import guard_methods
 from tokenmerge.hooks import HookRunner
-from tokenmerge.methods.base import Reduction
-from tokenmerge.runner import BlockRunner
+from tokenmerge.methods.base import ModelShape, Reduction
+from tokenmerge.runner import SEEN, BlockRunner
 from tokenmerge.state import ForwardState
 from tokenmerge.windows import WindowRunner
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["MODULES", "Attachment", "attach"]
 
+MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
 _RUNNERS: dict[type, type[BlockRunner]] = {BlockSpec: BlockRunner, HookSpec: HookRunner, WindowSpec: WindowRunner}
 
 
@@ -39,6 +41,7 @@ class Attachment:
         self.limits = limits
         self.runners: list[BlockRunner] = []
         self.parity = 0.0
+        self._learning: nn.Module | None = None  # the model that holds what is learned
         self._bound: list[tuple[nn.Module, str, bool, Any]] = []
 
     def bind(self, *replacements: Replacement) -> None:
@@ -48,7 +51,21 @@ class Attachment:
                 value.previous = owner.__dict__.get(attribute)  # several may be made before the first is bound
             owner.__dict__[attribute] = value
 
+    def learn(self, model: nn.Module, modules: nn.ModuleDict | None) -> None:
+        """Put what is learned into the model, where it moves, trains and is saved, and give it to its layers."""
+        if modules is None:
+            return
+        tensor = next(p for p in model.parameters() if p.is_floating_point())
+        model.add_module(MODULES, modules.to(tensor.device, tensor.dtype).train(model.training))
+        self._learning = model
+        by_layer = dict(modules.items())
+        for runner in self.runners:
+            runner.module = by_layer.get(str(runner.layer))
+
     def undo(self) -> None:
+        if self._learning is not None:
+            del self._learning._modules[MODULES]
+            self._learning = None
         for owner, attribute, existed, previous in reversed(self._bound):
             if existed:
                 owner.__dict__[attribute] = previous
@@ -71,6 +88,43 @@ def attach(
     Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says),
     `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
+    blocks = _free_blocks(model, adapter)
+    # before the taps: it refuses blocks that are made in another way
+    specs = [adapter.spec(block) for _, block in blocks]
+    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+        _check_children(block, layer, spec)
+    taps = [adapter.tap(block) for _, block in blocks]
+    _check_needs(method, model, layout, specs)
+    is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
+    if "q" in method.needs and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
+        limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
+    method = _seeing(method, adapter, taps, limits)
+    attachment = Attachment(limits)
+    state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
+    try:
+        attachment.bind(*adapter.wiring(model))
+        runners = attachment.runners = [
+            _RUNNERS[type(spec)](block, layer, spec, tap, adapter, method, state, layout, is_proportional)
+            for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
+        ]
+        limits += sorted({runner.remark for runner in runners if runner.remark})
+        for tap in taps:
+            attachment.bind(*tap.seams(method.needs & SEEN))
+        for runner in runners:
+            attachment.bind(*runner.seams())
+        attachment.parity = _prove(model, adapter, blocks, runners)
+        attachment.learn(model, method.build(_shape(layout, state, blocks)))
+        for runner in runners:
+            attachment.bind(Replacement(runner.block, "forward", runner))
+        _bind_outputs(attachment, model, adapter, state, restore)
+        attachment.bind(*adapter.finish(model, state.is_merging, restore))
+    except BaseException:
+        attachment.undo()
+        raise
+    return attachment
+
+
+def _free_blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module]]:
     blocks = adapter.blocks(model)
     if not blocks:
         raise UnsupportedModelError(
@@ -81,35 +135,18 @@ def attach(
             f"blocks of this {type(model).__qualname__} are reduced already, by way of a model around or inside it; "
             "call unpatch on that one first."
         )
-    # before the taps: it refuses blocks that are made in another way
-    specs = [adapter.spec(block) for _, block in blocks]
-    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
-        _check_children(block, layer, spec)
-    taps = [adapter.tap(block) for _, block in blocks]
-    is_proportional, limits = _proportional(adapter, model, taps, prop_attn)
-    method = _seeing(method, adapter, taps, limits)
-    attachment = Attachment(limits)
-    state.needs_places = adapter.is_positional or bool(adapter.followers)
-    try:
-        attachment.bind(*adapter.wiring(model))
-        runners = attachment.runners = [
-            _RUNNERS[type(spec)](block, layer, spec, tap, adapter, method, state, layout, is_proportional)
-            for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
-        ]
-        limits += sorted({runner.remark for runner in runners if runner.remark})
-        for tap in taps:
-            attachment.bind(*tap.seams(method.needs))
-        for runner in runners:
-            attachment.bind(*runner.seams())
-        attachment.parity = _prove(model, adapter, blocks, runners)
-        for runner in runners:
-            attachment.bind(Replacement(runner.block, "forward", runner))
-        _bind_outputs(attachment, model, adapter, state, restore)
-        attachment.bind(*adapter.finish(model, state.is_merging, restore))
-    except BaseException:
-        attachment.undo()
-        raise
-    return attachment
+    return blocks
+
+
+def _shape(layout: TokenLayout, state: ForwardState, blocks: list[tuple[str, nn.Module]]) -> ModelShape:
+    removed = tokens = None
+    if layout.tokens is not None:
+        left = state.schedule.tokens(layout.tokens, layout.prefix)
+        tokens = (layout.tokens, *left[:-1])
+        removed = tuple(before - after for before, after in zip(tokens, left, strict=True))
+    active = tuple(layer for layer, amount in enumerate(state.schedule.amounts) if amount != 0)
+    width = token_width(blocks[0][1])
+    return ModelShape(width, state.depth, layout.prefix, layout.leads_with_class, removed, tokens, active)
 
 
 def _bind_outputs(
@@ -162,15 +199,37 @@ def _seeing(method: Reduction, adapter: Adapter, taps: list[AttentionTap], limit
         return method
     try:
         for tap in taps:
-            tap.seams(method.needs)
+            tap.seams(method.needs & SEEN)
     except UnsupportedError:
         limits.append("matched by features: the attention has no queries, keys or values that could be listened to")
         return dataclasses.replace(method, metric="x")  # type: ignore[type-var]
     return method
 
 
+def _check_needs(
+    method: Reduction, model: nn.Module, layout: TokenLayout, specs: list[BlockSpec | HookSpec | WindowSpec]
+) -> None:
+    """Refuse a method that needs what this model does not have."""
+    if "class" in method.needs and not layout.leads_with_class:
+        other = ' (for example score="received")' if hasattr(method, "score") else ""
+        raise UnsupportedError(
+            f"{method.name} needs the attention of a class token, and this {type(model).__qualname__} has none: its "
+            f"answer is a mean over its tokens. Choose another score{other}, or another method."
+        )
+    if any(isinstance(spec, WindowSpec) for spec in specs) and method.needs & {"class", "places"}:
+        raise UnsupportedError(
+            f"{method.name} needs {', '.join(sorted(method.needs & {'class', 'places'}))}, and this "
+            f"{type(model).__qualname__} merges inside windows, for the attention only. Use tome."
+        )
+    if method.follows_mlp and not all(isinstance(spec, BlockSpec) and spec.mlp for spec in specs):
+        raise UnsupportedError(
+            f"{method.name} changes what the MLP returns, and the blocks of this {type(model).__qualname__} cannot be "
+            "re-composed from attention and MLP. Use another method."
+        )
+
+
 def _proportional(
-    adapter: Adapter, model: nn.Module, taps: list[AttentionTap], prop_attn: bool | str
+    adapter: Adapter, model: nn.Module, taps: list[AttentionTap], prop_attn: bool | str, method: Reduction
 ) -> tuple[bool, list[str]]:
     """Decide on proportional attention; returns it and what the report should say."""
     can = all(tap.takes_bias for tap in taps)
@@ -183,6 +242,8 @@ def _proportional(
         return False, ["no proportional attention: this attention takes no mask"]
     if prop_attn != "auto":
         return bool(prop_attn), []
+    if not method.is_proportional:
+        return False, [f"no proportional attention: {method.name} is without it; prop_attn=True adds it"]
     without, doubt = adapter.trained_without_merging(model)
     if without:
         return False, ["no proportional attention: an MAE model trained without merging is better without it"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenmerge import methods
 from tokenmerge.errors import ConfigError, unknown_name
-from tokenmerge.methods import Reduction
+from tokenmerge.methods import NEW, Reduction
 from tokenmerge.schedule import R, Schedule
 
 __all__ = ["MergeConfig"]
@@ -105,7 +105,13 @@ def _checked(content: Any, path: str | Path) -> dict[str, Any]:
     fields = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
     for name in options.keys() - {"name", *fields}:
         raise unknown_name(f"option of {options['name']} in {path}:", name, fields)
-    values["method"] = method(**{name: value for name, value in options.items() if name != "name"})
+    given = {name: value for name, value in options.items() if name != "name"}
+    if given.get("weights") not in (None, NEW):
+        given["weights"] = str(Path(path).parent / given["weights"])  # written as a name beside the configuration
+    # lists were tuples: methods are hashable
+    values["method"] = method(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    )
     if isinstance(values["r"], dict):
         if values["r"].keys() != {"r", "inflection"}:
             raise ConfigError(f"{path}: r is {values['r']!r}; a pair is written as {{'r': ..., 'inflection': ...}}.")

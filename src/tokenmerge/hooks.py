@@ -21,8 +21,9 @@ from tokenmerge.adapters.base import Original, Replacement, first_of
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import Slot
 from tokenmerge.errors import AdapterMismatchError
-from tokenmerge.plan import Plan, assignment
+from tokenmerge.plan import AnyPlan, assignment
 from tokenmerge.runner import BlockRunner
+from tokenmerge.state import Frame
 
 __all__ = ["HookRunner"]
 
@@ -35,10 +36,11 @@ class _Turn:
     bias: Tensor | None  # [B, N]
     size: Tensor | None  # [B, N]
     r: int
-    has_padding: bool
+    kept: Tensor | None  # [B, N]
+    frame: Frame
     is_silent: bool = False  # the MLP puts out zeros: a probe
     mid: Tensor | None = None  # [B, N, C] what enters the norm
-    plan: Plan | None = None
+    plan: AnyPlan | None = None
     merged: Tensor | None = None  # [B, M, C]
 
 
@@ -66,10 +68,10 @@ class HookRunner(BlockRunner):
         r: int,
         kept: Tensor | None,
         call: Mapping[str, Any],
-        has_padding: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Plan | None]:
+        frame: Frame,
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         self._follow(call, None)
-        turn = _Turn(x, self._bias(size, has_padding), size, r, has_padding)
+        turn = _Turn(x, self._bias(size, frame.has_padding), size, r, kept, frame)
         out = self._run(turn, call)
         if turn.plan is None or turn.mid is None or turn.merged is None:
             return out, size, None
@@ -79,8 +81,8 @@ class HookRunner(BlockRunner):
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
         call = self.by_name(args, kwargs)
-        out = self._run(_Turn(tokens, None, None, 0, False), call)
-        silent = _Turn(tokens, None, None, 0, False, is_silent=True)
+        out = self._run(_Turn(tokens, None, None, 0, None, Frame(0)), call)
+        silent = _Turn(tokens, None, None, 0, None, Frame(0), is_silent=True)
         rest = self._run(silent, call) - silent.mid  # type: ignore[operator]
         if not rest.is_meta and not rest.abs().max().item() <= 1e-4 * max(1.0, out.abs().max().item()):
             raise AdapterMismatchError(
@@ -114,7 +116,7 @@ class HookRunner(BlockRunner):
             if not turn.is_silent:
                 self._check_seen(seen, mid.shape[1])
             return mid
-        turn.plan = self._choose(mid, None, turn.x_pre, seen, turn.size, turn.r, turn.has_padding)
+        turn.plan = self._choose(mid, None, turn.x_pre, seen, turn.size, turn.bias, turn.kept, turn.r, turn.frame)
         turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.size)
         return turn.merged
 

@@ -5,14 +5,26 @@ Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tokenmerge import kernels
 
-__all__ = ["Plan", "assignment", "compose", "lead_by_real", "merge", "merge_weighted", "unmerge"]
+__all__ = [
+    "AnyPlan",
+    "MatrixPlan",
+    "Plan",
+    "assignment",
+    "compose",
+    "lead_by_real",
+    "merge",
+    "merge_by",
+    "merge_weighted",
+    "merged_size",
+    "unmerge",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,42 +44,96 @@ class Plan:
     n: int
 
 
+@dataclass(frozen=True, eq=False)
+class MatrixPlan:
+    """What happens to `n` tokens where every output token may hold a part of every input token.
+
+    Row m of `weight` says how much of each token goes into output m, which is the mean by weight and size. A token's
+    size is divided among the outputs as its column is; a token whose column is zero is dropped. `keep` names the input
+    token whose place each output takes. A matrix of zeros and ones, one per column, is a `Plan` written out.
+
+    >>> plan = MatrixPlan(weight=torch.tensor([[[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]]), keep=torch.tensor([[0, 2]]), n=3)
+    >>> x, size = merge_weighted(plan, torch.tensor([[[0.0], [3.0], [6.0]]]))
+    >>> x.flatten().tolist(), size.tolist()
+    ([1.0, 5.0], [[1.5, 1.5]])
+    """
+
+    weight: Tensor  # [B, M, N]
+    keep: Tensor  # [B, M]
+    n: int
+
+
+AnyPlan = Plan | MatrixPlan
+
+
 def merge(plan: Plan, x: Tensor, mode: str = "mean") -> Tensor:  # [B, N, C]
     """Combine each group by `mode` (`mean`, `sum`, `amax`, `amin`, `prod`), members counting equally: `[B, M, C]`."""
     return kernels.reduce(x, plan.keep, plan.src, plan.dst, mode)
 
 
 def merge_weighted(
-    plan: Plan,
+    plan: AnyPlan,
     x: Tensor,  # [B, N, C]
     size: Tensor | None = None,  # [B, N]
     branch: Tensor | None = None,  # [B, N, C]
 ) -> tuple[Tensor, Tensor]:
     """Combine each group of `x + branch` as its size-weighted mean: `[B, M, C]` and the new sizes `[B, M]`."""
+    if isinstance(plan, MatrixPlan):
+        return _mix(plan, x if branch is None else x + branch, size)
     return kernels.merge(x, size, plan.keep, plan.src, plan.dst, branch)
 
 
-def unmerge(plan: Plan, y: Tensor) -> Tensor:  # [B, M, C]
+def merge_by(
+    plan: Plan,
+    x: Tensor,  # [B, N, C]
+    weight: Tensor,  # [B, N]
+    size: Tensor | None = None,  # [B, N]
+    branch: Tensor | None = None,  # [B, N, C]
+) -> tuple[Tensor, Tensor]:
+    """Combine each group of `x + branch` as its mean by any positive `weight`; new sizes stay sums of sizes."""
+    merged, _ = kernels.merge(x, weight.float(), plan.keep, plan.src, plan.dst, branch)
+    return merged, merged_size(plan, x, size)
+
+
+def merged_size(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor:
+    """Return the sizes after the plan, `[B, M]`: sums over groups."""
+    size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
+    return size.gather(1, plan.keep).scatter_add(1, plan.dst, size.gather(1, plan.src))
+
+
+def _mix(plan: MatrixPlan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    weight = plan.weight.float()  # [B, M, N]
+    size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
+    share = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    weighted = weight * size[:, None]
+    weighted = weighted / weighted.sum(dim=2, keepdim=True).clamp_min(1e-12)
+    return (weighted.to(x.dtype) @ x), (share @ size[..., None])[..., 0]
+
+
+def unmerge(plan: AnyPlan, y: Tensor) -> Tensor:  # [B, M, C]
     """Give every input token its group's row, `[B, N, C]`; dropped tokens get zeros."""
     return kernels.unmerge(y, assignment(plan))
 
 
-def assignment(plan: Plan) -> Tensor:
-    """Return the output slot of each input token, `[B, N]`; -1 for dropped ones."""
+def assignment(plan: AnyPlan) -> Tensor:
+    """Return the output slot of each input token, `[B, N]`, that of its largest part; -1 for dropped ones."""
+    if isinstance(plan, MatrixPlan):
+        most, slot = plan.weight.max(dim=1)
+        return slot.masked_fill(most <= 0, -1)
     B, M = plan.keep.shape
     slots = torch.arange(M, device=plan.keep.device).expand(B, M)
     groups = torch.full((B, plan.n), -1, dtype=torch.long, device=plan.keep.device)
     return groups.scatter(1, plan.keep, slots).scatter(1, plan.src, plan.dst)
 
 
-def lead_by_real(plan: Plan, valid: Tensor) -> Plan:  # [B, N] bool
+def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
     """Let a real token lead each group that has one, so that masks at the kept places say whether a group is real.
 
     Padding (not `valid`) that was to absorb real tokens changes places with the first of them.
     """
-    R = plan.src.shape[1]
-    if R == 0:
+    if isinstance(plan, MatrixPlan) or plan.src.shape[1] == 0:
         return plan
+    R = plan.src.shape[1]
     leader = plan.keep.gather(1, plan.dst)  # [B, R]
     is_real = valid.gather(1, plan.src) & ~valid.gather(1, leader)
     rank = torch.arange(R, device=plan.src.device).expand_as(plan.src).masked_fill(~is_real, R)
@@ -76,10 +142,10 @@ def lead_by_real(plan: Plan, valid: Tensor) -> Plan:  # [B, N] bool
     first = torch.where(plan.dst[:, None] == slots, rank[:, None], R).amin(dim=2)  # [B, M]
     src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
     keep = torch.where(first < R, plan.src.gather(1, first.clamp_max(R - 1)), plan.keep)
-    return Plan(keep=keep, src=src, dst=plan.dst, n=plan.n)
+    return replace(plan, keep=keep, src=src)
 
 
-def compose(previous: Tensor | None, plan: Plan) -> Tensor:  # [B, N0] or None
+def compose(previous: Tensor | None, plan: AnyPlan) -> Tensor:  # [B, N0] or None
     """Follow the tokens of the first layer through one more plan: `[B, N0]` of slots after it, -1 for dropped."""
     groups = assignment(plan)
     if previous is None:

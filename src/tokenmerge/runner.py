@@ -20,10 +20,12 @@ from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
 from tokenmerge.keybias import key_bias
 from tokenmerge.methods.base import Reduction, TokenView
-from tokenmerge.plan import Plan, lead_by_real
+from tokenmerge.plan import AnyPlan, lead_by_real
 from tokenmerge.state import ForwardState, Frame
 
-__all__ = ["BlockRunner"]
+__all__ = ["SEEN", "BlockRunner"]
+
+SEEN = frozenset({"q", "k", "v"})  # of what a method may need, that which its attention must hand over
 
 
 class BlockRunner(Original):
@@ -50,6 +52,8 @@ class BlockRunner(Original):
         self.block, self.layer, self.spec, self.tap, self.adapter = block, layer, spec, tap, adapter
         self.method, self.state, self.layout = method, state, layout
         self.is_proportional = is_proportional
+        self.module: nn.Module | None = None  # what a learned method has for this layer
+        self.scale = _scale(getattr(tap, "attn", None))
         self.names = list(inspect.signature(type(block).forward).parameters)[2:]
         self.rest: tuple[None, ...] | None = None  # what the block returns behind its tokens; None: no tuple at all
 
@@ -71,7 +75,7 @@ class BlockRunner(Original):
         call = self.by_name(args, kwargs)
         if size is None:
             size = self._begin_sizes(frame, call, tokens.shape[0])
-        tokens, size, plan = self.compose(tokens, size, r, kept, call, frame.has_padding)
+        tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
         state.record(frame, layer, tokens, size, plan)
         return self._hand_out(tokens, frame)
 
@@ -82,20 +86,23 @@ class BlockRunner(Original):
         r: int,
         kept: Tensor | None,
         call: Mapping[str, Any],
-        has_padding: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Plan | None]:
+        frame: Frame,
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
-        x_pre = x
-        x, branch, seen = self._attend(x, self._bias(size, has_padding), kept, self._follow(call, kept))
-        plan = self._choose(x, branch, x_pre, seen, size, r, has_padding) if r else None
+        x_pre, bias = x, self._bias(size, frame.has_padding)
+        x, branch, seen = self._attend(x, bias, kept, self._follow(call, kept))
+        plan = self._choose(x, branch, x_pre, seen, size, bias, kept, r, frame) if r else None
         # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
-        del seen, x_pre
+        del seen, x_pre, bias
         if plan is not None:
             x, size = self.method.merge(plan, x, size, branch)
         elif branch is not None:
             x = x + branch
         del branch
-        return self._apply_mlp(x), size, plan
+        if not self.method.follows_mlp:
+            return self._apply_mlp(x), size, plan
+        after = self._apply_mlp(x)
+        return self.method.after_mlp(after, x, self.layer, self.state.depth, frame.memory), size, plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
@@ -106,7 +113,7 @@ class BlockRunner(Original):
         return self._mirror(self._apply_mlp(tokens if branch is None else tokens + branch))
 
     def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
-        for name in sorted(self.method.needs):
+        for name in sorted(self.method.needs & SEEN):
             got = tuple(seen[name].shape) if name in seen else "nothing"
             if len(got) != 4 or got[2] != n:
                 raise AdapterMismatchError(
@@ -128,13 +135,23 @@ class BlockRunner(Original):
         x_pre: Tensor,
         seen: dict[str, Tensor],
         size: Tensor | None,
+        bias: Tensor | None,
+        kept: Tensor | None,
         r: int,
-        has_padding: bool,
-    ) -> Plan:
-        q, k, v = (_cut(seen.get(name)) for name in ("q", "k", "v"))
-        prefix, grid = self.layout.prefix, self.layout.grid
-        valid = size > 0 if has_padding and size is not None else None
-        view = TokenView(_cut(x), _cut(x_pre), q, k, v, size, prefix, grid, self.layer, valid, _cut(branch))
+        frame: Frame,
+    ) -> AnyPlan:
+        cut = _cut if self.module is None else lambda x: x  # what is learned needs the gradients of what it sees
+        q, k, v = (cut(seen.get(name)) for name in ("q", "k", "v"))
+        valid = size > 0 if frame.has_padding and size is not None else None
+        view = TokenView(
+            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, self.layout.grid, self.layer, valid, cut(branch)),
+            depth=self.state.depth,
+            scale=self.scale,
+            bias=bias,
+            places=kept,
+            module=self.module,
+            memory=frame.memory,
+        )
         plan = self.method.plan(view, r)
         return plan if valid is None else lead_by_real(plan, valid)
 
@@ -226,6 +243,12 @@ class BlockRunner(Original):
                     f"tokens are on {x.device}, the patched block's weights on {parameter.device}. nn.DataParallel "
                     "copies modules without their runners and is not supported: use DistributedDataParallel."
                 )
+
+
+def _scale(attention: Any) -> float | None:
+    """Return what an attention multiplies its scores by, where it says so."""
+    values = (getattr(attention, name, None) for name in ("scale", "scaling"))
+    return next((value for value in values if isinstance(value, float)), None)
 
 
 def _cut(x: Any) -> Any:

@@ -22,6 +22,10 @@ _ALLOWED = (
 )
 
 
+def _half(tokens: int, prefix: int) -> int:
+    return max(0, (tokens - prefix) // 2)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """One amount per layer, rounded so that `multiple_of` divides what is left. `Schedule.of` checks what was given.
@@ -32,18 +36,22 @@ class Schedule:
 
     amounts: tuple[Amount, ...]
     multiple_of: int = 1
+    largest: Callable[[int, int], int] = _half
 
     @staticmethod
-    def of(r: R, depth: int, multiple_of: int = 1) -> Schedule:
-        """Check any allowed form of `r` against the number of blocks; raises `InvalidScheduleError` (a ValueError)."""
+    def of(r: R, depth: int, multiple_of: int = 1, largest: Callable[[int, int], int] = _half) -> Schedule:
+        """Check any allowed form of `r` against the number of blocks; raises `InvalidScheduleError` (a ValueError).
+
+        `largest(tokens, prefix)` is how many one block can remove at most: half of the unprotected ones, if not given.
+        """
         if isinstance(multiple_of, bool) or not isinstance(multiple_of, Integral) or multiple_of < 1:
             raise InvalidScheduleError(
                 f"multiple_of is {multiple_of!r}. Allowed: an int >= 1 that divides the tokens left by each block."
             )
-        return Schedule(_amounts(r, depth), int(multiple_of))
+        return Schedule(_amounts(r, depth), int(multiple_of), largest)
 
     def at(self, layer: int, tokens: int, prefix: int) -> int:
-        """Return how many of `tokens` (prefix included) the layer removes, at most half of the unprotected ones."""
+        """Return how many of `tokens` (prefix included) the layer removes, at most what the method can."""
         amount = self.amounts[layer]
         if callable(amount):
             amount = amount(layer, tokens)
@@ -54,7 +62,7 @@ class Schedule:
         else:
             # one captured graph per r: with a symbolic r, tracing may take ten times as long
             amount = operator.index(amount)
-        most = max(0, (tokens - prefix) // 2)
+        most = self.largest(tokens, prefix)
         amount = min(int(amount), most)
         return self._round(amount, tokens, most) if amount and self.multiple_of > 1 else amount
 

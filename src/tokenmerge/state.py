@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.plan import Plan, compose
+from tokenmerge.plan import AnyPlan, compose
 from tokenmerge.schedule import Schedule
 
 __all__ = ["ForwardState", "Frame"]
@@ -28,6 +28,7 @@ class Frame:
         # tokens before and after merging in a window, where they are merged for the attention only
         self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
         self.has_padding = False  # some tokens are none: their size is 0
+        self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
 
 
 class ForwardState:
@@ -51,13 +52,15 @@ class ForwardState:
     def begin(self, layer: int) -> Frame:
         """Return the frame that this layer belongs to; the first layer of a forward opens a new one."""
         if torch.compiler.is_compiling():
+            if layer == 0:
+                self._traced.memory = {}
             return self._traced
         frame = getattr(self._own, "frame", None)
         if layer == 0 and not _is_in_backward():
             frame = self._own.frame = self.latest = Frame(self.depth)
         return frame or self.latest or self._traced
 
-    def record(self, frame: Frame, layer: int, x: Tensor, size: Tensor | None, plan: Plan | None) -> None:
+    def record(self, frame: Frame, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
         """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, while tracking, its groups."""
         frame.size[layer + 1] = size
         frame.shape[layer + 1] = (x.shape[0], x.shape[1])

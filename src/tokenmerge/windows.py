@@ -17,7 +17,7 @@ from tokenmerge.adapters.base import Original, Replacement
 from tokenmerge.adapters.taps import Slot
 from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import assignment
-from tokenmerge.runner import BlockRunner
+from tokenmerge.runner import SEEN, BlockRunner
 
 __all__ = ["WindowRunner"]
 
@@ -61,11 +61,13 @@ class WindowRunner(BlockRunner):
         bias = kept = None
         if r:
             tokens = x.detach().flatten(1, 2)  # [W, N, C]
-            seen = self.tap.split(qkv.detach(), self.method.needs)
+            seen = self.tap.split(qkv.detach(), self.method.needs & SEEN)
             # what fills up the last windows is zero; it is attended to like all else, but merged with itself first
             valid = tokens.ne(0).any(dim=-1) if has_padding else None
             view = TokenView(
-                tokens, tokens, seen.get("q"), seen.get("k"), seen.get("v"), None, 0, grid, self.layer, valid
+                *(tokens, tokens, seen.get("q"), seen.get("k"), seen.get("v"), None, 0, grid, self.layer, valid),
+                depth=self.state.depth,
+                scale=self.scale,
             )
             plan = self.method.plan(view, r)
             qkv, size = self.method.merge(plan, qkv, None)

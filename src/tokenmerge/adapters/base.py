@@ -31,6 +31,7 @@ __all__ = [
     "check_parity",
     "class_names",
     "first_of",
+    "token_width",
 ]
 
 
@@ -88,6 +89,12 @@ class TokenLayout:
     tokens: int | None
     input_size: tuple[int, ...] | None  # images: channels, height, width
     batch_first: bool = True
+    has_class: bool | None = None  # the first token is a class token; None: where there is a prefix, it is
+
+    @property
+    def leads_with_class(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.prefix > 0 if self.has_class is None else self.has_class
 
 
 class Adapter(ABC):
@@ -203,9 +210,7 @@ def check_parity(
     block knows the places of its tokens and its description does not say so. The model's random state, buffers and
     mode are left as they were.
     """
-    # of a module without children first: what a block or an attention holds itself may be of any inner width
-    leaves = (module for module in block.modules() if next(module.children(), None) is None)
-    found = [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
+    found = _parameters(block)
     if not found:
         return 0.0
     parameter = found[0]
@@ -217,8 +222,7 @@ def check_parity(
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     n, given = sample
     with torch.random.fork_rng(devices=devices), torch.no_grad(), _steady_dropout(block):
-        width = parameter.shape[-1]  # norm weight [C] or projection [3C, C]
-        x = torch.randn(2, n, width, device=parameter.device, dtype=dtype)
+        x = torch.randn(2, n, token_width(block), device=parameter.device, dtype=dtype)
         x = x if layout.batch_first else x.transpose(0, 1)
         try:
             for training in (False, True):
@@ -237,6 +241,17 @@ def check_parity(
             for buffer, saved in zip(block.buffers(), buffers, strict=True):
                 buffer.copy_(saved)
     return worst
+
+
+def token_width(block: nn.Module) -> int:
+    """Return the channels of the tokens that a block takes."""
+    return int(_parameters(block)[0].shape[-1])  # norm weight [C] or projection [3C, C]
+
+
+def _parameters(block: nn.Module) -> list[nn.Parameter]:
+    # of a module without children first: what a block or an attention holds itself may be of any inner width
+    leaves = (module for module in block.modules() if next(module.children(), None) is None)
+    return [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
 
 
 @contextmanager

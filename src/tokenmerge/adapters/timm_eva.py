@@ -115,7 +115,10 @@ class TimmEva(Adapter):
         embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
         height, width = embed.grid_size
         channels = embed.proj.in_channels
-        return TokenLayout(prefix, (height, width), prefix + height * width, (channels, *embed.img_size))
+        has_class = model.cls_token is not None
+        return TokenLayout(
+            prefix, (height, width), prefix + height * width, (channels, *embed.img_size), has_class=has_class
+        )
 
     def tap(self, block: Any) -> AttentionTap:
         return RopeTap(block.attn)

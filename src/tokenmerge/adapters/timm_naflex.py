@@ -51,16 +51,17 @@ class TimmNaFlex(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embeds, prefix = model.embeds, int(model.num_prefix_tokens)
+        has_class = getattr(embeds, "cls_token", None) is not None
         height, width = embeds.patch_size
         config = getattr(model, "pretrained_cfg", None) or {}
         size = getattr(embeds, "default_img_size", None) or config.get("input_size", (None,))[1:]
         if not size:
             if not embeds.pos_embed_grid_size:
-                return TokenLayout(prefix, None, None, None)
+                return TokenLayout(prefix, None, None, None, has_class=has_class)
             size = (embeds.pos_embed_grid_size[0] * height, embeds.pos_embed_grid_size[1] * width)
         grid = embeds.dynamic_feat_size(size)
         channels = embeds.proj.weight[0].numel() // (height * width)
-        return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, *size))
+        return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, *size), has_class=has_class)
 
     def tap(self, block: Any) -> AttentionTap:
         return RopeTap(block.attn) if _eva_spec(block) else TimmViT().tap(block)

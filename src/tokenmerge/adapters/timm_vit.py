@@ -101,7 +101,8 @@ def timm_layout(model: Any, prefix: int) -> TokenLayout:
     height, width = getattr(embed, "img_size", None) or (224, 224)
     grid = embed.dynamic_feat_size((height, width))
     channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), 3)
-    return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width))
+    has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
+    return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width), has_class=has_class)
 
 
 def timm_spec(block: nn.Module) -> BlockSpec:

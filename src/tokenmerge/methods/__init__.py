@@ -5,9 +5,10 @@ from __future__ import annotations
 from tokenmerge.errors import UnknownNameError, unknown_name
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.methods.drop import Drop
+from tokenmerge.methods.learned import NEW, Learned
 from tokenmerge.methods.tome import ToMe
 
-__all__ = ["Drop", "Reduction", "ToMe", "TokenView", "find", "list_methods", "register"]
+__all__ = ["NEW", "Drop", "Learned", "Reduction", "ToMe", "TokenView", "find", "list_methods", "register"]
 
 _METHODS: dict[str, type[Reduction]] = {method.name: method for method in (ToMe, Drop)}
 

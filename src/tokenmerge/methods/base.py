@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from tokenmerge.plan import Plan, merge_weighted
+from tokenmerge import importance
+from tokenmerge.errors import UnsupportedError
+from tokenmerge.matching import largest_r
+from tokenmerge.plan import AnyPlan, merge_weighted
 
-__all__ = ["Reduction", "TokenView"]
+__all__ = ["SCORES", "ModelShape", "Reduction", "TokenView", "batch_count"]
+
+# the scores of importance a method may ask its view for, and what each needs
+SCORES: dict[str, frozenset[str]] = {
+    "class": frozenset({"q", "k", "class"}),
+    "class_value": frozenset({"q", "k", "v", "class"}),
+    "received": frozenset({"q", "k"}),
+    "entropy": frozenset({"q", "k"}),
+    "shift": frozenset(),
+    "norm": frozenset(),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,29 +42,93 @@ class TokenView:
     layer: int
     valid: Tensor | None = None  # [B, N] bool: which tokens are real; None: all
     branch: Tensor | None = None  # [B, N, C] what the attention adds to the stream; None: nothing is left to add
+    depth: int = 1  # blocks of the model
+    scale: float | None = None  # what the attention multiplies its scores by; None: 1 / sqrt(D)
+    bias: Tensor | None = None  # [B, N] what was added to the attention's scores per key
+    places: Tensor | None = None  # [B, N] the input token whose place each token keeps; None: all are in their places
+    module: nn.Module | None = None  # what a learned method has for this layer
+    memory: dict[int, Any] | None = None  # what the method left at layers before, in this forward
 
     @property
     def x(self) -> Tensor:
         """The tokens after the attention residual, `[B, N, C]`: added here, for methods that look at them."""
         return self.stream if self.branch is None else self.stream + self.branch
 
+    def score(self, name: str) -> Tensor:
+        """Return a score of importance by name (`SCORES`), `[B, N]` float32, padding at minus infinity."""
+        q, k = self.q, self.k
+        if name == "norm":
+            found: Tensor = self.x.float().norm(dim=-1)
+        elif name == "shift":
+            found = importance.shift(self.x, self.x_pre)
+        elif name == "class":
+            found = importance.class_attention(q, k, self.scale, self.bias).mean(dim=1)  # type: ignore[arg-type]
+        elif name == "class_value":
+            found = importance.class_value(q, k, self.v, self.scale, self.bias)  # type: ignore[arg-type]
+        else:
+            by_name = {"received": importance.received_attention, "entropy": importance.entropy}
+            found = by_name[name](q, k, self.scale, self.bias)  # type: ignore[arg-type]
+        return found if self.valid is None else found.masked_fill(~self.valid, float("-inf"))
+
+    def cells(self) -> tuple[Tensor, tuple[int, int]]:
+        """Return the place of each unprotected token on the grid, `[B, N - prefix]`, and the grid's rows and columns.
+
+        Needs "places". Raises `UnsupportedError` where the model has no grid, or was given an image of another size.
+        """
+        B, n, _ = self.stream.shape
+        if self.grid is None:
+            raise UnsupportedError(
+                "this method merges by place, and this model says no grid of patches; use one that does not (tome)."
+            )
+        if self.places is None:
+            if n - self.prefix != self.grid[0] * self.grid[1]:
+                raise UnsupportedError(
+                    f"this method merges by place on a grid of {self.grid[0]} x {self.grid[1]} patches, and the block "
+                    f"was given {n - self.prefix}: build the model for the size of its images."
+                )
+            return torch.arange(n - self.prefix, device=self.stream.device).expand(B, -1), self.grid
+        return self.places[:, self.prefix :] - self.prefix, self.grid
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a learned method may know of a model when its modules are built."""
+
+    width: int  # C
+    depth: int
+    prefix: int
+    has_class: bool
+    removed: tuple[int, ...] | None  # tokens that go at each layer as planned; None where the model does not say
+    tokens: tuple[int, ...] | None  # tokens that enter each layer as planned
+    active: tuple[int, ...]  # the layers that may remove tokens
+
 
 class Reduction(ABC):
     """A way to make fewer tokens of many: a frozen dataclass whose fields are its options.
 
-    `needs` names what the attention must hand over: any of `"q"`, `"k"`, `"v"`, or nothing.
+    `needs` names what it must be shown: any of `"q"`, `"k"`, `"v"` of the attention, `"class"` (the model has a class
+    token, in front), `"places"` (where on the input each token lies), or nothing.
     """
 
     name: ClassVar[str]
     needs: frozenset[str] = frozenset()
+    # whether the paper adds log(size) to attention scores: what prop_attn="auto" means
+    is_proportional: ClassVar[bool] = True
+    # how many tokens go depends on the images: `r` is the most, and what is removed when compiled or exported
+    is_adaptive: ClassVar[bool] = False
+    # `after_mlp` is to be called
+    follows_mlp: ClassVar[bool] = False
 
     @abstractmethod
-    def plan(self, view: TokenView, r: int) -> Plan:
-        """Choose `r` tokens to remove; output shapes may depend on N and `r` only. The view is detached."""
+    def plan(self, view: TokenView, r: int) -> AnyPlan:
+        """Choose `r` tokens to remove; output shapes may depend on N and `r` only. The view is detached.
+
+        An adaptive method removes at most `r`, the same number in every image (`batch_count`).
+        """
 
     def merge(
         self,
-        plan: Plan,
+        plan: Any,
         x: Tensor,  # [B, N, C]
         size: Tensor | None,  # [B, N]
         branch: Tensor | None = None,  # [B, N, C]
@@ -60,3 +138,25 @@ class Reduction(ABC):
         The default is the size-weighted mean, which adds the attention's branch in the same pass.
         """
         return merge_weighted(plan, x, size, branch)
+
+    def largest_r(self, n: int, prefix: int) -> int:
+        """Return how many of `n` tokens one block can remove at most; half of the unprotected ones, as in the paper."""
+        return largest_r(n, prefix)
+
+    def build(self, shape: ModelShape) -> nn.ModuleDict | None:
+        """Return what is learned for a model, one module per layer by its number; None where nothing is."""
+        return None
+
+    def after_mlp(self, x: Tensor, before: Tensor, layer: int, depth: int, memory: dict[int, Any]) -> Tensor:
+        """Return what leaves the block, given what its MLP left and found, both `[B, M, C]`; see `follows_mlp`."""
+        return x
+
+
+def batch_count(wanted: Tensor, r: int) -> int:  # [B]
+    """Return how many tokens an adaptive method removes: the fewest that any image of the batch allows, at most `r`.
+
+    A captured graph cannot depend on values: there, and for tensors without storage, it is `r`.
+    """
+    if torch.compiler.is_compiling() or wanted.is_meta:
+        return r
+    return max(0, min(r, int(wanted.min())))

@@ -23,6 +23,10 @@ class Drop(Reduction):
     """
 
     name: ClassVar[str] = "drop"
+    is_proportional: ClassVar[bool] = False
+
+    def largest_r(self, n: int, prefix: int) -> int:
+        return max(0, n - max(1, prefix))
 
     def plan(self, view: TokenView, r: int) -> Plan:
         B, n, _ = view.stream.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenmerge import matching
@@ -77,8 +76,7 @@ class ToMe(Reduction):
             merged = x.gather(1, plan.keep[..., None].expand(-1, -1, x.shape[-1]))
         else:
             merged = plans.merge(plan, x, "mean" if self.combine == "average" else "amax")
-        size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
-        return merged, plans.merge(plan, size[..., None], "sum")[..., 0]
+        return merged, plans.merged_size(plan, x, size)
 
     def _metric(self, view: TokenView) -> Tensor:  # [B, N, D] or [B, H, N, D]
         metric: Tensor = getattr(view, self.metric)
