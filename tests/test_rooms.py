@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "functional": {"matching", "plan"},
     "schedule": {"errors"},
     "state": {"plan", "schedule"},
-    "importance": set(),
+    "importance": {"kernels"},
     "methods": {"methods", "matching", "importance", "plan", "errors"},
     "adapters": {"adapters", "errors"},
     "config": {"methods", "schedule", "errors"},

@@ -10,9 +10,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["attention_rows", "class_attention", "class_value", "entropy", "received_attention", "shift"]
+from tokenmerge import kernels
 
-_TILE = 2**22  # attention weights of all images and heads that are held at a time
+__all__ = [
+    "attention_rows",
+    "class_attention",
+    "class_value",
+    "entropy",
+    "page_rank",
+    "received_attention",
+    "self_received",
+    "shift",
+]
+
+# attention weights of one image, all heads, that are held at a time: a limit for the batch would fix it in a graph
+_TILE = 2**18
 
 
 def class_attention(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
@@ -30,7 +42,8 @@ def class_value(
 
     The score of ATS (Fayyaz et al., ECCV 2022, arXiv:2111.15667), there divided by its sum over the patches.
     """
-    weighted: Tensor = class_attention(q, k, scale, bias) * v.float().norm(dim=-1)
+    length = v.float().norm(dim=-1).repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # [B, H, N]
+    weighted: Tensor = class_attention(q, k, scale, bias) * length
     return weighted.mean(dim=1)
 
 
@@ -58,6 +71,45 @@ def entropy(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | Non
     return torch.cat(found, dim=1)
 
 
+def self_received(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """Return each token's attention to itself times the attention it receives from all, heads apart, `[B, H, N]`.
+
+    The score of GTP-ViT (Xu et al., WACV 2024, arXiv:2311.03035): how hard a token is to regenerate from others, and
+    how much it tells them.
+    """
+    total = torch.zeros_like(q[..., 0], dtype=torch.float32)
+    own: list[Tensor] = []
+    for rows in attention_rows(q, k, scale, bias):
+        total = total + rows.sum(dim=2)
+        own.append(rows.diagonal(sum(part.shape[-1] for part in own), dim1=2, dim2=3).clone())
+    return total * torch.cat(own, dim=2)
+
+
+def page_rank(
+    q: Tensor,
+    k: Tensor,
+    start: Tensor,  # [B, N]
+    iterations: int,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return where the mass `start` is after so many steps along the attention, `s <- A^T s`, heads apart, `[B, H, N]`.
+
+    The importance of Zero-TPrune (Wang et al., CVPR 2024, arXiv:2305.17328). Attention that needs more than one tile is
+    made again for every step.
+    """
+    B, H, n, _ = q.shape
+    mass = start[:, None].expand(B, H, n).float()
+    tiles = [next(attention_rows(q, k, scale, bias))] if H * n * n <= _TILE else None
+    for _ in range(iterations):
+        moved, at = torch.zeros_like(mass), 0
+        for rows in attention_rows(q, k, scale, bias) if tiles is None else tiles:
+            moved = moved + _product(mass[:, :, None, at : at + rows.shape[2]], rows)[:, :, 0]
+            at += rows.shape[2]
+        mass = moved
+    return mass
+
+
 def shift(x: Tensor, x_pre: Tensor) -> Tensor:  # [B, N, C]
     """Return how far the attention moved each token, `||x - x_pre||`, `[B, N]`.
 
@@ -74,11 +126,17 @@ def attention_rows(q: Tensor, k: Tensor, scale: float | None = None, bias: Tenso
     `scale` multiplies the scores (None: 1 / sqrt(D)), `bias` `[B, N]` is added per key. Fewer key than query heads:
     each serves several queries' heads, as in grouped-query attention.
     """
-    B, H, n, D = q.shape
+    _, H, n, D = q.shape
     if k.shape[1] != H:
         k = k.repeat_interleave(H // k.shape[1], dim=1)
     q, k = q.float() * (D**-0.5 if scale is None else scale), k.float()
-    step = max(1, _TILE // max(1, B * H * k.shape[2]))
+    step = max(1, _TILE // max(1, H * k.shape[2]))
     for start in range(0, n, step):
-        scores = q[:, :, start : start + step] @ k.mT  # [B, H, tile, N]
+        scores = _product(q[:, :, start : start + step], k.mT)  # [B, H, tile, N]
         yield (scores if bias is None else scores + bias.float()[:, None, None, :]).softmax(dim=-1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    # autocast would bring half precision back
+    with kernels.full_precision(a.device.type):
+        return a @ b

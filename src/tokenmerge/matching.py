@@ -12,11 +12,32 @@ from tokenmerge import kernels
 from tokenmerge.errors import unknown_name
 from tokenmerge.plan import Plan
 
-__all__ = ["DISTANCES", "HEADS", "PARTITIONS", "bipartite", "join_heads", "kth", "largest_r", "random"]
+__all__ = [
+    "DISTANCES",
+    "HEADS",
+    "PARTITIONS",
+    "absorb",
+    "alternating",
+    "bipartite",
+    "choose",
+    "cosines",
+    "join_heads",
+    "kth",
+    "largest_r",
+    "match",
+    "nearest",
+    "partners",
+    "prune",
+    "random",
+    "shuffle",
+    "unit",
+]
 
 DISTANCES = ("cosine", "dot", "euclidean", "softmax")
 HEADS = ("mean", "concat")
 PARTITIONS = ("alternating", "sequential", "random")
+
+alternating, choose, match = kernels.alternating, kernels.choose, kernels.match  # for methods with scores of their own
 
 
 def join_heads(x: Tensor, how: str) -> Tensor:  # [B, H, N, D]
@@ -63,6 +84,79 @@ def bipartite(
     return Plan(*kernels.choose(best, partner, side_a, side_b, r, prefix, by_position), n=n)
 
 
+def partners(metric: Tensor, *, prefix: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens at even places `[A]`, the best partner of each at odd places and its cosine, `[B, A]`.
+
+    For methods that set a threshold; `bipartite` takes the `r` best of these pairs.
+    """
+    n = metric.shape[-2]
+    side_a, side_b = kernels.alternating(n, prefix)
+    best, partner = kernels.match(metric, side_a, side_b, "cosine", valid)
+    places = torch.arange(n, device=metric.device)
+    return places[side_a], places[side_b][partner], best
+
+
+def nearest(
+    metric: Tensor,  # [B, N, D] or [B, H, N, D]
+    side_a: Tensor,  # [B, A]
+    side_b: Tensor,  # [B, E]
+    *,
+    valid: Tensor | None = None,  # [B, N] bool
+) -> tuple[Tensor, Tensor]:
+    """Return the most similar token of side B for every token of side A and its cosine, both `[B, A]`.
+
+    As `partners`, of sides that differ from image to image.
+    """
+    metric = metric.mean(dim=1) if metric.dim() == 4 else metric
+    tokens, split = torch.cat((side_a, side_b), dim=1), side_a.shape[1]
+    rows = metric.gather(1, tokens[..., None].expand(-1, -1, metric.shape[-1]))
+    valid = None if valid is None else valid.gather(1, tokens)
+    best, partner = kernels.match(rows, slice(0, split), slice(split, tokens.shape[1]), "cosine", valid)
+    return side_b.gather(1, partner), best
+
+
+def absorb(src: Tensor, into: Tensor, n: int, gone: Tensor | None = None) -> Plan:  # [B, R], [B, R], [B, G]
+    """Return the plan in which the tokens `into` absorb those of `src` and `gone` are dropped; the rest stay in order.
+
+    >>> absorb(torch.tensor([[0]]), torch.tensor([[2]]), 4, gone=torch.tensor([[1]])).keep.tolist()
+    [[2, 3]]
+    """
+    leaving = src if gone is None else torch.cat((src, gone), dim=1)
+    is_leaving = torch.zeros(src.shape[0], n, dtype=torch.long, device=src.device)
+    is_leaving = is_leaving.scatter_add(1, leaving, torch.ones_like(leaving))
+    places = torch.arange(n, device=src.device).expand_as(is_leaving)
+    keep = torch.where(is_leaving > 0, n, places).sort(dim=1).values[:, : n - leaving.shape[1]]
+    slots = places - is_leaving.cumsum(dim=1)
+    return Plan(keep=keep, src=src, dst=slots.gather(1, into), n=n)
+
+
+def unit(metric: Tensor) -> Tensor:  # [B, N, D] or [B, H, N, D]
+    """Return the metric as unit rows in full precision, heads averaged, `[B, N, D]`."""
+    metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
+    metric = metric.mean(dim=1) if metric.dim() == 4 else metric
+    rows: Tensor = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return rows
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of unit rows, `[B, A, D]` and `[B, E, D]` to `[B, A, E]`, for methods that need them all."""
+    with kernels.full_precision(a.device.type):
+        return torch.bmm(a, b.mT)
+
+
+def prune(score: Tensor, r: int, *, prefix: int = 0) -> Plan:  # [B, N]
+    """Drop the `r` unprotected tokens of the lowest scores; the others stay in order. Of equal scores the first stay.
+
+    >>> prune(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), 1, prefix=1).keep.tolist()
+    [[0, 1, 3]]
+    """
+    B, n = score.shape
+    order = score[:, prefix:].argsort(dim=1, descending=True, stable=True)
+    front = torch.arange(prefix, device=score.device).expand(B, -1)
+    keep = torch.cat((front, order[:, : n - prefix - r].sort(dim=1).values + prefix), dim=1)
+    return Plan(keep=keep, src=keep[:, :0], dst=keep[:, :0], n=n)
+
+
 def kth(metric: Tensor, k: int) -> Plan:  # [B, N, D]
     """Merge every token into its best among every k-th token; the last `N % k` tokens are dropped.
 
@@ -93,13 +187,13 @@ def _sides(n: int, prefix: int, partition: str, seed: int, device: torch.device)
     if partition == "sequential":
         return slice(prefix, half), slice(half, n)
     if partition == "random":
-        shuffled = prefix + _shuffle(n - prefix, seed, device)
+        shuffled = prefix + shuffle(n - prefix, seed, device)
         return shuffled[: half - prefix].sort().values, shuffled[half - prefix :].sort().values
     raise unknown_name("partition", partition, PARTITIONS)
 
 
-def _shuffle(n: int, seed: int, device: torch.device) -> Tensor:
-    """A permutation of `n` that depends on `seed` alone: integer hashing, since generators cannot be captured."""
+def shuffle(n: int, seed: int, device: torch.device) -> Tensor:
+    """Return a permutation of `n` that depends on `seed` alone: by hashing, since generators cannot be captured."""
     value = torch.arange(n, device=device) + (seed * 7919 + 1) % 2**31
     for shift, factor in ((16, 0x45D9F3B), (15, 0x119DE1F3), (16, 0x3449F5)):
         value = ((value ^ (value >> shift)) * factor) % 2**31

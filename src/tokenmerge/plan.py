@@ -16,10 +16,12 @@ __all__ = [
     "AnyPlan",
     "MatrixPlan",
     "Plan",
+    "WeightedPlan",
     "assignment",
     "compose",
     "lead_by_real",
     "merge",
+    "merge_average",
     "merge_by",
     "merge_weighted",
     "merged_size",
@@ -42,6 +44,13 @@ class Plan:
     src: Tensor  # [B, R]
     dst: Tensor  # [B, R]
     n: int
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedPlan(Plan):
+    """A plan whose groups are averaged by more than their sizes: see `merge_by`."""
+
+    weight: Tensor  # [B, N]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +104,18 @@ def merge_by(
     return merged, merged_size(plan, x, size)
 
 
+def merge_average(
+    plan: Plan,
+    x: Tensor,  # [B, N, C]
+    size: Tensor | None = None,  # [B, N]
+    branch: Tensor | None = None,  # [B, N, C]
+) -> tuple[Tensor, Tensor]:
+    """Combine each group of `x + branch` as its plain mean, padding (size 0) left out; new sizes stay sums of sizes."""
+    ones = None if size is None else size.clamp_max(1)
+    merged, _ = kernels.merge(x, ones, plan.keep, plan.src, plan.dst, branch)
+    return merged, merged_size(plan, x, size)
+
+
 def merged_size(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor:
     """Return the sizes after the plan, `[B, M]`: sums over groups."""
     size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
@@ -134,13 +155,15 @@ def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
     if isinstance(plan, MatrixPlan) or plan.src.shape[1] == 0:
         return plan
     R = plan.src.shape[1]
-    leader = plan.keep.gather(1, plan.dst)  # [B, R]
+    # dst is -1 where a method drops src in this image and merges it in another: no slot below is -1
+    dst = plan.dst.clamp_min(0)
+    leader = plan.keep.gather(1, dst)  # [B, R]
     is_real = valid.gather(1, plan.src) & ~valid.gather(1, leader)
     rank = torch.arange(R, device=plan.src.device).expand_as(plan.src).masked_fill(~is_real, R)
     # compared rather than scattered: an exported graph shall hold no scatter but sums
     slots = torch.arange(plan.keep.shape[1], device=rank.device)[:, None]
     first = torch.where(plan.dst[:, None] == slots, rank[:, None], R).amin(dim=2)  # [B, M]
-    src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
+    src = torch.where(is_real & (rank == first.gather(1, dst)), leader, plan.src)
     keep = torch.where(first < R, plan.src.gather(1, first.clamp_max(R - 1)), plan.keep)
     return replace(plan, keep=keep, src=src)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
-from tokenmerge.kernels.reference import Side, alternating, choose
+from tokenmerge.kernels.reference import Side, alternating, choose, full_precision
 
 __all__ = [
     "Side",
@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "fallbacks",
     "force",
+    "full_precision",
     "is_replaced",
     "match",
     "merge",

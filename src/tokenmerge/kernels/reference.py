@@ -5,7 +5,7 @@ Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels, D wid
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "attend",
     "bipartite",
     "choose",
+    "full_precision",
     "match",
     "merge",
     "merge_backward",
@@ -58,7 +59,7 @@ def match(
     is infinite, between one that is and one that is not minus that.
     """
     # half precision ties scores that differ in the third digit, and autocast would bring it back in the product
-    with torch.autocast(metric.device.type, enabled=False) if _is_autocast(metric.device.type) else nullcontext():
+    with full_precision(metric.device.type):
         metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
         metric = metric.mean(dim=1) if metric.dim() == 4 else metric
         if distance == "cosine":
@@ -208,5 +209,7 @@ def _is_for_onnx() -> bool:
     return bool(is_exporting and torch.onnx.is_in_onnx_export())
 
 
-def _is_autocast(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
+def full_precision(device: str) -> AbstractContextManager[None]:
+    """Switch autocast off where it is on."""
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

@@ -3,14 +3,114 @@
 from __future__ import annotations
 
 from tokenmerge.errors import UnknownNameError, unknown_name
+from tokenmerge.methods.adavit import AdaViT
+from tokenmerge.methods.algm import ALGM
+from tokenmerge.methods.atm import ATM
+from tokenmerge.methods.ats import ATS
+from tokenmerge.methods.attention_prune import AttentionPrune
+from tokenmerge.methods.avit import AViT
 from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.diffrate import DiffRate
 from tokenmerge.methods.drop import Drop
+from tokenmerge.methods.dsm import DSM
+from tokenmerge.methods.dtem import DTEM
+from tokenmerge.methods.dynamicvit import DynamicViT
+from tokenmerge.methods.evit import EViT
+from tokenmerge.methods.greedy import Greedy
+from tokenmerge.methods.gtp import GTP
 from tokenmerge.methods.learned import NEW, Learned
+from tokenmerge.methods.ltmp import LTMP
+from tokenmerge.methods.mame import MaMe
+from tokenmerge.methods.mctf import MCTF
+from tokenmerge.methods.mpm import MPM
+from tokenmerge.methods.pitome import PiToMe
+from tokenmerge.methods.ppt import PPT
+from tokenmerge.methods.random_prune import RandomPrune
+from tokenmerge.methods.spvit import SPViT
+from tokenmerge.methods.tofu import ToFu
+from tokenmerge.methods.token_pooling import TokenPooling
+from tokenmerge.methods.tokenlearner import TokenLearner
 from tokenmerge.methods.tome import ToMe
+from tokenmerge.methods.tome2d import ToMe2D
+from tokenmerge.methods.tomecis import ToMeCIS
+from tokenmerge.methods.vid_tldr import VidTLDR
+from tokenmerge.methods.zero_tprune import ZeroTPrune
 
-__all__ = ["NEW", "Drop", "Learned", "Reduction", "ToMe", "TokenView", "find", "list_methods", "register"]
+__all__ = [
+    "ALGM",
+    "ATM",
+    "ATS",
+    "AViT",
+    "AdaViT",
+    "AttentionPrune",
+    "DSM",
+    "DTEM",
+    "DiffRate",
+    "Drop",
+    "DynamicViT",
+    "EViT",
+    "GTP",
+    "Greedy",
+    "LTMP",
+    "Learned",
+    "MCTF",
+    "MPM",
+    "MaMe",
+    "NEW",
+    "PPT",
+    "PiToMe",
+    "RandomPrune",
+    "Reduction",
+    "SPViT",
+    "ToFu",
+    "ToMe",
+    "ToMe2D",
+    "ToMeCIS",
+    "TokenLearner",
+    "TokenPooling",
+    "TokenView",
+    "VidTLDR",
+    "ZeroTPrune",
+    "find",
+    "list_methods",
+    "register",
+]
 
-_METHODS: dict[str, type[Reduction]] = {method.name: method for method in (ToMe, Drop)}
+_METHODS: dict[str, type[Reduction]] = {
+    method.name: method
+    for method in (
+        ToMe,
+        ToFu,
+        PiToMe,
+        MCTF,
+        DiffRate,
+        PPT,
+        ATM,
+        MaMe,
+        Greedy,
+        ToMeCIS,
+        DSM,
+        EViT,
+        AttentionPrune,
+        RandomPrune,
+        ATS,
+        TokenPooling,
+        ZeroTPrune,
+        GTP,
+        ALGM,
+        MPM,
+        VidTLDR,
+        ToMe2D,
+        DynamicViT,
+        AViT,
+        AdaViT,
+        SPViT,
+        TokenLearner,
+        DTEM,
+        LTMP,
+        Drop,
+    )
+}
 
 
 def list_methods() -> list[str]:

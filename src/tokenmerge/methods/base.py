@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,11 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import importance
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.matching import largest_r
 from tokenmerge.plan import AnyPlan, merge_weighted
 
-__all__ = ["SCORES", "ModelShape", "Reduction", "TokenView", "batch_count"]
+__all__ = [
+    "METRICS",
+    "POSITIVE",
+    "SCORES",
+    "ModelShape",
+    "Reduction",
+    "TokenView",
+    "batch_count",
+    "check_choice",
+    "needs_of",
+]
+
+# what tokens may be compared by: keys, queries, values, the tokens after the attention, the block's input
+METRICS = ("k", "q", "v", "x", "x_pre")
 
 # the scores of importance a method may ask its view for, and what each needs
 SCORES: dict[str, frozenset[str]] = {
@@ -25,6 +39,8 @@ SCORES: dict[str, frozenset[str]] = {
     "shift": frozenset(),
     "norm": frozenset(),
 }
+# those of them that tokens can be weighed by
+POSITIVE = tuple(name for name in SCORES if name != "entropy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,3 +176,19 @@ def batch_count(wanted: Tensor, r: int) -> int:  # [B]
     if torch.compiler.is_compiling() or wanted.is_meta:
         return r
     return max(0, min(r, int(wanted.min())))
+
+
+def check_choice(method: Reduction, option: str, choices: Iterable[str]) -> None:
+    """Raise `UnknownNameError` where an option of the method has none of the values it may have."""
+    value, choices = getattr(method, option), list(choices)
+    if value not in choices:
+        raise unknown_name(f"{type(method).__name__} {option}", str(value), choices)
+
+
+def needs_of(metric: str = "x", score: str = "norm") -> frozenset[str]:
+    """Return what a method must be shown that compares by this metric and ranks by this score.
+
+    >>> sorted(needs_of("k", "class"))
+    ['class', 'k', 'q']
+    """
+    return (frozenset({metric}) & {"q", "k", "v"}) | SCORES[score]

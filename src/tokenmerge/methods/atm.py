@@ -1,0 +1,74 @@
+"""ATM: merges every pair above a threshold that falls with depth, and in deep blocks small tokens alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, batch_count, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["ATM"]
+
+
+@dataclass(frozen=True)
+class ATM(Reduction):
+    """Adaptive token merging, meant to be lossless without training. Lee et al., 2025, arXiv:2505.15160.
+
+    In block l, counted from 1, pairs are merged whose cosine is above `max(alpha - (exp(beta * (l - 1)) - 1), floor)`.
+    Behind the first `distinctive` share of the blocks the smaller half of the tokens is matched with the larger, so
+    that no two large ones meet: a merge errs by `n m / (n + m)` for sizes n and m. Of equal sizes the tokens at even
+    places count as smaller. `r` is the most that goes in a block; every image of a batch loses as many as the one with
+    the fewest pairs, and exactly `r` when compiled. `metric` is what tokens are compared by; raises `UnknownNameError`
+    for an unknown one. Published: more than 30 % fewer FLOPs of DeiT-T and DeiT-S without loss. Differs from the
+    paper: its values of `alpha`, `beta`, `floor` and `distinctive` were not found, the defaults are ours.
+    """
+
+    name: ClassVar[str] = "atm"
+    is_adaptive: ClassVar[bool] = True
+
+    metric: str = "k"
+    alpha: float = 0.95
+    beta: float = 0.02
+    floor: float = 0.7
+    distinctive: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric)
+
+    def threshold(self, layer: int) -> float:
+        """Return what cosines must be above in a block, counted from 0.
+
+        >>> ATM(alpha=0.95, beta=0.02).threshold(0)
+        0.95
+        """
+        return max(self.alpha - math.expm1(self.beta * layer), self.floor)
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        metric = getattr(view, self.metric)
+        side_a, side_b = self._sides(view)
+        into, best = matching.nearest(metric, side_a, side_b, valid=view.valid)
+        if view.valid is not None:
+            # padding goes first, into whatever there is: it weighs nothing
+            best = best.masked_fill(~view.valid.gather(1, side_a), float("inf"))
+        count = batch_count((best > self.threshold(view.layer)).sum(dim=1), r)
+        chosen = best.argsort(dim=1, descending=True, stable=True)[:, :count]
+        return matching.absorb(side_a.gather(1, chosen), into.gather(1, chosen), metric.shape[-2])
+
+    def _sides(self, view: TokenView) -> tuple[Tensor, Tensor]:  # [B, A], [B, E]
+        B, n, _ = view.stream.shape
+        places = torch.arange(n, device=view.stream.device)
+        even, odd = (places[side] for side in matching.alternating(n, view.prefix))
+        order = torch.cat((even, odd)).expand(B, -1)
+        if view.size is not None and view.layer >= self.distinctive * view.depth:
+            order = order.gather(1, view.size.gather(1, order).argsort(dim=1, stable=True))
+        return order[:, : even.shape[0]], order[:, even.shape[0] :]

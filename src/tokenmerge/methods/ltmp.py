@@ -1,0 +1,191 @@
+"""LTMP: two learned thresholds per block say which tokens are merged and which are dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge import importance, matching
+from tokenmerge.methods.base import ModelShape, TokenView, batch_count
+from tokenmerge.methods.learned import (
+    Learned,
+    MaskedPlan,
+    floored,
+    module_of,
+    note_left,
+    noted,
+    restricted,
+    share_of,
+    straight_through,
+)
+from tokenmerge.plan import AnyPlan, Plan
+
+__all__ = ["LTMP"]
+
+
+@dataclass(frozen=True)
+class LTMP(Learned):
+    """Merge above one learned threshold and prune below another. Bonnaerens and Dambre, TMLR 2023, arXiv:2307.10780.
+
+    Tokens are merged with their best partner where the keys' cosine exceeds the block's first threshold (at the start
+    `merge_at`), then dropped where the mean attention they receive is below its second (`prune_at`). `temperature` is
+    that of the sigmoid masks it is trained with, `budget_weight` weighs the squared difference of the blocks' share of
+    FLOPs from `flops` (None: from what `r` plans). `r` is the most that a block removes. The paper's numbers
+    were not found in text.
+    Differs from the paper: a token that has just absorbed another is not dropped in the same block, and of a batch
+    every image loses as many tokens as the one that wants least.
+    """
+
+    name: ClassVar[str] = "ltmp"
+    needs = frozenset({"q", "k"})
+    is_adaptive: ClassVar[bool] = True
+
+    merge_at: float = 0.9
+    prune_at: float = 0.0
+    temperature: float = 0.1
+    budget_weight: float = 10.0
+    flops: float | None = None
+
+    def make(self, shape: ModelShape) -> nn.ModuleDict:
+        return nn.ModuleDict({str(layer): _Thresholds(self.merge_at, self.prune_at) for layer in shape.active})
+
+    def largest_r(self, n: int, prefix: int) -> int:
+        return max(0, n - prefix - 1)
+
+    def plan(self, view: TokenView, r: int) -> AnyPlan:
+        thresholds = module_of(view, self)
+        assert view.k is not None and isinstance(thresholds, _Thresholds)
+        share = share_of(view)
+        valid = share > 0.5 if thresholds.training else view.valid
+        pairs = matching.partners(view.k.detach(), prefix=view.prefix, valid=valid)
+        received = _received(view, share)
+        if thresholds.training:
+            return self._mask(view, r, thresholds, share, pairs, received)
+        return self._remove(view, r, thresholds, pairs, received)
+
+    def _remove(
+        self,
+        view: TokenView,
+        r: int,
+        thresholds: _Thresholds,
+        pairs: tuple[Tensor, Tensor, Tensor],  # [A], [B, A], [B, A]
+        received: Tensor,  # [B, N]
+    ) -> Plan:
+        side_a, partner, cosine = pairs
+        n = received.shape[1]
+        most = min(r, side_a.shape[0])
+        if torch.compiler.is_compiling() or received.is_meta:  # r go then: enough are left untouched to be dropped
+            most = min(most, n - view.prefix - r)
+        merges = batch_count((cosine > thresholds.merge.float()).sum(dim=1), most)
+        chosen = cosine.argsort(dim=1, descending=True, stable=True)[:, :merges]
+        src, to = side_a[chosen], partner.gather(1, chosen)
+        if view.valid is not None:
+            received = received.masked_fill(~view.valid, float("-inf"))
+        received = received.scatter(1, torch.cat((src, to), dim=1), float("inf"))
+        received[:, : view.prefix] = float("inf")
+        prunes = batch_count((received < thresholds.prune.float()).sum(dim=1), r - merges)
+        pruned = received.argsort(dim=1, stable=True)[:, :prunes]
+        order = _order(side_a, torch.zeros_like(received).scatter(1, torch.cat((src, pruned), dim=1), 1.0), view.prefix)
+        return Plan(order[:, : n - merges - prunes], src, order.argsort(dim=1).gather(1, to), n)
+
+    def _mask(
+        self,
+        view: TokenView,
+        r: int,
+        thresholds: _Thresholds,
+        share: Tensor,  # [B, N]
+        pairs: tuple[Tensor, Tensor, Tensor],
+        received: Tensor,
+    ) -> MaskedPlan:
+        side_a, partner, cosine = pairs
+        merged = self._step(cosine - thresholds.merge.float()) * share[:, side_a]  # [B, A]
+        given = torch.zeros_like(share).index_copy(1, side_a, merged)
+        to = torch.arange(share.shape[1], device=share.device).repeat(share.shape[0], 1)
+        to[:, side_a] = partner
+        absorbed = torch.zeros_like(share).scatter_add(1, partner, merged.detach()) > 0.5
+        kept = self._step(received - thresholds.prune.float(), at_border=True)
+        kept = torch.where((given > 0.5) | absorbed, torch.ones_like(kept), kept)
+        mask = restricted(view, (1 - given) * kept)
+        left = share * mask
+        order = _order(side_a, (left < 0.5).float(), view.prefix)
+        note = note_left(view, self, r, left)
+        self._note_cost(view, note, share, left)
+        note["share"] = left.gather(1, order)
+        return _ThresholdPlan(order, order[:, :0], order[:, :0], share.shape[1], floored(mask), given, to)
+
+    def merge(
+        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(plan, _ThresholdPlan):
+            return super().merge(plan, x, size, branch)
+        assert plan.given is not None and plan.to is not None and plan.mask is not None
+        x = x if branch is None else x + branch
+        size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
+        moved = plan.given * size  # [B, N]
+        total = size.scatter_add(1, plan.to, moved)
+        to = plan.to[..., None].expand_as(x)
+        added = (size[..., None] * x.float()).scatter_add(1, to, moved[..., None] * x.float())
+        mean = (added / total[..., None].clamp_min(1e-12)).to(x.dtype)
+        return mean.gather(1, plan.keep[..., None].expand_as(x)), (total * plan.mask).gather(1, plan.keep)
+
+    def loss(self, memory: dict[int, Any]) -> Tensor:
+        found, full = torch.stack(noted(memory, "cost")).sum(dim=0), sum(noted(memory, "full"))
+        planned = sum(noted(memory, "planned")) / full if self.flops is None else self.flops
+        loss: Tensor = self.budget_weight * (found / full - planned).square().mean()
+        return loss
+
+    def _step(self, x: Tensor, at_border: bool = False) -> Tensor:
+        hard = x >= 0 if at_border else x > 0
+        return straight_through(hard.to(x.dtype), (x / self.temperature).sigmoid())
+
+    def _note_cost(self, view: TokenView, note: dict[str, Any], share: Tensor, left: Tensor) -> None:
+        """Note what the block costs with these tokens, with those that are planned, and with all, in MACs / C."""
+        C, n, prefix = view.stream.shape[-1], share.shape[1], view.prefix
+        after = note["count"] + prefix
+        before = after + note["removed"]
+        note["cost"] = _cost(share.sum(dim=1) + prefix, left.sum(dim=1) + prefix, C)
+        note["planned"], note["full"] = _cost(before, after, C), _cost(n, n, C)
+
+
+@dataclass(frozen=True, eq=False)
+class _ThresholdPlan(MaskedPlan):
+    """Masks, what each token gives away and to whom; tokens are put in the order that removing them would leave."""
+
+    given: Tensor | None = None  # [B, N]
+    to: Tensor | None = None  # [B, N]
+
+
+class _Thresholds(nn.Module):
+    def __init__(self, merge: float, prune: float) -> None:
+        super().__init__()
+        self.merge, self.prune = nn.Parameter(torch.tensor(float(merge))), nn.Parameter(torch.tensor(float(prune)))
+
+
+def _cost(attended: Any, left: Any, C: int) -> Any:
+    """Attention over the tokens that enter, MLP over those that are left: MACs, divided by the width."""
+    return 4 * C * attended + 2 * attended * attended + 8 * C * left
+
+
+def _order(side_a: Tensor, gone: Tensor, prefix: int) -> Tensor:  # [A], [B, N]
+    """Return the places in the order of a merged sequence, `[B, N]`: prefix, side A, side B, then those gone."""
+    rank = torch.full_like(gone, 2.0)
+    rank[:, side_a] = 1.0
+    rank = rank + 3 * gone
+    rank[:, :prefix] = 0.0
+    return rank.argsort(dim=1, stable=True)
+
+
+def _received(view: TokenView, share: Tensor) -> Tensor:
+    """Return the mean attention that tokens get from those that are there, `[B, N]`."""
+    assert view.q is not None and view.k is not None
+    there = share.detach().clone()  # [B, N]
+    there[:, : view.prefix] = 1.0
+    total, start = torch.zeros_like(there), 0
+    bias = None if view.bias is None else view.bias.detach()
+    for rows in importance.attention_rows(view.q.detach(), view.k.detach(), view.scale, bias):
+        asked = there[:, start : start + rows.shape[2]]
+        total, start = total + torch.einsum("bhqn,bq->bn", rows, asked), start + rows.shape[2]
+    return total / (view.q.shape[1] * there.sum(dim=1, keepdim=True))

@@ -1,0 +1,106 @@
+"""MCTF: pairs by similarity, importance and size at once, merged in both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge import plan as plans
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["MCTF", "MCTFPlan"]
+
+# of `SCORES` those that are positive: their logarithm is taken
+_SCORES = ("received", "class", "class_value", "norm", "shift")
+
+
+@dataclass(frozen=True, eq=False)
+class MCTFPlan(Plan):
+    """A plan with the importance that tokens are averaged by."""
+
+    importance: Tensor  # [B, N]
+
+
+@dataclass(frozen=True)
+class MCTF(Reduction):
+    """Multi-criteria token fusion. Lee et al., CVPR 2024, arXiv:2403.10030.
+
+    Two tokens attract each other by `((cos + 1) / 2) ** (1 / tau_sim)`, over `(a_i a_j) ** (1 / tau_info)` for the
+    importances a and `(s_i s_j) ** (1 / tau_size)` for the sizes s; an infinite tau leaves a criterion out. Half of `r`
+    (rounded up) goes from side A into B, the rest from tokens of B that absorbed nothing into those left of A, by the
+    same scores. A group becomes the mean by a s. `metric` is what the cosine compares, `score` the importance: the mean
+    attention received, or any other that is positive. Raises `UnknownNameError` for a value that is not a choice.
+    Published without training: DeiT-S 79.2 at r=16. Differs from the paper: the attention is that of this block, not
+    one step ahead, and the next block computes its own; the tokens of B that absorbed are not merged again. The mean
+    attention received costs a second attention map: it takes 25 times as long as `tome` (197 tokens, one CPU thread).
+    """
+
+    name: ClassVar[str] = "mctf"
+
+    metric: str = "x"
+    score: str = "received"
+    tau_sim: float = 1.0
+    tau_info: float = 20.0
+    tau_size: float = 40.0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+        check_choice(self, "score", _SCORES)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric, self.score)
+
+    def plan(self, view: TokenView, r: int) -> MCTFPlan:
+        unit = matching.unit(getattr(view, self.metric))
+        n = unit.shape[1]
+        # padding scores minus infinity
+        importance = view.score(self.score).clamp_min(1e-12)
+        side_a, side_b = matching.alternating(n, view.prefix)
+        cost = importance.log() / self.tau_info
+        if view.size is not None:
+            cost = cost + view.size.clamp_min(1e-12).log() / self.tau_size
+        cosine = matching.cosines(unit[:, side_a], unit[:, side_b])  # [B, A, E]
+        similarity = ((cosine + 1) / 2).clamp_min(1e-12).log() / self.tau_sim
+        attraction = similarity - cost[:, side_a, None] - cost[:, None, side_b]
+        if view.valid is not None:
+            is_a, is_b = view.valid[:, side_a, None], view.valid[:, None, side_b]
+            attraction = attraction.masked_fill(is_a ^ is_b, -1e30).masked_fill(~is_a & ~is_b, 1e30)
+        places = torch.arange(n, device=unit.device)
+        src, into = _both_ways(attraction, r, places[side_a], places[side_b])
+        plan = matching.absorb(src, into, n)
+        return MCTFPlan(plan.keep, plan.src, plan.dst, n, importance)
+
+    def merge(
+        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        weight = plan.importance if size is None else plan.importance * size
+        return plans.merge_by(plan, x, weight, size, branch)
+
+
+def _both_ways(
+    attraction: Tensor,  # [B, A, E]
+    r: int,
+    token_a: Tensor,  # [A]
+    token_b: Tensor,  # [E]
+) -> tuple[Tensor, Tensor]:
+    """Return who is absorbed and by whom, `[B, r]` each: the best of A, then of what is left."""
+    first = (r + 1) // 2
+    best, partner = attraction.max(dim=2)
+    from_a = best.argsort(dim=1, descending=True, stable=True)[:, :first]
+    into_b = partner.gather(1, from_a)
+    if first == r:
+        return token_a[from_a], token_b[into_b]
+    ones = torch.ones_like(from_a)
+    is_gone = torch.zeros_like(best, dtype=torch.long).scatter_add(1, from_a, ones) > 0  # [B, A]
+    has_absorbed = torch.zeros_like(attraction[:, 0], dtype=torch.long).scatter_add(1, into_b, ones) > 0  # [B, E]
+    best, partner = attraction.masked_fill(is_gone[..., None], float("-inf")).max(dim=1)
+    best = best.masked_fill(has_absorbed, float("-inf"))
+    from_b = best.argsort(dim=1, descending=True, stable=True)[:, : r - first]
+    into_a = partner.gather(1, from_b)
+    return torch.cat((token_a[from_a], token_b[from_b]), dim=1), torch.cat((token_b[into_b], token_a[into_a]), dim=1)

@@ -1,0 +1,87 @@
+"""MPM: averages pairs of tokens that are each other's nearest neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge import plan as plans
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, batch_count, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["MPM"]
+
+_TILE = 2**20  # cosines of one image that are held at a time
+
+
+@dataclass(frozen=True)
+class MPM(Reduction):
+    """Mutual pair merging. 2026, arXiv:2604.05718.
+
+    Two tokens become their plain mean where each is the most similar (cosine of `metric`) to the other of all
+    unprotected ones. `r` is the most that goes in a block: every image loses as many as the one with the fewest pairs,
+    best first. When compiled exactly `r` go; where there are fewer pairs, tokens of none follow, each to the most
+    similar that stays. Raises `UnknownNameError` for an unknown metric. The paper merges in blocks 3 and 6,
+    `r=[0, 0, n, 0, 0, n]` with n as large as you like. Published without training, Segmenter on ADE20k: ViT-L 51.7 to
+    50.4 mIoU at 47 to 74 images a second. Differs from the paper: the default metric is ours.
+    """
+
+    name: ClassVar[str] = "mpm"
+    is_proportional: ClassVar[bool] = False
+    is_adaptive: ClassVar[bool] = True
+
+    metric: str = "x"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric)
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        unit = matching.unit(getattr(view, self.metric))
+        n = unit.shape[1]
+        tokens, valid = unit[:, view.prefix :], None if view.valid is None else view.valid[:, view.prefix :]
+        best, partner = _neighbours(tokens, valid)
+        places = torch.arange(n - view.prefix, device=unit.device)
+        is_mutual = partner.gather(1, partner) == places
+        leads, follows = is_mutual & (places < partner), is_mutual & (places > partner)
+        if valid is not None:
+            follows = follows | (~valid & ~leads)
+        rank = torch.where(follows, best, best.clamp(-1, 1) - 4).masked_fill(leads, float("-inf"))
+        count = batch_count(follows.sum(dim=1), r)
+        order = rank.argsort(dim=1, descending=True, stable=True)
+        src, stays = order[:, :count] + view.prefix, order[:, count:].sort(dim=1).values + view.prefix
+        into = partner.gather(1, order[:, :count]) + view.prefix
+        if count:
+            follows = follows.gather(1, order[:, :count])
+            into = torch.where(follows, into, matching.nearest(unit, src, stays, valid=view.valid)[0])
+        return matching.absorb(src, into, n)
+
+    def merge(
+        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return plans.merge_average(plan, x, size, branch)
+
+
+def _neighbours(unit: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, n, D]
+    """Return the highest cosine of each token with any other, and with which, both `[B, n]`.
+
+    Two padding tokens are infinitely alike, padding and a real one not at all.
+    """
+    n = unit.shape[1]
+    places, found = torch.arange(n, device=unit.device), []
+    step = max(1, _TILE // max(1, n))
+    for at in range(0, n, step):
+        scores = matching.cosines(unit[:, at : at + step], unit)  # [B, tile, n]
+        if valid is not None:
+            mine, others = valid[:, at : at + step, None], valid[:, None]
+            scores = scores.masked_fill(mine ^ others, float("-inf")).masked_fill(~mine & ~others, float("inf"))
+        found.append(scores.masked_fill(places[at : at + step, None] == places, float("-inf")).max(dim=2))
+    best, partner = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return best, partner

@@ -1,0 +1,79 @@
+"""Token Fusion (ToFu): the pairs of ToMe, pruned in early blocks and merged by norm in late ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge import plan as plans
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["ToFu", "ToFuPlan"]
+
+
+@dataclass(frozen=True, eq=False)
+class ToFuPlan(Plan):
+    """A plan that knows whether its block is an early one, where absorbed tokens leave nothing but their size."""
+
+    is_early: bool = False
+
+
+@dataclass(frozen=True)
+class ToFu(Reduction):
+    """Prune one token of each pair early, merge norm-preserving late. Kim et al., WACV 2024, arXiv:2312.01026.
+
+    `metric` is what tokens are compared by; in the first `early` share of the blocks the absorbing token stays as it
+    is; after that `combine` says what a group becomes: `mlerp`, its mean stretched to the norm of its longest member,
+    or the plain `average`. Raises `UnknownNameError` for a value that is not a choice. Published: MAE ViT-B 80.70 at
+    r=16 (ToMe 78.88), AugReg ViT-S 79.6 at r=13 (ToMe 79.3). Differs from the paper: all prefix tokens are protected.
+
+    >>> ToFu(early=0).combine
+    'mlerp'
+    """
+
+    name: ClassVar[str] = "tofu"
+
+    metric: str = "k"
+    early: float = 0.5
+    combine: str = "mlerp"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+        check_choice(self, "combine", ("mlerp", "average"))
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric)
+
+    def plan(self, view: TokenView, r: int) -> ToFuPlan:
+        pairs = matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)
+        return ToFuPlan(pairs.keep, pairs.src, pairs.dst, pairs.n, is_early=view.layer < self.early * view.depth)
+
+    def merge(
+        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if plan.is_early:
+            alone = replace(plan, src=plan.src[:, :0], dst=plan.dst[:, :0])
+            return plans.merge_weighted(alone, x, None, branch)[0], plans.merged_size(plan, x, size)
+        if self.combine == "average":
+            return plans.merge_average(plan, x, size, branch)
+        x = x if branch is None else x + branch
+        mean, new_size = plans.merge_average(plan, x, size)
+        return _stretched(plan, x, size, mean), new_size
+
+
+def _stretched(plan: Plan, x: Tensor, size: Tensor | None, mean: Tensor) -> Tensor:
+    """Give each group's mean `[B, M, C]` the norm of the longest of its members in `x` `[B, N, C]`."""
+    norm = x.float().norm(dim=-1, keepdim=True)  # [B, N, 1]
+    if size is not None:
+        norm = norm * (size > 0)[..., None]
+    longest = plans.merge(plan, norm, "amax")  # [B, M, 1]
+    scale = longest / mean.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    # a token alone stays bit-equal
+    is_group = plans.merged_size(plan, x, None)[..., None] > 1
+    return torch.where(is_group, mean * scale, mean).to(x.dtype)

@@ -1,0 +1,140 @@
+"""Token Pooling: clusters the tokens of a block by k-means or k-medoids and leaves one for each cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge import plan as plans
+from tokenmerge.methods.base import POSITIVE, SCORES, Reduction, TokenView, check_choice
+from tokenmerge.plan import Plan, WeightedPlan
+
+__all__ = ["TokenPooling"]
+
+
+@dataclass(frozen=True)
+class TokenPooling(Reduction):
+    """Clusters that lose least of the token set. Marin et al., WACV 2023, arXiv:2110.03860.
+
+    The unprotected tokens become `r` fewer clusters by Euclidean distance: `algorithm` is `kmeans`, whose clusters
+    become the mean of their tokens, or `kmedoids`, whose centres are tokens that stay as they are. It starts at the
+    tokens of the highest `score` and takes so many `iterations`. `weight` is what a token counts, times its size: its
+    `significance` (that score) or the same for all (`none`). Scores are positive, which `entropy` is not; raises
+    `UnknownNameError` for a value that is not a choice. Published with training: DeiT at its accuracy with 42 % fewer
+    FLOPs; without, MAE ViT-L 80.29 at r=8 for k-means (bipartite matching 84.25). Differs from the paper: clusters
+    that run empty become the tokens that are farthest from their centres, so that the count is exact.
+    """
+
+    name: ClassVar[str] = "token_pooling"
+    is_proportional: ClassVar[bool] = False
+
+    algorithm: str = "kmeans"
+    iterations: int = 5
+    weight: str = "significance"
+    score: str = "received"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "algorithm", ("kmeans", "kmedoids"))
+        check_choice(self, "weight", ("significance", "none"))
+        check_choice(self, "score", POSITIVE)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return SCORES[self.score]
+
+    def largest_r(self, n: int, prefix: int) -> int:
+        return max(0, n - prefix - 1)
+
+    def plan(self, view: TokenView, r: int) -> WeightedPlan:
+        prefix, score = view.prefix, view.score(self.score)
+        weight = score.clamp_min(1e-12) if self.weight == "significance" else torch.ones_like(score)
+        mass = weight if view.size is None else weight * view.size
+        tokens, valid = view.x[:, prefix:].float(), None if view.valid is None else view.valid[:, prefix:]
+        first = score[:, prefix:].argsort(dim=1, descending=True, stable=True)[:, : score.shape[1] - prefix - r]
+        label, distance = _clusters(
+            tokens, mass[:, prefix:], first, self.iterations, self.algorithm == "kmedoids", valid
+        )
+        plan = _grouped(label, distance, first.shape[1], prefix, valid)
+        return WeightedPlan(plan.keep, plan.src, plan.dst, plan.n, weight)
+
+    def merge(
+        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.algorithm == "kmedoids":
+            x = x if branch is None else x + branch
+            return _rows(x, plan.keep), plans.merged_size(plan, x, size)
+        return plans.merge_by(plan, x, plan.weight if size is None else plan.weight * size, size, branch)
+
+
+def _clusters(
+    tokens: Tensor,  # [B, n, C]
+    mass: Tensor,  # [B, n]
+    first: Tensor,  # [B, K]
+    iterations: int,
+    is_medoid: bool,
+    valid: Tensor | None = None,  # [B, n] bool
+) -> tuple[Tensor, Tensor]:
+    """Return the cluster of each token and the squared distance to its centre, `[B, n]`, starting at tokens `first`.
+
+    Padding is infinitely far from any centre.
+    """
+    centres, valid_too = _rows(tokens, first), None if valid is None else valid.gather(1, first)
+    label = _nearest(tokens, centres, valid, valid_too)
+    for _ in range(iterations):
+        centres = _means(tokens, mass, label, centres)
+        if is_medoid:
+            # the member whose squared distances to all others sum to least is the one nearest to the mean
+            lead, has_any, _ = _leaders(label, _distance(tokens, centres, label, valid), centres.shape[1])
+            centres = torch.where(has_any[..., None], _rows(tokens, lead), centres)
+        label = _nearest(tokens, centres, valid, valid_too)
+    return label, _distance(tokens, centres, label, valid)
+
+
+def _nearest(tokens: Tensor, centres: Tensor, valid: Tensor | None, valid_too: Tensor | None) -> Tensor:
+    n, both = tokens.shape[1], torch.cat((tokens, centres), dim=1)
+    valid = None if valid is None or valid_too is None else torch.cat((valid, valid_too), dim=1)
+    return matching.match(both, slice(0, n), slice(n, both.shape[1]), "euclidean", valid)[1]
+
+
+def _means(tokens: Tensor, mass: Tensor, label: Tensor, centres: Tensor) -> Tensor:
+    """Return the means of the clusters by mass; of those without any, the centres they had."""
+    total = mass.new_zeros(centres.shape[:2]).scatter_add(1, label, mass)[..., None]
+    index = label[..., None].expand_as(tokens)
+    sums = torch.zeros_like(centres).scatter_add(1, index, tokens * mass[..., None])
+    return torch.where(total > 0, sums / total.clamp_min(1e-30), centres)
+
+
+def _distance(tokens: Tensor, centres: Tensor, label: Tensor, valid: Tensor | None) -> Tensor:
+    found: Tensor = (tokens - _rows(centres, label)).square().sum(dim=2)
+    return found if valid is None else found.masked_fill(~valid, float("inf"))
+
+
+def _leaders(label: Tensor, cost: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cheapest member of each cluster, `[B, K]`, if it has any, and whether a token is one, `[B, n]`."""
+    order = cost.argsort(dim=1, stable=True)
+    order = order.gather(1, label.gather(1, order).argsort(dim=1, stable=True))
+    label = label.gather(1, order)
+    is_first = F.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True).long()
+    slots = label.new_zeros(label.shape[0], count)
+    lead, has_any = slots.scatter_add(1, label, order * is_first), slots.scatter_add(1, label, is_first) > 0
+    return lead, has_any, torch.zeros_like(order).scatter_add(1, order, is_first) > 0
+
+
+def _grouped(label: Tensor, cost: Tensor, count: int, prefix: int, valid: Tensor | None) -> Plan:
+    """Return the plan of exactly `count` clusters, each led by its cheapest member; the dearest others fill up."""
+    n = label.shape[1]
+    lead, _, is_lead = _leaders(label, cost, count)
+    if valid is not None:
+        cost = cost.masked_fill(~valid, -1.0)
+    order = cost.masked_fill(is_lead, float("inf")).argsort(dim=1, descending=True, stable=True)
+    src = order[:, count:].sort(dim=1).values
+    return matching.absorb(src + prefix, lead.gather(1, label.gather(1, src)) + prefix, n + prefix)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:  # [B, N, C], [B, M]
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,77 @@
+"""ToMe2D: one random token of each tile of the image absorbs, all others may be absorbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge.errors import UnsupportedError
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["ToMe2D"]
+
+
+@dataclass(frozen=True)
+class ToMe2D(Reduction):
+    """Tiled random destinations. Bolya and Hoffman, CVPR workshops 2023, arXiv:2303.17604.
+
+    One token of each `stride` x `stride` tile of the grid, drawn by `seed` and the block and the same for every image,
+    is a destination; of all others the `r` most similar (cosine of `metric`) to any destination go into it. Where
+    tokens are missing, tiles that have none left give none and second tokens of others stand in; where `r` leaves
+    fewer tokens than there are tiles, some tiles give none. Raises `UnknownNameError` for an unknown metric,
+    `UnsupportedError` for a model without a grid or a stride below 2. Published: Stable Diffusion at half the tokens
+    1.87 times as fast, FID 33.02 (33.12 without). Differs from the paper: tokens stay merged.
+    """
+
+    name: ClassVar[str] = "tome2d"
+
+    stride: int = 2
+    metric: str = "x"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+        if self.stride < 2:
+            raise UnsupportedError(f"ToMe2D stride is {self.stride!r}: a tile has at least 2 x 2 places.")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric) | {"places"}
+
+    def largest_r(self, n: int, prefix: int) -> int:
+        tile = self.stride**2
+        return max(0, n - prefix - (n - prefix + tile - 1) // tile)
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        cells, (rows, columns) = view.cells()
+        tiles = -(-rows // self.stride) * -(-columns // self.stride)
+        drawn = matching.shuffle(rows * columns, self.seed + view.layer, cells.device)[cells]  # [B, n]
+        tile = cells // columns // self.stride * columns + cells % columns // self.stride
+        rank = _turn(tile, drawn, rows * columns) * rows * columns + drawn
+        if view.valid is not None:
+            # padding absorbs nothing while there are others
+            rank = rank + (~view.valid[:, view.prefix :]).long() * (rows * columns) ** 2
+        order, n = rank.argsort(dim=1) + view.prefix, rank.shape[1]
+        count = min(tiles, n - r)
+        into, others = (part.sort(dim=1).values for part in (order[:, :count], order[:, count:]))
+        partner, best = matching.nearest(getattr(view, self.metric), others, into, valid=view.valid)
+        if view.valid is not None:
+            best = best.masked_fill(~view.valid.gather(1, others), float("inf"))
+        chosen = best.argsort(dim=1, descending=True, stable=True)[:, :r]
+        return matching.absorb(others.gather(1, chosen), partner.gather(1, chosen), n + view.prefix)
+
+
+def _turn(tile: Tensor, drawn: Tensor, count: int) -> Tensor:  # [B, n]
+    """Return which of its tile's tokens each one is by what was drawn, from 0."""
+    order = (tile * count + drawn).argsort(dim=1)
+    tile = tile.gather(1, order)
+    places = torch.arange(tile.shape[1], device=tile.device).expand_as(tile)
+    is_first = F.pad(tile[:, 1:] != tile[:, :-1], (1, 0), value=True)
+    turn = places - torch.where(is_first, places, 0).cummax(dim=1).values
+    return turn.gather(1, order.argsort(dim=1))

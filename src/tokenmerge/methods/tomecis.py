@@ -1,0 +1,61 @@
+"""ToMe with class importance scores: pairs that the class token looks at are merged later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge import matching
+from tokenmerge.methods.base import METRICS, SCORES, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["ToMeCIS"]
+
+_SCORES = tuple(name for name in SCORES if name != "entropy")  # those that are positive
+
+
+@dataclass(frozen=True)
+class ToMeCIS(Reduction):
+    """ToMe that merges important pairs later. Seol et al., IECON 2023, doi:10.1109/IECON51785.2023.10312420.
+
+    Each token of side A is matched with its most similar of side B, as in ToMe. The cosine of such a pair then falls by
+    `damping` times its size for an importance of 1, and the `r` best are merged. The importance of a pair is that of
+    its more important token: its `score` divided by the image's highest of an unprotected token. 0 is ToMe. `metric` is
+    what tokens are compared by. Raises `UnknownNameError` for a value that is not a choice. Published without
+    training: DeiT-S 79.43, 79.23, 78.90 and 78.17 at r = 8, 10, 13 and 16. Differs from the paper: its exact formulas
+    were not found in text, so the form of the damping is ours, and groups are averaged by size alone.
+    """
+
+    name: ClassVar[str] = "tomecis"
+
+    damping: float = 1.0
+    metric: str = "k"
+    score: str = "class"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+        check_choice(self, "score", _SCORES)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric, self.score)
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        metric = getattr(view, self.metric)
+        n = metric.shape[-2]
+        side_a, side_b = matching.alternating(n, view.prefix)
+        best, partner = matching.match(metric, side_a, side_b, "cosine", view.valid)  # [B, A]
+        score = _relative(view.score(self.score), view.prefix)
+        importance = torch.maximum(score[:, side_a], score[:, side_b].gather(1, partner))
+        # infinite where padding is involved
+        damped = torch.where(best.isinf(), best, best - self.damping * importance * best.abs())
+        return Plan(*matching.choose(damped, partner, side_a, side_b, r, view.prefix), n=n)
+
+
+def _relative(score: Tensor, prefix: int) -> Tensor:  # [B, N]
+    """Return scores divided by the highest of an unprotected token; 0 for padding, at minus infinity."""
+    score = score.clamp_min(0)
+    return score / score[:, prefix:].amax(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,0 +1,85 @@
+"""Zero-TPrune: prunes by the PageRank of the attention graph, and by similarity among what ranks low."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenmerge import importance, matching
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.plan import Plan
+
+__all__ = ["ZeroTPrune"]
+
+
+@dataclass(frozen=True)
+class ZeroTPrune(Reduction):
+    """Prune by graph importance and similarity. Wang et al., CVPR 2024, arXiv:2305.17328.
+
+    Mass walks along the attention, from 1 on each token and sqrt(N) on the class token, for so many `iterations` in
+    the first, middle and last third of the blocks. A token's importance is the root of its mean square over heads,
+    those left out whose variance over tokens lies outside `variance` (all, if none is inside). Of the lower half those
+    go that are most similar (`metric`) to one of the upper half: the share `similar` of `r`. Mass walks on among the
+    others, and the lowest go. Raises `UnknownNameError` for an unknown metric. Published without training (read off a
+    figure): DeiT-S 79.3 at 2.8 GFLOPs, 78.3 at 2.2. Differs from the paper: its share of similar tokens was not found,
+    the default is ours, and its 30 to 50 and 5 to 10 iterations are the fewest of these.
+    """
+
+    name: ClassVar[str] = "zero_tprune"
+    is_proportional: ClassVar[bool] = False
+
+    iterations: tuple[int, int, int] = (30, 5, 1)
+    similar: float = 0.5
+    variance: tuple[float, float] = (0.01, 0.7)
+    metric: str = "k"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "metric", METRICS)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return needs_of(self.metric) | {"q", "k"}
+
+    def largest_r(self, n: int, prefix: int) -> int:
+        return max(0, n - prefix - 1)
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        B, n, _ = view.stream.shape
+        is_class = torch.arange(n, device=view.stream.device) < min(1, view.prefix)
+        start = torch.where(is_class, n**0.5, 1.0).expand(B, -1)
+        score = self._rank(view, start, view.bias)
+        similar = min(int(self.similar * r + 0.5), (n - view.prefix) // 2)
+        if similar:
+            gone = self._similar(view, score, similar)
+            is_gone = gone.new_zeros(B, n).scatter_add(1, gone, torch.ones_like(gone)) > 0
+            bias = torch.zeros_like(score) if view.bias is None else view.bias.float()
+            if similar < r:
+                start, bias = score.masked_fill(is_gone, 0.0), bias.masked_fill(is_gone, float("-inf"))
+                score = self._rank(view, start, bias)
+            score = score.masked_fill(is_gone, float("-inf"))
+        if view.valid is not None:
+            score = score.masked_fill(~view.valid, float("-inf"))
+        return matching.prune(score, r, prefix=view.prefix)
+
+    def _rank(self, view: TokenView, start: Tensor, bias: Tensor | None) -> Tensor:
+        steps = self.iterations[min(2, 3 * view.layer // view.depth)]
+        mass = importance.page_rank(view.q, view.k, start, steps, view.scale, bias)  # type: ignore[arg-type]
+        spread = mass[..., view.prefix :].var(dim=2, correction=0)  # [B, H]
+        is_heard = (spread >= self.variance[0]) & (spread <= self.variance[1])
+        heard = torch.where(is_heard.any(dim=1, keepdim=True), is_heard, True).float()
+        combined: Tensor = (mass.square() * heard[..., None]).sum(dim=1) / heard.sum(dim=1, keepdim=True)
+        return combined.sqrt()
+
+    def _similar(self, view: TokenView, score: Tensor, count: int) -> Tensor:  # [B, N]
+        """Return the tokens of the less important half that are most like one of the other half, `[B, count]`."""
+        if view.valid is not None:
+            score = score.masked_fill(~view.valid, float("-inf"))
+        order = score[:, view.prefix :].argsort(dim=1, stable=True) + view.prefix
+        low, high = order[:, : order.shape[1] // 2], order[:, order.shape[1] // 2 :]
+        _, best = matching.nearest(getattr(view, self.metric), low, high, valid=view.valid)
+        if view.valid is not None:
+            best = best.masked_fill(~view.valid.gather(1, low), float("inf"))
+        return low.gather(1, best.argsort(dim=1, descending=True, stable=True)[:, :count])
