@@ -18,7 +18,7 @@ from promises import check_promises
 from tokenmerge import ToMe
 from tokenmerge.adapters import find
 from tokenmerge.adapters.timm_eva import RopeTap
-from tokenmerge.errors import AdapterMismatchError, UnsupportedError, UnsupportedModelError
+from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 KNOWN = inspect.signature(Eva).parameters
 ROPE: dict[str, Any] = {"use_rot_pos_emb": True}
@@ -182,9 +182,16 @@ def test_values_of_grouped_queries_have_their_own_heads() -> None:
     assert runner.tap.take()["v"].shape == (2, 2, 9, 8)
 
 
-def test_hidden_values_are_an_error() -> None:
-    with pytest.raises(AdapterMismatchError, match=r"hands over nothing for 'v'.*Choose another metric"):
-        tokenmerge.patch(_eva(**ROPE), ToMe(metric="v"), r=2)
+def test_values_behind_separate_biases_are_seen() -> None:
+    model, x = _eva(**ROPE), torch.randn(2, 9, 32, dtype=torch.float64)
+    attn: Any = model.blocks[0].attn
+    weight, bias = attn.qkv.weight[64:], attn.v_bias
+    assert attn.q_bias is not None
+    expected, own = (x @ weight.T + bias).view(2, 9, attn.num_heads, -1).transpose(1, 2), attn(x)
+    tokenmerge.patch(model, ToMe(metric="v"), r=2)
+    tap = tokenmerge.handle_of(model).runners[0].tap
+    assert_close(tap(x, None), own, 1e-12)
+    assert_close(tap.take()["v"], expected, 1e-12)
 
 
 def test_attention_that_reads_masks_as_true_and_false_gets_no_bias() -> None:

@@ -1,4 +1,4 @@
-"""The tap of attentions that take no mask: computed between their own projections, and proved when attached.
+"""Taps between an attention and its own projections: where it takes no mask, and where it passes its `qkv` by.
 
 Shapes: B batch, N tokens, H heads, D head width.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Replacement
-from tokenmerge.adapters.taps import Slot
+from tokenmerge.adapters.taps import Listener, Slot
 from tokenmerge.errors import UnsupportedError
 
-__all__ = ["ProjectionTap"]
+__all__ = ["ProjectionTap", "biased_projection"]
 
 
 class ProjectionTap:
@@ -73,3 +74,28 @@ class ProjectionTap:
             return dropped @ v
         probability = drop if isinstance(drop, float) and self.attn.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=probability, scale=self.scale)
+
+
+def biased_projection(attn: Any, slot: Slot, needs: frozenset[str]) -> list[Replacement]:
+    """Return what lets a timm attention with separate biases call its `qkv`, whose weight alone it uses otherwise.
+
+    An attention that finds no q_bias calls `qkv`, which then adds the biases.
+    """
+    projection = _BiasedProjection(attn, slot, tuple(sorted(needs)))
+    return [Replacement(attn, "q_bias", None), Replacement(attn.qkv, "forward", projection)]
+
+
+class _BiasedProjection(Listener):
+    """The instance `forward` of `qkv`: the projection with the biases of the attention around it."""
+
+    def __init__(self, attn: Any, slot: Slot, names: tuple[str, ...]) -> None:
+        super().__init__(attn.qkv, slot, names, attn.num_heads, 3)
+        self.attn = attn
+
+    def original(self, x: Tensor) -> Tensor:
+        attn, own = self.attn, self.attn._parameters
+        bias = torch.cat((own["q_bias"], attn.k_bias, own["v_bias"]))
+        if attn.qkv_bias_separate:
+            projected: Tensor = super().original(x)
+            return projected + bias
+        return F.linear(x, attn.qkv.weight, bias)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
 from tokenmerge.adapters.heads import HeadMean
-from tokenmerge.adapters.taps import AttentionTap, Listener, Slot
+from tokenmerge.adapters.projections import biased_projection
+from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout
 from tokenmerge.errors import UnsupportedModelError
 
@@ -91,23 +91,4 @@ class _BeitTap(PairTap):
         found = super().seams(needs)
         if not needs or attn.q_bias is None:
             return found
-        found = [replacement for replacement in found if replacement.owner is not attn.qkv]
-        # an attention that finds no q_bias calls `qkv`, which then adds the biases
-        projection = _Projection(attn, self.slot, tuple(sorted(needs)))
-        return [*found, Replacement(attn, "q_bias", None), Replacement(attn.qkv, "forward", projection)]
-
-
-class _Projection(Listener):
-    """The instance `forward` of `qkv`: the projection with the biases of the attention around it."""
-
-    def __init__(self, attn: Any, slot: Slot, names: tuple[str, ...]) -> None:
-        super().__init__(attn.qkv, slot, names, attn.num_heads, 3)
-        self.attn = attn
-
-    def original(self, x: Tensor) -> Tensor:
-        attn, own = self.attn, self.attn._parameters
-        bias = torch.cat((own["q_bias"], attn.k_bias, own["v_bias"]))
-        if attn.qkv_bias_separate:
-            projected: Tensor = super().original(x)
-            return projected + bias
-        return F.linear(x, attn.qkv.weight, bias)
+        return [r for r in found if r.owner is not attn.qkv] + biased_projection(attn, self.slot, needs)

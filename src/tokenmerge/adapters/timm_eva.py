@@ -15,6 +15,7 @@ from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Si
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.heads import BiasedPool, InputMean
 from tokenmerge.adapters.original import Original
+from tokenmerge.adapters.projections import biased_projection
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.timm_vit import timm_blocks
 from tokenmerge.errors import UnsupportedModelError
@@ -58,6 +59,13 @@ class RopeTap(SeamTap):
         if kept is not None and "rope" in given:
             given["rope"] = self.turned(given["rope"], kept)
         return super().__call__(x, bias, kept, **given)
+
+    def seams(self, needs: frozenset[str]) -> list[Replacement]:
+        attn: Any = self.attn
+        found = super().seams(needs)
+        if "v" not in needs or getattr(attn, "q_bias", None) is None:
+            return found
+        return [r for r in found if r.owner is not attn.qkv] + biased_projection(attn, self.slot, frozenset({"v"}))
 
     def turned(self, table: Tensor, kept: Tensor) -> Tensor:  # [N, 2D], [H, N, 2D] or [B, 1 or H, N, 2D]; [B, M]
         """Return the table's rows for the tokens behind the prefix, `[B, 1 or H, M, 2D]`."""

@@ -35,7 +35,7 @@ class TokenLearner(Learned):
     def make(self, shape: ModelShape) -> nn.ModuleDict:
         if shape.tokens is None or shape.removed is None:
             raise UnsupportedError(
-                "TokenLearner has one map per token it leaves, and this model does not say how many tokens it has."
+                "tokenlearner has one map per token it leaves, and this model does not say how many tokens it has."
             )
         left = {at: shape.tokens[at] - shape.prefix - shape.removed[at] for at in shape.active if shape.removed[at]}
         return nn.ModuleDict({str(layer): _Maps(shape.width, self.hidden, maps) for layer, maps in left.items()})
@@ -49,7 +49,7 @@ class TokenLearner(Learned):
         assert isinstance(learned, _Maps)
         if n - view.prefix - r != learned.maps:
             raise UnsupportedError(
-                f"TokenLearner has {learned.maps} maps at block {view.layer} and is to leave {n - view.prefix - r} of "
+                f"tokenlearner has {learned.maps} maps at block {view.layer} and is to leave {n - view.prefix - r} of "
                 f"{n - view.prefix} tokens. Its maps are made for the r and the input size at patching: patch anew."
             )
         logit = learned(view.x[:, view.prefix :]).float().mT  # [B, S, N - prefix]
