@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from tokenmerge import adapters, kernels
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.generic import Generic
 from tokenmerge.attach import MODULES, attach
+from tokenmerge.calibrate import Calibration
+from tokenmerge.calibrate import calibrate as run_trials
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import (
     AlreadyPatchedError,
+    ConfigError,
     InvalidScheduleError,
     NotPatchedError,
     NotTrackedError,
@@ -28,51 +31,28 @@ from tokenmerge.errors import (
     unknown_name,
 )
 from tokenmerge.methods import Learned, Reduction
+from tokenmerge.report import Report
 from tokenmerge.runner import BlockRunner
 from tokenmerge.schedule import R, Schedule
 from tokenmerge.state import ForwardState, Frame
 
 __all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
 
+AUTO = "auto"
 _ATTRIBUTE = "_tokenmerge_handle"
-_KEYWORDS = ("r", "prop_attn", "track", "restore", "multiple_of", "blocks", "attn", "norm", "mlp", "prefix")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was put into a model and what could not be done; `str()` is a table."""
-
-    model: str
-    adapter: str
-    method: str
-    r: str
-    blocks: int
-    tokens: list[int]  # after each block
-    planned: bool  # True: no forward has run, the tokens are those planned for the model's own input size
-    prop_attn: bool
-    attention: str  # how the tap sees the attention
-    kernels: dict[str, str]
-    fallbacks: list[str]  # operations without the fused version for this device, and what that needs
-    parity: float  # largest difference of a re-composed block from its own forward, when attaching
-    limits: list[str]  # what could not be done
-
-    def __str__(self) -> str:
-        used = ", ".join(f"{op} {name}" for op, name in self.kernels.items())
-        rows = [
-            ("model", self.model),
-            ("adapter", f"{self.adapter}, {self.blocks} blocks, attention seen by {self.attention}"),
-            ("method", self.method),
-            ("r", self.r),
-            (
-                "tokens",
-                " ".join(map(str, self.tokens)) + (" (planned)" if self.planned else "") if self.tokens else "-",
-            ),
-            ("proportional attention", "on" if self.prop_attn else "off"),
-            ("kernels", "; ".join((used, *self.fallbacks))),
-            ("parity when attached", f"max |difference| {self.parity:.2g}"),
-            ("could not be done", "; ".join(self.limits) or "-"),
-        ]
-        return "\n".join(f"{name:<23} {value}" for name, value in rows)
+_KEYWORDS = (
+    "r",
+    "prop_attn",
+    "track",
+    "restore",
+    "multiple_of",
+    "calibrate",
+    "blocks",
+    "attn",
+    "norm",
+    "mlp",
+    "prefix",
+)
 
 
 class Handle:
@@ -83,6 +63,8 @@ class Handle:
         self._adapter = adapter
         self._config = config
         self._layout = adapter.layout(model)
+        self.calibration: Calibration | None = None  # what "auto" tried
+        self._choice = ""
         self._actions: list[Callable[[], None]] = []
         depth = len(adapter.blocks(model))
         self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
@@ -158,6 +140,11 @@ class Handle:
         return self._layout.prefix
 
     @property
+    def has_class(self) -> bool:
+        """Whether the first token is a class token."""
+        return self._layout.leads_with_class
+
+    @property
     def input_size(self) -> tuple[int, ...] | None:
         """Channels, height and width of the input the model was built for, where it says so."""
         return self._layout.input_size
@@ -222,6 +209,7 @@ class Handle:
             fallbacks=[line for op, x in seen.items() for line in kernels.fallbacks(op, x)],
             parity=self._attachment.parity,
             limits=list(self._attachment.limits),
+            choice=self._choice,
         )
 
     @contextmanager
@@ -279,6 +267,7 @@ def patch(
     track: bool | None = None,
     restore: str | None = None,
     multiple_of: int | None = None,
+    calibrate: Tensor | None = None,
     blocks: str | None = None,
     attn: str | None = None,
     norm: str | None = None,
@@ -294,7 +283,8 @@ def patch(
     merged ones (without either, calls that need them all are refused); `multiple_of=8` rounds what each block removes
     so that the tokens left are a multiple, on which some kernels are faster. A model that no adapter describes is
     patched by names: `blocks` is the path to its blocks, `attn`, `norm` (before the MLP) and `mlp` are children of a
-    block, `prefix` how many tokens in front are protected.
+    block, `prefix` how many tokens in front are protected. The method `"auto"` is chosen on `calibrate`, a batch of
+    unlabelled inputs (64 are enough), with the MACs of ToMe at `r`; without them it is ToMe.
     Raises `TokenMergeError`: an unsupported model, an unknown name or keyword, a model patched already, a wrong `r`
     (also a ValueError).
 
@@ -316,15 +306,32 @@ def patch(
         )
     given = {"r": r, "prop_attn": prop_attn, "track": track, "restore": restore, "multiple_of": multiple_of}
     values = {name: value for name, value in given.items() if value is not None}
+    names = {"blocks": blocks, "attn": attn, "norm": norm, "mlp": mlp}
+    found, choice = None, ""
+    if isinstance(method, str) and method == AUTO and r is not None:
+        found, choice = _choose(model, r, calibrate, {**names, "prefix": prefix, "prop_attn": prop_attn})
+        method = found.best.method if found else "tome"
+        values["r"] = found.best.r if found else r
+    elif calibrate is not None:
+        raise ConfigError(f'calibrate=... goes with the method "auto", not with {method!r}.')
     if isinstance(method, MergeConfig):
         config = dataclasses.replace(method, **values)  # type: ignore[arg-type]
     elif r is None:
         raise InvalidScheduleError("r is missing: say how many tokens each block removes, e.g. patch(model, r=8).")
     else:
         config = MergeConfig(method, **values)  # type: ignore[arg-type]
-    handle = Handle(model, _adapter(model, {"blocks": blocks, "attn": attn, "norm": norm, "mlp": mlp}, prefix), config)
+    handle = Handle(model, _adapter(model, names, prefix), config)
+    handle.calibration, handle._choice = found, choice
     model.__dict__[_ATTRIBUTE] = handle
     return handle
+
+
+def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, Any]) -> tuple[Calibration | None, str]:
+    """Return what "auto" found on the images, and what the report shall say of it."""
+    if images is None:
+        return None, 'tome: "auto" chooses by images, and none were given (calibrate=images)'
+    found = run_trials(model, r, images, partial(patched, **options))
+    return found, str(found)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -1,0 +1,172 @@
+"""Choose method and schedule for the model in front of us: `patch(model, "auto", r=..., calibrate=images)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.errors import ConfigError
+from tokenmerge.methods import Reduction, ToFu, ToMe, ToMeCIS
+from tokenmerge.schedule import R, Schedule
+
+__all__ = ["Calibration", "calibrate"]
+
+_BATCH = 32
+# one that is simpler is preferred to one whose damage is less by no more than this
+_MARGIN = 0.8
+Patched = Callable[..., AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend the MACs: a method, the tokens that go per block, and what that did to the answers."""
+
+    method: Reduction
+    shape: str
+    r: R
+    macs: int
+    damage: float
+
+
+@dataclass
+class Calibration:
+    """What was tried on how many images, by which measure of damage, in the order of trial; and what was chosen."""
+
+    measure: str
+    images: int
+    tried: list[Candidate] = field(default_factory=list)
+
+    @property
+    def first(self) -> Candidate:
+        """The paper's method at the `r` that was asked for, which all are compared with."""
+        return self.tried[0]
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate of least damage; of nearly equal ones the one tried first."""
+        least = min(candidate.damage for candidate in self.tried)
+        return next(candidate for candidate in self.tried if candidate.damage * _MARGIN <= least)
+
+    def __str__(self) -> str:
+        best, first = self.best, self.first
+        if best is first:
+            return f"tome as asked: the least {self.measure} of {len(self.tried)} candidates on {self.images} images"
+        return (
+            f"{best.method!r}, {best.shape} r: {self.measure} {best.damage:.2g} where tome with the r asked for has "
+            f"{first.damage:.2g}, on {self.images} images; {len(self.tried)} candidates at equal MACs"
+        )
+
+
+def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calibration:
+    """Try a small set of candidates with the MACs of ToMe at `r` and return what each does to the unmerged answers.
+
+    First the shape of the schedule (as asked; falling to 0 in a straight line, and steeper) for keys and for token
+    features, then, with the best shape, other metrics, early pruning and norms, and class importance. Damage is the KL
+    divergence from the unmerged model for classifiers, else the relative squared distance of its output. `patched` is
+    `tokenmerge.patched`. The model is left as it was. Raises `ConfigError` for images it cannot use.
+    """
+    if not isinstance(images, Tensor) or images.dim() < 2 or len(images) == 0:
+        seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ConfigError(
+            f"calibrate takes a batch of the model's inputs as one tensor, e.g. [64, 3, 224, 224]; got {seen}."
+        )
+    with _evaluating(model):
+        trial = _Trial(model, images, patched)
+        shapes = trial.shapes(r)
+        for metric in ("k", "x"):
+            for shape in shapes:
+                trial(ToMe(metric=metric), shape, shapes[shape])
+        best = trial.found.best
+        for method in _variants(best.method, trial.has_class):
+            trial(method, best.shape, best.r)
+    return trial.found
+
+
+def _variants(best: Reduction, has_class: bool) -> list[Reduction]:
+    """Candidates around the best metric found so far."""
+    assert isinstance(best, ToMe)
+    others: list[Reduction] = [
+        ToMe(heads="concat"),
+        ToMe(metric="v"),
+        ToMe(metric="x_pre"),
+        replace(best, combine="average"),
+    ]
+    others += [ToFu(metric=best.metric), ToFu(metric=best.metric, early=0.25, combine="average")]
+    return others + ([ToMeCIS(metric=best.metric, damping=0.5)] if has_class else [])
+
+
+class _Trial:
+    def __init__(self, model: nn.Module, images: Tensor, patched: Patched) -> None:
+        parameter = next(model.parameters())
+        self.model, self.patched = model, patched
+        self.batches = images.to(parameter.device, parameter.dtype).split(_BATCH)
+        self.size = tuple(images.shape[1:])
+        self.expected = self._answers()
+        width = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
+        self.is_classifier = self.expected.dim() == 2 and self.expected.shape[1] == width
+        self.found = Calibration("KL divergence" if self.is_classifier else "relative distance", len(images))
+        with patched(model, r=0) as handle:
+            self.depth, self.has_class = len(handle.runners), handle.has_class
+
+    def __call__(self, method: Reduction, shape: str, r: R) -> None:
+        with self.patched(self.model, method, r=r):
+            answers = self._answers()
+        if self.is_classifier:
+            got, wanted = answers.log_softmax(dim=1), self.expected.log_softmax(dim=1)
+            damage = nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean")
+        else:
+            damage = (answers - self.expected).square().sum() / self.expected.square().sum().clamp_min(1e-12)
+        self.found.tried.append(Candidate(method, shape, r, self._macs(r), max(0.0, damage.item())))
+
+    def shapes(self, r: R) -> dict[str, R]:
+        """Return the schedules to try: what was asked for, and falling ones that cost no more MACs than it."""
+        shapes: dict[str, R] = {"given": r}
+        if not any(Schedule.of(r, self.depth).amounts) or self.depth < 3:
+            return shapes
+        most = self._macs(r)
+        for name, power in (("falling", 1), ("steeply falling", 2)):
+            low, high = 0.0, float(max(8, self._tokens()))
+            # amounts are whole numbers: finer steps find no other schedule
+            while high - low > 0.1:
+                middle = (low + high) / 2
+                low, high = (low, middle) if self._macs(self._falling(middle, power)) <= most else (middle, high)
+            shapes[name] = self._falling(high, power)
+        return shapes
+
+    def _falling(self, first: float, power: int) -> list[int | float]:
+        last = self.depth - 1
+        return [round(first * (1 - layer / last) ** power) for layer in range(self.depth)]
+
+    def _tokens(self) -> int:
+        with self.patched(self.model, r=0) as handle:
+            self.model(self.batches[0][:1])
+            return int(handle.tokens[0])
+
+    def _macs(self, r: R) -> int:
+        from tokenmerge.tools.flops import flops
+
+        with self.patched(self.model, r=r):
+            return flops(self.model, self.size)
+
+    def _answers(self) -> Tensor:
+        from tokenmerge.tools.models import answer
+
+        return torch.cat([answer(self.model(batch)).float() for batch in self.batches])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients; every module's mode is given back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

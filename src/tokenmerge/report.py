@@ -1,0 +1,47 @@
+"""What `handle.report()` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was put into a model and what could not be done; `str()` is a table."""
+
+    model: str
+    adapter: str
+    method: str
+    r: str
+    blocks: int
+    tokens: list[int]  # after each block
+    planned: bool  # True: no forward has run, the tokens are those planned for the model's own input size
+    prop_attn: bool
+    attention: str  # how the tap sees the attention
+    kernels: dict[str, str]
+    fallbacks: list[str]  # operations without the fused version for this device, and what that needs
+    parity: float  # largest difference of a re-composed block from its own forward, when attaching
+    limits: list[str]  # what could not be done
+    choice: str = ""  # what "auto" chose and why
+
+    def __str__(self) -> str:
+        used = ", ".join(f"{op} {name}" for op, name in self.kernels.items())
+        rows = [
+            ("model", self.model),
+            ("adapter", f"{self.adapter}, {self.blocks} blocks, attention seen by {self.attention}"),
+            ("method", self.method),
+            ("r", self.r),
+            (
+                "tokens",
+                " ".join(map(str, self.tokens)) + (" (planned)" if self.planned else "") if self.tokens else "-",
+            ),
+            ("proportional attention", "on" if self.prop_attn else "off"),
+            ("kernels", "; ".join((used, *self.fallbacks))),
+            ("parity when attached", f"max |difference| {self.parity:.2g}"),
+            ("could not be done", "; ".join(self.limits) or "-"),
+        ]
+        if self.choice:
+            rows.insert(3, ("chosen", self.choice))
+        return "\n".join(f"{name:<23} {value}" for name, value in rows)

@@ -1,0 +1,99 @@
+"""`patch(model, "auto", calibrate=images)`: what is tried, what is chosen, and that nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tokenmerge
+from helpers import bound_attributes, tiny_vit
+from tokenmerge import MergeConfig, ToMe
+from tokenmerge.assets import fashion_mnist, reference_model
+from tokenmerge.errors import ConfigError
+from tokenmerge.tools.data import normalise
+from tokenmerge.tools.models import shared_copy
+
+
+def _kl(model: nn.Module, method: Any, r: Any, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        expected = model(images).log_softmax(dim=1)
+        with tokenmerge.patched(model, method, r=r):
+            got = model(images).log_softmax(dim=1)
+    return nn.functional.kl_div(got, expected, log_target=True, reduction="batchmean").item()
+
+
+def test_auto_on_the_bundled_model_beats_tome_at_its_macs(tmp_path: Path) -> None:
+    images = normalise(fashion_mnist("test")[0])
+    model, chosen_on, others = reference_model(), images[:32], images[1000:1128]
+    handle = tokenmerge.patch(model, "auto", r=15, calibrate=chosen_on)
+    config, found = handle.config, handle.calibration
+    assert found is not None and found.measure == "KL divergence" and found.images == 32
+    assert found.first.method == ToMe() and found.first.r == 15
+    assert config.method == found.best.method and config.r == found.best.r
+    size = (1, 28, 28)
+    with tokenmerge.patched(reference_model(), r=15) as tome:
+        most = tokenmerge.flops(tome.model, size)
+    assert 0.98 * most <= tokenmerge.flops(model, size) <= most
+    assert all(candidate.macs <= most for candidate in found.tried)
+    assert str(found) in str(handle.report()) and repr(config.method) in handle.report().choice
+    handle.save(tmp_path / "merge.json")
+    assert MergeConfig.load(tmp_path / "merge.json") == config
+    handle.remove()
+    assert found.best.damage == pytest.approx(_kl(model, config.method, config.r, chosen_on), rel=1e-3)
+    assert _kl(model, config.method, config.r, others) < 0.5 * _kl(model, "tome", 15, others)
+
+
+def test_the_least_damage_wins_unless_a_simpler_one_is_nearly_as_good() -> None:
+    model, images = tiny_vit(), torch.randn(4, 3, 32, 32)
+    found = tokenmerge.patch(model, "auto", r=6, calibrate=images).calibration
+    assert found is not None and len({(c.method, c.shape) for c in found.tried}) == len(found.tried) >= 10
+    least = min(candidate.damage for candidate in found.tried)
+    earlier = found.tried[: found.tried.index(found.best)]
+    assert found.best.damage * 0.8 <= least and all(candidate.damage * 0.8 > least for candidate in earlier)
+
+
+def test_without_images_auto_is_tome_and_says_so() -> None:
+    handle = tokenmerge.patch(tiny_vit(), "auto", r=4)
+    assert handle.config.method == ToMe() and handle.config.r == 4 and handle.calibration is None
+    assert "none were given" in str(handle.report())
+    assert "chosen" not in str(tokenmerge.patch(tiny_vit(), r=4).report())
+
+
+def test_features_are_compared_by_distance_and_the_model_stays_as_it_was() -> None:
+    model, images = tiny_vit(num_classes=0), torch.randn(3, 3, 32, 32)
+    model.train()
+    model.blocks[1].eval()
+    model.norm.eval()
+    before, attributes = shared_copy(model), bound_attributes(model)
+    handle = tokenmerge.patch(model, "auto", r=5, calibrate=images)
+    assert handle.calibration is not None and handle.calibration.measure == "relative distance"
+    handle.remove()
+    assert bound_attributes(model) == attributes
+    modes = [module.training for module in before.modules()]
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.randn(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
+        ([1, 2], r"one tensor.*got list"),
+        (torch.randn(4), r"got \(4,\)"),
+    ],
+    ids=["none", "list", "flat"],
+)
+def test_images_that_cannot_be_used(images: Any, message: str) -> None:
+    model = tiny_vit()
+    attributes = bound_attributes(model)
+    with pytest.raises(ConfigError, match=message):
+        tokenmerge.patch(model, "auto", r=4, calibrate=images)
+    assert bound_attributes(model) == attributes
+
+
+def test_images_go_with_auto_only() -> None:
+    with pytest.raises(ConfigError, match=r"calibrate=\.\.\. goes with the method \"auto\", not with 'tome'"):
+        tokenmerge.patch(tiny_vit(), "tome", r=4, calibrate=torch.randn(2, 3, 32, 32))
