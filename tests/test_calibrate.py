@@ -13,7 +13,7 @@ import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, ToMe
 from tokenmerge.assets import fashion_mnist, reference_model
-from tokenmerge.errors import ConfigError
+from tokenmerge.errors import ConfigError, InvalidScheduleError
 from tokenmerge.tools.data import normalise
 from tokenmerge.tools.models import shared_copy
 
@@ -92,6 +92,11 @@ def test_images_that_cannot_be_used(images: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tokenmerge.patch(model, "auto", r=4, calibrate=images)
     assert bound_attributes(model) == attributes
+
+
+def test_auto_without_r_asks_for_it() -> None:
+    with pytest.raises(InvalidScheduleError, match="r is missing"):
+        tokenmerge.patch(tiny_vit(), "auto", calibrate=torch.randn(2, 3, 32, 32))
 
 
 def test_images_go_with_auto_only() -> None:

@@ -312,7 +312,7 @@ def patch(
         found, choice = _choose(model, r, calibrate, {**names, "prefix": prefix, "prop_attn": prop_attn})
         method = found.best.method if found else "tome"
         values["r"] = found.best.r if found else r
-    elif calibrate is not None:
+    elif calibrate is not None and method != AUTO:
         raise ConfigError(f'calibrate=... goes with the method "auto", not with {method!r}.')
     if isinstance(method, MergeConfig):
         config = dataclasses.replace(method, **values)  # type: ignore[arg-type]

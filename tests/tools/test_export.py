@@ -231,7 +231,8 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], dict[str, Any], type[Exception
         _tiny,
         {"method": tokenmerge.ToMe(combine="average"), "matmul": True},
         UnsupportedError,
-        "without scatter was asked for, and the graph holds 2 aten.scatter_reduce.two, 2 aten.scatter_add.default: .* Leave matmul out",
+        "without scatter was asked for, and the graph holds 2 aten.scatter_reduce.two, 2 aten.scatter_add.default: "
+        ".* Leave matmul out",
     ),
 ]
 

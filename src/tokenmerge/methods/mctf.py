@@ -10,20 +10,10 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
-from tokenmerge.plan import Plan
+from tokenmerge.methods.base import METRICS, POSITIVE, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.plan import WeightedPlan
 
-__all__ = ["MCTF", "MCTFPlan"]
-
-# of `SCORES` those that are positive: their logarithm is taken
-_SCORES = ("received", "class", "class_value", "norm", "shift")
-
-
-@dataclass(frozen=True, eq=False)
-class MCTFPlan(Plan):
-    """A plan with the importance that tokens are averaged by."""
-
-    importance: Tensor  # [B, N]
+__all__ = ["MCTF"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +40,13 @@ class MCTF(Reduction):
 
     def __post_init__(self) -> None:
         check_choice(self, "metric", METRICS)
-        check_choice(self, "score", _SCORES)
+        check_choice(self, "score", POSITIVE)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return needs_of(self.metric, self.score)
 
-    def plan(self, view: TokenView, r: int) -> MCTFPlan:
+    def plan(self, view: TokenView, r: int) -> WeightedPlan:
         unit = matching.unit(getattr(view, self.metric))
         n = unit.shape[1]
         # padding scores minus infinity
@@ -74,12 +64,12 @@ class MCTF(Reduction):
         places = torch.arange(n, device=unit.device)
         src, into = _both_ways(attraction, r, places[side_a], places[side_b])
         plan = matching.absorb(src, into, n)
-        return MCTFPlan(plan.keep, plan.src, plan.dst, n, importance)
+        return WeightedPlan(plan.keep, plan.src, plan.dst, n, importance)
 
     def merge(
         self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        weight = plan.importance if size is None else plan.importance * size
+        weight = plan.weight if size is None else plan.weight * size
         return plans.merge_by(plan, x, weight, size, branch)
 
 

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.errors import unknown_name
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMe"]
 
 _CHOICES = {
-    "metric": ("k", "q", "v", "x", "x_pre"),
+    "metric": METRICS,
     "heads": matching.HEADS,
     "distance": matching.DISTANCES,
     "combine": ("weighted", "average", "max", "keep_one"),
@@ -48,8 +47,7 @@ class ToMe(Reduction):
 
     def __post_init__(self) -> None:
         for option, choices in _CHOICES.items():
-            if getattr(self, option) not in choices:
-                raise unknown_name(f"ToMe {option}", str(getattr(self, option)), choices)
+            check_choice(self, option, choices)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

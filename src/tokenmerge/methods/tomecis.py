@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, SCORES, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import METRICS, POSITIVE, Reduction, TokenView, check_choice, needs_of
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMeCIS"]
-
-_SCORES = tuple(name for name in SCORES if name != "entropy")  # those that are positive
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class ToMeCIS(Reduction):
 
     def __post_init__(self) -> None:
         check_choice(self, "metric", METRICS)
-        check_choice(self, "score", _SCORES)
+        check_choice(self, "score", POSITIVE)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
