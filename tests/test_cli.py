@@ -16,11 +16,17 @@ from torch import nn
 
 import tokenmerge
 from helpers import tiny_vit
+from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.cli import main
 from tokenmerge.tools import bench as bench_module
+from tokenmerge.tools import compare as compare_module
+from tokenmerge.tools import data as data_module
+from tokenmerge.tools import measure as measure_module
 from tokenmerge.tools import models as models_module
 from tokenmerge.tools.bench import Bench
+from tokenmerge.tools.compare import Comparison
+from tokenmerge.tools.data import normalise
 
 Capture = pytest.CaptureFixture[str]
 
@@ -271,6 +277,233 @@ def test_demo(capsys: Capture, tmp_path: Path) -> None:
     assert all((out / name).stat().st_size > 100 for name in ("table.md", "table.json", "plot.png", "merged.png"))
 
 
+def _export(out: str) -> list[str]:
+    return ["--to", "torch-export", "--out", out]
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "export"])
+def test_methods_with_options_and_saved_ones(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    MergeConfig("tofu", r=[3, 5]).save("saved.json")
+    options = {"bench": ["-b", "1", "--rounds", "1"], "eval": ["--data", "fashion-mnist", "--limit", "4"]}
+    line = [command, str(models / "grey.pt"), *options.get(command, _export("grey.pt2")), "--json"]
+
+    def tokens(*more: str) -> list[int]:
+        assert main([*line, *more]) == 0
+        content = json.loads(capsys.readouterr().out)
+        return content["tokens"][-1:] if command == "export" else [row["tokens"] for row in content["rows"]]
+
+    unmerged = [50] if command == "eval" else []
+    assert tokens("--method", "saved.json") == [*unmerged, 42]
+    assert tokens("--method", "saved.json", "-r", "6") == [*unmerged, 38]
+    # at most 24 go in the first block of tome, and all but one patch in evit's
+    assert tokens("--method", "evit(fuse=False)", "-r", "48") == [*unmerged, 2]
+    assert tokens("--method", "tome(metric='x')", "-r", "48") == [*unmerged, 14]
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "export"])
+def test_auto_says_what_it_chose(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = torch.randint(0, 256, (80, 28, 28), dtype=torch.uint8)
+    given: list[torch.Tensor] = []
+    fashion_mnist, choose = assets.fashion_mnist, api._choose
+
+    def note(model: nn.Module, r: Any, calibrate: Any, options: Any) -> Any:
+        given.append(calibrate)
+        return choose(model, r, None, options)
+
+    monkeypatch.setattr(assets, "fashion_mnist", lambda split: fashion_mnist() if split == "test" else (images, None))
+    monkeypatch.setattr(api, "_choose", note)
+    options = {"bench": ["-b", "1", "--rounds", "1"], "eval": ["--data", "fashion-mnist", "--limit", "4"]}
+    line = [command, str(models / "grey.pt"), "-r", "4", *options.get(command, _export("grey.pt2")), "--method", "auto"]
+    assert main(line) == 0
+    assert 'tome: "auto" chooses by images, and none were given' in capsys.readouterr().out and given == [None]
+    assert main([*line, "--calibrate", "fashion-mnist"]) == 0
+    assert torch.equal(given[-1], normalise(images[:64]))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--method", "tme"], "no method 'tme'. Did you mean 'tome'?"),
+        (["--method", "tome(metrc='x')"], "no option of tome 'metrc'. Did you mean 'metric'?"),
+        (["--method", "tome(metric='x'"], "is no method: give a name (`tokenmerge list`)"),
+        (["--method", "missing.json"], "cannot read the configuration missing.json: No such file or directory."),
+        (["--method", "runs/missing"], "cannot read the configuration runs/missing/merge.json: No such file"),
+        (["--calibrate", "fashion-mnist"], "--calibrate goes with --method auto, not with tome."),
+        (["--method", "auto", "--calibrate", "missing"], "no folder missing: --calibrate takes 'fashion-mnist' or a"),
+    ],
+    ids=["name", "option", "syntax", "file", "folder", "calibrate", "source"],
+)
+@pytest.mark.parametrize("command", ["bench", "eval", "export"])
+def test_methods_that_cannot_be_read_come_before_the_work(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, options: list[str], text: str
+) -> None:
+    _refuse_work(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    needed = {"eval": ["--data", "fashion-mnist"], "export": _export("x.pt2")}.get(command, [])
+    _expect_failure(capsys, [command, "reference", *needed, *options], text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_without_weights(capsys: Capture, models: Path) -> None:
+    arguments = ["bench", str(models / "tiny.pt"), "-r", "4", "--method", "dtem"]
+    _expect_failure(capsys, arguments, "dtem is learned and has no weights.")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path) -> list[str]:
+    """A quick comparison, into `out`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_module, "plot_pareto", lambda path, rows, title: path.write_bytes(b"\x89PNG"))
+    options = ["--data", "fashion-mnist", "--limit", "8", "--rounds", "1", "--out", "out"]
+    return ["compare", str(models / "grey.pt"), *options]
+
+
+def test_compare(capsys: Capture, models: Path, plain: list[str]) -> None:
+    assert main([*plain, "--methods", "tome", "dtem", "tme", "-r", "4", "8,-1"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == f"{models / 'grey.pt'} on 8 images of fashion-mnist"
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[4:10]]
+    assert cells == [
+        ["unmerged", "-"],
+        ["tome", "r 4"],
+        ["tome", "r (8, -1)"],
+        ["dtem", "r 4"],
+        ["dtem", "r (8, -1)"],
+        ["tme", "-"],
+    ]
+    assert lines[10].startswith("dtem (r 4, r (8, -1)): dtem is learned and has no weights.")
+    assert lines[11].startswith("tme (-): no method 'tme'.")
+    assert lines[-1].startswith("Measured on: device ") and lines[-1].endswith("rounds 1.")
+    assert "rows: 0/6" in err and "rows: 6/6" in err
+    assert err.endswith(
+        "3 of 6 rows have no numbers; their notes say why.\n"
+        "Written to out: index.html, table.md, table.csv, plot.png, rows.json\n"
+    )
+    assert {path.name for path in Path("out").iterdir()} == {
+        "index.html",
+        "table.md",
+        "table.csv",
+        "plot.png",
+        "rows.json",
+    }
+
+
+def test_compare_json_and_going_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch, plain: list[str]) -> None:
+    assert main([*plain, "--methods", "tome", "--macs", "0.7", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content) == ["title", "environment", "rows", "notes"]
+    assert content["rows"][1]["asked"] == "MACs 0.7" and content["rows"][1]["MACs share"] <= 0.7
+    monkeypatch.setattr(compare_module, "Subject", lambda *args, **options: pytest.fail("it was run again"))
+    assert main([*plain, "--methods", "tome", "--macs", "0.7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == content
+    _expect_failure(capsys, [*plain, "--limit", "9"], "out holds a comparison with other settings (images: asked 9")
+
+
+def test_compare_on_a_folder_of_images(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, models: Path, images: Path, plain: list[str]
+) -> None:
+    (images / "bee" / "1.png").write_bytes(b"broken")
+    line = [
+        "compare",
+        str(models / "tiny.pt"),
+        "--rounds",
+        "1",
+        "--workers",
+        "0",
+        "-r",
+        "4",
+        "--methods",
+        "tome",
+        "auto",
+    ]
+    assert main([*line, "--data", "images", "--calibrate", "images"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{models / 'tiny.pt'} on 5 images of images\n")
+    assert "\n1 images could not be read and were left out: images/bee/1.png: cannot identify" in out
+    assert Path("tokenmerge-compare/index.html").is_file()
+    monkeypatch.setattr(compare_module, "Subject", lambda *args, **options: pytest.fail("it was run again"))
+    # the same folder under another name
+    assert main([*line, "--data", str(images), "--calibrate", "images/"]) == 0
+
+
+def test_compare_without_a_single_number_fails(capsys: Capture, plain: list[str]) -> None:
+    assert main([*plain, "--methods", "dtem", "-r", "4"]) == 1
+    assert "1 of 2 rows have no numbers" in capsys.readouterr().err
+
+
+def test_compare_that_is_interrupted(capsys: Capture, monkeypatch: pytest.MonkeyPatch, plain: list[str]) -> None:
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure_module.Subject, "measure", interrupt)
+        assert main([*plain, "--methods", "tome", "-r", "4"]) == 130
+    assert capsys.readouterr().err.endswith(
+        "tokenmerge: interrupted, finished rows are kept, and the same command (without --fresh) goes on.\n"
+    )
+    assert [path.name for path in Path("out").iterdir()] == ["rows.json"]
+    assert main([*plain, "--methods", "tome", "-r", "4"]) == 0
+    assert "rows: 1/2" in capsys.readouterr().err
+
+
+def test_compare_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys: Capture, plain: list[str]) -> None:
+    given: dict[str, Any] = {}
+    images = torch.zeros(2, 1, 28, 28)
+
+    def fake(model: nn.Module, data: Any, **options: Any) -> Comparison:
+        given.update(options, batch_size=data.batch_size, images=len(data))
+        return Comparison("title", [{"method": "tome", "asked": "r 4", "top-1 %": 1.0, "note": ""}], [{}], 1, 1)
+
+    monkeypatch.setattr(compare_module, "compare", fake)
+    monkeypatch.setattr(data_module, "calibration_images", lambda source, model: images)
+    more = ["--methods", "all", "auto", "--macs", "0.75", "0.5", "--calibrate", "fashion-mnist", "--fresh", "-b", "5"]
+    assert main([*plain, *more, "--device", "cpu"]) == 0
+    assert given.pop("progress") and given.pop("calibrate") is images
+    assert given == {
+        "methods": ["all", "auto"],
+        "rs": None,
+        "macs": [0.75, 0.5],
+        "folder": "out",
+        "device": "cpu",
+        "rounds": 1,
+        "fresh": True,
+        "label": plain[1],
+        "batch_size": 5,
+        "images": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--macs", "1.5"], "shares of the MACs lie between 0 and 1; got 1.5."),
+        (["-r", "0"], "at least one method, and one r other than 0"),
+        (["--rounds", "0"], "at least 1 timed round"),
+        (["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
+        (["--data", "missing"], "no folder missing: --data takes"),
+        (["--calibrate", "missing"], "no folder missing: --calibrate takes"),
+        (["--limit", "0"], "batch size and limit must be at least 1; got 64 and 0."),
+    ],
+    ids=["macs", "r", "rounds", "device", "data", "calibrate", "limit"],
+)
+def test_compare_mistakes(capsys: Capture, plain: list[str], options: list[str], text: str) -> None:
+    _expect_failure(capsys, [*plain, *options], text)
+    assert not Path("out").exists()
+
+
+def test_compare_takes_amounts_or_shares(capsys: Capture, plain: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([*plain, "-r", "4", "--macs", "0.5"])
+    assert raised.value.code == 2 and "not allowed with argument -r" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["bench", "eval", "doctor"])
 @pytest.mark.parametrize(
     ("name", "texts"),
@@ -401,7 +634,7 @@ def test_demo_out_that_cannot_be_written(capsys: Capture, tmp_path: Path) -> Non
     _expect_failure(capsys, ["demo", "--out", str(out)], f"cannot write to {out}: Not a directory.")
 
 
-@pytest.mark.parametrize("command", ["bench", "eval", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["bench", "eval", "doctor", "demo", "compare"])
 @pytest.mark.parametrize(
     ("r", "text"),
     [
@@ -419,7 +652,8 @@ def test_demo_out_that_cannot_be_written(capsys: Capture, tmp_path: Path) -> Non
 )
 def test_invalid_r(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str, r: str, text: str) -> None:
     _refuse_work(monkeypatch)
-    positional = {"demo": [], "eval": ["reference", "--data", "fashion-mnist"]}.get(command, ["reference"])
+    with_data = ["reference", "--data", "fashion-mnist"]
+    positional = {"demo": [], "eval": with_data, "compare": with_data}.get(command, ["reference"])
     with pytest.raises(SystemExit) as raised:
         main([command, *positional, "-r", r])
     assert raised.value.code == 2

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tokenmerge: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tokenmerge: interrupted, nothing more was written.", file=sys.stderr)
+        print(f"tokenmerge: interrupted, {getattr(arguments, 'left', 'nothing more was written')}.", file=sys.stderr)
         return 130
 
 
@@ -45,13 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     _bench_parser(commands)
     evaluate = _command(commands, "eval", _evaluate, "accuracy and speed over labelled images, several r in one pass")
     _model_arguments(evaluate)
-    evaluate.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
-    evaluate.add_argument("-b", "--batch-size", type=int, default=64)
-    evaluate.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
-    evaluate.add_argument("--limit", type=int, help="use only LIMIT images, spread over the classes")
+    _data_arguments(evaluate)
     evaluate.add_argument("--bound", action="store_true", help="time the free bound of each r beside it")
-    evaluate.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
     evaluate.add_argument("--out", help="also write the rows to this .csv, .json or .md")
+    _compare_parser(commands)
 
     doctor = _command(
         commands, "doctor", _doctor, "examine a model: described, right, how fast, what could not be done"
@@ -67,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
 
 _R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 _MODEL_HELP = "a timm name, a file written by torch.save(model) (a pickle: trust it), or 'reference', the bundled model"
+_METHOD_HELP = (
+    "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
+    "recipes/learned.py, or auto"
+)
+_CALIBRATE_HELP = "what auto chooses by, 64 images: 'fashion-mnist' (for training) or a folder; without it auto is tome"
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -94,10 +96,10 @@ def _bench_parser(commands: Any) -> None:
 def _export_parser(commands: Any) -> None:
     export = _command(commands, "export", _export, "write a merged model for another engine, checked in that engine")
     export.add_argument("model", help=_MODEL_HELP)
-    export.add_argument("-r", type=_r, default=8, help=_R_HELP)
+    export.add_argument("-r", type=_r, help=f"{_R_HELP} (that of a saved method, else 8)")
     export.add_argument("--to", required=True, help="onnx, openvino or torch-export")
     export.add_argument("--out", help="the file to write (the model's name, in this folder)")
-    export.add_argument("--method", default="tome", help="a name of `tokenmerge list` (%(default)s)")
+    _method_arguments(export)
     export.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
     export.add_argument("-b", "--batch", type=int, help="the only batch size the file takes (without it: any)")
     export.add_argument("--matmul", action="store_true", help="merge by products, for engines that get scatter wrong")
@@ -107,8 +109,39 @@ def _export_parser(commands: Any) -> None:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=_MODEL_HELP)
-    parser.add_argument("-r", type=_r, nargs="+", default=[0, 8, 16], metavar="R", help=_R_HELP)
-    parser.add_argument("--method", default="tome", help="a name of `tokenmerge list` (%(default)s)")
+    parser.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (that of a saved method, else 0 8 16)")
+    _method_arguments(parser)
+
+
+def _method_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="tome", help=f"{_METHOD_HELP} (%(default)s)")
+    parser.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
+    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
+    parser.add_argument("--limit", type=int, help="use only LIMIT images, spread over the classes")
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+
+
+def _compare_parser(commands: Any) -> None:
+    compare = _command(commands, "compare", _compare, "methods on one model side by side: a table, a plot and a page")
+    compare.add_argument("model", help=_MODEL_HELP)
+    compare.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or each {_METHOD_HELP}")
+    amounts = compare.add_mutually_exclusive_group()
+    amounts.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (8 13 16)")
+    text = "instead of -r: for each method the smallest r that leaves at most this share of the MACs, e.g. 0.75 0.5"
+    amounts.add_argument("--macs", type=float, nargs="+", metavar="SHARE", help=text)
+    _data_arguments(compare)
+    compare.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
+    compare.add_argument("--rounds", type=int, default=10, help="timed rounds per row (%(default)s)")
+    compare.add_argument(
+        "--out", default="tokenmerge-compare", help="folder that is written, and gone on with (%(default)s)"
+    )
+    compare.set_defaults(left="finished rows are kept, and the same command (without --fresh) goes on")
+    compare.add_argument("--fresh", action="store_true", help="start over; the old rows are kept as rows.json.old")
 
 
 def _r(text: str) -> Any:
@@ -150,12 +183,14 @@ def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
+    method, own = _method(arguments)
+    model = load_model(arguments.model)
     with Progress("rounds") as progress:
         result = bench(
-            load_model(arguments.model),
-            rs=arguments.r,
+            model,
+            rs=arguments.r or ([0, 8, 16] if own is None else [own]),
             batches=arguments.batch,
-            method=arguments.method,
+            method=method,
             device=arguments.device,
             dtype=arguments.dtype,
             compiled=arguments.compile,
@@ -165,6 +200,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             input_size=arguments.input_size,
             label=arguments.model,
             progress=progress,
+            **_calibration(arguments, model),
         )
     _print(
         arguments,
@@ -178,34 +214,62 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from tokenmerge.tools.data import check_source, open_data
     from tokenmerge.tools.evaluate import evaluate
-    from tokenmerge.tools.models import load_model
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
-    check_source(arguments.data)
-    model = load_model(arguments.model, pretrained=not arguments.no_pretrained)
-    data = open_data(
-        arguments.data, model, batch_size=arguments.batch_size, workers=arguments.workers, limit=arguments.limit
-    )
+    method, own = _method(arguments)
+    model, data = _model_and_data(arguments)
     with Progress("images") as progress:
         result = evaluate(
             model,
             data,
-            rs=arguments.r,
-            method=arguments.method,
+            rs=arguments.r or ([0, 8, 16] if own is None else [own]),
+            method=method,
             device=arguments.device,
             bound=arguments.bound,
             progress=progress,
+            **_calibration(arguments, model),
         )
     notes = (
         [f"{len(result.corrupt)} of {len(data)} images could not be read and were left out:"] if result.corrupt else []
     )
-    notes += [f"  {line}" for line in result.corrupt]
+    notes += [*(f"  {line}" for line in result.corrupt), *result.choices]
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
     _print(arguments, result.rows, title, result.environment, notes, out)
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from tokenmerge.tools.compare import compare
+    from tokenmerge.tools.results import Progress, show
+
+    model, data = _model_and_data(arguments)
+    with Progress("rows") as progress:
+        found = compare(
+            model,
+            data,
+            methods=arguments.methods,
+            rs=arguments.r,
+            macs=arguments.macs,
+            folder=arguments.out,
+            device=arguments.device,
+            rounds=arguments.rounds,
+            fresh=arguments.fresh,
+            label=arguments.model,
+            progress=progress,
+            **_calibration(arguments, model),
+        )
+    if arguments.json:
+        content = {"title": found.title, "environment": found.environment, "rows": found.rows, "notes": found.facts}
+        print(json.dumps(content, indent=2))
+    else:
+        show(found.table, found.title)
+        print("\n".join([*found.notes, "", *found.facts]))
+    if found.marked:
+        print(f"{found.marked} of {len(found.rows)} rows have no numbers; their notes say why.", file=sys.stderr)
+    print(f"Written to {arguments.out}: index.html, table.md, table.csv, plot.png, rows.json", file=sys.stderr)
+    return 0 if found.has_numbers else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -228,19 +292,23 @@ def _export(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.models import load_model
     from tokenmerge.tools.results import check_writable
 
+    method, own = _method(arguments)
+    r = arguments.r if arguments.r is not None else 8 if own is None else own
     suffix = find_target(arguments.to).suffix
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
+    model = load_model(arguments.model, pretrained=not arguments.no_pretrained)
     found = export(
-        load_model(arguments.model, pretrained=not arguments.no_pretrained),
+        model,
         out,
-        r=arguments.r,
+        r=r,
         to=arguments.to,
-        method=arguments.method,
+        method=method,
         input_size=arguments.input_size,
         batch=arguments.batch,
         matmul=arguments.matmul,
         opset=arguments.opset,
+        **_calibration(arguments, model),
     )
     print(json.dumps(found.as_dict(), indent=2) if arguments.json else found)
     return 0
@@ -260,6 +328,39 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, text in entries.items():
             print(f"  {name:<16} {text}")
     return 0
+
+
+def _method(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the method that was named and the r it was saved with, if it was."""
+    from tokenmerge.errors import DataError
+    from tokenmerge.tools.data import check_source
+    from tokenmerge.tools.models import AUTO, own_r, read_method
+
+    method = read_method(arguments.method)
+    if arguments.calibrate is not None:
+        if method != AUTO:
+            raise DataError(f"--calibrate goes with --method {AUTO}, not with {arguments.method}.")
+        check_source(arguments.calibrate, "--calibrate")
+    return method, own_r(method)
+
+
+def _calibration(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Return the images for auto as the option that takes them, where they were asked for."""
+    from tokenmerge.tools.data import calibration_images
+
+    return {} if arguments.calibrate is None else {"calibrate": calibration_images(arguments.calibrate, model)}
+
+
+def _model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    from tokenmerge.tools.data import check_source, open_data
+    from tokenmerge.tools.models import load_model
+
+    check_source(arguments.data)
+    if arguments.calibrate is not None:
+        check_source(arguments.calibrate, "--calibrate")
+    model = load_model(arguments.model, pretrained=not arguments.no_pretrained)
+    options = {"batch_size": arguments.batch_size, "workers": arguments.workers, "limit": arguments.limit}
+    return model, open_data(arguments.data, model, **options)
 
 
 def _out(path: str | None) -> Path | None:

@@ -13,7 +13,7 @@ from torch import nn
 from helpers import tiny_vit
 from tokenmerge import assets
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.data import FashionMNIST, Folder, normalise, open_data
+from tokenmerge.tools.data import FashionMNIST, Folder, calibration_images, normalise, open_data
 
 
 def _model(num_classes: int = 3) -> nn.Module:
@@ -203,3 +203,41 @@ def test_numbered_folders_that_start_at_one_are_refused(tmp_path: Path) -> None:
         Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0.png")
     with pytest.raises(DataError, match=r"name the sub-folders by class index, 0 to 2"):
         Folder(tmp_path, tiny_vit(num_classes=3), 2, 0)
+
+
+def test_calibration_takes_the_first_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (100, 28, 28), dtype=torch.uint8)
+    monkeypatch.setattr(assets, "fashion_mnist", lambda split: {"train": (images, None)}[split])
+    found = calibration_images("fashion-mnist", tiny_vit(img_size=28, in_chans=1))
+    assert torch.equal(found, normalise(images[:64]))
+
+
+def test_calibration_without_training_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(assets, "_DEBIAN_FOLDER", tmp_path)
+    with pytest.raises(DataError, match=r"the training images are not bundled: .*not found.*give a folder of images"):
+        calibration_images("fashion-mnist", tiny_vit(img_size=28, in_chans=1))
+
+
+def test_calibration_images_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"a": list(range(64)), "b": list(range(100, 132)), "c": list(range(200, 232))})
+    (root / "a" / "002.png").write_bytes(b"broken")
+    found = calibration_images(str(root), _model())
+    values = [round(float(image.mean()) * 255) for image in found]
+    assert values == [*(i for i in range(0, 64, 2) if i != 2), *range(100, 132, 2), *range(200, 232, 2)]
+
+
+@pytest.mark.parametrize("model", [tiny_vit(), tiny_vit(img_size=28)], ids=["size", "channels"])
+def test_calibration_images_the_model_does_not_take(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    monkeypatch.setattr(assets, "fashion_mnist", lambda split: (torch.zeros(8, 28, 28, dtype=torch.uint8), None))
+    with pytest.raises(DataError, match=r"the model does not take images of \(1, 28, 28\)"):
+        calibration_images("fashion-mnist", model)
+
+
+def test_calibration_without_a_readable_image(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"a": [1], "b": [2], "c": [3]})
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of 3 images of .* could be read; the first: .*a/001\.png: cannot"):
+        calibration_images(str(root), _model())
+    with pytest.raises(DataError, match="no folder nowhere: --calibrate takes 'fashion-mnist' or a folder"):
+        calibration_images("nowhere", _model())

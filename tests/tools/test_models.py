@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+import tokenmerge
 from helpers import tiny_vit
-from tokenmerge.errors import DataError, UnknownNameError, UnsupportedError
-from tokenmerge.tools.models import find_device, load_model, shared_copy
+from tokenmerge import MergeConfig, methods
+from tokenmerge.errors import ConfigError, DataError, InvalidScheduleError, UnknownNameError, UnsupportedError
+from tokenmerge.tools.models import Trained, apply_method, find_device, load_model, own_r, read_method, shared_copy
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,137 @@ def test_shared_copy_shares_the_tensors_and_not_the_modules() -> None:
     assert twin is not model and twin.blocks[0] is not model.blocks[0]
     pairs = [*zip(model.parameters(), twin.parameters(), strict=True), (model.scale, twin.scale)]
     assert len(pairs) > 40 and all(one is other for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", [*tokenmerge.list_methods(), "auto"])
+def test_a_name_stays_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # a folder of that name is asked for as ./name
+    assert read_method(name) == name and own_r(name) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("tome()", methods.ToMe()),
+        ("tome(metric='x', combine=\"average\")", methods.ToMe(metric="x", combine="average")),
+        (" token_pooling( iterations = 3 ) ", methods.TokenPooling(iterations=3)),
+        ("tofu(early=1)", methods.ToFu(early=1)),
+        ("pitome(margin=-0.5)", methods.PiToMe(margin=-0.5)),
+        ("evit(fuse=False)", methods.EViT(fuse=False)),
+        ("ats(samples=None)", methods.ATS()),
+        ("diffrate(prune=[1, 2])", methods.DiffRate(prune=(1, 2))),
+        ("zero_tprune(iterations=(9, 5, 1))", methods.ZeroTPrune(iterations=(9, 5, 1))),
+        ("dtem(weights='a/b.safetensors')", methods.DTEM(weights="a/b.safetensors")),
+    ],
+)
+def test_a_name_with_options(text: str, method: tokenmerge.Reduction) -> None:
+    assert read_method(text) == method
+    assert hash(read_method(text)) == hash(method)
+    assert own_r(method) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("tme", UnknownNameError, r"no method 'tme'\. Did you mean 'tome'\?"),
+        ("to-me", UnknownNameError, r"no method 'to-me'\. Did you mean 'tome'\?"),
+        ("", UnknownNameError, "no method ''"),
+        ("tme(metric='x')", UnknownNameError, r"no method 'tme'\. Did you mean 'tome'\?"),
+        ("tome(metrics='x')", UnknownNameError, r"no option of tome 'metrics'\. Did you mean 'metric'\?"),
+        ("tome(metric='z')", UnknownNameError, "no ToMe metric 'z'"),
+        ("tome('x')", ConfigError, r"is no method: give a name .* each once, by its name and"),
+        ("tome(**{})", ConfigError, "is no method"),
+        ("tome(metric=x)", ConfigError, "is no method"),
+        ("tome(metric=open('x'))", ConfigError, "is no method"),
+        ("tome(metric='x'", ConfigError, "is no method"),
+        ("tome(seed=1, seed=2)", ConfigError, "is no method"),
+        ("tome(seed=1)(seed=2)", ConfigError, "is no method"),
+        ("(1)", ConfigError, "is no method"),
+        (
+            "token_pooling(iterations='5')",
+            ConfigError,
+            r"option iterations of token_pooling is '5'; it takes int, e\.g\. .* 5",
+        ),
+        ("token_pooling(iterations=True)", ConfigError, "it takes int"),
+        ("tofu(early='x')", ConfigError, "it takes float"),
+        ("evit(fuse=1)", ConfigError, "it takes bool"),
+        ("ats(samples='x')", ConfigError, r"it takes float \| None"),
+        ("diffrate(prune=[1, 'x'])", ConfigError, r"it takes float \| tuple\[int, \.\.\.\]"),
+        ("zero_tprune(iterations=(1, 2))", ConfigError, r"it takes tuple\[int, int, int\]"),
+        ("missing.json", ConfigError, r"cannot read the configuration missing\.json: No such file"),
+        ("runs/missing", ConfigError, r"cannot read the configuration runs/missing/merge\.json: No such file"),
+        ("./empty", ConfigError, r"cannot read the configuration empty/merge\.json: No such file"),
+    ],
+)
+def test_methods_that_cannot_be_read(
+    text: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(error, match=message):
+        read_method(text)
+
+
+def _trained(folder: Path, model: nn.Module, r: Any = 6) -> Trained:
+    """Write what the recipe writes, in half precision."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    MergeConfig("tome", r=r, prop_attn=False).save(folder / "merge.json")
+    save_file(
+        {key: value.half().contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors"
+    )
+    found = read_method(str(folder))
+    assert isinstance(found, Trained)
+    return found
+
+
+def test_saved_configurations(tmp_path: Path) -> None:
+    config = MergeConfig("tofu", r=(8, -1.0))
+    config.save(tmp_path / "merge.json")
+    assert read_method(str(tmp_path / "merge.json")) == read_method(str(tmp_path)) == config
+    assert own_r(config) == (8, -1.0)
+    handle = apply_method(tiny_vit(), str(tmp_path))
+    assert handle.config == config
+    assert apply_method(tiny_vit(), str(tmp_path), r=3, prop_attn=False).config == MergeConfig("tofu", 3, False)
+
+
+def test_a_trained_model_replaces_the_tensors_of_one_copy(tmp_path: Path) -> None:
+    model, other, x = tiny_vit(), tiny_vit(), torch.randn(2, 3, 32, 32)
+    found = _trained(tmp_path / "run", other)
+    assert own_r(found) == 6
+    other.load_state_dict({key: value.half() for key, value in other.state_dict().items()})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    twin = shared_copy(model)
+    handle = apply_method(twin, found)
+    assert handle.config == MergeConfig("tome", r=6, prop_attn=False)
+    assert all(parameter.dtype == torch.float32 for parameter in twin.parameters())
+    with tokenmerge.patched(other, found.config):
+        assert torch.equal(twin(x), other(x))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not torch.equal(twin.head.weight, model.head.weight)
+
+
+def test_a_trained_model_of_another_architecture(tmp_path: Path) -> None:
+    found = _trained(tmp_path / "run", tiny_vit(depth=2))
+    text = (
+        r"model\.safetensors are of another model: 24 tensors differ \(blocks\.2\.attn\.proj\.bias None for \(32,\), "
+    )
+    with pytest.raises(DataError, match=text):
+        apply_method(tiny_vit(depth=4), found)
+    wide = _trained(tmp_path / "wide", tiny_vit(num_classes=3))
+    with pytest.raises(DataError, match=r"2 tensors differ \(head\.bias \(3,\) for \(10,\), head\.weight"):
+        apply_method(tiny_vit(), wide)
+    (tmp_path / "wide" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"cannot read the weights .*model\.safetensors: "):
+        apply_method(tiny_vit(), str(tmp_path / "wide"))
+
+
+def test_auto_gets_the_images_and_others_do_not_look_at_them() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    handle = apply_method(tiny_vit(depth=2), "auto", r=4, calibrate=images)
+    assert handle.calibration is not None and handle.calibration.images == 4
+    assert apply_method(tiny_vit(), "tome", r=4, calibrate=images).calibration is None
+    with pytest.raises(InvalidScheduleError, match="r is missing"):
+        apply_method(tiny_vit(), "auto", calibrate=images)

@@ -15,7 +15,7 @@ from tokenmerge import kernels
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.flops import count
-from tokenmerge.tools.models import find_device, known_size, run_images, shared_copy
+from tokenmerge.tools.models import Method, apply_method, choices_of, find_device, known_size, run_images, shared_copy
 from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory, training_memory
 
 __all__ = ["Bench", "bench"]
@@ -38,7 +38,8 @@ def bench(
     *,
     rs: Sequence[R] = (0, 8, 16),
     batches: Sequence[int] = (1, 8),
-    method: str | tokenmerge.Reduction = "tome",
+    method: Method = "tome",
+    calibrate: torch.Tensor | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     compiled: bool | str = False,
@@ -51,10 +52,11 @@ def bench(
 ) -> Bench:
     """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
 
-    The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. With `compiled`
-    (True, or a mode of `torch.compile`) all variants are compiled. `compare` adds the merged model on the reference
-    kernels, `training` the peak memory of a training step. The model itself is not changed. Raises `UnsupportedError`
-    for a device or dtype that is not there, `DataError` for an input size the model does not take.
+    The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. `method` is
+    anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses, once for each `r`. With
+    `compiled` (True, or a mode of `torch.compile`) all variants are compiled. `compare` adds the merged model on the
+    reference kernels, `training` the peak memory of a training step. The model itself is not changed. Raises
+    `UnsupportedError` for a device or dtype that is not there, `DataError` for an input size the model does not take.
     """
     where = find_device(device)
     if dtype not in DTYPES:
@@ -64,10 +66,11 @@ def bench(
     # a copy: a change of dtype cannot be undone in the caller's model
     model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
     rows = []
-    with tokenmerge.patched(model, method, r=0) as handle:
+    with tokenmerge.patched(model, r=0) as handle:
         size = tuple(input_size or known_size(handle))
     if training:
         model.requires_grad_(True)
+    merged = [_merged(model, method, r, calibrate) for r in rs]
     steps = len(batches) * len(rs)
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
@@ -75,15 +78,15 @@ def bench(
             run_images(model, x[:1])
         for j, r in enumerate(rs):
             inner = _inner_progress(progress, i * len(rs) + j, steps)
-            row = _row(model, method, r, x, rounds, compiled, compare, inner)
-            rows.append({"model": label, **row, **(_training(model, method, r, x) if training else {})})
+            row = _row(model, merged[j], r, x, rounds, compiled, compare, inner)
+            rows.append({"model": label, **row, **(_training(model, merged[j], x) if training else {})})
     about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
-    return Bench(rows, about, _verdicts(rows))
+    return Bench(rows, about, choices_of(zip(rs, merged, strict=True)) + _verdicts(rows))
 
 
 def _row(
     model: nn.Module,
-    method: str | tokenmerge.Reduction,
+    merged: nn.Module,
     r: R,
     x: torch.Tensor,
     rounds: int,
@@ -91,10 +94,10 @@ def _row(
     compare: bool,
     progress: OnProgress | None,
 ) -> dict[str, Any]:
-    merged, bound = _merged(model, method, r), _merged(model, "drop", r)
+    bound = _merged(model, "drop", r)
     variants: dict[str, Any] = {"unmerged": model, "merged": merged, "bound": bound}
     if compare:
-        variants["reference"] = _merged(model, method, r)
+        variants["reference"] = shared_copy(merged)
     if compiled:
         torch._dynamo.reset()
         mode = None if compiled is True else compiled
@@ -116,14 +119,14 @@ def _row(
     }
 
 
-def _training(model: nn.Module, method: str | tokenmerge.Reduction, r: R, x: torch.Tensor) -> dict[str, float]:
-    names = {"training peak MB": _merged(model, method, r), "unmerged training peak MB": model}
+def _training(model: nn.Module, merged: nn.Module, x: torch.Tensor) -> dict[str, float]:
+    names = {"training peak MB": merged, "unmerged training peak MB": model}
     return {name: round(training_memory(variant, x) / 2**20, 1) for name, variant in names.items()}
 
 
-def _merged(model: nn.Module, method: str | tokenmerge.Reduction, r: R) -> nn.Module:
+def _merged(model: nn.Module, method: Method, r: R, calibrate: torch.Tensor | None = None) -> nn.Module:
     twin = shared_copy(model)
-    tokenmerge.patch(twin, method, r=r)
+    apply_method(twin, method, r=r, calibrate=calibrate)
     return twin
 
 

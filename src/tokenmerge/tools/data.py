@@ -12,17 +12,27 @@ from torch.utils.data import DataLoader
 
 import tokenmerge
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.models import known_size
+from tokenmerge.tools.models import known_size, run_images
 
-__all__ = ["FASHION_MNIST", "FashionMNIST", "Folder", "check_source", "normalise", "open_data"]
+__all__ = [
+    "FASHION_MNIST",
+    "FashionMNIST",
+    "Folder",
+    "calibration_images",
+    "check_source",
+    "normalise",
+    "open_data",
+]
 
 FASHION_MNIST = "fashion-mnist"
+_CALIBRATION = 64  # images that "auto" chooses by
 
 
 class FashionMNIST:
     """The bundled test set, normalised for the bundled model: batches of `[B, 1, 28, 28]` and labels `[B]`."""
 
     corrupt: tuple[str, ...] = ()
+    source = FASHION_MNIST
 
     def __init__(self, batch_size: int, limit: int | None = None) -> None:
         from tokenmerge import assets
@@ -57,6 +67,7 @@ class Folder:
     def __init__(self, root: Path, model: nn.Module, batch_size: int, workers: int, limit: int | None = None) -> None:
         _check_amounts(batch_size, limit, workers)
         self.corrupt: list[str] = []
+        self.source, self.batch_size = str(root), batch_size
         dataset, self.classes = _image_folder(root, model)
         count = len(dataset.samples)
         if limit is not None and limit < count:
@@ -90,11 +101,34 @@ def open_data(
     return Folder(Path(source), model, batch_size, workers, limit)
 
 
-def check_source(source: str) -> None:
+def calibration_images(source: str, model: nn.Module) -> Tensor:
+    """Return 64 images for `patch(model, "auto", calibrate=...)`, as the model takes them, `[64, C, H, W]`.
+
+    `"fashion-mnist"`: the first of its training images, never those of the test; a folder: spread over its classes.
+    Raises `DataError` where there are none, or the model does not take them.
+    """
+    check_source(source, "--calibrate")
+    if source == FASHION_MNIST:
+        from tokenmerge import assets
+
+        try:
+            images = normalise(assets.fashion_mnist("train")[0][:_CALIBRATION])
+        except FileNotFoundError as error:
+            raise DataError(f"the training images are not bundled: {error}. Or give a folder of images.") from error
+    else:
+        folder = Folder(Path(source), model, _CALIBRATION, workers=0, limit=_CALIBRATION)
+        images = torch.cat([torch.empty(0), *(batch for batch, _ in folder)])
+        if not len(images):
+            raise DataError(f"none of {len(folder)} images of {source} could be read; the first: {folder.corrupt[0]}.")
+    run_images(model, images[:1].to(next(model.parameters())))
+    return images
+
+
+def check_source(source: str, option: str = "--data") -> None:
     """Raise `DataError` where a data source is no folder, before a model is loaded for it."""
     if source != FASHION_MNIST and not Path(source).is_dir():
         raise DataError(
-            f"no folder {source}: --data takes {FASHION_MNIST!r} or a folder with one sub-folder per class."
+            f"no folder {source}: {option} takes {FASHION_MNIST!r} or a folder with one sub-folder per class."
         )
 
 

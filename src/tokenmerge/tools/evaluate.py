@@ -15,7 +15,7 @@ from tokenmerge.errors import DataError
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.flops import flops
-from tokenmerge.tools.models import find_device, run_images, shared_copy
+from tokenmerge.tools.models import Method, apply_method, choices_of, find_device, run_images, shared_copy
 from tokenmerge.tools.timing import environment
 
 __all__ = ["Evaluation", "evaluate"]
@@ -23,12 +23,13 @@ __all__ = ["Evaluation", "evaluate"]
 
 @dataclass
 class Evaluation:
-    """One row per `r` (the unmerged model is r = 0), the images left out, and what it ran on."""
+    """One row per `r` (the unmerged model is r = 0), the images left out, what "auto" chose, and what it ran on."""
 
     rows: list[dict[str, Any]]
     environment: dict[str, str]
     images: int
     corrupt: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
 
 
 class _Variant:
@@ -53,16 +54,18 @@ def evaluate(
     data: FashionMNIST | Folder,
     *,
     rs: Sequence[R] = (0, 8, 16),
-    method: str | tokenmerge.Reduction = "tome",
-    prop_attn: bool | str = "auto",
+    method: Method = "tome",
+    calibrate: Tensor | None = None,
+    prop_attn: bool | str | None = None,
     device: str = "cpu",
     bound: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Classify every image with every `r`, batch by batch in turn, and with the unmerged model.
 
-    Agreement is the share of images that get the unmerged model's answer. With `bound`, the free bound of each `r` (the
-    same tokens dropped at no cost) is timed beside it. The first batch also warms up, untimed.
+    `method` is anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses. Agreement is
+    the share of images that get the unmerged model's answer. With `bound`, the free bound of each `r` (the same tokens
+    dropped at no cost) is timed beside it. The first batch also warms up, untimed.
     Raises `DataError` where no image could be read.
     """
     where = find_device(device)
@@ -73,7 +76,7 @@ def evaluate(
     for r in rs:
         if r == 0:
             continue
-        variants.append(_Variant(_patched(model, method, r, prop_attn), r))
+        variants.append(_Variant(_patched(model, method, r, prop_attn, calibrate), r))
         if bound:
             bounds[len(variants) - 1] = _Variant(_patched(model, "drop", r, False), r)
     everyone = variants + list(bounds.values())
@@ -92,12 +95,15 @@ def evaluate(
     if shape is None:
         raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
     rows = [_row(variant, variants[0], bounds.get(i), bound, seen, shape) for i, variant in enumerate(variants)]
-    return Evaluation(rows, environment(where), seen, list(data.corrupt))
+    choices = choices_of((variant.r, variant.model) for variant in variants[1:])
+    return Evaluation(rows, environment(where), seen, list(data.corrupt), choices)
 
 
-def _patched(model: nn.Module, method: str | tokenmerge.Reduction, r: R, prop_attn: bool | str) -> nn.Module:
+def _patched(
+    model: nn.Module, method: Method, r: R, prop_attn: bool | str | None, calibrate: Tensor | None = None
+) -> nn.Module:
     twin = shared_copy(model)
-    tokenmerge.patch(twin, method, r=r, prop_attn=prop_attn)
+    apply_method(twin, method, r=r, prop_attn=prop_attn, calibrate=calibrate)
     return twin
 
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
 from tokenmerge.schedule import R
-from tokenmerge.tools.models import answer, known_size, run_images
+from tokenmerge.tools.models import Method, answer, apply_method, known_size, run_images
 from tokenmerge.tools.results import check_writable
 
 __all__ = ["TARGETS", "Exported", "Target", "export", "find_target"]
@@ -48,6 +47,7 @@ class Exported:
     scale: float  # largest entry of eager's answer
     size: int  # bytes, with the files beside it
     notes: list[str]  # what could not be done
+    choice: str = ""  # what "auto" chose and why
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +62,8 @@ class Exported:
             ("checked in", f"{self.engine}: max |difference| from eager {self.difference:.2g} of {self.scale:.3g}"),
             ("could not be done", "; ".join(self.notes) or "-"),
         ]
+        if self.choice:
+            rows.insert(1, ("chosen", self.choice))
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
@@ -69,9 +71,10 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    r: R,
+    r: R | None,
     to: str,
-    method: str | tokenmerge.Reduction | tokenmerge.MergeConfig = "tome",
+    method: Method = "tome",
+    calibrate: Tensor | None = None,
     input_size: Sequence[int] | None = None,
     batch: int | None = None,
     matmul: bool = False,
@@ -82,6 +85,8 @@ def export(
     The file takes `images` `[batch, *input_size]` in float32, of any batch size or only of `batch`, and gives `answer`,
     the first tensor of what the model returns. It is run in its engine on random images before it is put in place: it
     answers as eager does, or `UnsupportedError` is raised and nothing is left. `matmul` merges without a scatter.
+    `method` is anything `read_method` takes or returns (a saved one has an `r` of its own, used where `r` is None),
+    `calibrate` the images by which `"auto"` chooses.
     Raises `UnsupportedError` also where a package is missing or the model cannot be traced, `UnknownNameError` for an
     unknown target, `DataError` for a path that cannot be written or an input size that is missing or does not fit.
     """
@@ -89,10 +94,10 @@ def export(
     _check_request(model, to, batch, opset)
     path = check_writable(path, (target.suffix,))
     traced = _Answering(copy.deepcopy(model).cpu().eval())
-    handle = tokenmerge.patch(traced.model, method, r=r)
+    handle = apply_method(traced.model, method, r=r, calibrate=calibrate)
     size = tuple(input_size or known_size(handle))
     images, expected = _steady_images(traced, size, batch or max(_CHECKED))
-    tokens, notes = handle.tokens, handle.report().limits
+    tokens, report = handle.tokens, handle.report()
     with kernels.force("matmul") if matmul else nullcontext():
         program = _trace(traced, torch.randn(batch or _TRACED, *size), batch)
     try:
@@ -111,7 +116,8 @@ def export(
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}.") from error
     counts = dict(operators.most_common())
-    return Exported(str(path), to, engine, batch, size, tokens, counts, difference, scale, written, notes)
+    found = (tokens, counts, difference, scale, written, report.limits, report.choice)
+    return Exported(str(path), to, engine, batch, size, *found)
 
 
 def find_target(to: str) -> Target:

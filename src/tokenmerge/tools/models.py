@@ -1,20 +1,130 @@
-"""Turn what a user types into a model: the bundled one, a timm name, or a saved module."""
+"""Turn what a user types into a model (the bundled one, a timm name, a saved module) and into a reduction method."""
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge import Handle
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
+import tokenmerge
+from tokenmerge import Handle, MergeConfig, Reduction
+from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.schedule import R
 
-__all__ = ["BUNDLED", "answer", "find_device", "import_timm", "known_size", "load_model", "run_images", "shared_copy"]
+__all__ = [
+    "AUTO",
+    "BUNDLED",
+    "Method",
+    "Trained",
+    "answer",
+    "apply_method",
+    "choices_of",
+    "find_device",
+    "import_timm",
+    "known_size",
+    "load_model",
+    "own_r",
+    "read_method",
+    "run_images",
+    "shared_copy",
+]
 
 BUNDLED = "reference"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A saved configuration, and the weights (.safetensors) of the model that was trained to do with fewer tokens."""
+
+    config: MergeConfig
+    weights: Path
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give a model these weights, as tensors of its own; raises `DataError` where they are of another model."""
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise UnsupportedError("loading weights needs safetensors: pip install safetensors") from error
+        try:
+            state = load_file(self.weights)
+        except Exception as error:  # the format's own errors derive from Exception alone
+            raise DataError(f"cannot read the weights {self.weights}: {error}.") from error
+        own = model.state_dict()
+        expected, found = ({key: tuple(x.shape) for key, x in part.items()} for part in (own, state))
+        different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        if different:
+            shown = ", ".join(f"{key} {found.get(key)} for {expected.get(key)}" for key in different[:3])
+            raise DataError(
+                f"the weights in {self.weights} are of another model: {len(different)} tensors differ ({shown}). Give "
+                "the model that the recipe trained."
+            )
+        # in place of its tensors, not into them: copies of the model share those
+        model.load_state_dict({key: value.to(own[key]) for key, value in state.items()}, assign=True)
+
+
+# a name, a name with options, or what `read_method` makes of them
+Method = str | Reduction | MergeConfig | Trained
+
+
+def read_method(text: str) -> Method:
+    """Return the method that a text names.
+
+    A name that `patch` takes stays what it is; `tome(metric='x')` is a method with options; a `.json` file is a saved
+    configuration; a folder is what recipes/learned.py wrote, `merge.json` and, where training changed the model,
+    `model.safetensors`. Raises `UnknownNameError` for a name or an option that does not exist (with the nearest),
+    `ConfigError` for anything else that cannot be read.
+
+    >>> read_method("tome(metric='x')")
+    ToMe(metric='x', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
+    """
+    if text in (AUTO, *tokenmerge.list_methods()):
+        return text
+    path = Path(text)
+    if path.suffix == ".json":
+        return MergeConfig.load(path)
+    if (text and path.is_dir()) or ("/" in text and "(" not in text):
+        config, weights = MergeConfig.load(path / "merge.json"), path / "model.safetensors"
+        return Trained(config, weights) if weights.is_file() else config
+    if "(" not in text:
+        raise unknown_name("method", text, tokenmerge.list_methods())
+    return _with_options(text)
+
+
+def own_r(method: Method) -> R | None:
+    """Return the `r` that a method was saved with; None for all others."""
+    config = method.config if isinstance(method, Trained) else method
+    return config.r if isinstance(config, MergeConfig) else None
+
+
+def apply_method(
+    model: nn.Module, method: Method, *, r: R | None = None, calibrate: Tensor | None = None, **options: Any
+) -> Handle:
+    """Patch a model, in place, as `tokenmerge.patch` does, by anything that `read_method` takes or returns.
+
+    `calibrate` is what `"auto"` chooses by; other methods do not look at it. A method that was trained together with
+    the model brings the model's weights: they replace this module's tensors, and those of no other that shares them.
+    """
+    if isinstance(method, str):
+        method = read_method(method)
+    if isinstance(method, Trained):
+        method.load_into(model)
+        method = method.config
+    return tokenmerge.patch(model, method, r=r, calibrate=calibrate if method == AUTO else None, **options)
+
+
+def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
+    """Return a sentence for each `r` at which `"auto"` chose what a patched model holds."""
+    found = [(r, tokenmerge.handle_of(model).report().choice) for r, model in reduced]
+    return [f"r = {r}: {choice}" for r, choice in found if choice]
 
 
 def load_model(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
@@ -117,3 +227,48 @@ def known_size(handle: Handle) -> tuple[int, ...]:
             f"{type(handle.model).__qualname__} does not say which input size it takes; give input_size (--input-size)."
         )
     return handle.input_size
+
+
+def _with_options(text: str) -> Reduction:
+    """Read `name(option=value, ...)`."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError
+        name, names = call.func.id, [part.arg for part in call.keywords]
+        if call.args or None in names or len(set(names)) < len(names):
+            raise ValueError
+        given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"{text!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each once, "
+            "by its name and with a plain value, a saved configuration (.json), or a folder that recipes/learned.py "
+            "wrote."
+        ) from error
+    method = type(MergeConfig(name).method)
+    options = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    hints = get_type_hints(method)
+    for option, value in given.items():
+        if option not in options:
+            raise unknown_name(f"option of {name}", option, options)
+        # methods are hashable: what is a list elsewhere is a tuple in them
+        given[option] = value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hints[option]):
+            raise ConfigError(
+                f"option {option} of {name} is {value!r}; it takes {options[option].type}, e.g. its default "
+                f"{options[option].default!r}."
+            )
+    return method(**given)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a value is of an annotated type: a plain one, a union, or a tuple of them."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    return type(value) in ((int, float) if hint is float else (hint,))

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from tokenmerge.errors import DataError
 
-__all__ = ["Progress", "as_csv", "as_markdown", "check_writable", "save_rows", "show"]
+__all__ = ["Progress", "as_csv", "as_html", "as_markdown", "check_writable", "replace_text", "save_rows", "show"]
 
 Row = Mapping[str, Any]
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; padding: 0 1.5em }
+h1 { font-size: 1.4em } img { max-width: 100% } .table { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: nowrap }
+""".strip()
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -37,6 +47,37 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes) -> str:
+    """Return one page that needs no other file: facts as sentences, a picture (PNG), and rows of equal keys."""
+    names = list(rows[0])
+    numeric = {name: all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names}
+
+    def line(cells: Mapping[str, str], tag: str) -> str:
+        style = {name: ' class="number"' if numeric[name] else "" for name in names}
+        return "<tr>" + "".join(f"<{tag}{style[name]}>{escape(cells[name])}</{tag}>" for name in names) + "</tr>"
+
+    lines = [line({name: name for name in names}, "th")]
+    lines += [line({name: _text(row[name]) for name in names}, "td") for row in rows]
+    encoded = base64.b64encode(picture).decode()
+    parts = [
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
+        f"<style>\n{_STYLE}\n</style>\n<h1>{escape(title)}</h1>",
+        *(f"<p>{escape(fact)}</p>" for fact in facts),
+        f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>',
+        '<div class="table"><table>',
+        *lines,
+        "</table></div>\n</html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: whoever is cut off in it leaves the old file whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def check_writable(path: str | Path, kinds: Sequence[str] = (".json", ".csv", ".md")) -> Path:
@@ -86,31 +127,49 @@ def show(rows: Sequence[Row], title: str) -> None:
 
 
 class Progress:
-    """A progress line on stderr: a rich bar on a terminal, else one plain line per step of a tenth."""
+    """A progress line on stderr, with the time left: a rich bar on a terminal, else plain lines.
+
+    A plain line comes with every tenth, and where that takes longer, every minute.
+    """
 
     def __init__(self, label: str) -> None:
         self.label = label
         self._tenth = -1
         self._bar: Any = None
+        self._first: tuple[float, int] | None = None  # when it began, with how much done before
+        self._shown = 0.0
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             try:
                 from rich.console import Console
+                from rich.progress import MofNCompleteColumn
                 from rich.progress import Progress as Bar
             except ImportError:
                 return self
-            self._bar = Bar(console=Console(stderr=True), transient=True)
+            # steps may take minutes: of a shorter period no speed could be told
+            columns = (*Bar.get_default_columns(), MofNCompleteColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=3600)
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=None)
         return self
 
     def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self._first = self._first or (now, done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
-        elif 10 * done // total > self._tenth:
-            self._tenth = 10 * done // total
-            print(f"{self.label}: {done}/{total}", file=sys.stderr, flush=True)
+        elif 10 * done // total > self._tenth or now - self._shown > 60:
+            self._tenth, self._shown = 10 * done // total, now
+            print(f"{self.label}: {done}/{total}{self._left(now, done, total)}", file=sys.stderr, flush=True)
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        assert self._first is not None
+        start, before = self._first
+        seconds = (now - start) / max(1, done - before) * (total - done)
+        if seconds < 10:
+            return ""
+        return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
@@ -121,6 +180,8 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
+        if 0 < abs(value) < 0.01:
+            return f"{value:.2g}"
         decimals = 3 if abs(value) < 10 else 2 if abs(value) <= 100 else 1
         return f"{value:.{decimals}f}"
     return str(value)

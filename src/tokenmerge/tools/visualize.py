@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge.errors import DataError, UnsupportedError
 
-__all__ = ["draw_features", "draw_groups", "plot_tradeoff", "require_viz", "sheet"]
+__all__ = ["draw_features", "draw_groups", "plot_pareto", "plot_tradeoff", "require_viz", "sheet"]
 
 
 def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
@@ -110,6 +110,128 @@ def plot_tradeoff(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None
     axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_pareto(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Save a PNG of top-1 accuracy over the share of MACs and over images per second, a colour and marker per method.
+
+    The first row is the unmerged model; its images per second times the speed-up of each row are drawn, since how fast
+    the machine is differs from row to row. The rows that no other beats in both are joined and named. Where the lowest
+    fifth would take half of the height, those rows are drawn at the lower edge.
+    """
+    require_viz()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = sorted(row["top-1 %"] for row in rows)
+    top, low, fifth = heights[-1], heights[0], heights[len(heights) // 5]
+    low = low if top - low <= 2 * (top - fifth) else min(fifth, rows[0]["top-1 %"])
+    hidden = sum(height < low for height in heights)
+    speed = rows[0]["images/s"]
+    rows = [{**row, "top-1 %": max(low, row["top-1 %"]), "images/s": row["speed-up"] * speed} for row in rows]
+    names = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    figure, panels = pyplot.subplots(1, 2, figsize=(15, 8), sharey=True, layout="constrained")
+    columns = (("MACs share", -1), ("images/s", 1))
+    drawn = [_draw_points(axes, rows, names, *of) for axes, of in zip(panels, columns, strict=True)]
+    panels[0].invert_xaxis()
+    margin = 0.06 * (top - low) or 1.0
+    panels[0].set_ylim(low - margin, top + 2 * margin)
+    below = f"; {hidden} rows below {low:.1f} % lie on the lower edge" if hidden else ""
+    panels[0].set(xlabel="share of the unmerged MACs (less is better)", ylabel="top-1 accuracy (%)")
+    panels[1].set(xlabel="images per second: the unmerged model's times the speed-up (more is better)")
+    figure.supxlabel(f"Points that would cover each other are moved sideways{below}.", fontsize=9)
+    figure.suptitle(_plain(title))
+    handles = [*(drawn[0][1 + next(i for i, row in enumerate(rows[1:]) if row["method"] == name)] for name in names)]
+    figure.legend([*handles, drawn[0][0]], [*map(_plain, names), "unmerged"], loc="outside right upper", fontsize=8)
+    figure.canvas.draw()
+    for axes, points, (column, sign) in zip(panels, drawn, columns, strict=True):
+        front = [row for row in _front(rows, column, sign) if row is not rows[0]]
+        _name_points(axes, front, column, _move_apart(axes, points, [rows.index(row) for row in front]))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_points(axes: Any, rows: Sequence[dict[str, Any]], names: list[str], column: str, sign: int) -> list[Any]:
+    """Draw each row as a point, and the front; returns the points."""
+    unmerged = rows[0]
+    points = list(axes.plot(unmerged[column], unmerged["top-1 %"], "k*", markersize=14, zorder=4))
+    for row in rows[1:]:
+        i = names.index(row["method"])
+        style = {
+            "color": f"C{i % 10}",
+            "marker": "osD^v<>PX*"[i // 10 % 10],
+            "markeredgecolor": "white",
+            "clip_on": False,
+        }
+        points += axes.plot(row[column], row["top-1 %"], linestyle="", markersize=8, **style)
+    front = _front(rows, column, sign)
+    axes.plot([row[column] for row in front], [row["top-1 %"] for row in front], "-", color="gray", zorder=1)
+    axes.axhline(unmerged["top-1 %"], color="black", linestyle="--", linewidth=0.8)
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+    return points
+
+
+def _front(rows: Sequence[dict[str, Any]], column: str, sign: int) -> list[dict[str, Any]]:
+    """Return the rows that no other beats in accuracy and in a column, where more (sign 1) or less (-1) is better.
+
+    Two digits of the column count: rows that were meant to be equal differ a little.
+    """
+    front: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (sign * float(f"{row[column]:.2g}"), row["top-1 %"]), reverse=True):
+        if not front or row["top-1 %"] > front[-1]["top-1 %"]:
+            front.append(row)
+    return front
+
+
+def _move_apart(axes: Any, points: list[Any], fixed: list[int], width: int = 9) -> list[tuple[float, float]]:
+    """Move points sideways until none covers another, the unmerged model and the fixed ones not; returns their pixels.
+
+    Where there are too many the rest stay on each other, near their place.
+    """
+    placed: list[tuple[float, float]] = []
+    for i in sorted(range(len(points)), key=lambda i: i not in (0, *fixed)):
+        x, y = axes.transData.transform(points[i].get_xydata()[0])
+        shifts = [0] if i in (0, *fixed) else [side * step * width for step in range(9) for side in (1, -1)]
+        free = (s for s in shifts if all(abs(x + s - a) >= width or abs(y - b) >= width for a, b in placed))
+        x += next(free, shifts[-1])
+        placed.append((x, y))
+        points[i].set_data(*axes.transData.inverted().transform([(x, y)]).T)
+    return placed
+
+
+def _name_points(
+    axes: Any, named: Sequence[dict[str, Any]], column: str, spots: Sequence[tuple[float, float]], limit: int = 90
+) -> None:
+    """Write the method beside each named point, moved up until it covers no other name and none of the points."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    panel = axes.get_window_extent()
+    for row in named:
+        at = (row[column], row["top-1 %"])
+        # to the side where there is room
+        is_left = axes.transData.transform(at)[0] < panel.x0 + panel.width / 2
+        style = {"ha": "left" if is_left else "right", "fontsize": 8, "in_layout": False}
+        line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5}
+        text = axes.annotate(
+            _plain(f"{row['method']} {row['asked']}"), at, (0, 0), textcoords="offset points", arrowprops=line, **style
+        )
+        for lift in (*range(5, limit, 5), 5):
+            text.set_position((6 if is_left else -6, lift))
+            text.update_positions(axes.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text).padded(1)  # an annotation's own would hold the line
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading a formula."""
+    return text.replace("$", r"\$")
 
 
 def require_viz() -> None:

@@ -1,0 +1,210 @@
+"""Measure reductions of one model on one set of images: answers, MACs, and time beside the free bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.schedule import R
+from tokenmerge.tools.data import FashionMNIST, Folder
+from tokenmerge.tools.flops import Count, count
+from tokenmerge.tools.models import AUTO, Method, answer, apply_method, run_images, shared_copy
+from tokenmerge.tools.timing import interleave
+
+__all__ = ["BOUND", "FIGURES", "Subject"]
+
+BOUND = "drop"  # the method that removes tokens at no cost
+# what is measured, in the order of the table
+FIGURES = (
+    "top-1 %",
+    "agreement %",
+    "KL",
+    "GMACs",
+    "MACs share",
+    "matching GMACs",
+    "images/s",
+    "speed-up",
+    "over bound",
+    "tokens",
+)
+
+
+class Subject:
+    """A model that methods are measured on, its images, and what the unmerged model makes of them.
+
+    `images` are what `"auto"` chooses by. The caller's model moves to the device, and is not changed beyond that.
+    Raises `DataError` for images that cannot be read or do not fit, and where the model is no classifier;
+    `UnsupportedModelError` for a model that no adapter describes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: FashionMNIST | Folder,
+        device: torch.device,
+        *,
+        rounds: int = 10,
+        images: Tensor | None = None,
+    ) -> None:
+        self.model = shared_copy(model.to(device)).eval()  # the caller's may be in training
+        self.data, self.device, self.rounds, self.images = data, device, rounds, images
+        self.dtype = next(model.parameters()).dtype
+        self.corrupt: list[str] = []  # the images left out, as soon as all were read
+        batch = next((images for images, _ in data), None)
+        if batch is None:
+            raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
+        self.batch = batch.to(device, self.dtype)
+        shape = tuple(run_images(self.model, self.batch).shape)
+        if len(shape) != 2:
+            raise DataError(f"the model returns {shape}, not [B, classes]: it is no classifier.")
+        self.size = tuple(batch.shape[1:])
+        with tokenmerge.patched(self.model, r=0) as handle:
+            run_images(self.model, self.batch[:1])
+            self.tokens, self.prefix = handle.tokens, handle.prefix
+        self.macs = count(self.model, self.size).model
+        self._counted: dict[tuple[str, int], int] = {}
+        self._guess: dict[float, int] = {}
+
+    def unmerged(self) -> dict[str, Any]:
+        """Return the figures of the unmerged model."""
+        seen = sum(len(labels) for _, labels in self._answers)
+        hits = sum(int((logits.argmax(dim=1) == labels).sum()) for logits, labels in self._answers)
+        timing = interleave({"unmerged": partial(self.model, self.batch)}, self.device, rounds=self.rounds)["unmerged"]
+        figures = {"r": "0", "top-1 %": round(100 * hits / seen, 2), "agreement %": 100.0, "KL": 0.0}
+        figures |= {"GMACs": round(self.macs / 1e9, 4), "MACs share": 1.0, "matching GMACs": 0.0}
+        figures |= {"images/s": round(len(self.batch) / timing.median, 2), "speed-up": 1.0, "over bound": None}
+        return {**figures, "tokens": self.tokens[-1]}
+
+    def measure(self, method: Method, r: R | None = None, share: float | None = None) -> dict[str, Any]:
+        """Return the figures of a method at `r` (None: its own), or at the smallest constant `r` for a share of MACs.
+
+        `r` is what was used, `note` what `"auto"` chose. The MACs of an adaptive method are those of the free bound
+        with as many tokens per block as were left on average. Raises what `patch` raises, and `UnsupportedError` for
+        a share that cannot be reached.
+        """
+        twin = self._reduced(method, r if share is None else self._smallest_r(method, share))
+        handle = tokenmerge.handle_of(twin)
+        figures, tokens = self._judge(twin)
+        macs, choosing = self._count(twin, tokens)
+        figures |= {"GMACs": round(macs / 1e9, 4), "MACs share": round(macs / self.macs, 4)}
+        figures |= {"matching GMACs": round(choosing / 1e9, 6), **self._time(twin)}
+        left = round(tokens[-1], 1)
+        figures["tokens"] = int(left) if left.is_integer() else left
+        return {"r": str(handle.r), **figures, "note": handle.report().choice}
+
+    def _reduced(self, method: Method, r: R | None) -> nn.Module:
+        twin = shared_copy(self.model)
+        apply_method(twin, method, r=r, calibrate=self.images)
+        return twin
+
+    def _run(self, model: nn.Module, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return answer(model(images.to(self.device, self.dtype))).float()
+
+    @cached_property
+    def _answers(self) -> list[tuple[Tensor, Tensor]]:
+        """The unmerged model's logits and the labels, batch by batch."""
+        found = [(self._run(self.model, images), labels.to(self.device)) for images, labels in self.data]
+        self.corrupt = list(self.data.corrupt)
+        return found
+
+    def _judge(self, model: nn.Module) -> tuple[dict[str, Any], list[float]]:
+        """Return how the answers compare, and the mean tokens left after each block."""
+        handle = tokenmerge.handle_of(model)
+        seen = hits = agreeing = 0
+        divergence, tokens = 0.0, [0.0] * len(self.tokens)
+        answers = self._answers
+        for i, (images, labels) in enumerate(self.data):
+            if i >= len(answers) or len(images) != len(answers[i][0]):
+                raise DataError("the images changed since the unmerged model saw them: run the comparison again.")
+            logits, expected = self._run(model, images), answers[i][0]
+            given = logits.argmax(dim=1)
+            hits += int((given == labels.to(self.device)).sum())
+            agreeing += int((given == expected.argmax(dim=1)).sum())
+            got, wanted = logits.log_softmax(dim=1), expected.log_softmax(dim=1)
+            divergence += nn.functional.kl_div(got, wanted, log_target=True, reduction="sum").item()
+            tokens = [total + left * len(images) for total, left in zip(tokens, handle.tokens, strict=True)]
+            seen += len(images)
+        figures = {
+            "top-1 %": round(100 * hits / seen, 2),
+            "agreement %": round(100 * agreeing / seen, 2),
+            "KL": float(f"{max(0.0, divergence / seen):.4g}"),
+        }
+        return figures, [total / seen for total in tokens]
+
+    def _time(self, model: nn.Module) -> dict[str, float]:
+        """Time the first batch: unmerged, merged, and at the free bound with the very same tokens per block."""
+        self._run(model, self.batch)
+        left = tokenmerge.handle_of(model).tokens
+        bound = self._reduced(BOUND, self._amounts(left))
+        self._run(bound, self.batch)
+        if tokenmerge.handle_of(bound).tokens != left:
+            raise UnsupportedError(
+                "the free bound cannot drop tokens where this model merges them: no time to compare."
+            )
+        models = {"unmerged": self.model, "merged": model, "bound": bound}
+        timings = interleave(
+            {name: partial(m, self.batch) for name, m in models.items()}, self.device, rounds=self.rounds
+        )
+        return {
+            "images/s": round(len(self.batch) / timings["merged"].median, 2),
+            "speed-up": round(timings["unmerged"].over(timings["merged"]), 3),
+            "over bound": round(timings["merged"].over(timings["bound"]), 3),
+        }
+
+    def _count(self, model: nn.Module, left: Sequence[float]) -> Count:
+        """Return the MACs of a reduced model that leaves these tokens after its blocks."""
+        if not tokenmerge.handle_of(model).config.method.is_adaptive:
+            return count(model, self.size)
+        amounts = self._amounts(left)
+        bound, probe = self._reduced(BOUND, amounts), shared_copy(model)
+        # without values an adaptive method removes just r
+        tokenmerge.handle_of(probe).r = amounts
+        macs, whole = count(bound, self.size).model, count(probe, self.size)
+        # a merge by a product is no part of the bound
+        return Count(macs, whole.matching + max(0, whole.model - macs))
+
+    def _amounts(self, left: Sequence[float]) -> list[int]:
+        """Return how many tokens each block removes where these are left after it."""
+        after = [round(n) for n in left]
+        added = [0, *(n - before for before, n in pairwise(self.tokens))]  # by the model itself
+        before = [self.tokens[0], *after[:-1]]
+        return [n + more - rest for n, more, rest in zip(before, added, after, strict=True)]
+
+    def _smallest_r(self, method: Method, share: float) -> int:
+        """Return the smallest constant `r` with at most this share of the unmerged MACs: for `"auto"` that of tome.
+
+        How many tokens an adaptive method leaves is measured on the first batch.
+        """
+        plain = "tome" if method == AUTO else method
+        assert isinstance(plain, (str, tokenmerge.Reduction))
+        largest = tokenmerge.MergeConfig(plain).method.largest_r(self.tokens[0], self.prefix)
+        guess = self._guess.get(share, 0)
+        near = [guess, guess - 1]
+        low, high = 0, largest + 1  # more than the share is left at `low`, and no r is as large as `high` was at first
+        while high - low > 1:
+            r = next((r for r in near if low < r < high), (low + high) // 2)
+            low, high = (low, r) if self._macs_at(plain, r) <= share * self.macs else (r, high)
+        if high > largest:
+            kept = self._macs_at(plain, largest) / self.macs
+            raise UnsupportedError(
+                f"cannot reach {share:g} of the MACs: at its largest r ({largest}) it keeps {kept:.3g}."
+            )
+        self._guess[share] = high
+        return high
+
+    def _macs_at(self, method: Method, r: int) -> int:
+        key = (repr(method), r)
+        if key not in self._counted:
+            twin = self._reduced(method, r)
+            if tokenmerge.handle_of(twin).config.method.is_adaptive:
+                self._run(twin, self.batch)
+            self._counted[key] = self._count(twin, tokenmerge.handle_of(twin).tokens).model
+        return self._counted[key]
