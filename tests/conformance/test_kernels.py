@@ -284,3 +284,17 @@ def test_zero_vectors_do_not_poison_the_match() -> None:
     metric[0, 4] = 0
     best, _ = kernels.match(metric, slice(0, 20, 2), slice(1, 20, 2))
     assert best.isfinite().all() and best[0, 2] == 0
+
+
+@pytest.mark.parametrize("name", ["columns", "values", "reference"])
+def test_a_learned_bias_gets_its_gradient_whatever_is_forced(name: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 9, 8).unbind()
+    bias = torch.randn(2, 9, requires_grad=True)
+    with kernels.force(name):
+        out = kernels.attend(q, k, v, bias)
+    (gradient,) = torch.autograd.grad(out.square().sum(), bias)
+    plain = bias.detach().clone().requires_grad_()
+    scores = q @ k.mT / 8**0.5 + plain[:, None, None]
+    (expected,) = torch.autograd.grad((scores.softmax(dim=-1) @ v).square().sum(), plain)
+    torch.testing.assert_close(gradient, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import third_opinion
 import tokenmerge
 from helpers import assert_close, bound_attributes, randomised, tiny_vit
-from tokenmerge import matching
+from tokenmerge import assets, matching
 from tokenmerge import plan as plans
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.methods import DTEM, LTMP, AdaViT, AViT, DynamicViT, Learned, SPViT, TokenLearner, learned
@@ -40,6 +41,7 @@ MASKING = [method for method in METHODS if not isinstance(method, (TokenLearner,
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 every_masking = pytest.mark.parametrize("method", MASKING, ids=lambda method: method.name)
 IMAGES = (2, 3, 32, 32)
+TRAINED = sorted((Path(__file__).parents[2] / "benchmarks" / "models" / "learned").glob("*/merge.json"))
 
 
 def _patched(method: Learned, r: Any = R, **options: Any) -> tuple[nn.Module, tokenmerge.Handle]:
@@ -174,6 +176,28 @@ def test_weights_travel(method: Learned, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"the weights of {method.name} in .* are of another model or r: .*\("):
         tokenmerge.patch(other, config, r=[8, 7] if isinstance(method, (AViT, LTMP)) else R)
     assert not bound_attributes(other) and "tokenmerge_modules" not in dict(other.named_children())
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.parent.name)
+def test_what_was_trained_is_as_good_as_its_log_says(path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model, weights = assets.reference_model(), path.with_name("model.safetensors")
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+    handle = tokenmerge.patch(model, tokenmerge.MergeConfig.load(path))
+    logged = json.loads(path.with_name("training_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    images, labels = assets.fashion_mnist("test")
+    images = (images[:100, None].float() / 255 - assets.MEAN) / assets.STD
+    right, tokens = 0, []
+    with torch.inference_mode():
+        for batch, answers in zip(images.split(1), labels[:100].split(1), strict=True):
+            right += int((model(batch).argmax(-1) == answers).sum())
+            tokens.append(sum(handle.tokens) / 12)
+    assert logged["split"] == "test" and logged["tokens"] < 0.75 * 197
+    assert right / 100 > logged["accuracy"] - 0.08
+    # the mean over other images differs where their number counts
+    assert np.mean(tokens) == pytest.approx(logged["tokens"], rel=0.1 if handle.config.method.is_adaptive else 1e-9)
 
 
 @every_method
@@ -538,19 +562,41 @@ def test_avit_collects_scores_and_mixes_class_tokens() -> None:
 
 
 def test_avit_wants_the_depths_it_is_told() -> None:
-    def prior(means: list[float]) -> float:
+    def prior(spent: list[float]) -> float:
         ones = torch.ones(1, 3)
         notes = {
-            at: {"here": ones, "steps": ones, "rest": ones, "mean": torch.tensor(mean), "depth": at / 9, "blocks": 9}
-            for at, mean in zip((5, 6, 7), means, strict=True)
+            at: {"here": ones, "steps": ones, "rest": ones, "spent": torch.tensor(share), "depth": at / 9, "blocks": 9}
+            for at, share in zip((5, 6, 7), spent, strict=True)
         }
         return float(AViT("new", target=6 / 9, ponder_weight=0.0).loss(notes))
 
-    bell = [math.exp(-0.5), 1.0, math.exp(-0.5)]
-    assert prior(bell) == pytest.approx(0.0, abs=1e-6) and prior([2 * mean for mean in bell]) == pytest.approx(
-        0, abs=1e-6
-    )
-    assert prior([0.5, 0.5, 0.5]) > 0 and prior([1.0, 0.1, 0.1]) > prior([0.5, 0.5, 0.5])
+    # the fourth is the end of the model, three blocks behind the target
+    bell = np.array([math.exp(-0.5), 1.0, math.exp(-0.5), math.exp(-4.5)])
+    wanted = bell / bell.sum()
+    assert prior(wanted[:3].tolist()) == pytest.approx(0.0, abs=1e-6)
+    for spent in ([0.3, 0.3, 0.3, 0.1], [0.9, 0.05, 0.04, 0.01], [*(0.1 * wanted[:3]), 1 - 0.1 * wanted[:3].sum()]):
+        expected = 0.1 * float((np.array(spent) * np.log(np.array(spent) / wanted)).sum())
+        assert prior(spent[:3]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_avit_spends_one_per_token() -> None:
+    """In every block a score, the rest at the block that halts, nothing after."""
+    model, handle = _patched(AViT("new", gamma=2.0, beta=-0.5))
+    with torch.no_grad():
+        model.train()(torch.randn(IMAGES))
+    notes = [note for _, note in sorted(_memory(handle).items()) if "spent" in note]
+    scores = np.diff(np.stack([np.zeros((2, 65)), *(note["sum"].numpy() for note in notes)]), axis=0)
+    spent = np.zeros((3, 2, 64))
+    for image in range(2):
+        for token in range(64):
+            total = 0.0
+            for layer in range(3):
+                score = scores[layer, image, token + 1]
+                if total < 0.99:
+                    spent[layer, image, token] = 1 - total if total + score >= 0.99 else score
+                total += score
+    assert (spent.sum(axis=0) <= 1 + 1e-6).all() and (spent[1] > 0).any() and (spent[2] == 0).any()
+    assert [float(note["spent"]) for note in notes] == pytest.approx(spent.mean(axis=(1, 2)), abs=1e-5)
 
 
 def test_adavit_gates_switch_sublayers() -> None:
@@ -569,6 +615,28 @@ def test_adavit_gates_switch_sublayers() -> None:
             x = x + block.attn(block.norm1(x)) * (attention > 0)
             assert_close(out, x + block.mlp(block.norm2(x)) * (mlp > 0))
     assert handle.tokens == [65] * 4  # no patch was to go
+
+
+def test_adavit_cannot_meet_its_budget_by_chance() -> None:
+    """What is drawn differs from what is decided; the loss and its gradients are of the latter."""
+    model, handle = _patched(AdaViT("new"), r=[16, 16])
+    seen: list[tuple[Tensor, Tensor]] = []
+    for decision in model.tokenmerge_modules.values():
+        nn.init.zeros_(decision.patch.bias)
+        decision.register_forward_hook(lambda module, args, out: seen.append(out))
+    model.train()(torch.randn(IMAGES))
+    first, second = (patches[:, 1:] >= 0 for patches, _ in seen)
+    ratios = [first.float().mean(1), (first & second).float().mean(1)]
+    notes = [note for _, note in sorted(_memory(handle).items()) if "ratio" in note]
+    for note, ratio in zip(notes, ratios, strict=True):
+        assert_close(note["ratio"], ratio)
+        assert not torch.allclose(note["share"].sum(1) / 64, ratio)
+    used = torch.cat([sublayers >= 0 for _, sublayers in seen], dim=1).float().mean(1)
+    expected = sum((ratio - target).square().mean() for ratio, target in zip(ratios, (0.75, 0.5), strict=True)) / 2
+    assert_close(handle.loss(), 2.0 * (expected + (used - 0.9).square().mean()))
+    handle.loss().backward()
+    for decision in model.tokenmerge_modules.values():
+        assert decision.patch.bias.grad.abs() > 0
 
 
 def test_adaptive_methods_take_what_the_batch_allows() -> None:

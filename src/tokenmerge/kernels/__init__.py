@@ -142,8 +142,12 @@ def merge(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """Attention `[B, H, N, D]` whose scores get a bias per key, `[B, N]`."""
-    out: Tensor = select("attend", q).run(q, k, v, bias, scale)
+    """Attention `[B, H, N, D]` whose scores get a bias per key, `[B, N]`.
+
+    A bias that is learned through takes the reference: no other version gives it a gradient.
+    """
+    kernel = TABLE["attend"][-1] if bias.requires_grad else select("attend", q)
+    out: Tensor = kernel.run(q, k, v, bias, scale)
     return out
 
 

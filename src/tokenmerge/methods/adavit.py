@@ -14,12 +14,14 @@ from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
     drawn,
+    latest,
     module_of,
     note_left,
     noted,
     ratio_loss,
     restricted,
     share_of,
+    straight_through,
 )
 
 __all__ = ["AdaViT"]
@@ -34,7 +36,8 @@ class AdaViT(Learned):
     `temperature` is that of the Gumbel-sigmoid. Ada-DeiT-S has 77.3 % at 2.3 GMACs in the paper (79.8 at 4.6).
     Differs from the paper: patches go between attention and MLP and are gone for all blocks after; a sublayer that is
     off adds nothing but is still computed, so only patches save time; there are no gates for heads, which are added up
-    before the place where tokens go; of a batch every image loses as many patches as the one that wants least.
+    before the place where tokens go; the budget counts decisions as inference makes them, not as they are drawn; of a
+    batch every image loses as many patches as the one that wants least.
     """
 
     name: ClassVar[str] = "adavit"
@@ -59,6 +62,10 @@ class AdaViT(Learned):
             mask = restricted(view, drawn(patches, self.temperature))
             gates = drawn(sublayers, self.temperature)
             note, masked = note_left(view, self, r, share * mask), MaskedPlan.of(mask)
+            # the budget counts what inference would keep: drawn, it could be met by chance alone, and nothing would go
+            sure = latest(view.memory, view.layer, "sure", share) * _decided(patches)
+            note |= {"sure": sure, "ratio": sure.sum(dim=1) / (sure.shape[1] - view.prefix)}
+            note["used"] = _decided(sublayers)
             found = _GatedPlan(masked.keep, masked.src, masked.dst, masked.n, masked.mask, gates[:, 0])
         else:
             gates, note = (sublayers >= 0).float(), {}
@@ -84,9 +91,14 @@ class AdaViT(Learned):
         return before + (x - before) * gate.to(x.dtype)
 
     def loss(self, memory: dict[int, Any]) -> Tensor:
-        used = torch.cat(noted(memory, "gates"), dim=1).mean(dim=1)  # [B]
+        used = torch.cat(noted(memory, "used"), dim=1).mean(dim=1)  # [B]
         loss: Tensor = self.budget_weight * (ratio_loss(memory) + (used - self.usage).square().mean())
         return loss
+
+
+def _decided(logit: Tensor) -> Tensor:
+    """Return the decisions without the draw, straight through."""
+    return straight_through((logit >= 0).to(logit.dtype), logit.sigmoid())
 
 
 @dataclass(frozen=True, eq=False)

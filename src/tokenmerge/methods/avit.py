@@ -23,11 +23,13 @@ class AViT(Learned):
     The score is sigmoid(`gamma` * first channel + `beta`), two scalars that all blocks share and learn from here; a
     token halts at 1 - `epsilon`. Every block that `r` names scores; `r` is the most it removes, and training does not
     depend on it. The class token that leaves the last block is the mean of its states by the class token's own scores.
-    The loss is `ponder_weight` times the mean halting depth, and `prior_weight` times the divergence of the scores per
-    depth from a Gaussian of width 1 around `target` (a share of the depth). Needs training of the whole model, and a
-    class token. DeiT-S has 78.6 % in the paper (79.8 without), 38 % faster.
+    The loss is `ponder_weight` times the mean halting depth, and `prior_weight` times the divergence of what tokens
+    spend of their one per depth (what is left of it at the end) from a Gaussian of width 1 around `target` (a share of
+    the depth). Needs training of the whole model, and a class token. DeiT-S has 78.6 % in the paper (79.8 without),
+    38 % faster.
     Differs from the paper: scores are read between attention and MLP, tokens go before the MLP, and of a batch every
-    image loses as many tokens as the one that wants least: the others' halted tokens stay visible.
+    image loses as many tokens as the one that wants least: the others' halted tokens stay visible; the prior is over
+    what is spent and not over scores made to sum to one, which could shrink at no cost until nothing halts.
     """
 
     name: ClassVar[str] = "avit"
@@ -57,7 +59,8 @@ class AViT(Learned):
         total, runs = before + score, before < 1 - self.epsilon
         halts = total >= 1 - self.epsilon
         # the step at which a token halts counts for all that is missing to one
-        note = {"sum": total, "step": torch.where(runs, torch.where(halts, 1 - before, score), none)[:, 0]}
+        step = torch.where(runs, torch.where(halts, 1 - before, score), none)  # [B, N]
+        note = {"sum": total, "step": step[:, 0]}
         if halting.training:
             share = share_of(view)
             mask = restricted(view, (~halts).float())
@@ -65,9 +68,9 @@ class AViT(Learned):
             rest = torch.where(runs, 1 - before, latest(view.memory, view.layer, "rest", none))
             steps = latest(view.memory, view.layer, "steps", none) + running
             here = latest(view.memory, view.layer, "here", share)
-            mean = (score * running).sum() / here.sum().clamp_min(1.0)
+            spent = (step * here).sum() / here.sum().clamp_min(1.0)
             note |= {"share": share * mask, "rest": rest, "steps": steps, "here": here}
-            note |= {"mean": mean, "depth": (view.layer + 1) / view.depth, "blocks": view.depth}
+            note |= {"spent": spent, "depth": (view.layer + 1) / view.depth, "blocks": view.depth}
             found: AnyPlan = MaskedPlan.of(mask)
         else:
             wants = halts if view.valid is None else halts | ~view.valid
@@ -94,11 +97,12 @@ class AViT(Learned):
     def loss(self, memory: dict[int, Any]) -> Tensor:
         here = noted(memory, "here")[-1]
         ponder = ((noted(memory, "steps")[-1] + noted(memory, "rest")[-1]) * here).sum() / here.sum().clamp_min(1.0)
-        depths = torch.tensor(noted(memory, "depth"), device=here.device)
+        # what a token has not spent when the scores end counts for the end of the model: scores near 0 cost, too
+        depths = torch.tensor([*noted(memory, "depth"), 1.0], device=here.device)
         wanted = (-0.5 * ((depths - self.target) * noted(memory, "blocks")[-1]).square()).log_softmax(dim=0)
-        found = torch.stack(noted(memory, "mean")).clamp_min(1e-12)
-        found = found / found.sum()
-        loss: Tensor = self.ponder_weight * ponder + self.prior_weight * (found * (found.log() - wanted)).sum()
+        spent = torch.stack(noted(memory, "spent"))
+        spent = torch.cat((spent, 1 - spent.sum(dim=0, keepdim=True))).clamp_min(1e-12)
+        loss: Tensor = self.ponder_weight * ponder + self.prior_weight * (spent * (spent.log() - wanted)).sum()
         return loss
 
 
