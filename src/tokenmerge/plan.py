@@ -48,7 +48,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class WeightedPlan(Plan):
-    """A plan whose groups are averaged by more than their sizes: see `merge_by`."""
+    """A plan whose groups are averaged by any positive weights, which their sizes are part of or not."""
 
     weight: Tensor  # [B, N]
 
@@ -86,9 +86,14 @@ def merge_weighted(
     size: Tensor | None = None,  # [B, N]
     branch: Tensor | None = None,  # [B, N, C]
 ) -> tuple[Tensor, Tensor]:
-    """Combine each group of `x + branch` as its size-weighted mean: `[B, M, C]` and the new sizes `[B, M]`."""
+    """Combine each group of `x + branch` as its mean by size, or by the plan's own weights: `[B, M, C]` and `[B, M]`.
+
+    The new sizes are the sums of the groups' sizes.
+    """
     if isinstance(plan, MatrixPlan):
         return _mix(plan, x if branch is None else x + branch, size)
+    if isinstance(plan, WeightedPlan):
+        return merge_by(plan, x, plan.weight, size, branch)
     return kernels.merge(x, size, plan.keep, plan.src, plan.dst, branch)
 
 

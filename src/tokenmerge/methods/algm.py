@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, batch_count, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ALGM"]
@@ -35,12 +35,9 @@ class ALGM(Reduction):
     threshold: float = 0.88
     metric: str = "k"
 
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric) | {"places"}
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"places"}
 
     def plan(self, view: TokenView, r: int) -> Plan:
         unit = matching.unit(getattr(view, self.metric))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, batch_count, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ATM"]
@@ -37,13 +37,6 @@ class ATM(Reduction):
     beta: float = 0.02
     floor: float = 0.7
     distinctive: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric)
 
     def threshold(self, layer: int) -> float:
         """Return what cosines must be above in a block, counted from 0.

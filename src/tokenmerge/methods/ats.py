@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import POSITIVE, SCORES, Reduction, TokenView, batch_count, check_choice
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ATS"]
@@ -33,6 +33,7 @@ class ATS(Reduction):
     """
 
     name: ClassVar[str] = "ats"
+    choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
     is_adaptive: ClassVar[bool] = True
 
@@ -40,13 +41,9 @@ class ATS(Reduction):
     score: str = "class_value"
 
     def __post_init__(self) -> None:
-        check_choice(self, "score", POSITIVE)
+        super().__post_init__()
         if self.samples is not None and not 0 < self.samples <= 1:
             raise UnsupportedError(f"ATS samples is {self.samples!r}: give a share of the tokens above 0, at most 1.")
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return SCORES[self.score]
 
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)

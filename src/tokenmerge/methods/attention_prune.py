@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenmerge import matching
-from tokenmerge.methods.base import SCORES, Reduction, TokenView, check_choice
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["AttentionPrune"]
@@ -25,13 +25,6 @@ class AttentionPrune(Reduction):
     is_proportional: ClassVar[bool] = False
 
     score: str = "class"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "score", SCORES)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return SCORES[self.score]
 
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,12 +19,11 @@ __all__ = [
     "METRICS",
     "POSITIVE",
     "SCORES",
+    "Choices",
     "ModelShape",
     "Reduction",
     "TokenView",
     "batch_count",
-    "check_choice",
-    "needs_of",
 ]
 
 # what tokens may be compared by: keys, queries, values, the tokens after the attention, the block's input
@@ -41,6 +40,7 @@ SCORES: dict[str, frozenset[str]] = {
 }
 # those of them that tokens can be weighed by
 POSITIVE = tuple(name for name in SCORES if name != "entropy")
+Choices = Mapping[str, Iterable[str]]  # the values an option may have, by its name
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +122,34 @@ class ModelShape:
 class Reduction(ABC):
     """A way to make fewer tokens of many: a frozen dataclass whose fields are its options.
 
-    `needs` names what it must be shown: any of `"q"`, `"k"`, `"v"` of the attention, `"class"` (the model has a class
-    token, in front), `"places"` (where on the input each token lies), or nothing.
+    Raises `UnknownNameError` for a value that an option does not have.
     """
 
     name: ClassVar[str]
-    needs: frozenset[str] = frozenset()
+    # the values of options that have a few; `metric` and `score` may be all there are unless named here
+    choices: ClassVar[Choices] = {}
     # whether the paper adds log(size) to attention scores: what prop_attn="auto" means
     is_proportional: ClassVar[bool] = True
     # how many tokens go depends on the images: `r` is the most, and what is removed when compiled or exported
     is_adaptive: ClassVar[bool] = False
     # `after_mlp` is to be called
     follows_mlp: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for option, allowed in {"metric": METRICS, "score": SCORES, **self.choices}.items():
+            value = getattr(self, option, None)
+            if value is not None and value not in allowed:
+                raise unknown_name(f"{type(self).__name__} {option}", str(value), allowed)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the method must be shown: any of `"q"`, `"k"`, `"v"` of the attention, `"class"` and `"places"`.
+
+        `"class"`: the model has a class token, in front; `"places"`: where on the input each token lies. By default
+        what the options `metric` and `score` take, where a method has them.
+        """
+        metric, score = getattr(self, "metric", "x"), getattr(self, "score", "norm")
+        return (frozenset({metric}) & {"q", "k", "v"}) | SCORES[score]
 
     @abstractmethod
     def plan(self, view: TokenView, r: int) -> AnyPlan:
@@ -176,19 +192,3 @@ def batch_count(wanted: Tensor, r: int) -> int:  # [B]
     if torch.compiler.is_compiling() or wanted.is_meta:
         return r
     return max(0, min(r, int(wanted.min())))
-
-
-def check_choice(method: Reduction, option: str, choices: Iterable[str]) -> None:
-    """Raise `UnknownNameError` where an option of the method has none of the values it may have."""
-    value, choices = getattr(method, option), list(choices)
-    if value not in choices:
-        raise unknown_name(f"{type(method).__name__} {option}", str(value), choices)
-
-
-def needs_of(metric: str = "x", score: str = "norm") -> frozenset[str]:
-    """Return what a method must be shown that compares by this metric and ranks by this score.
-
-    >>> sorted(needs_of("k", "class"))
-    ['class', 'k', 'q']
-    """
-    return (frozenset({metric}) & {"q", "k", "v"}) | SCORES[score]

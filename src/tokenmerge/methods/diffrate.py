@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenmerge import matching
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import METRICS, SCORES, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import AnyPlan, Plan
 
 __all__ = ["DiffRate"]
@@ -40,17 +40,12 @@ class DiffRate(Reduction):
     score: str = "class"
 
     def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-        check_choice(self, "score", SCORES)
+        super().__post_init__()
         shown = self.prune if isinstance(self.prune, tuple) else (self.prune, 1 - self.prune)
         if min(shown, default=0) < 0:
             raise UnsupportedError(
                 f"DiffRate prune is {self.prune!r}: give a share from 0 to 1, or a tuple of counts of 0 and more."
             )
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric, self.score)
 
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)

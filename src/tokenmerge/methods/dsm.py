@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["DSM"]
@@ -33,12 +33,9 @@ class DSM(Reduction):
     windowed: int = 4
     metric: str = "k"
 
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric) | {"places"}
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"places"}
 
     def plan(self, view: TokenView, r: int) -> Plan:
         memory = {} if view.memory is None else view.memory

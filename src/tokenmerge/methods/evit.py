@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge import plan as plans
-from tokenmerge.methods.base import POSITIVE, SCORES, Reduction, TokenView, check_choice
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
 from tokenmerge.plan import Plan, WeightedPlan
 
 __all__ = ["EViT"]
@@ -29,17 +27,11 @@ class EViT(Reduction):
     """
 
     name: ClassVar[str] = "evit"
+    choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
 
     score: str = "class"
     fuse: bool = True
-
-    def __post_init__(self) -> None:
-        check_choice(self, "score", POSITIVE)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return SCORES[self.score]
 
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)
@@ -56,10 +48,3 @@ class EViT(Reduction):
         # relative to the best of the fused, so that shares of attention near 0 are no trouble
         weight = score.clamp_min(0) / score.gather(1, lead).clamp_min(1e-30)
         return WeightedPlan(keep, src, torch.full_like(src, keep.shape[1] - 1), n, weight)
-
-    def merge(
-        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        if not self.fuse:
-            return plans.merge_weighted(plan, x, size, branch)
-        return plans.merge_by(plan, x, plan.weight, size, branch)

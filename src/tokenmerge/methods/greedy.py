@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["Greedy"]
@@ -26,13 +26,6 @@ class Greedy(Reduction):
     name: ClassVar[str] = "greedy"
 
     metric: str = "k"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         unit = matching.unit(getattr(view, self.metric))[:, view.prefix :]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import Reduction, TokenView, check_choice
+from tokenmerge.methods.base import Choices, Reduction, TokenView
 from tokenmerge.plan import MatrixPlan
 
 __all__ = ["GTP", "GTPPlan"]
@@ -38,18 +38,15 @@ class GTP(Reduction):
     """
 
     name: ClassVar[str] = "gtp"
+    choices: ClassVar[Choices] = {"graph": ("mixed", "spatial", "semantic"), "heads": ("max", "mean")}
 
     graph: str = "mixed"
     neighbours: int = 8
     alpha: float = 0.2
     heads: str = "max"
 
-    def __post_init__(self) -> None:
-        check_choice(self, "graph", ("mixed", "spatial", "semantic"))
-        check_choice(self, "heads", ("max", "mean"))
-
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return frozenset({"q", "k"} if self.graph == "semantic" else {"q", "k", "places"})
 
     def largest_r(self, n: int, prefix: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, batch_count, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView, batch_count
 from tokenmerge.plan import MatrixPlan
 
 __all__ = ["MaMe"]
@@ -35,13 +35,6 @@ class MaMe(Reduction):
 
     metric: str = "x"
     tau: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric)
 
     def plan(self, view: TokenView, r: int) -> MatrixPlan:
         unit = matching.unit(getattr(view, self.metric))

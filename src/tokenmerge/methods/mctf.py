@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, POSITIVE, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
 from tokenmerge.plan import WeightedPlan
 
 __all__ = ["MCTF"]
@@ -31,20 +30,13 @@ class MCTF(Reduction):
     """
 
     name: ClassVar[str] = "mctf"
+    choices: ClassVar[Choices] = {"score": POSITIVE}
 
     metric: str = "x"
     score: str = "received"
     tau_sim: float = 1.0
     tau_info: float = 20.0
     tau_size: float = 40.0
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-        check_choice(self, "score", POSITIVE)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric, self.score)
 
     def plan(self, view: TokenView, r: int) -> WeightedPlan:
         unit = matching.unit(getattr(view, self.metric))
@@ -64,13 +56,9 @@ class MCTF(Reduction):
         places = torch.arange(n, device=unit.device)
         src, into = _both_ways(attraction, r, places[side_a], places[side_b])
         plan = matching.absorb(src, into, n)
-        return WeightedPlan(plan.keep, plan.src, plan.dst, n, importance)
-
-    def merge(
-        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        weight = plan.weight if size is None else plan.weight * size
-        return plans.merge_by(plan, x, weight, size, branch)
+        return WeightedPlan(
+            plan.keep, plan.src, plan.dst, n, importance if view.size is None else importance * view.size
+        )
 
 
 def _both_ways(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, batch_count, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["MPM"]
@@ -35,13 +35,6 @@ class MPM(Reduction):
     is_adaptive: ClassVar[bool] = True
 
     metric: str = "x"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         unit = matching.unit(getattr(view, self.metric))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["PiToMe"]
@@ -36,13 +36,6 @@ class PiToMe(Reduction):
     metric: str = "k"
     margin: float = 0.9
     alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         unit = matching.unit(getattr(view, self.metric))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Choices, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["PPT"]
@@ -32,18 +32,11 @@ class PPT(Reduction):
     """
 
     name: ClassVar[str] = "ppt"
+    choices: ClassVar[Choices] = {"score": _SCORES}
 
     threshold: float = 7e-5
     metric: str = "k"
     score: str = "class_value"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-        check_choice(self, "score", _SCORES)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric, self.score)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         """Return a plan whose `dst` is -1 in images that drop their `src`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Choices, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ToFu", "ToFuPlan"]
@@ -37,18 +37,11 @@ class ToFu(Reduction):
     """
 
     name: ClassVar[str] = "tofu"
+    choices: ClassVar[Choices] = {"combine": ("mlerp", "average")}
 
     metric: str = "k"
     early: float = 0.5
     combine: str = "mlerp"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-        check_choice(self, "combine", ("mlerp", "average"))
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric)
 
     def plan(self, view: TokenView, r: int) -> ToFuPlan:
         pairs = matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import POSITIVE, SCORES, Reduction, TokenView, check_choice
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
 from tokenmerge.plan import Plan, WeightedPlan
 
 __all__ = ["TokenPooling"]
@@ -31,21 +31,17 @@ class TokenPooling(Reduction):
     """
 
     name: ClassVar[str] = "token_pooling"
+    choices: ClassVar[Choices] = {
+        "algorithm": ("kmeans", "kmedoids"),
+        "weight": ("significance", "none"),
+        "score": POSITIVE,
+    }
     is_proportional: ClassVar[bool] = False
 
     algorithm: str = "kmeans"
     iterations: int = 5
     weight: str = "significance"
     score: str = "received"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "algorithm", ("kmeans", "kmedoids"))
-        check_choice(self, "weight", ("significance", "none"))
-        check_choice(self, "score", POSITIVE)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return SCORES[self.score]
 
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)
@@ -60,7 +56,7 @@ class TokenPooling(Reduction):
             tokens, mass[:, prefix:], first, self.iterations, self.algorithm == "kmedoids", valid
         )
         plan = _grouped(label, distance, first.shape[1], prefix, valid)
-        return WeightedPlan(plan.keep, plan.src, plan.dst, plan.n, weight)
+        return WeightedPlan(plan.keep, plan.src, plan.dst, plan.n, mass)
 
     def merge(
         self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
@@ -68,7 +64,7 @@ class TokenPooling(Reduction):
         if self.algorithm == "kmedoids":
             x = x if branch is None else x + branch
             return _rows(x, plan.keep), plans.merged_size(plan, x, size)
-        return plans.merge_by(plan, x, plan.weight if size is None else plan.weight * size, size, branch)
+        return plans.merge_weighted(plan, x, size, branch)
 
 
 def _clusters(

@@ -9,18 +9,10 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice
+from tokenmerge.methods.base import Choices, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMe"]
-
-_CHOICES = {
-    "metric": METRICS,
-    "heads": matching.HEADS,
-    "distance": matching.DISTANCES,
-    "combine": ("weighted", "average", "max", "keep_one"),
-    "partition": matching.PARTITIONS,
-}
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,12 @@ class ToMe(Reduction):
     """
 
     name: ClassVar[str] = "tome"
+    choices: ClassVar[Choices] = {
+        "heads": matching.HEADS,
+        "distance": matching.DISTANCES,
+        "combine": ("weighted", "average", "max", "keep_one"),
+        "partition": matching.PARTITIONS,
+    }
 
     metric: str = "k"
     heads: str = "mean"
@@ -44,14 +42,6 @@ class ToMe(Reduction):
     combine: str = "weighted"
     partition: str = "alternating"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option, choices in _CHOICES.items():
-            check_choice(self, option, choices)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({self.metric}) & {"q", "k", "v"}
 
     def plan(self, view: TokenView, r: int) -> Plan:
         return matching.bipartite(

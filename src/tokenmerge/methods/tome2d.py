@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMe2D"]
@@ -36,13 +36,13 @@ class ToMe2D(Reduction):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
+        super().__post_init__()
         if self.stride < 2:
             raise UnsupportedError(f"ToMe2D stride is {self.stride!r}: a tile has at least 2 x 2 places.")
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric) | {"places"}
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"places"}
 
     def largest_r(self, n: int, prefix: int) -> int:
         tile = self.stride**2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import METRICS, POSITIVE, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMeCIS"]
@@ -28,18 +28,11 @@ class ToMeCIS(Reduction):
     """
 
     name: ClassVar[str] = "tomecis"
+    choices: ClassVar[Choices] = {"score": POSITIVE}
 
     damping: float = 1.0
     metric: str = "k"
     score: str = "class"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-        check_choice(self, "score", POSITIVE)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric, self.score)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         metric = getattr(view, self.metric)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge import plan as plans
-from tokenmerge.methods.base import METRICS, SCORES, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import WeightedPlan
 
 __all__ = ["VidTLDR"]
@@ -32,26 +31,14 @@ class VidTLDR(Reduction):
     metric: str = "x"
     score: str = "entropy"
 
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-        check_choice(self, "score", SCORES)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric, self.score)
-
     def plan(self, view: TokenView, r: int) -> WeightedPlan:
         pairs = matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)
         score = view.score(self.score)
         # (cos + 1) / 2 of the paper ranks as the cosine does
         is_src = torch.zeros_like(score).scatter_add(1, pairs.src, torch.ones_like(pairs.src, dtype=score.dtype)) > 0
         weight = torch.where(is_src, _saliency(score, view.prefix), 1.0)
+        weight = weight if view.size is None else weight * view.size
         return WeightedPlan(pairs.keep, pairs.src, pairs.dst, pairs.n, weight)
-
-    def merge(
-        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        return plans.merge_by(plan, x, plan.weight if size is None else plan.weight * size, size, branch)
 
 
 def _saliency(score: Tensor, prefix: int) -> Tensor:  # [B, N]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import METRICS, Reduction, TokenView, check_choice, needs_of
+from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ZeroTPrune"]
@@ -36,12 +36,9 @@ class ZeroTPrune(Reduction):
     variance: tuple[float, float] = (0.01, 0.7)
     metric: str = "k"
 
-    def __post_init__(self) -> None:
-        check_choice(self, "metric", METRICS)
-
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.metric) | {"q", "k"}
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"q", "k"}
 
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)
