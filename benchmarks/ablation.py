@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-from pathlib import Path
-from typing import Any
 
 import torch
+from tables import orders, write
 from torch import nn
 
 import tokenmerge
@@ -15,10 +13,9 @@ from tokenmerge import ToMe
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model, shared_copy
-from tokenmerge.tools.results import Progress, as_csv, as_markdown
+from tokenmerge.tools.results import Progress
 from tokenmerge.tools.timing import environment
 
-RESULTS = Path(__file__).parent / "results"
 # part of the table, choice, options, proportional attention, the paper's top-1 (ViT-L/16 MAE, r = 8; (f) AugReg)
 ROWS: tuple[tuple[str, str, dict[str, str], bool, float], ...] = (
     ("feature", "x_pre", {"metric": "x_pre"}, True, 83.02),
@@ -59,10 +56,10 @@ def main() -> None:
         row = {"part": part, "choice": choice, "top-1 %": top1, "agreement %": agreement, "paper top-1 %": paper}
         rows.append(row)
     title = f"ToMe's Table 1 on the bundled model, r = {arguments.r}, {len(data)} images"
-    _write("ablation", rows, title, environment(torch.device("cpu")), _orders(rows, len(data)))
+    write("ablation", title, rows, environment(torch.device("cpu")), orders(rows, len(data)))
     with Progress("r = 0..16") as progress:
         curve = evaluate(model, data, rs=range(17), progress=progress)
-    _write("accuracy", curve.rows, "Accuracy of the bundled model per r, batch 32", curve.environment, [])
+    write("accuracy", "Accuracy of the bundled model per r, batch 32", curve.rows, curve.environment)
 
 
 def _results(model: nn.Module, data: FashionMNIST, r: int, progress: Progress) -> dict[str, tuple[float, float]]:
@@ -91,34 +88,6 @@ def _percent(count: torch.Tensor, of: int) -> float:
 
 def _key(options: dict[str, str], prop_attn: bool) -> str:
     return f"{sorted(options.items())} {prop_attn}"
-
-
-def _orders(rows: list[dict[str, Any]], images: int) -> list[str]:
-    """Say for each part in which order its choices come here, and which pairs the paper has the other way round."""
-    said = []
-    for part in dict.fromkeys(row["part"] for row in rows):
-        of_part = sorted((row for row in rows if row["part"] == part), key=lambda row: -row["top-1 %"])
-        order = of_part[0]["choice"]
-        for before, row in itertools.pairwise(of_part):
-            order += (" = " if row["top-1 %"] == before["top-1 %"] else " > ") + row["choice"]
-        other = [
-            f"{b['choice']} > {a['choice']}"
-            for a, b in itertools.combinations(of_part, 2)
-            if a["top-1 %"] > b["top-1 %"] and a["paper top-1 %"] < b["paper top-1 %"]
-        ]
-        verdict = f"NOT the paper's order, which has {', '.join(other)}" if other else "the paper's order"
-        said.append(f"- {part}: {order}: {verdict}.")
-    error = (sum(100 - row["agreement %"] for row in rows) / len(rows) / images) ** 0.5 * 10
-    said.append(f"- Chance: one standard error of a difference between two rows is about {error:.2f} points here.")
-    return said
-
-
-def _write(name: str, rows: list[dict[str, Any]], title: str, about: dict[str, str], notes: list[str]) -> None:
-    facts = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = "\n\n".join([f"# {title}", as_markdown(rows), *(["\n".join(notes)] if notes else []), f"Run on: {facts}."])
-    (RESULTS / f"{name}.md").write_text(text + "\n")
-    (RESULTS / f"{name}.csv").write_text(as_csv([{**row, **about} for row in rows]))
-    print(text)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tables import write
 from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import assets
 from tokenmerge.tools.data import normalise
 from tokenmerge.tools.models import shared_copy
-from tokenmerge.tools.results import as_csv, as_markdown
 from tokenmerge.tools.timing import environment, interleave
 
 HERE = Path(__file__).parent
@@ -54,8 +54,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     about = environment(torch.device("cpu"))
     notes = f"Chosen on {arguments.images} training images, measured on {len(images)} test images; batch {BATCH}."
-    write("auto", "What auto chooses, beside tome with a constant r of the same MACs", rows, about, notes)
-    write("auto-candidates", "Every candidate of auto, on the images it chooses by", candidates, about, notes)
+    write("auto", "What auto chooses, beside tome with a constant r of the same MACs", rows, about, [notes])
+    write("auto-candidates", "Every candidate of auto, on the images it chooses by", candidates, about, [notes])
 
 
 def compare(
@@ -93,7 +93,7 @@ def compare(
         "time auto / tome": round(times["auto"].over(times["tome"]), 3),
     }
     tried = [
-        {"shape": c.shape, "method": repr(c.method), "MACs": round(c.macs / full, 4), found.measure: f"{c.damage:.2e}"}
+        {"shape": c.shape, "method": repr(c.method), "MACs": round(c.macs / full, 4), "change": f"{c.damage:.2e}"}
         for c in found.tried
     ]
     return {key: f"{v:.2e}" if key.startswith("KL") else v for key, v in row.items()}, tried
@@ -109,14 +109,6 @@ def divergence(logits: Tensor, unmerged: Tensor) -> float:
     """Return the mean KL divergence from the unmerged model's answers."""
     wanted = unmerged.log_softmax(1)
     return nn.functional.kl_div(logits.log_softmax(1), wanted, log_target=True, reduction="batchmean").item()
-
-
-def write(name: str, title: str, rows: list[dict[str, Any]], about: dict[str, str], notes: str) -> None:
-    """Write a table as Markdown and CSV."""
-    facts = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = "\n\n".join([f"# {title}", as_markdown(rows), notes, f"Run on: {facts}."])
-    (HERE / "results" / f"{name}.md").write_text(text + "\n")
-    (HERE / "results" / f"{name}.csv").write_text(as_csv([{**row, **about} for row in rows]))
 
 
 if __name__ == "__main__":

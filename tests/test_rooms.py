@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guards": {"adapters", "state", "errors"},
     "attach": {"adapters", "methods", "runner", "hooks", "windows", "guards", "state", "errors"},
     "report": set(),
-    "calibrate": {"methods", "schedule", "errors", "tools"},
+    "calibrate": {"matching", "methods", "plan", "schedule", "errors", "tools"},
     "api": {
         "calibrate",
         "report",

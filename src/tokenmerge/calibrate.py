@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge import matching
 from tokenmerge.errors import ConfigError
 from tokenmerge.methods import Reduction, ToFu, ToMe, ToMeCIS
+from tokenmerge.methods.base import TokenView
+from tokenmerge.plan import Plan
 from tokenmerge.schedule import R, Schedule
 
 __all__ = ["Calibration", "calibrate"]
 
 _BATCH = 32
+_STEPS = 10  # of the search for one threshold of similarity
 # one that is simpler is preferred to one whose damage is less by no more than this
-_MARGIN = 0.8
+_MARGIN = 0.9
 Patched = Callable[..., AbstractContextManager[Any]]
 
 
@@ -35,9 +40,8 @@ class Candidate:
 
 @dataclass
 class Calibration:
-    """What was tried on how many images, by which measure of damage, in the order of trial; and what was chosen."""
+    """What was tried on how many images, in the order of trial, and what was chosen."""
 
-    measure: str
     images: int
     tried: list[Candidate] = field(default_factory=list)
 
@@ -55,20 +59,23 @@ class Calibration:
     def __str__(self) -> str:
         best, first = self.best, self.first
         if best is first:
-            return f"tome as asked: the least {self.measure} of {len(self.tried)} candidates on {self.images} images"
+            return f"tome as asked: it changes the output least of {len(self.tried)} candidates on {self.images} images"
         return (
-            f"{best.method!r}, {best.shape} r: {self.measure} {best.damage:.2g} where tome with the r asked for has "
-            f"{first.damage:.2g}, on {self.images} images; {len(self.tried)} candidates at equal MACs"
+            f"{best.method!r}, {best.shape} r: changes the output by {best.damage:.2g} (squared, relative) where tome "
+            f"with the r asked for does by {first.damage:.2g}, on {self.images} images; {len(self.tried)} candidates "
+            "at equal MACs"
         )
 
 
 def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calibration:
     """Try a small set of candidates with the MACs of ToMe at `r` and return what each does to the unmerged answers.
 
-    First the shape of the schedule (as asked; falling to 0 in a straight line, and steeper) for keys and for token
-    features, then, with the best shape, other metrics, early pruning and norms, and class importance. Damage is the KL
-    divergence from the unmerged model for classifiers, else the relative squared distance of its output. `patched` is
-    `tokenmerge.patched`. The model is left as it was. Raises `ConfigError` for images it cannot use.
+    First the shape of the schedule (as asked; falling to 0 in a straight line, and steeper; and as many pairs in each
+    block as are alike by one threshold) for keys and for token features, then, with the best shape, other metrics,
+    early pruning and norms, and class importance. Damage is the squared distance of the output from the unmerged
+    model's, relative to that: of logits too, since the KL divergence of a few images is that of the one or two that
+    the model is unsure of. `patched` is `tokenmerge.patched`. The model is left as it was. Raises `ConfigError` for
+    images it cannot use.
     """
     if not isinstance(images, Tensor) or images.dim() < 2 or len(images) == 0:
         seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -78,18 +85,21 @@ def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calib
     with _evaluating(model):
         trial = _Trial(model, images, patched)
         shapes = trial.shapes(r)
-        for metric in ("k", "x"):
-            for shape in shapes:
-                trial(ToMe(metric=metric), shape, shapes[shape])
+        for method in (ToMe(), ToMe(metric="x")):
+            for shape, amounts in shapes.items():
+                trial(method, shape, amounts)
+        plain = trial.found.best.method
+        assert isinstance(plain, ToMe)
+        if len(shapes) > 1:
+            trial(plain, "as alike", trial.as_alike(plain, r))
         best = trial.found.best
-        for method in _variants(best.method, trial.has_class):
-            trial(method, best.shape, best.r)
+        for other in _variants(plain, trial.has_class):
+            trial(other, best.shape, best.r)
     return trial.found
 
 
-def _variants(best: Reduction, has_class: bool) -> list[Reduction]:
+def _variants(best: ToMe, has_class: bool) -> list[Reduction]:
     """Candidates around the best metric found so far."""
-    assert isinstance(best, ToMe)
     others: list[Reduction] = [
         ToMe(heads="concat"),
         ToMe(metric="v"),
@@ -100,6 +110,22 @@ def _variants(best: Reduction, has_class: bool) -> list[Reduction]:
     return others + ([ToMeCIS(metric=best.metric, damping=0.5)] if has_class else [])
 
 
+@dataclass(frozen=True)
+class _AsAlike(ToMe):
+    """ToMe of the pairs whose cosine is above a threshold, as many in every image as there are on the average."""
+
+    is_adaptive = True
+
+    threshold: float = 1.0
+    amounts: dict[int, int] = field(default_factory=dict, compare=False)  # by layer, of the last forward
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        *_, cosine = matching.partners(self._metric(view), prefix=view.prefix, valid=view.valid)
+        wanted = (cosine > self.threshold).sum(dim=1, dtype=torch.float32).mean()
+        self.amounts[view.layer] = min(r, round(wanted.item()))
+        return super().plan(view, self.amounts[view.layer])
+
+
 class _Trial:
     def __init__(self, model: nn.Module, images: Tensor, patched: Patched) -> None:
         parameter = next(model.parameters())
@@ -107,21 +133,17 @@ class _Trial:
         self.batches = images.to(parameter.device, parameter.dtype).split(_BATCH)
         self.size = tuple(images.shape[1:])
         self.expected = self._answers()
-        width = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
-        self.is_classifier = self.expected.dim() == 2 and self.expected.shape[1] == width
-        self.found = Calibration("KL divergence" if self.is_classifier else "relative distance", len(images))
+        self.found = Calibration(len(images))
         with patched(model, r=0) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
+            self.model(self.batches[0][:1])
+            self._tokens = int(handle.tokens[0])
 
     def __call__(self, method: Reduction, shape: str, r: R) -> None:
         with self.patched(self.model, method, r=r):
             answers = self._answers()
-        if self.is_classifier:
-            got, wanted = answers.log_softmax(dim=1), self.expected.log_softmax(dim=1)
-            damage = nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean")
-        else:
-            damage = (answers - self.expected).square().sum() / self.expected.square().sum().clamp_min(1e-12)
-        self.found.tried.append(Candidate(method, shape, r, self._macs(r), max(0.0, damage.item())))
+        damage = (answers - self.expected).square().sum() / self.expected.square().sum().clamp_min(1e-12)
+        self.found.tried.append(Candidate(method, shape, r, self._macs(r), damage.item()))
 
     def shapes(self, r: R) -> dict[str, R]:
         """Return the schedules to try: what was asked for, and falling ones that cost no more MACs than it."""
@@ -130,7 +152,7 @@ class _Trial:
             return shapes
         most = self._macs(r)
         for name, power in (("falling", 1), ("steeply falling", 2)):
-            low, high = 0.0, float(max(8, self._tokens()))
+            low, high = 0.0, float(max(8, self._tokens))
             # amounts are whole numbers: finer steps find no other schedule
             while high - low > 0.1:
                 middle = (low + high) / 2
@@ -138,14 +160,28 @@ class _Trial:
             shapes[name] = self._falling(high, power)
         return shapes
 
+    def as_alike(self, method: ToMe, r: R) -> R:
+        """Return the schedule that merges in each block the pairs above one threshold of similarity, on the average.
+
+        The threshold is the highest that costs no more MACs than `r`; 16 images are enough to count pairs.
+        """
+        most, found = self._macs(r), r
+        low, high = math.log(1e-5), math.log(2.0)  # of 1 - cosine
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            counter = _AsAlike(**vars(method), threshold=1 - math.exp(middle))
+            with self.patched(self.model, counter, r=self._tokens):
+                self.model(self.batches[0][:16])
+            amounts: R = [counter.amounts.get(layer, 0) for layer in range(self.depth)]
+            if self._macs(amounts) <= most:
+                high, found = middle, amounts
+            else:
+                low = middle
+        return found
+
     def _falling(self, first: float, power: int) -> list[int | float]:
         last = self.depth - 1
         return [round(first * (1 - layer / last) ** power) for layer in range(self.depth)]
-
-    def _tokens(self) -> int:
-        with self.patched(self.model, r=0) as handle:
-            self.model(self.batches[0][:1])
-            return int(handle.tokens[0])
 
     def _macs(self, r: R) -> int:
         from tokenmerge.tools.flops import flops
