@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench ablation train support hosts clean
+.PHONY: demo test check bench ablation auto zoo train support hosts clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,12 @@ bench: .venv/ready
 
 ablation: .venv/ready
 	$(BIN)/python benchmarks/ablation.py
+
+auto: .venv/ready
+	$(BIN)/python benchmarks/auto.py
+
+zoo: .venv/ready
+	$(BIN)/python benchmarks/zoo.py
 
 train: .venv/ready
 	$(BIN)/python recipes/train_reference.py

@@ -90,8 +90,9 @@ def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calib
                 trial(method, shape, amounts)
         plain = trial.found.best.method
         assert isinstance(plain, ToMe)
-        if len(shapes) > 1:
-            trial(plain, "as alike", trial.as_alike(plain, r))
+        alike = trial.as_alike(plain, r) if len(shapes) > 1 else None
+        if alike is not None:
+            trial(plain, "as alike", alike)
         best = trial.found.best
         for other in _variants(plain, trial.has_class):
             trial(other, best.shape, best.r)
@@ -160,12 +161,13 @@ class _Trial:
             shapes[name] = self._falling(high, power)
         return shapes
 
-    def as_alike(self, method: ToMe, r: R) -> R:
+    def as_alike(self, method: ToMe, r: R) -> R | None:
         """Return the schedule that merges in each block the pairs above one threshold of similarity, on the average.
 
-        The threshold is the highest that costs no more MACs than `r`; 16 images are enough to count pairs.
+        The threshold is the highest that costs no more MACs than `r`; 16 images are enough to count pairs. None where
+        no threshold removes as much.
         """
-        most, found = self._macs(r), r
+        most, found = self._macs(r), None
         low, high = math.log(1e-5), math.log(2.0)  # of 1 - cosine
         for _ in range(_STEPS):
             middle = (low + high) / 2

@@ -91,6 +91,8 @@ class BlockRunner(Original):
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
         x_pre, bias = x, self._bias(size, frame.has_padding)
         x, branch, seen = self._attend(x, bias, kept, self._follow(call, kept))
+        if r and branch is not None and self.method.reads_sum:
+            x, branch = x + branch, None
         plan = self._choose(x, branch, x_pre, seen, size, bias, kept, r, frame) if r else None
         # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
         del seen, x_pre, bias

@@ -151,6 +151,11 @@ class Reduction(ABC):
         metric, score = getattr(self, "metric", "x"), getattr(self, "score", "norm")
         return (frozenset({metric}) & {"q", "k", "v"}) | SCORES[score]
 
+    @property
+    def reads_sum(self) -> bool:
+        """Whether the plan looks at the tokens after the attention: then they are added up once, before it."""
+        return getattr(self, "metric", None) == "x"
+
     @abstractmethod
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         """Choose `r` tokens to remove; output shapes may depend on N and `r` only. The view is detached.

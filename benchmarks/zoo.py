@@ -1,0 +1,167 @@
+"""Compare the methods: ToMe's Table 2, its DeiT-S table, the time of each, and all of them at equal MACs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import RESULTS, orders, write
+from torch import nn
+
+import tokenmerge
+from tokenmerge.errors import TokenMergeError
+from tokenmerge.methods import NEW, Drop, Learned, find
+from tokenmerge.tools.compare import Comparison, compare
+from tokenmerge.tools.data import FashionMNIST, calibration_images
+from tokenmerge.tools.models import AUTO, load_model, shared_copy
+from tokenmerge.tools.results import Progress
+from tokenmerge.tools.timing import environment, interleave
+
+LEARNED = Path(os.path.relpath(Path(__file__).parent / "models" / "learned"))  # as it is shown in tables
+# choice, method, the paper's top-1 % on ViT-L/16 MAE with r = 8
+TABLE_2 = (
+    ("random pruning", "random", 79.22),
+    ("attention pruning", "attention", 79.48),
+    ("k-means, 2 iterations", "token_pooling(iterations=2, weight='none')", 80.19),
+    ("k-means, 5 iterations", "token_pooling(iterations=5, weight='none')", 80.29),
+    ("greedy", "greedy", 84.36),
+    ("bipartite", "tome", 84.25),
+)
+# choice, method or folder, the paper's top-1 % and share of the MACs of DeiT-S (79.8 %, 4.6 G); ToMe untrained is on
+# AugReg's ViT-S there
+DEIT = (
+    ("A-ViT", str(LEARNED / "avit"), 78.6, 0.63),
+    ("DynamicViT", str(LEARNED / "dynamicvit"), 79.3, 0.63),
+    ("SPViT", str(LEARNED / "spvit"), 79.3, 0.57),
+    ("ToMe, trained", str(LEARNED / "tome"), 79.4, 0.59),
+    ("ToMe, untrained", "tome", 79.3, 0.59),
+)
+
+
+def main() -> None:
+    """Run the parts that are named, one after the other; each goes on where it was cut off."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = {"speed": speed, "table2": table_2, "deit": deit, "all": everything}
+    parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART", help=f"any of {', '.join(parts)}")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT test images")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs"), help="where unfinished comparisons lie (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    unknown = [part for part in arguments.parts if part not in parts]
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    for part in arguments.parts:
+        parts[part](arguments)
+
+
+def table_2(arguments: argparse.Namespace) -> None:
+    """Repeat the paper's Table 2 at the r that halves the work of the bundled model."""
+    found = _compare(arguments, "table2", [method for _, method, _ in TABLE_2], rs=[16])
+    rows = [
+        {"part": "matching", "choice": choice, **_figures(found, method), "paper top-1 %": paper}
+        for choice, method, paper in TABLE_2
+    ]
+    title = f"ToMe's Table 2 on the bundled model, r = 16, {found.images} images"
+    write("table2", title, rows, environment(torch.device("cpu")), orders(rows, found.images))
+
+
+def deit(arguments: argparse.Namespace) -> None:
+    """Set the learned methods beside ToMe, as the paper's Table 4 does; image by image, and in batches."""
+    methods = [method for _, method, _, _ in DEIT]
+    alone = _compare(arguments, "deit-1", methods, rs=[13], batch_size=1)
+    batched = _compare(arguments, "deit-64", methods, rs=[13])
+    rows = []
+    for choice, method, paper, share in DEIT:
+        one, many = _figures(alone, method), _figures(batched, method)
+        row = {"part": "DeiT-S", "choice": choice, "top-1 %": one["top-1 %"], "agreement %": one["agreement %"]}
+        row |= {"MACs share": one["MACs share"], "MACs share, batch 64": many["MACs share"]}
+        row |= {"speed-up, batch 64": many["speed-up"], "over bound, batch 64": many["over bound"]}
+        rows.append({**row, "paper top-1 %": paper, "paper MACs share": share})
+    unmerged = alone.rows[0]["top-1 %"]
+    title = f"ToMe's DeiT-S table on the bundled model ({unmerged} % unmerged), {alone.images} images"
+    notes = [
+        *orders(rows, alone.images),
+        "",
+        "A-ViT counts by image: in a batch only what all images let go is removed.",
+    ]
+    notes.append("The models in `models/learned` were trained for a third of an epoch, the paper's for 100 to 300.")
+    write("deit", title, rows, environment(torch.device("cpu")), notes)
+
+
+def everything(arguments: argparse.Namespace) -> None:
+    """Compare every method and auto at three shares of the MACs."""
+    images = calibration_images("fashion-mnist", load_model("reference"))
+    methods = [n for n in tokenmerge.list_methods() if n != Drop.name and not issubclass(find(n), Learned)]
+    methods += [AUTO, *(str(path.parent) for path in sorted(LEARNED.glob("*/merge.json")))]
+    found = _compare(arguments, "zoo", methods, macs=[0.75, 0.5, 0.35], calibrate=images, rounds=5)
+    for source, name in (("table.md", "zoo.md"), ("table.csv", "zoo.csv"), ("plot.png", "zoo.png")):
+        shutil.copy(arguments.work / "compare-zoo" / source, RESULTS / name)
+    print(f"{len(found.rows)} rows, {found.marked} of them marked: results/zoo.md")
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Time each method on ViT-S/16 with random weights: over its free bound and against the unmerged model."""
+    model, x = load_model("vit_small_patch16_224"), torch.randn(8, 3, 224, 224)
+    rows = [row for name in tokenmerge.list_methods() if name != Drop.name for row in _timed(name, model, x)]
+    slower = [row["method"] for row in rows if row["speed-up"] < 1]
+    notes = [
+        "ViT-S/16 with random weights on noise, batch 8, r = 13 for all, whatever their papers' schedules are. "
+        "Adaptive methods remove what their thresholds allow: see the tokens left.",
+        f"Slower than the unmerged model: {', '.join(slower) or 'none'}.",
+    ]
+    write("methods", "Time of each method", rows, environment(torch.device("cpu")), notes)
+
+
+@torch.inference_mode()
+def _timed(name: str, model: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
+    """Return the row of one method, or none for one that this model cannot run."""
+    kind = find(name)
+    merged, bound = shared_copy(model), shared_copy(model)
+    try:
+        handle = tokenmerge.patch(merged, kind(NEW) if issubclass(kind, Learned) else kind(), r=13)  # type: ignore[call-arg]
+    except TokenMergeError as error:
+        print(f"{name}: {error}")
+        return []
+    merged.eval()(x)
+    amounts = [before - after for before, after in pairwise([197, *handle.tokens])]
+    tokenmerge.patch(bound, Drop(), r=amounts)
+    variants = {"unmerged": partial(model, x), "merged": partial(merged, x), "bound": partial(bound, x)}
+    times = interleave(variants, torch.device("cpu"), rounds=11)
+    row = {
+        "method": name,
+        "tokens left": handle.tokens[-1],
+        "ms": round(1000 * times["merged"].median, 1),
+        "unmerged ms": round(1000 * times["unmerged"].median, 1),
+        "speed-up": round(times["unmerged"].over(times["merged"]), 2),
+        "over bound": round(times["merged"].over(times["bound"]), 3),
+    }
+    print(row, flush=True)
+    return [row]
+
+
+def _compare(
+    arguments: argparse.Namespace, name: str, methods: list[str], batch_size: int = 64, **how: Any
+) -> Comparison:
+    data = FashionMNIST(batch_size, arguments.limit)
+    folder = arguments.work / f"compare-{name}"
+    with Progress(name) as progress:
+        return compare(
+            load_model("reference"), data, methods=methods, folder=folder, label="reference", progress=progress, **how
+        )
+
+
+def _figures(found: Comparison, method: str) -> dict[str, Any]:
+    (row,) = (row for row in found.rows if row["method"] == method)
+    names = ("top-1 %", "agreement %", "KL", "MACs share", "speed-up", "over bound")
+    return {name: row[name] for name in names}
+
+
+if __name__ == "__main__":
+    main()
