@@ -555,6 +555,7 @@ def _draw(path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]
     with monkeypatch.context() as patch:
         patch.setattr(pyplot, "close", drawn.append)
         visualize.plot_pareto(path, rows, "costs $1 to $2")
+    pyplot.close(drawn[0])
     left, right = drawn[0].axes
     assert path.stat().st_size > 10_000
     return left, [[line.get_xydata().tolist()[0] for line in axes.lines[: len(rows)]] for axes in (left, right)]
