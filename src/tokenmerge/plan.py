@@ -22,7 +22,6 @@ __all__ = [
     "lead_by_real",
     "merge",
     "merge_average",
-    "merge_by",
     "merge_weighted",
     "merged_size",
     "unmerge",
@@ -93,20 +92,9 @@ def merge_weighted(
     if isinstance(plan, MatrixPlan):
         return _mix(plan, x if branch is None else x + branch, size)
     if isinstance(plan, WeightedPlan):
-        return merge_by(plan, x, plan.weight, size, branch)
+        merged, _ = kernels.merge(x, plan.weight.float(), plan.keep, plan.src, plan.dst, branch)
+        return merged, merged_size(plan, x, size)
     return kernels.merge(x, size, plan.keep, plan.src, plan.dst, branch)
-
-
-def merge_by(
-    plan: Plan,
-    x: Tensor,  # [B, N, C]
-    weight: Tensor,  # [B, N]
-    size: Tensor | None = None,  # [B, N]
-    branch: Tensor | None = None,  # [B, N, C]
-) -> tuple[Tensor, Tensor]:
-    """Combine each group of `x + branch` as its mean by any positive `weight`; new sizes stay sums of sizes."""
-    merged, _ = kernels.merge(x, weight.float(), plan.keep, plan.src, plan.dst, branch)
-    return merged, merged_size(plan, x, size)
 
 
 def merge_average(

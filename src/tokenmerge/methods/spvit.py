@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge import plan as plans
 from tokenmerge.errors import ConfigError
 from tokenmerge.methods.base import ModelShape, TokenView
 from tokenmerge.methods.learned import (
@@ -23,6 +22,7 @@ from tokenmerge.methods.learned import (
     restricted,
     share_of,
 )
+from tokenmerge.plan import WeightedPlan
 
 __all__ = ["SPViT"]
 
@@ -53,7 +53,7 @@ class SPViT(Learned):
     def largest_r(self, n: int, prefix: int) -> int:
         return max(0, n - prefix - 1)
 
-    def plan(self, view: TokenView, r: int) -> MaskedPlan:
+    def plan(self, view: TokenView, r: int) -> MaskedPlan | WeightedPlan:
         selector = module_of(view, self)
         share = share_of(view)
         logit = selector(view.x, share)  # [B, N]
@@ -72,13 +72,13 @@ class SPViT(Learned):
         leader, src = order[:, n - view.prefix - r - 1, None], order[:, n - view.prefix - r :]
         dst = (kept < leader).sum(dim=1, keepdim=True).expand(B, r)
         weight = logit.sigmoid() if view.valid is None else logit.sigmoid() * view.valid + 1e-6
-        return _PackagePlan(kept, src, dst, n, None, weight)
+        return WeightedPlan(kept, src, dst, n, weight)
 
     def merge(
         self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        if plan.mask is None:
-            return plans.merge_by(plan, x, plan.weight, size, branch)
+        if isinstance(plan, WeightedPlan):
+            return super().merge(plan, x, size, branch)
         x = x if branch is None else x + branch
         size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
         gone = 1 - plan.mask  # [B, N]
@@ -95,7 +95,7 @@ class SPViT(Learned):
 
 @dataclass(frozen=True, eq=False)
 class _PackagePlan(MaskedPlan):
-    """A plan, or masks, and how much of each token goes into the package."""
+    """Masks, how much of each token goes into the package, and where it goes."""
 
     weight: Tensor | None = None  # [B, N]
     package: Tensor | None = None  # [B, N] bool: whose place the package takes

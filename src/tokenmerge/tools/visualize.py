@@ -189,14 +189,16 @@ def _front(rows: Sequence[dict[str, Any]], column: str, sign: int) -> list[dict[
 def _move_apart(axes: Any, points: list[Any], fixed: list[int], width: int = 9) -> list[tuple[float, float]]:
     """Move points sideways until none covers another, the unmerged model and the fixed ones not; returns their pixels.
 
-    Where there are too many the rest stay on each other, near their place.
+    Where there are too many for the panel the rest stay in their place, on each other.
     """
+    panel = axes.get_window_extent()
     placed: list[tuple[float, float]] = []
     for i in sorted(range(len(points)), key=lambda i: i not in (0, *fixed)):
         x, y = axes.transData.transform(points[i].get_xydata()[0])
         shifts = [0] if i in (0, *fixed) else [side * step * width for step in range(9) for side in (1, -1)]
-        free = (s for s in shifts if all(abs(x + s - a) >= width or abs(y - b) >= width for a, b in placed))
-        x += next(free, shifts[-1])
+        inside = [s for s in shifts if panel.x0 <= x + s <= panel.x1]
+        free = (s for s in inside if all(abs(x + s - a) >= width or abs(y - b) >= width for a, b in placed))
+        x += next(free, 0)
         placed.append((x, y))
         points[i].set_data(*axes.transData.inverted().transform([(x, y)]).T)
     return placed
