@@ -27,6 +27,12 @@ HOSTS = {
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "datasets",
+    "webdataset",
+    "braceexpand",
+    "av",
+    "torchcodec",
+    "tensorboard",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -64,7 +70,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": {"compat", "api", "functional", "schedule", "errors", "tools"},
     "assets": set(),
     "tools": {"", "kernels", "tools", "errors", "schedule", "adapters", "assets"},
-    "cli": {"tools", "errors", "schedule", "adapters", "methods"},
+    "training": {"", "training", "tools", "errors", "schedule", "methods", "assets"},
+    "cli": {"cli", "tools", "training", "errors", "schedule", "adapters", "methods"},
     "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
 }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import sys
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenmerge.adapters.base import (
     Adapter,
@@ -55,6 +58,7 @@ class Attachment:
         """Put what is learned into the model, where it moves, trains and is saved, and give it to its layers."""
         if modules is None:
             return
+        _check_unwrapped(model)
         tensor = next(p for p in model.parameters() if p.is_floating_point())
         model.add_module(MODULES, modules.to(tensor.device, tensor.dtype).train(model.training))
         self._learning = model
@@ -88,6 +92,7 @@ def attach(
     Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says),
     `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
+    _check_unsharded(model)
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
@@ -122,6 +127,28 @@ def attach(
         attachment.undo()
         raise
     return attachment
+
+
+def _check_unsharded(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise UnsupportedError(
+            f"the parameters of this {type(model).__qualname__} are sharded already (fully_shard), and a piece of them "
+            "computes nothing: patch the model first, then shard it."
+        )
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Refuse to add what is learned behind the back of a wrapper, which would leave its gradients out of the sums."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    gc.collect()  # a wrapper that nobody holds is none
+    wrappers = (thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel))
+    if any(inner is model for wrapper in wrappers for inner in wrapper.modules()):
+        raise UnsupportedError(
+            f"this {type(model).__qualname__} is in a DistributedDataParallel already, which does not know of modules "
+            "that a learned method adds and would not add up their gradients: patch the model first, then wrap it."
+        )
 
 
 def _free_blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module]]:

@@ -62,7 +62,11 @@ def no_change(value: Any, kept: Tensor) -> Any:
 
 
 # arguments of blocks that transformers 5 hands down from the model's own call
-_UNCHANGED: dict[str, follow.Follow] = {"output_hidden_states": no_change, "use_cache": no_change}
+_UNCHANGED: dict[str, follow.Follow] = {
+    "output_hidden_states": no_change,
+    "use_cache": no_change,
+    "num_items_in_batch": no_change,  # of its Trainer, for the loss
+}
 
 
 class HFAdapter(Adapter):

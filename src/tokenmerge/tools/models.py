@@ -79,7 +79,7 @@ def read_method(text: str) -> Method:
     """Return the method that a text names.
 
     A name that `patch` takes stays what it is; `tome(metric='x')` is a method with options; a `.json` file is a saved
-    configuration; a folder is what recipes/learned.py wrote, `merge.json` and, where training changed the model,
+    configuration; a folder is what `tokenmerge train` wrote, `merge.json` and, where training changed the model,
     `model.safetensors`. Raises `UnknownNameError` for a name or an option that does not exist (with the nearest),
     `ConfigError` for anything else that cannot be read.
 
@@ -242,8 +242,8 @@ def _with_options(text: str) -> Reduction:
     except (ValueError, SyntaxError) as error:
         raise ConfigError(
             f"{text!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each once, "
-            "by its name and with a plain value, a saved configuration (.json), or a folder that recipes/learned.py "
-            "wrote."
+            "by its name and with a plain value, a saved configuration (.json), or a folder that "
+            "`tokenmerge train` wrote."
         ) from error
     method = type(MergeConfig(name).method)
     options = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenmerge.cli import train
+from tokenmerge.cli.models import open_model
+
 __all__ = ["main"]
 
 
@@ -18,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code: 0, 1 where a check failed, 2 for a mistake in what was asked."""
     # silences kineto's start-up lines on stderr; read by torch when it loads
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    # what `train` starts again in several processes
+    arguments = _parser().parse_args(given, argparse.Namespace(given=given))
     from tokenmerge.errors import TokenMergeError
 
     try:
@@ -58,15 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
 
     _export_parser(commands)
-    _command(commands, "list", _list, "the methods and the model families")
+    train.add(_command(commands, "train", train.run, "train by a recipe, tokens merged; cut off, it goes on"))
+    _command(commands, "list", _list, "the methods, the model families and the recipes")
     return parser
 
 
 _R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
-_MODEL_HELP = "a timm name, a file written by torch.save(model) (a pickle: trust it), or 'reference', the bundled model"
+_MODEL_HELP = (
+    "a timm name, a file of torch.save(model) (a pickle: trust it), a folder of `tokenmerge train`, or 'reference'"
+)
 _METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
-    "recipes/learned.py, or auto"
+    "`tokenmerge train`, or auto"
 )
 _CALIBRATE_HELP = "what auto chooses by, 64 images: 'fashion-mnist' (for training) or a folder; without it auto is tome"
 
@@ -75,7 +83,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
-    if name not in ("export", "list"):
+    if name not in ("export", "list", "train"):
         parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
 
@@ -179,12 +187,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.bench import bench
-    from tokenmerge.tools.models import load_model
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
     method, own = _method(arguments)
-    model = load_model(arguments.model)
+    model = open_model(arguments.model)
     with Progress("rounds") as progress:
         result = bench(
             model,
@@ -274,9 +281,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.doctor import examine
-    from tokenmerge.tools.models import load_model
 
-    diagnosis = examine(load_model(arguments.model), r=arguments.r, device=arguments.device, batch=arguments.batch_size)
+    diagnosis = examine(open_model(arguments.model), r=arguments.r, device=arguments.device, batch=arguments.batch_size)
     if arguments.json:
         print(json.dumps(diagnosis.as_dict(), indent=2))
     else:
@@ -289,7 +295,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.export import export, find_target
-    from tokenmerge.tools.models import load_model
     from tokenmerge.tools.results import check_writable
 
     method, own = _method(arguments)
@@ -297,7 +302,7 @@ def _export(arguments: argparse.Namespace) -> int:
     suffix = find_target(arguments.to).suffix
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
-    model = load_model(arguments.model, pretrained=not arguments.no_pretrained)
+    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
     found = export(
         model,
         out,
@@ -317,13 +322,15 @@ def _export(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from tokenmerge.adapters import ADAPTERS
     from tokenmerge.methods import find, list_methods
+    from tokenmerge.training.recipe import list_recipes
 
     methods = {name: (find(name).__doc__ or "").splitlines()[0] for name in list_methods()}
     families = {adapter.name: adapter.families for adapter in ADAPTERS}
+    recipes = list_recipes()
     if arguments.json:
-        print(json.dumps({"methods": methods, "families": families}, indent=2))
+        print(json.dumps({"methods": methods, "families": families, "recipes": recipes}, indent=2))
         return 0
-    for title, entries in (("methods", methods), ("families", families)):
+    for title, entries in (("methods", methods), ("families", families), ("recipes", recipes)):
         print(title)
         for name, text in entries.items():
             print(f"  {name:<16} {text}")
@@ -353,12 +360,11 @@ def _calibration(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def _model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from tokenmerge.tools.data import check_source, open_data
-    from tokenmerge.tools.models import load_model
 
     check_source(arguments.data)
     if arguments.calibrate is not None:
         check_source(arguments.calibrate, "--calibrate")
-    model = load_model(arguments.model, pretrained=not arguments.no_pretrained)
+    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
     options = {"batch_size": arguments.batch_size, "workers": arguments.workers, "limit": arguments.limit}
     return model, open_data(arguments.data, model, **options)
 
@@ -388,7 +394,3 @@ def _print(
     for note in notes:
         print(note)
     print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,19 @@
+"""What stands for a model on the command line: what the tools take, and the folder of a finished training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["open_model"]
+
+
+def open_model(name: str, *, pretrained: bool = False) -> Any:
+    """Return the model of a name, nothing merged, in eval mode; raises what `tools.models.load_model` raises."""
+    if (Path(name) / "recipe.json").is_file():
+        from tokenmerge.training.output import load
+
+        return load(name, merged=False)
+    from tokenmerge.tools.models import load_model
+
+    return load_model(name, pretrained=pretrained)

@@ -1,0 +1,45 @@
+"""`tokenmerge train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+__all__ = ["add", "run"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `tokenmerge train`."""
+    parser.add_argument("recipe", help="a name (`tokenmerge list`) or a file (.toml, .json)")
+    text = "change settings of the recipe, as merge.r=13 model.name=vit_small_patch16_224 data.source=folder:PATH"
+    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", dest="changes", help=text)
+    parser.add_argument("--out", help="the run's folder: written, and gone on with (runs/RECIPE)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (a GPU where there is one)")
+    parser.add_argument("--processes", type=int, help="train in so many processes of this machine, by torchrun")
+    parser.add_argument("--port", type=int, help="on which these meet (one that is free)")
+    parser.set_defaults(left="the last checkpoint is kept, and the same command goes on from it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, here or in processes that torchrun starts, and print the last evaluation."""
+    from tokenmerge.tools.results import Progress, show
+    from tokenmerge.training.loop import train
+    from tokenmerge.training.recipe import read_recipe
+    from tokenmerge.training.world import is_started, launch
+
+    recipe = read_recipe(arguments.recipe, arguments.changes)
+    folder = Path(arguments.out or f"runs/{Path(arguments.recipe).stem}")
+    if arguments.processes is not None and not is_started():
+        return launch(arguments.given, arguments.processes, arguments.port)
+    with Progress("steps") as progress:
+        rows = train(recipe, folder, device=arguments.device, progress=progress)
+    if not rows:
+        return 0
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    rows = [{name: row[name] for name in columns} for row in rows]
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "rows": rows}, indent=2))
+    else:
+        show(rows, f"{arguments.recipe}, in {folder}")
+    return 0

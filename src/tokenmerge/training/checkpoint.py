@@ -1,0 +1,77 @@
+"""Checkpoints: written in one step, the last few kept, the last good one found again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmerge.errors import DataError
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints:
+    """The checkpoints of one run, `step-00000200.pt` and so on, in a folder of their own."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Return the files that are there, the newest first."""
+        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Write a checkpoint, then delete the oldest beyond `keep`; raises `DataError` where it cannot be written.
+
+        The file gets its name when it is complete and on the disk: a crash, or a full disk, leaves the others whole.
+        """
+        path = self.folder / f"step-{step:08d}.pt"
+        part = path.with_suffix(".part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        # torch reports a failed write as a RuntimeError of its zip writer
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            raise DataError(self._failed(path, error)) from error
+        for old in self.paths()[self.keep :]:
+            old.unlink()
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest checkpoint that can be read, or None where there is none.
+
+        Raises `DataError` where there are checkpoints and none can be read.
+        """
+        unread = []
+        for path in self.paths():
+            try:
+                content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                return content
+            except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+                unread.append(f"{path}: {type(error).__name__} {error}".splitlines()[0])
+                print(f"skipped a checkpoint that cannot be read: {unread[-1]}", file=sys.stderr, flush=True)
+        if unread:
+            raise DataError(f"none of {len(unread)} checkpoints in {self.folder} can be read; the newest: {unread[0]}.")
+        return None
+
+    def _failed(self, path: Path, error: Exception) -> str:
+        cause: BaseException = error
+        while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else str(cause).splitlines()[0]
+        kept = self.paths()
+        left = f"The last good checkpoint is {kept[0]}" if kept else "There is no earlier checkpoint"
+        return f"could not write the checkpoint {path}: {why}. {left}; make room and run the same command again."

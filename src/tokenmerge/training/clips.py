@@ -1,0 +1,189 @@
+"""Sources of clips: Fashion-MNIST in motion, folders of frames, video files; see `sources.KINDS`.
+
+Shapes: T frames, H rows, W columns. A clip is uint8 `[T, H, W]` or, in colour, `[T, H, W, 3]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from tokenmerge.errors import ConfigError, DataError
+from tokenmerge.training.recipe import Data
+from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
+
+__all__ = ["frames", "moving_fashion_mnist", "videos"]
+
+HELD_OUT = 2_000  # training images of Fashion-MNIST that are the validation split
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+class MovingFashionMNIST(Source):
+    """One clip of each image: reduced to half its size, it crosses a part of a black, lightly noisy canvas.
+
+    A class is an item and one of four directions. Direction, speed (1.0 to 2.5 pixels a frame), start (the way stays
+    on the canvas) and the noise's strength are drawn from the split and the image's index: a clip is always the same.
+    """
+
+    kind = "clip"
+    size = (1, 8, 32, 32)
+    item = 14  # pixels
+    speed = (1.0, 2.5)
+    noise = 48  # the brightest that noise may be, of 255
+    flippable = False  # mirrored, left is right
+
+    def __init__(self, split: str) -> None:
+        from tokenmerge import assets
+
+        try:
+            images, labels = assets.fashion_mnist("test" if split == "test" else "train")
+        except FileNotFoundError as error:
+            raise DataError(f"the training images are not bundled: {error}.") from error
+        part = {"train": slice(-HELD_OUT), "valid": slice(-HELD_OUT, None), "test": slice(None)}[split]
+        self.images, self.labels, self.split = images[part], labels[part], list(SPLITS).index(split)
+        self.classes = tuple(f"{item} {direction}" for item in assets.CLASSES for direction in DIRECTIONS)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        _, T, H, W = self.size
+        generator = torch.Generator().manual_seed(seed_of(self.split, index))
+        along, across, pace, strength = torch.rand(4, generator=generator).tolist()
+        direction = int(torch.randint(len(DIRECTIONS), (1,), generator=generator))
+        item = interpolate(self.images[index][None, None].float(), (self.item, self.item), mode="area")[0, 0].byte()
+        speed = self.speed[0] + pace * (self.speed[1] - self.speed[0])
+        clip = torch.rand((T, H, W), generator=generator).mul_(strength * self.noise).byte()
+        steps = tuple(DIRECTIONS.values())[direction]
+        ways = [
+            _way(length - self.item, step * speed * (T - 1), part)
+            for length, step, part in zip((H, W), steps, (along, across), strict=True)
+        ]
+        for t in range(T):
+            row, column = (round(start + end * t / (T - 1)) for start, end in ways)
+            place = clip[t, row : row + self.item, column : column + self.item]
+            torch.maximum(place, item, out=place)
+        return clip, int(self.labels[index]) * len(DIRECTIONS) + direction
+
+
+def _way(room: float, length: float, part: float) -> tuple[float, float]:
+    """Return where a way of a signed length starts so that it stays within 0 to `room`, and the length."""
+    return part * (room - abs(length)) + max(0.0, -length), length
+
+
+def moving_fashion_mnist(rest: str, split: str, data: Data) -> Source:
+    """Fashion-MNIST in motion, 8 frames of 32 x 32; splits as of the images: 58,000, 2,000 and 10,000 clips."""
+    return MovingFashionMNIST(split)
+
+
+class _Files(Source):
+    """Clips that lie in files: T frames are taken evenly, the middle one of T equal parts each."""
+
+    kind = "clip"
+    size = (3, 16, 224, 224)
+
+    def __init__(self, root: str, split: str, suffixes: Sequence[str], data: Data) -> None:
+        size = data.size or self.size
+        if len(size) != 4:
+            raise ConfigError(f"data.size is {size}; clips take (C, T, H, W).")
+        self.frames = size[1]
+        self.samples, self.classes = labelled(root, split, suffixes)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        path, label = self.samples[index]
+        try:
+            return self.clip(Path(path)), label
+        except Exception as error:  # decoders raise what they like
+            raise OSError(f"{path}: {error}") from error
+
+    def clip(self, path: Path) -> Tensor:
+        """Return the frames wanted, uint8 `[T, H, W, 3]`; raises anything where they cannot be read."""
+        raise NotImplementedError
+
+    def places(self, count: int) -> list[int]:
+        """Return which of so many frames are taken; of fewer than T some are taken twice."""
+        if not count:
+            raise ValueError("there are no frames")
+        return [(2 * t + 1) * count // (2 * self.frames) for t in range(self.frames)]
+
+
+class Frames(_Files):
+    def __init__(self, root: str, split: str, data: Data) -> None:
+        from PIL import Image
+
+        Image.init()
+        self.suffixes = set(Image.registered_extensions())
+        super().__init__(root, split, (), data)
+
+    def clip(self, path: Path) -> Tensor:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in self.suffixes)
+        return torch.stack([_picture(files[place]) for place in self.places(len(files))])
+
+
+def frames(rest: str, split: str, data: Data) -> Source:
+    """Folders of frames, PATH/train/CLASS/CLIP/x.jpg in the order of their names, all of one size."""
+    return Frames(rest, split, data)
+
+
+def _picture(file: Path) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+class Videos(_Files):
+    def __init__(self, root: str, split: str, data: Data) -> None:
+        try:
+            import torchcodec  # noqa: F401 - decodes the frames wanted alone
+        except (ImportError, RuntimeError, OSError):  # it is there, and the FFmpeg it links to is not
+            import av  # noqa: F401 - a missing one is said at once
+
+            self.decode = self._with_av
+        else:
+            self.decode = self._with_torchcodec
+        super().__init__(root, split, VIDEOS, data)
+
+    def clip(self, path: Path) -> Tensor:
+        return self.decode(path)
+
+    def _with_torchcodec(self, path: Path) -> Tensor:
+        from torchcodec.decoders import VideoDecoder
+
+        decoder: Any = VideoDecoder(str(path), dimension_order="NHWC")
+        found: Tensor = decoder.get_frames_at(self.places(len(decoder))).data
+        return found
+
+    def _with_av(self, path: Path) -> Tensor:
+        import av
+
+        with av.open(str(path)) as container:
+            # what a file says of its length may be missing or wrong: packets are counted without decoding them
+            count = sum(packet.size > 0 for packet in container.demux(video=0))
+        wanted = self.places(count)
+        found: dict[int, Tensor] = {}
+        with av.open(str(path)) as container:
+            for place, frame in enumerate(container.decode(video=0)):
+                if place in wanted:
+                    found[place] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                if place == wanted[-1]:
+                    break
+        missing = len(set(wanted) - found.keys())
+        if missing:
+            raise ValueError(f"{missing} of {len(set(wanted))} frames cannot be decoded")
+        return torch.stack([found[place] for place in wanted])
+
+
+def videos(rest: str, split: str, data: Data) -> Source:
+    """Video files, PATH/train/CLASS/x.mp4, decoded by torchcodec where it is installed, else by PyAV."""
+    return Videos(rest, split, data)

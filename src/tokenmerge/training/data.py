@@ -1,0 +1,271 @@
+"""Where samples come from, and in which order: batches that depend on seed and position alone.
+
+A sample's augmentation is drawn from (seed, epoch, its index), a batch from (seed, epoch, its position): how many
+processes and workers share the work, and where a run was cut off, changes nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tokenmerge.errors import DataError
+from tokenmerge.training.sources import Raw, Source, Stream, open_source, seed_of
+
+__all__ = ["Batch", "Loader", "Position", "Source", "Stream", "evaluation", "open_source", "reseed", "seed_of"]
+
+Transform = Callable[[Raw], Tensor]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next batch starts; in the next epoch where too few samples are left in this one."""
+
+    epoch: int = 0
+    index: int = 0  # samples of the epoch that are over, of all processes
+
+
+@dataclass
+class Batch:
+    inputs: Tensor  # [b, ...], this process' share
+    labels: Tensor  # [b]
+    position: Position  # of the batch after this one
+    unreadable: list[str] = field(default_factory=list)  # sentences, one for each sample left out
+
+    def pin_memory(self) -> Batch:  # torch's DataLoader asks for it by this name
+        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory())
+
+
+_Sample = tuple[int, Callable[[], tuple[Raw, int]]]  # its index, and what reads it
+_Step = tuple[Position, list[_Sample]]
+
+
+class Loader:
+    """Batches of a source for training: shuffled, augmented, endless.
+
+    `batch_size` counts the samples of one optimiser step over all processes; process `rank` of `world` takes its
+    contiguous share of each. What is left at the end of an epoch, less than a batch, is left out. Each of `workers`
+    processes prepares whole batches. Raises `DataError` where no batch can be made.
+
+    A stream is walked by every worker of every process, and from its start where a run is resumed: each reads all
+    bytes and decodes only its own samples. With many processes reading dominates; then copy the data to local disks.
+    """
+
+    def __init__(
+        self,
+        source: Source | Stream,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        _check_amounts(batch_size, rank, world, workers)
+        if batch_size % world:
+            raise DataError(
+                f"a batch of {batch_size} cannot be shared equally by {world} processes; "
+                f"give {batch_size // world * world or world} or {(batch_size // world + 1) * world}."
+            )
+        if isinstance(source, Source):
+            _check_length(len(source), batch_size)
+        self.source, self.transform, self.batch_size, self.seed = source, transform, batch_size, seed
+        self.workers = workers
+        share = batch_size // world
+        self._mine = range(rank * share, (rank + 1) * share)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Batches in an epoch; None for a stream, whose length nobody knows."""
+        return None if isinstance(self.source, Stream) else len(self.source) // self.batch_size
+
+    def batches(self, start: Position = Position()) -> Iterator[Batch]:
+        """Yield this process' share of every batch from `start` on, without end.
+
+        A sample that cannot be read is left out and named in `unreadable`. Raises `DataError` where a whole share
+        cannot be read, a label has no class, or a stream is shorter than a batch.
+        """
+        steps = partial(_steps, self.source, self.batch_size, self._mine, self.seed, start)
+        for batch in _run(_Work(steps, self.source, self.transform, self.seed), self.workers):
+            if not len(batch.labels):
+                raise DataError(_none_readable(batch.unreadable))
+            yield batch
+
+
+def evaluation(
+    source: Source | Stream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Yield every `world`-th sample from `rank` on, in order, once, in batches of `batch_size` (the last one smaller).
+
+    Samples that cannot be read are left out and named in `unreadable`; a batch may have none left. Raises `DataError`
+    where that is so of all batches.
+    """
+    _check_amounts(batch_size, rank, world, workers)
+    if isinstance(source, Source) and not len(source):
+        raise DataError("there are no samples to evaluate on.")
+    steps = partial(_ordered_steps, source, batch_size, rank, world)
+    unreadable: list[str] = []
+    read = 0
+    for batch in _run(_Work(steps, source, transform, 0), workers):
+        read += len(batch.labels)
+        unreadable += batch.unreadable
+        yield batch
+    if unreadable and not read:
+        raise DataError(_none_readable(unreadable))
+
+
+def _check_amounts(batch_size: int, rank: int, world: int, workers: int) -> None:
+    if batch_size < 1 or workers < 0 or not 0 <= rank < world:
+        raise DataError(
+            "the batch size must be at least 1, the number of workers at least 0, the rank below the number of "
+            f"processes; got batch size {batch_size}, {workers} workers, rank {rank} of {world}."
+        )
+
+
+def _check_length(length: int, batch_size: int) -> None:
+    if not length:
+        raise DataError("there are no samples to train on.")
+    if length < batch_size:
+        raise DataError(f"a batch of {batch_size} needs as many samples, there are {length}; make batch_size smaller.")
+
+
+def _none_readable(unreadable: list[str]) -> str:
+    return f"none of {len(unreadable)} samples could be read: {'; '.join(unreadable[:3])}."
+
+
+def _samples(source: Source | Stream, epoch: int, seed: int) -> Iterator[_Sample]:
+    if isinstance(source, Stream):
+        for index, (decode, label) in enumerate(source.samples(epoch, seed)):
+            yield index, partial(_decoded, decode, label)
+        return
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    for index in torch.randperm(len(source), generator=generator).tolist():
+        yield index, partial(source.read, index)
+
+
+def _decoded(decode: Callable[[], Raw], label: int) -> tuple[Raw, int]:
+    return decode(), label
+
+
+def _steps(source: Source | Stream, batch_size: int, mine: range, seed: int, start: Position) -> Iterator[_Step]:
+    epoch, index = start.epoch, start.index
+    while True:
+        samples = islice(_samples(source, epoch, seed), index, None)
+        # the undecoded samples of others are let go at once
+        while (
+            len(step := [one if i in mine else None for i, one in enumerate(islice(samples, batch_size))]) == batch_size
+        ):
+            index += batch_size
+            yield Position(epoch, index), [sample for sample in step if sample is not None]
+        if not index:
+            _check_length(len(step), batch_size)
+        epoch, index = epoch + 1, 0
+
+
+def _ordered_steps(source: Source | Stream, batch_size: int, rank: int, world: int) -> Iterator[_Step]:
+    mine: Iterator[_Sample]
+    if isinstance(source, Stream):
+        mine = islice(_samples(source, 0, 0), rank, None, world)
+    else:
+        mine = ((index, partial(source.read, index)) for index in range(rank, len(source), world))
+    over = 0
+    while step := list(islice(mine, batch_size)):
+        over += len(step)
+        yield Position(0, over), step
+
+
+class _Work(IterableDataset[Any]):
+    """Steps made into batches, those of this worker; what cannot be done comes out as an error instead of a batch."""
+
+    def __init__(
+        self, steps: Callable[[], Iterator[_Step]], source: Source | Stream, transform: Transform, seed: int
+    ) -> None:
+        self.steps, self.classes, self.transform, self.seed = steps, source.classes, transform, seed
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        try:
+            for position, samples in islice(self.steps(), number, None, count):
+                yield self._batch(position, samples)
+        except DataError as error:
+            yield error  # raised within a worker it would come out as a trace of lines
+
+    def _batch(self, position: Position, samples: list[_Sample]) -> Batch:
+        inputs, labels, unreadable = [], [], []
+        with _own_randomness():
+            for index, read in samples:
+                reseed(seed_of(self.seed, position.epoch, index), devices=False)
+                try:
+                    raw, label = read()
+                except (OSError, ValueError, SyntaxError) as error:  # the last is of PIL
+                    unreadable.append(f"{error}")
+                    continue
+                if not 0 <= label < len(self.classes):
+                    raise DataError(f"sample {index} has label {label}; there are {len(self.classes)} classes.")
+                inputs.append(self.transform(raw))
+                labels.append(label)
+        stacked = torch.stack(inputs) if inputs else torch.empty(0)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.long), position, unreadable)
+
+
+def _run(work: _Work, workers: int) -> Iterator[Batch]:
+    # a generator of its own: without one, starting workers draws from the caller's
+    loader = DataLoader(
+        work,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Put the generators of python, numpy and torch (CPU) back afterwards."""
+    import numpy as np
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def reseed(seed: int, *, devices: bool = True) -> None:
+    """Seed the generators of python, numpy and torch, those of its devices too unless told otherwise."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

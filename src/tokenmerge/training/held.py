@@ -1,0 +1,120 @@
+"""Evaluation of a model in training: what is held out, and one pass over it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+import tokenmerge
+from tokenmerge.errors import DataError, NotPatchedError
+from tokenmerge.training.data import Batch, evaluation, open_source, reseed, seed_of
+from tokenmerge.training.objective import Objective
+from tokenmerge.training.recipe import Recipe
+from tokenmerge.training.sources import Source, Stream
+from tokenmerge.training.transforms import eval_transform
+from tokenmerge.training.world import World
+
+__all__ = ["HeldOut", "autocast", "mean_tokens", "pixel_statistics", "shown"]
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HeldOut:
+    """The validation and test splits of a recipe, as far as they are there; `notes` says which are not."""
+
+    def __init__(
+        self, recipe: Recipe, size: tuple[int, ...], classes: tuple[str, ...], pixels: dict[str, Any], world: World
+    ) -> None:
+        self.recipe, self.size, self.pixels, self.world = recipe, size, dict(pixels), world
+        # pretrained models know how much of a picture they were shown
+        self.crop = self.pixels.pop("crop_pct", 1.0)
+        self.sources, self.notes = dict[str, Source | Stream](), list[str]()
+        data = recipe.data
+        for split in ("valid", "test"):
+            try:
+                name = data.valid if data.valid and split == "valid" else data.source
+                source = open_source(name, split, data)
+            except DataError as error:
+                if split == "valid" and recipe.save.evaluate:
+                    raise
+                self.notes.append(f"not evaluated on {split} samples: {error}")
+                continue
+            if source.classes != classes:
+                own, others = (
+                    f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (source.classes, classes)
+                )
+                raise DataError(
+                    f"the {split} samples of {name} have {own}, the training samples of {data.source} {others}. Give "
+                    "samples of the same classes, in the same order."
+                )
+            self.sources[split] = source
+
+    @torch.no_grad()
+    def evaluate(
+        self, split: str, model: nn.Module, objective: Objective, r: Any, see: Callable[[Batch], None]
+    ) -> dict[str, Any]:
+        """Run a model over a split, each process its share, with `r` where it merges; `see` is shown every batch."""
+        handle = _handle(model)
+        if handle is not None:
+            handle.r = r
+        recipe, device, source = self.recipe, self.world.device, self.sources[split]
+        # the forward of sharded parameters waits for all processes: they run over the same samples
+        is_sharded = recipe.parallel == "fsdp"
+        rank, world = (0, 1) if is_sharded else (self.world.rank, self.world.size)
+        sums = torch.zeros(len(objective.counts) + 1, device=device)
+        model.eval()
+        # what is drawn (masks to predict) is the same every time
+        reseed(seed_of(recipe.seed, rank))
+        start = time.perf_counter()
+        for batch in evaluation(
+            source,
+            eval_transform(source.kind, self.size, crop_pct=self.crop, **self.pixels),
+            batch_size=max(1, recipe.batch_size // recipe.accumulate // self.world.size),
+            rank=rank,
+            world=world,
+            workers=recipe.data.workers,
+        ):
+            see(batch)
+            if len(batch.labels):
+                with autocast(device, recipe.precision):
+                    sums[:-1] += objective.score(model, batch.inputs.to(device), batch.labels.to(device))
+                sums[-1] += len(batch.labels)
+        *values, count = (sums if is_sharded else self.world.total(sums)).tolist()
+        seconds = time.perf_counter() - start
+        found = {name: value / count for name, value in zip(objective.counts, values, strict=True)}
+        about = {"r": shown(r), "tokens": mean_tokens(handle), "images_per_second": count / seconds}
+        return found | about | {"seconds": seconds}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the context a forward of this precision runs in."""
+    dtype = _PRECISIONS.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def pixel_statistics(model: nn.Module) -> dict[str, Any]:
+    """Return what a model of timm says of the pixels it was trained on: mean, std and crop_pct; {} for others."""
+    about = getattr(model, "pretrained_cfg", None) or {}
+    return {name: about[name] for name in ("mean", "std", "crop_pct") if about.get(name)}
+
+
+def shown(r: Any) -> Any:
+    """Return a pair as recipes write it, everything else as it is."""
+    return ",".join(map(str, r)) if isinstance(r, tuple) else r
+
+
+def mean_tokens(handle: tokenmerge.Handle | None) -> float | None:
+    """Return the mean number of tokens after a block in the last forward."""
+    return None if handle is None else sum(handle.tokens) / len(handle.tokens)
+
+
+def _handle(model: nn.Module) -> tokenmerge.Handle | None:
+    try:
+        return tokenmerge.handle_of(model)
+    except NotPatchedError:
+        return None

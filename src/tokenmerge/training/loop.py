@@ -1,0 +1,368 @@
+"""The loop: a recipe into a trained model, with nothing lost on the way."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
+from tokenmerge.tools.models import find_device, import_timm
+from tokenmerge.training.amount import Amount
+from tokenmerge.training.checkpoint import Checkpoints
+from tokenmerge.training.data import Batch, Loader, Position, open_source, reseed, seed_of
+from tokenmerge.training.held import HeldOut, autocast, mean_tokens, pixel_statistics, shown
+from tokenmerge.training.log import Log
+from tokenmerge.training.output import check_folder, check_recipe, export, write_recipe
+from tokenmerge.training.parts import build_parts, optimizer_of, scheduler_of, set_training
+from tokenmerge.training.recipe import Recipe, from_dict
+from tokenmerge.training.transforms import train_transform
+from tokenmerge.training.world import World
+
+__all__ = ["DivergedError", "StoppedError", "train"]
+
+
+class DivergedError(TokenMergeError):
+    """The loss or the gradient is no number any more."""
+
+
+class StoppedError(TokenMergeError):
+    """The run was asked to stop, and can go on later."""
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train what a recipe says, or go on where the same call was cut off; returns the lines of the last evaluation.
+
+    The folder gets `recipe.json`, `metrics.jsonl` and `.csv`, `checkpoints/` and, at the end, what `load` reads. Raises
+    `TokenMergeError` of all kinds before anything is written; `DivergedError`, `StoppedError`, `LostRankError` and
+    `DataError` (a full disk, data that cannot be read) later, with the last good checkpoint left whole.
+    """
+    import_timm()
+    folder = Path(folder)
+    check_folder(folder, recipe)
+    if device is not None:
+        find_device(device)
+    with World(device) as world:
+        return _Run(recipe, folder, world, progress).run()
+
+
+class _Run:
+    """One process of a run: the model with all that belongs to it, and how far it is."""
+
+    def __init__(self, recipe: Recipe, folder: Path, world: World, progress: Callable[[int, int], None] | None) -> None:
+        self.recipe, self.folder, self.world = recipe, folder, world
+        self.progress = progress if progress is not None and world.is_first else lambda done, total: None
+        source = open_source(recipe.data.source, "train", recipe.data)
+        self.size, self.classes = recipe.data.size or source.size, source.classes
+        # every process builds the same model
+        reseed(recipe.seed)
+        self.parts = build_parts(recipe, self.size, len(self.classes), world.device)
+        pixels = pixel_statistics(self.parts.core)
+        self.held = HeldOut(recipe, self.size, self.classes, pixels, world)
+        pixels.pop("crop_pct", None)
+        self.loader = Loader(
+            source,
+            train_transform(recipe.augment, source.kind, self.size, flippable=source.flippable, **pixels),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=recipe.data.workers,
+        )
+        self.steps = self._count_steps()
+        self.amount = Amount(
+            self.parts.r,
+            self.steps,
+            warmup=recipe.merge.warmup,
+            draw=recipe.merge.draw,
+            off=recipe.merge.off,
+            seed=recipe.seed,
+        )
+        self.ema = self._average()
+        has_modules = hasattr(self.parts.core, "tokenmerge_modules")
+        net = world.wrap(self.parts.model, recipe.parallel, find_unused=has_modules)
+        self.net = torch.compile(net) if recipe.model.compile else net
+        self.optimizer = optimizer_of(self.parts.model, recipe)
+        self.scheduler = scheduler_of(self.optimizer, recipe, self.steps)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.save.keep)
+        self.step, self.position = 0, Position()
+        # sums since the last line: loss, gradient norm, steps
+        self.window = torch.zeros(3, device=world.device)
+        self.unreadable: dict[str, None] = {}
+        self.asked_to_stop = False
+        self._resume()
+        if world.is_first:
+            write_recipe(folder, recipe)
+        self.log = Log(folder, self.step, self.steps, recipe.save.tensorboard) if world.is_first else None
+        for note in self.held.notes + self.parts.notes:
+            self._say(note)
+
+    def _count_steps(self) -> int:
+        per_epoch, recipe = self.loader.steps_per_epoch, self.recipe
+        if recipe.steps is not None:
+            return recipe.steps
+        if per_epoch is None:
+            raise DataError(f"{recipe.data.source} is a stream: nobody knows how long an epoch is. Give steps.")
+        assert recipe.epochs is not None
+        return max(1, round(recipe.epochs * per_epoch))
+
+    def _average(self) -> Any:
+        if not self.recipe.ema:
+            return None
+        if self.recipe.parallel == "fsdp" and self.world.size > 1:
+            raise UnsupportedError("a running average (ema) of sharded parameters is not kept: use parallel = 'ddp'.")
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end and evaluate; of a run that is over, say what it came to."""
+        found: list[dict[str, Any]] = self.world.gather(self.log.last if self.log is not None else [])[0]
+        if found:
+            self._say(f"finished before: {self.steps} steps, in {self.folder}")
+            return found
+        if self.step < self.steps:
+            with self._signals():
+                self._train()
+        found = self._evaluate_all()
+        self._export()
+        return found
+
+    def _train(self) -> None:
+        save = self.recipe.save
+        batches = self.loader.batches(self.position)
+        start, images = time.perf_counter(), 0
+        self.progress(self.step, self.steps)
+        while self.step < self.steps:
+            batch = next(batches)
+            self._train_step(batch)
+            self.step, self.position = self.step + 1, batch.position
+            images += self.recipe.batch_size
+            self._name_unreadable(batch)
+            self.progress(self.step, self.steps)
+            is_last = self.step == self.steps
+            if self.step % save.log == 0 or is_last:
+                self._check(self.world.total(self.window))
+                self._line(time.perf_counter() - start, images)
+                start, images = time.perf_counter(), 0
+            before = time.perf_counter()
+            if save.evaluate and self.step % save.evaluate == 0 and not is_last:
+                self._evaluate("valid", self.parts.r)
+            if self.step % save.every == 0 or is_last:
+                self._save()
+            self._stop_if_asked()
+            # neither belongs to the time that training takes
+            start += time.perf_counter() - before
+
+    def _train_step(self, batch: Batch) -> None:
+        recipe, device = self.recipe, self.world.device
+        # dropout and drawn masks depend on seed, step and rank alone: a resumed run draws what this one would
+        reseed(seed_of(recipe.seed, self.step, self.world.rank))
+        set_training(self.parts, recipe)
+        if self.parts.handle is not None:
+            self.parts.handle.r = self.amount.at(self.step)
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        inputs, labels = (part.to(device, non_blocking=True) for part in (batch.inputs, batch.labels))
+        inputs, targets = self.parts.objective.targets(inputs, labels)
+        parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+        total = torch.zeros((), device=device)
+        for number, (some, wanted) in enumerate(parts):
+            with self._synchronised(number == len(parts) - 1):
+                with autocast(device, recipe.precision):
+                    loss = self.parts.objective.loss(self.net, some, wanted) * (len(some) / len(inputs))
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        # a scaled gradient may overflow: its step is left out
+        norm = torch.where(norm.isfinite(), norm, 0) if self.scaler.is_enabled() else norm
+        self.window += torch.stack((total, norm, torch.ones_like(total)))
+        # elsewhere looking at every step would hold up the device
+        if device.type == "cpu":
+            self._check(self.window)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.parts.model, step=self.step)
+
+    def _clip(self) -> Tensor:
+        limit = math.inf if self.recipe.clip is None else self.recipe.clip
+        norm = nn.utils.clip_grad_norm_(self.parts.model.parameters(), limit)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole.detach()
+
+    @contextmanager
+    def _synchronised(self, is_last: bool) -> Iterator[None]:
+        """Exchange gradients with the other processes in the last part of a batch only."""
+        if isinstance(self.net, nn.parallel.DistributedDataParallel) and not is_last:
+            with self.net.no_sync():
+                yield
+        else:
+            yield
+
+    def _check(self, window: Tensor) -> None:
+        """Raise `DivergedError` where a loss or a gradient was no number."""
+        loss, norm, _ = window.tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = "gradient" if math.isfinite(loss) else "loss"
+        paths = self.checkpoints.paths()
+        kept = f"The last good checkpoint is {paths[0]}" if paths else "There is no checkpoint yet"
+        rate = self.optimizer.param_groups[0]["lr"]
+        raise DivergedError(
+            f"the {what} is no number at step {self.step + 1} (learning rate {rate:.3g}, r "
+            f"{shown(self.amount.at(self.step))}). {kept}. A lower optimizer.lr, a longer optimizer.warmup or a clip "
+            "of the gradient helps; a changed recipe needs another --out."
+        )
+
+    def _line(self, seconds: float, images: int) -> None:
+        """Write what the steps since the last line were like."""
+        loss, norm, count = self.world.mean(self.window).tolist()
+        self.window.zero_()
+        device = self.world.device
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        if self.log is not None:
+            self.log.add(
+                self.step,
+                "train",
+                loss=loss / count,
+                gradient=norm / count,
+                r=shown(self.amount.at(self.step - 1)),
+                tokens=mean_tokens(self.parts.handle),
+                lr=self.optimizer.param_groups[0]["lr"],
+                scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
+                images_per_second=images / seconds,
+                peak_memory_mb=peak,
+                seconds=seconds,
+            )
+
+    def _evaluate_all(self) -> list[dict[str, Any]]:
+        """Evaluate the finished model as it was trained, and on test samples without merging too."""
+        splits, r = self.held.sources, self.parts.r
+        found = [self._evaluate("valid", r)] if "valid" in splits else []
+        if "test" in splits:
+            merges = self.parts.handle is not None and r != 0
+            found += [self._evaluate("test", amount) for amount in ([r, 0] if merges else [r])]
+        return found
+
+    def _evaluate(self, split: str, r: Any) -> dict[str, Any]:
+        model = self.parts.model if self.ema is None else self.ema.module
+        line = self.held.evaluate(split, model, self.parts.objective, r, self._name_unreadable)
+        return line if self.log is None else self.log.add(self.step, split, **line)
+
+    def _name_unreadable(self, batch: Batch) -> None:
+        for sentence in batch.unreadable:
+            if sentence not in self.unreadable:
+                self.unreadable[sentence] = None
+                self._say(f"left out, {len(self.unreadable)} so far: {sentence}", everyone=True)
+
+    def _say(self, text: str, *, everyone: bool = False) -> None:
+        if everyone or self.world.is_first:
+            print(text, file=sys.stderr, flush=True)
+
+    def _save(self) -> None:
+        """Write a checkpoint: every process hands in its part, the first writes."""
+        model, optimizer = self._state()
+        if self.log is None:
+            return
+        self.log.write_csv()
+        content = {
+            "step": self.step,
+            "position": [self.position.epoch, self.position.index],
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "window": self.window.cpu(),
+            "unreadable": list(self.unreadable),
+            "recipe": self.recipe.as_dict(),
+        }
+        self.checkpoints.save(self.step, content)
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the states of model and optimiser by the names of parameters: any number of processes reads them."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_state_dict(self.parts.model, self.optimizer, options=options)
+
+    def _resume(self) -> None:
+        """Take up the last checkpoint, if there is one."""
+        saved = self.checkpoints.load()
+        if saved is None:
+            return
+        check_recipe(self.folder, from_dict(saved["recipe"]), self.recipe)
+        set_state_dict(
+            self.parts.model,
+            self.optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        self.window = saved["window"].to(self.world.device)
+        self.unreadable = dict.fromkeys(saved["unreadable"])
+        self.step, self.position = saved["step"], Position(*saved["position"])
+        self._say(f"going on after step {self.step} of {self.steps}")
+
+    def _export(self) -> None:
+        model, _ = self._state()
+        prefix = "" if self.parts.core is self.parts.model else "encoder."
+        if self.ema is not None:
+            model = self.ema.module.state_dict()
+        state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
+        if self.log is not None:
+            export(self.folder, self.parts, state, self.size, self.classes)
+            self.log.write_csv()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note a SIGTERM, as schedulers send it before they take the machine away."""
+
+        def note(number: int, frame: object) -> None:
+            self.asked_to_stop = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, note)
+        except ValueError:  # not the main thread: somebody else's business
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop_if_asked(self) -> None:
+        # all processes stop at the same step, and agree on it where they exchange numbers anyway
+        if self.world.size > 1 and self.step % self.recipe.save.log:
+            return
+        asked = torch.tensor(float(self.asked_to_stop), device=self.world.device)
+        if self.world.total(asked):
+            self._save()
+            raise StoppedError(
+                f"stopped by SIGTERM after step {self.step} of {self.steps}; everything is saved, the same command "
+                "goes on from there."
+            )

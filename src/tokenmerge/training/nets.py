@@ -1,0 +1,243 @@
+"""The model a run trains: the bundled one, a transformer of given sizes for images or clips, timm's, a saved one.
+
+Shapes: B batch, C channels, T frames, N tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
+from tokenmerge.tools.models import BUNDLED, import_timm, load_model, run_images
+from tokenmerge.training.recipe import Model
+
+__all__ = ["VIT", "TubeletEmbed", "build", "load_weights", "places"]
+
+VIT = "vit"
+_log = logging.getLogger(__name__)
+
+
+def build(model: Model, size: tuple[int, ...], classes: int) -> nn.Module:
+    """Return a model for inputs of `size`, in train mode on the CPU, with an answer for each of `classes`.
+
+    `size` has no batch: (C, H, W) for images and spectrograms, (C, T, H, W) for clips. Names: `"reference"`, the
+    bundled model; `"vit"`, timm's `VisionTransformer` with `model.options`, cut by `patch_size` into patches (one
+    number or two) or, for clips, tubelets (frames, rows, columns); a timm name, fitted to the size where timm can; a
+    file that `torch.save(model)` wrote. A model of other classes gets a new classifier, which is logged.
+
+    Raises `UnknownNameError` for a name or an option that does not exist, `ConfigError` for options that do not fit
+    together, `DataError` where the model does not take this size or cannot be given another classifier.
+    """
+    if model.name == BUNDLED:
+        net = _reference(model)
+    elif model.name == VIT:
+        net = _vit(model.options, size, classes)
+    else:
+        net = _named(model, size)
+    _fit_classes(net.eval(), model.name, size, classes)
+    return net.train()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> str:
+    """Copy weights into a model from a .safetensors file or a run's folder; return a sentence that says which not.
+
+    Everything must fit but the classifier, and the norm in front of it where the two models pool differently: what
+    does not fit of these stays as it is. Raises `DataError`, and changes nothing, where anything else differs.
+    """
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    state, own = _read(file), model.state_dict()
+    fitting = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
+    free = _replaceable(model, state)
+    different = sorted(key for key in (own.keys() | state.keys()) - fitting if not key.startswith(free))
+    if different:
+        shown = ", ".join(f"{key} {_shape(state, key)} for {_shape(own, key)}" for key in different[:3])
+        raise DataError(
+            f"the weights in {file} are of another model: {len(different)} tensors differ ({shown}). Build the model "
+            "with the options, the size and the patches it was trained with."
+        )
+    model.load_state_dict({key: state[key] for key in fitting}, strict=False)
+    new, unused = sorted(own.keys() - fitting), sorted(state.keys() - own.keys())
+    parts = [f"{len(fitting)} of {len(own)} tensors from {file}"]
+    parts += [f"new: {', '.join(new)}"] if new else []
+    parts += [f"not used: {', '.join(unused)}"] if unused else []
+    return "; ".join(parts) + "."
+
+
+class TubeletEmbed(nn.Module):
+    """Cut clips `[B, C, T, H, W]` into tubelets and project each: tokens `[B, N, width]`, time first, columns last.
+
+    A timm `embed_layer`; `img_size`, `patch_size` and `grid_size` have three entries each: frames, rows, columns.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: Sequence[int],
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if dynamic_img_pad:
+            raise ValueError("clips are not padded")
+        self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = math.prod(self.grid_size)
+        patch: Any = self.patch_size
+        self.proj = nn.Conv3d(in_chans, embed_dim, patch, patch, bias=bias, device=device, dtype=dtype)
+
+    def feat_ratio(self, as_scalar: bool = True) -> Any:
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, ...]:
+        """Return how many tubelets a clip of this size has along each axis."""
+        return tuple(length // step for length, step in zip(img_size, self.patch_size, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[2:]) != self.img_size:
+            raise ValueError(
+                f"the model takes clips of {self.img_size} (frames, rows, columns), not {tuple(x.shape[2:])}"
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def places(grid: Sequence[int], width: int) -> Tensor:
+    """Return `[1, N, width]`: sines and cosines of each axis' coordinate, an equal part of the width for each axis."""
+    half = width // (2 * len(grid))
+    waves = 10_000 ** (-torch.arange(half) / half)
+    axes = torch.meshgrid(*(torch.arange(length) for length in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * waves for axis in axes]  # [N, half] each
+    places = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return nn.functional.pad(places, (0, width - places.shape[1]))[None]
+
+
+def _reference(model: Model) -> nn.Module:
+    from tokenmerge.assets import reference_model
+
+    if model.options:
+        raise ConfigError(f"model.options {sorted(model.options)}: {BUNDLED!r} has none; build one with {VIT!r}.")
+    import_timm()
+    net: nn.Module = reference_model(pretrained=model.pretrained)
+    return net
+
+
+def _vit(options: dict[str, Any], size: tuple[int, ...], classes: int) -> nn.Module:
+    """Build timm's class; the embedding of clips is a tubelet convolution."""
+    import_timm()
+    from timm.models.vision_transformer import VisionTransformer
+
+    options = {"patch_size": 16, **options}
+    known = [name for name in inspect.signature(VisionTransformer).parameters if name not in _OURS]
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"option of {VIT}", name, known)
+    axes, given = size[1:], options.pop("patch_size")
+    patch = (given,) * len(axes) if isinstance(given, int) else tuple(given)
+    if len(axes) not in (2, 3) or len(patch) != len(axes) or any(n % p for n, p in zip(axes, patch, strict=True)):
+        raise ConfigError(
+            f"model.options.patch_size is {given!r} for a size of {size}: give one number, or one for each of rows and "
+            "columns, for clips of frames, rows and columns, that divide the size without rest."
+        )
+    if len(axes) == 3:
+        options["embed_layer"] = TubeletEmbed
+    make = partial(VisionTransformer, img_size=axes, patch_size=patch, in_chans=size[0], num_classes=classes)
+    try:
+        net: Any = make(**options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"timm's VisionTransformer does not take model.options {options}: {error}.") from error
+    if net.pos_embed is not None:  # learned, from what a masked autoencoder keeps: neighbours are alike from the start
+        start = places(net.patch_embed.grid_size, net.embed_dim)
+        net.pos_embed.data[:, -start.shape[1] :] = start
+    return net  # type: ignore[no-any-return]
+
+
+# arguments of timm's class that follow from the data, or are no plain values
+_OURS = ("img_size", "in_chans", "num_classes", "embed_layer", "block_fn", "device", "dtype")
+
+
+def _named(model: Model, size: tuple[int, ...]) -> nn.Module:
+    timm = import_timm()
+    if ":" not in model.name and not timm.is_model(model.name.split(".")[0]):
+        if model.options and Path(model.name).is_file():
+            raise ConfigError(f"model.options {sorted(model.options)}: {model.name} is a saved module and has none.")
+        return load_model(model.name)  # or its error for a name that does not exist
+    try:
+        fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)
+        try:
+            return timm.create_model(model.name, model.pretrained, **{**fitted, **model.options})  # type: ignore[no-any-return]
+        except TypeError:  # a model of any size takes no `img_size`
+            fitted.pop("img_size", None)
+            return timm.create_model(model.name, model.pretrained, **{**fitted, **model.options})  # type: ignore[no-any-return]
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"timm's {model.name} does not take model.options {model.options}: {error}.") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        what = "pretrained weights of" if model.pretrained else "model"
+        raise UnsupportedError(
+            f"the {what} {model.name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, "
+            f"start from new weights (model.pretrained=false), or use the bundled model ({BUNDLED!r})."
+        ) from error
+
+
+def _fitted(config: Any, size: tuple[int, ...]) -> dict[str, Any]:
+    """Return what timm must be told for a model that was made for another size."""
+    built = tuple(config.input_size) if config else size
+    channels = {} if built[0] == size[0] else {"in_chans": size[0]}
+    return channels if built[1:] == size[1:] else {**channels, "img_size": size[1:]}
+
+
+def _fit_classes(net: Any, name: str, size: tuple[int, ...], classes: int) -> None:
+    """Run one input, and see to it that each class has an answer."""
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    out = run_images(net, torch.zeros(1, *size, dtype=dtype))
+    found = getattr(net, "num_classes", out.shape[-1])
+    if out.dim() == 2 and found == classes == out.shape[-1]:
+        return
+    if not hasattr(net, "reset_classifier"):
+        raise DataError(
+            f"the data has {classes} classes, the model {name!r} answers with {tuple(out.shape[1:])}, and it has no "
+            "reset_classifier to change that. Change its last layer, and save it again."
+        )
+    net.reset_classifier(classes)
+    out = run_images(net, torch.zeros(1, *size, dtype=dtype))
+    if tuple(out.shape) != (1, classes):
+        raise DataError(f"the model {name!r} answers with {tuple(out.shape[1:])}, not one value per class ({classes}).")
+    _log.info("the model %r has %d classes, the data %d: its classifier is new.", name, found, classes)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UnsupportedError('loading weights needs safetensors: pip install "tokenmerge[train]"') from error
+    try:
+        return load_file(file)  # type: ignore[no-any-return]
+    except Exception as error:  # the format's own errors derive from Exception alone
+        raise DataError(f"cannot read the weights {file}: {error}.") from error
+
+
+def _replaceable(model: Any, state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Return the beginnings of the names that may differ: the classifier, and what pools in front of it."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    names = [name for name, module in model.named_modules() if name and module is classifier]
+    names = names or ["head", "fc"]
+    own = model.state_dict()
+    # the last norm stands behind the mean of all tokens in one, before the class token is taken in the other
+    if ("fc_norm.weight" in own) != ("fc_norm.weight" in state):
+        names += ["norm", "fc_norm"]
+    return tuple(f"{name}." for name in [*names, "attn_pool"])
+
+
+def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(state[key].shape) if key in state else None

@@ -1,0 +1,96 @@
+"""What a training makes smaller, and what its evaluation counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenmerge import Handle
+from tokenmerge.training.recipe import Augment, Recipe
+
+__all__ = ["Classify", "Objective", "Predict"]
+
+
+class Objective:
+    """One task: `loss` of a training batch, `score` of a batch of an evaluation."""
+
+    counts: tuple[str, ...] = ("loss",)  # what `score` sums up
+
+    def targets(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a training batch as the loss takes it."""
+        return inputs, labels
+
+    def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the scalar to be made smaller."""
+        raise NotImplementedError
+
+    def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sums over a batch, one for each of `counts`."""
+        raise NotImplementedError
+
+
+class Classify(Objective):
+    """Cross-entropy of the labels (mixed or smoothed), the method's own loss, and the divergence from a teacher.
+
+    Distillation as Hinton et al., 2015, arXiv:1503.02531: softened answers, the gradient's scale kept.
+    """
+
+    counts = ("loss", "accuracy")
+
+    def __init__(self, recipe: Recipe, classes: int, handle: Handle, teacher: nn.Module | None) -> None:
+        self.distill, self.smoothing, self.teacher = recipe.distill, recipe.augment.smoothing, teacher
+        self.mixup = _mixup(recipe.augment, classes)
+        self.added = _added_loss(handle)
+
+    def targets(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (inputs, labels) if self.mixup is None else self.mixup(inputs, labels)
+
+    def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = net(inputs).float()
+        # mixed targets are smoothed already
+        smoothing = 0.0 if self.mixup is not None else self.smoothing
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.teacher is not None:
+            T = self.distill.temperature
+            with torch.no_grad():
+                wanted = (self.teacher(inputs).float() / T).softmax(-1)
+            divergence = F.kl_div((logits / T).log_softmax(-1), wanted, reduction="batchmean")
+            loss = loss + self.distill.weight * T * T * divergence
+        return loss if self.added is None else loss + self.added()
+
+    def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        logits = net(inputs).float()
+        return torch.stack((F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()))
+
+
+class Predict(Objective):
+    """What a masked autoencoder returns: the error of the masked patches."""
+
+    def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = net(inputs)
+        return loss
+
+    def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = net(inputs).float() * len(inputs)
+        return loss.unsqueeze(0)
+
+
+def _mixup(augment: Augment, classes: int) -> Any:
+    if not augment.mixup and not augment.cutmix:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=classes)
+
+
+def _added_loss(handle: Handle) -> Callable[[], Tensor] | None:
+    """Return what the method adds to the loss, where it learns."""
+    from tokenmerge.methods import Learned
+
+    method = handle.config.method
+    is_adding = isinstance(method, Learned) and type(method).loss is not Learned.loss
+    return handle.loss if is_adding else None

@@ -1,0 +1,122 @@
+"""The parts a recipe names: model with its reduction, teacher, objective, optimiser and its schedule."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenmerge import Handle, MergeConfig
+from tokenmerge.errors import ConfigError
+from tokenmerge.tools.models import apply_method, own_r, read_method
+from tokenmerge.training.mae import MaskedAutoencoder
+from tokenmerge.training.nets import build, load_weights
+from tokenmerge.training.objective import Classify, Objective, Predict
+from tokenmerge.training.recipe import Recipe
+
+__all__ = ["Parts", "build_parts", "optimizer_of", "scheduler_of", "set_training"]
+
+_MODULES = "tokenmerge_modules."
+
+
+@dataclass
+class Parts:
+    """What is trained, and what it is trained with."""
+
+    model: nn.Module  # what the objective calls
+    core: nn.Module  # what is exported: the model itself, or the encoder inside it
+    handle: Handle | None  # None: nothing is merged, as in pre-training
+    objective: Objective
+    r: Any  # what the trained model removes per block
+    notes: list[str]
+
+
+def build_parts(recipe: Recipe, size: tuple[int, ...], classes: int, device: torch.device) -> Parts:
+    """Build what a recipe names, on a device; raises what its parts raise."""
+    core = build(recipe.model, size, classes)
+    notes = [load_weights(core, recipe.model.weights)] if recipe.model.weights else []
+    if recipe.model.checkpointing:
+        _checkpoint_blocks(core)
+    if recipe.task == "mae":
+        if recipe.merge.amount != 0:
+            raise ConfigError(f"merge.r is {recipe.merge.r!r}: pre-training hides tokens, it merges none. Give 0.")
+        model = MaskedAutoencoder(core, recipe.mae).to(device)
+        return Parts(model, core, None, Predict(), 0, notes)
+    teacher = copy.deepcopy(core).to(device).eval().requires_grad_(False) if recipe.distill.weight else None
+    method = read_method(recipe.merge.method)
+    r = recipe.merge.amount or own_r(method) or 0
+    options: dict[str, Any] = {} if isinstance(method, MergeConfig) else {"prop_attn": recipe.merge.prop_attn}
+    if recipe.model.only_modules:
+        core.requires_grad_(False)
+    handle = apply_method(core, method, r=r, **options)
+    if recipe.model.only_modules and not any(p.requires_grad for p in core.parameters()):
+        handle.remove()
+        raise ConfigError(f"model.only_modules leaves nothing to train: {recipe.merge.method} has no modules.")
+    core.to(device)
+    return Parts(core, core, handle, Classify(recipe, classes, handle, teacher), r, notes)
+
+
+def _checkpoint_blocks(model: nn.Module) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
+    if switch is None:
+        raise ConfigError(f"model.checkpointing: {type(model).__name__} cannot recompute its blocks.")
+    switch()
+
+
+def set_training(parts: Parts, recipe: Recipe) -> None:
+    """Put the model in train mode, but what a recipe keeps as it is."""
+    modules = getattr(parts.core, _MODULES[:-1], None)
+    # a frozen model keeps its statistics too, and only the method's modules are told that this is training
+    parts.model.train(not recipe.model.only_modules)
+    if modules is not None:
+        modules.train()
+    if recipe.model.freeze_batch_norm:
+        for module in parts.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return timm's optimiser of a name; no weight decay for one-dimensional parameters, nor for learned modules."""
+    from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+
+    chosen = recipe.optimizer
+    kept: set[str] = getattr(model, "no_weight_decay", set)()
+    if chosen.layer_decay is None:
+        groups = param_groups_weight_decay(model, chosen.weight_decay, no_weight_decay_list=kept)
+    else:
+        groups = param_groups_layer_decay(
+            model, chosen.weight_decay, no_weight_decay_list=kept, layer_decay=chosen.layer_decay
+        )
+    own = {id(p) for name, p in model.named_parameters() if name.startswith(_MODULES) and p.requires_grad}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+    if own:
+        lr = chosen.lr if chosen.lr_modules is None else chosen.lr_modules
+        params = [p for p in model.parameters() if id(p) in own]
+        groups.append({"params": params, "lr": lr, "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
+    found: torch.optim.Optimizer = create_optimizer_v2(groups, chosen.name, lr=chosen.lr)
+    return found
+
+
+def scheduler_of(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
+    """Return timm's scheduler of a name, counting steps: `step_update(step)` before each; None for "none"."""
+    from timm.scheduler import create_scheduler_v2
+
+    chosen = recipe.optimizer
+    # one update per epoch: what timm counts in epochs is counted in steps
+    found, _ = create_scheduler_v2(
+        optimizer,
+        chosen.schedule,
+        num_epochs=steps,
+        min_lr=chosen.min_lr,
+        warmup_epochs=round(chosen.warmup * steps),
+        warmup_lr=chosen.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return found

@@ -1,0 +1,321 @@
+"""A recipe: everything a training run is made of, read from a TOML file, changed by `key=value`, checked at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
+from tokenmerge.schedule import Schedule
+from tokenmerge.training.amount import Amount
+
+__all__ = [
+    "Augment",
+    "Data",
+    "Distill",
+    "Masked",
+    "Merge",
+    "Model",
+    "Optimizer",
+    "Recipe",
+    "Save",
+    "differences",
+    "list_recipes",
+    "read_recipe",
+]
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = "reference"  # see nets.build
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its class
+    pretrained: bool = True
+    weights: str | None = None  # .safetensors, or the folder of another run, to start from
+    only_modules: bool = False  # train the method's own modules, nothing of the model
+    freeze_batch_norm: bool = False  # keep its statistics: they depend on how a batch is split
+    checkpointing: bool = False  # recompute blocks in the backward: less memory, more time
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str = "fashion-mnist"  # see data.open_source
+    valid: str | None = None  # another source to validate on; else the validation split of the same
+    size: tuple[
+        int, ...
+    ] = ()  # what the model takes, without batch: (C, H, W) or (C, T, H, W); () for the source's own
+    limit: int | None = None  # only so many training samples
+    held: int | None = None  # only so many samples of an evaluation, spread over all
+    workers: int = 0
+    shuffle: int = 1000  # samples a stream is shuffled among
+
+
+@dataclass(frozen=True)
+class Augment:
+    crop: str = "shift"  # shift: by up to `shift` pixels; resize: a random part, timm's; none
+    shift: int = 2
+    scale: tuple[float, ...] = (0.35, 1.0)  # of the area, for crop = "resize"
+    flip: float = 0.5
+    auto: str | None = None  # timm's name of a policy, as rand-m9-mstd0.5-inc1
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"  # timm's name
+    lr: float = 1e-3
+    lr_modules: float | None = None  # of a learned method's own modules; else lr
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    schedule: str = "cosine"  # timm's name
+    warmup: float = 0.05  # share of all steps
+    min_lr: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Merge:
+    method: str = "tome"  # as on the command line: a name, with options, or a saved configuration
+    r: Any = 0  # any form that `patch` takes
+    prop_attn: bool | str = "auto"
+    warmup: float = 0.0  # share of all steps in which r grows from 0
+    draw: bool = False  # every step draws its r from 0 to r
+    off: float = 0.0  # share of all steps, the last ones, without merging
+
+    @property
+    def amount(self) -> Any:
+        """The r as `patch` takes it: TOML has no pairs, they are written "16,-1"."""
+        try:
+            return ast.literal_eval(self.r) if isinstance(self.r, str) else self.r
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(f'merge.r is {self.r!r}; give a number, a list, or a pair as text, "16,-1".') from error
+
+
+@dataclass(frozen=True)
+class Distill:
+    weight: float = 0.0  # of the divergence to the unmerged model's answers; 0: no teacher
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Masked:
+    ratio: float = 0.75  # of the patches
+    width: int = 64  # of the decoder
+    depth: int = 2
+    heads: int = 2
+    normalise: bool = True  # pixels to predict, by their patch's mean and deviation
+
+
+@dataclass(frozen=True)
+class Save:
+    every: int = 200  # steps from one checkpoint to the next
+    keep: int = 2  # checkpoints
+    evaluate: int = 0  # steps from one validation to the next; 0: only at the end
+    log: int = 20  # steps from one line of metrics to the next
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run as a value. Raises `ConfigError` for values no run can have."""
+
+    about: str = ""
+    task: str = "classify"  # or mae: predict masked patches
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 128  # of one optimiser step, over all processes and accumulated parts
+    accumulate: int = 1  # parts that a step's batch is computed in
+    seed: int = 0
+    precision: str = "fp32"
+    parallel: str = "ddp"  # or fsdp: parameters sharded over the processes
+    clip: float | None = 1.0  # norm of the gradients
+    ema: float = 0.0  # decay of the running average that is exported; 0: none
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    merge: Merge = field(default_factory=Merge)
+    distill: Distill = field(default_factory=Distill)
+    mae: Masked = field(default_factory=Masked)
+    save: Save = field(default_factory=Save)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "task": ("classify", "mae"),
+            "precision": ("fp32", "bf16", "fp16"),
+            "parallel": ("ddp", "fsdp"),
+            "augment.crop": ("shift", "resize", "none"),
+        }
+        flat = flatten(self)
+        for key, allowed in choices.items():
+            if flat[key] not in allowed:
+                raise ConfigError(f"{key} is {flat[key]!r}; allowed: {', '.join(allowed)}.")
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"give steps or epochs, one of them; got steps {self.steps} and epochs {self.epochs}.")
+        positive = (
+            "batch_size",
+            "accumulate",
+            "steps",
+            "epochs",
+            "data.limit",
+            "data.held",
+            "save.every",
+            "save.keep",
+            "save.log",
+        )
+        shares = ("optimizer.warmup", "merge.warmup", "merge.off", "augment.flip", "augment.erase", "mae.ratio", "ema")
+        for key in positive:
+            if flat[key] is not None and flat[key] <= 0:
+                raise ConfigError(f"{key} is {flat[key]}; it must be more than 0.")
+        for key in shares:
+            if not 0 <= flat[key] <= 1:
+                raise ConfigError(f"{key} is {flat[key]}; it is a share, from 0 to 1.")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"a batch of {self.batch_size} cannot be split into {self.accumulate} equal parts.")
+        # what a model and its length would add is checked by `patch`
+        r = self.merge.amount
+        Schedule.of(r, depth=len(r) if isinstance(r, list) else 1)
+        Amount(r, 1, warmup=self.merge.warmup, off=self.merge.off)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as a TOML or JSON file holds them."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+
+def list_recipes() -> dict[str, str]:
+    """Return the name of every recipe of the package and what it is about."""
+    return {path.stem: str(_load(path).get("about", "")) for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def read_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of the package by its name, or a file of your own (.toml, .json), and apply `key=value` changes.
+
+    Raises `UnknownNameError` for a recipe or a key that does not exist (with the nearest), `ConfigError` for a file
+    that cannot be read or a value that does not fit.
+    """
+    path = Path(name)
+    if path.suffix not in (".toml", ".json"):
+        path = FOLDER / f"{name}.toml"
+        if not path.is_file():
+            raise unknown_name("recipe", str(name), list_recipes())
+    content = _load(path)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"{change!r} is no change of a recipe: give key=value, as merge.r=13.")
+        part = content
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = _value(text.strip())
+    return from_dict(content)
+
+
+def from_dict(content: Mapping[str, Any]) -> Recipe:
+    """Build a recipe of plain values; the errors of `read_recipe`."""
+    recipe: Recipe = _build(Recipe, content, "")
+    return recipe
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every setting by its dotted key."""
+    found: dict[str, Any] = {}
+    for part in dataclasses.fields(value):
+        inner = getattr(value, part.name)
+        is_part = dataclasses.is_dataclass(inner)
+        found |= flatten(inner, f"{prefix}{part.name}.") if is_part else {prefix + part.name: inner}
+    return found
+
+
+# they change how long a run takes and what it tells, not what it computes
+_FREE = {"about", "data.workers", "model.compile"}
+_FREE |= {"data.held", "save.every", "save.keep", "save.evaluate", "save.log", "save.tensorboard"}
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """Say, per setting that changes what a run computes, what it was and what it is."""
+    old, new = flatten(before), flatten(now)
+    return [f"{key}: {old[key]!r} before, {new[key]!r} now" for key in old if key not in _FREE and old[key] != new[key]]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else _toml(text)
+    except (OSError, ValueError) as error:  # what both parsers raise derives from ValueError
+        raise ConfigError(f"cannot read the recipe {path}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"the recipe {path} holds a {type(content).__name__}, not a table of settings.")
+    return content
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:  # before Python 3.11
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise UnsupportedError('recipes need tomli on Python 3.10: pip install "tokenmerge[train]"') from error
+    content: dict[str, Any] = tomllib.loads(text)
+    return content
+
+
+def _value(text: str) -> Any:
+    """Read what stands after `key=` as TOML would; a bare word is a text, `none` is nothing."""
+    if text == "none":
+        return None
+    try:
+        return _toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def _build(kind: type, content: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    for key, value in content.items():
+        if key not in hints:
+            raise unknown_name("setting", prefix + key, [prefix + name for name in hints])
+        if dataclasses.is_dataclass(hints[key]) and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{prefix}{key} is {value!r}; it is a table of settings, as {prefix}{key}.{_first(hints[key])}."
+            )
+    values = {
+        key: _build(hints[key], value, f"{prefix}{key}.")
+        if dataclasses.is_dataclass(hints[key])
+        else _fitted(value, hints[key], prefix + key)
+        for key, value in content.items()
+    }
+    return kind(**values)
+
+
+def _first(kind: Any) -> str:
+    return dataclasses.fields(kind)[0].name
+
+
+def _fitted(value: Any, hint: Any, key: str) -> Any:
+    """Return a value as its setting holds it; raises `ConfigError` where it is of another type."""
+    if hint is Any:
+        return value
+    for one in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if get_origin(one) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_fitted(entry, get_args(one)[0], key) for entry in value)
+        if get_origin(one) is dict and isinstance(value, Mapping):
+            return dict(value)
+        if one is float and type(value) is int:
+            return float(value)
+        if isinstance(one, type) and type(value) is one:
+            return value
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise ConfigError(f"{key} is {value!r}; it takes {name}.")

@@ -1,0 +1,212 @@
+"""Sources of sounds: synthetic tones and folders of wav files, and the spectrogram that models see of them.
+
+Shapes: S samples, M mel bands, F frames of a spectrogram. A sound is float `[S]` within -1 to 1, of `RATE` samples a
+second.
+"""
+
+from __future__ import annotations
+
+import math
+import wave
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import ConfigError
+from tokenmerge.training.recipe import Data
+from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
+
+__all__ = ["LENGTH", "RATE", "spectrogram", "tones", "wav"]
+
+RATE = 8_000  # samples a second, of every source
+LENGTH = 2 * RATE  # samples of a synthetic sound, and those that a spectrogram shows
+_WINDOW = 256  # samples of one frame of a spectrogram
+_LOUDNESS = 80.0  # decibels: what is softer than the loudest by more is not seen
+
+
+class Tones(Source):
+    """Synthetic sounds of 2 s in twelve classes, drawn from the split and the index: a sound is always the same.
+
+    Each lasts 0.6 to 1.4 s and starts anywhere; its pitch (200 to 1,600 Hz at its start), loudness and the background,
+    noise 6 dB above the sound to 18 dB below it, are drawn too. All but the noises have one weak overtone. Classes
+    differ in how the pitch moves (steady, rising, falling, up and down, warbling, in steps), in how the loudness moves
+    (steady, trembling, pulses, fading like a bell), or have two or no pitches.
+    """
+
+    kind = "sound"
+    classes = (
+        "steady",
+        "rising",
+        "falling",
+        "arch",
+        "warble",
+        "steps",
+        "tremble",
+        "pulses",
+        "bell",
+        "chord",
+        "noise",
+        "noise bursts",
+    )
+    size = (1, 64, 128)
+    lengths = {"train": 20_000, "valid": 1_000, "test": 2_000}  # noqa: RUF012 - never changed
+    flippable = False
+
+    def __init__(self, split: str) -> None:
+        self.length, self.split = self.lengths[split], list(SPLITS).index(split)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        generator = torch.Generator().manual_seed(seed_of(self.split, index))
+        label = int(torch.randint(len(self.classes), (1,), generator=generator))
+        draw = torch.rand(8, generator=generator).tolist()
+        length = int((0.6 + 0.8 * draw[0]) * RATE)
+        start = int(draw[1] * (LENGTH - length))
+        sound = _sound(self.classes[label], torch.arange(length) / RATE, draw[2:6], generator)
+        edge = torch.arange(1, length + 1).minimum(torch.arange(length, 0, -1)) / (0.02 * RATE)
+        sound = sound * edge.clamp(max=1)  # 20 ms, so that no click betrays where it starts
+        power = sound.square().mean().sqrt()
+        whole = torch.randn(LENGTH, generator=generator) * 10 ** ((-18 + 24 * draw[6]) / 20)
+        whole[start : start + length] += sound / power
+        return whole * (0.02 + 0.1 * draw[7]) / whole.square().mean().sqrt(), label
+
+
+def _sound(name: str, t: Tensor, draw: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Return a sound of a class at the times `t` (s), of any loudness."""
+    if name.startswith("noise"):
+        loudness = _beats(t, 3 + 5 * draw[1]) if name == "noise bursts" else torch.ones_like(t)
+        return torch.randn(len(t), generator=generator) * loudness
+    part = t / t[-1]  # 0 to 1
+    octaves = (0.4 + 0.8 * draw[1]) * {
+        "rising": part,
+        "falling": -part,
+        "arch": (math.pi * part).sin(),
+        "warble": 0.25 * (2 * math.pi * (4 + 4 * draw[2]) * t).sin(),
+        "steps": (part * (3 + int(3 * draw[2]))).floor() % 2,
+    }.get(name, torch.zeros_like(t))
+    pitch = 200 * 8 ** draw[0] * 2**octaves  # Hz
+    phase = 2 * math.pi * pitch.cumsum(0) / RATE
+    audible = 2 * pitch < RATE / 2  # what is higher would come back as a low tone
+    sound = phase.sin() + 0.3 * audible * (2 * phase).sin()
+    if name == "chord":
+        sound = sound + ((1.2 + 0.5 * draw[1]) * phase).sin()
+    loudness = {
+        "tremble": 1 + 0.9 * (2 * math.pi * (4 + 4 * draw[2]) * t).sin(),
+        "pulses": _beats(t, 3 + 5 * draw[1]),
+        "bell": (-(4 + 4 * draw[1]) * t).exp(),
+    }.get(name, torch.ones_like(t))
+    return sound * loudness
+
+
+def _beats(t: Tensor, rate: float) -> Tensor:
+    """Return 1 in the first two fifths of every beat and 0 in the rest."""
+    return ((t * rate) % 1 < 0.4).to(t.dtype)
+
+
+def tones(rest: str, split: str, data: Data) -> Source:
+    """Synthetic sounds in twelve classes: 20,000 to train with, 1,000 to validate, 2,000 to test."""
+    return Tones(split)
+
+
+class Waves(Source):
+    kind = "sound"
+    size = (1, 64, 128)
+    flippable = False
+
+    def __init__(self, root: str, split: str) -> None:
+        self.samples, self.classes = labelled(root, split, (".wav",))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        path, label = self.samples[index]
+        try:
+            return _wave(path), label
+        except (OSError, EOFError, ValueError, wave.Error) as error:
+            raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+def wav(rest: str, split: str, data: Data) -> Source:
+    """Files of PCM samples, PATH/train/CLASS/x.wav, of any rate; their channels' mean, at 8,000 samples a second."""
+    return Waves(rest, split)
+
+
+def _wave(path: str) -> Tensor:
+    with wave.open(path) as file:
+        channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        content = bytearray(file.readframes(file.getnframes()))
+    if width == 3:  # torch has no such integers: each gets a lowest byte of 0
+        low = torch.frombuffer(content, dtype=torch.uint8).view(-1, 3) if content else torch.empty(0, 3).byte()
+        sound = torch.cat((torch.zeros_like(low[:, :1]), low), dim=1).flatten().view(torch.int32) / 2**31
+    else:
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
+        sound = torch.frombuffer(content, dtype=kind) if content else torch.empty(0)
+        sound = (sound.float() - 128) / 128 if width == 1 else sound.float() / 2 ** (8 * width - 1)
+    if not len(sound):
+        raise ValueError("there are no samples")
+    return resample(sound.view(-1, channels).mean(dim=1), rate)
+
+
+def resample(sound: Tensor, rate: int) -> Tensor:
+    """Return a sound of `rate` samples a second with `RATE`: its spectrum, without what the fewer cannot hold."""
+    if rate == RATE:
+        return sound
+    length = max(1, round(len(sound) * RATE / rate))
+    spectrum = torch.fft.rfft(sound)[: length // 2 + 1]
+    resampled: Tensor = torch.fft.irfft(spectrum, n=length) * (length / len(sound))
+    return resampled
+
+
+class _Spectrogram:
+    """A sound `[S]` to `[1, M, F]`: the logarithm of its power in mel bands, of mean 0 and deviation 1."""
+
+    def __init__(self, mels: int, frames: int) -> None:
+        self.frames, self.step = frames, LENGTH // frames
+        self.window = torch.hann_window(_WINDOW)
+        self.bank = _bank(mels)
+
+    def __call__(self, sound: Any) -> Tensor:
+        sound = torch.as_tensor(sound, dtype=torch.float32)
+        # the middle of what is longer, silence around what is shorter
+        room = LENGTH - len(sound)
+        sound = torch.nn.functional.pad(sound, (room // 2, room - room // 2))
+        waves = torch.stft(sound, _WINDOW, self.step, window=self.window, return_complex=True)
+        power = waves.abs().square()[:, : self.frames]
+        level = 10 * (self.bank @ power).clamp(min=1e-10).log10()
+        level = level.clamp(min=float(level.max()) - _LOUDNESS)
+        return ((level - level.mean()) / (level.std() + 1e-5))[None]
+
+
+def spectrogram(size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Return what makes a sound `[S]` a spectrogram of `size`, (1, mel bands, frames), of mean 0 and deviation 1.
+
+    It shows 2 s: the middle of a longer sound, a shorter one amid silence. Raises `ConfigError` for other sizes.
+    """
+    limit = _WINDOW // 2
+    if len(size) != 3 or size[0] != 1 or not 1 <= size[1] <= limit or not 1 <= size[2] <= LENGTH // 8:
+        raise ConfigError(
+            f"data.size is {size}; spectrograms take (1, mels, frames), at most {limit} mels and {LENGTH // 8} frames."
+        )
+    return _Spectrogram(size[1], size[2])
+
+
+def _bank(mels: int) -> Tensor:
+    """Return how much of each frequency counts to each mel band, `[M, _WINDOW // 2 + 1]`: overlapping triangles."""
+
+    def mel(hertz: Tensor) -> Tensor:
+        return 2595 * (1 + hertz / 700).log10()
+
+    found = mel(torch.linspace(0, RATE / 2, _WINDOW // 2 + 1))  # of each frequency
+    corners = torch.linspace(0, float(found[-1]), mels + 2)
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    bank = torch.minimum((found - left) / (middle - left), (right - found) / (right - middle)).clamp(min=0)
+    # low bands are narrower than the step from one frequency to the next: the nearest counts where none is inside
+    empty = bank.sum(dim=1) == 0
+    nearest = (found - middle).abs().argmin(dim=1)
+    bank[empty, nearest[empty]] = 1.0
+    return bank

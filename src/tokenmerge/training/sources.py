@@ -1,0 +1,182 @@
+"""What samples are read from: a table of the kinds, and what they have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenmerge.errors import DataError, UnsupportedError, unknown_name
+from tokenmerge.training.recipe import Data
+
+__all__ = ["KINDS", "Source", "Stream", "check_classes", "labelled", "needed", "open_source", "seed_of"]
+
+# an image of PIL, a clip (uint8 [T, H, W, 3] or [T, H, W]) or a sound (float [samples])
+Raw = Any
+
+# a source of your own: one function, (what stands behind the colon, split, settings) -> Source or Stream, one line
+KINDS = {
+    "fashion-mnist": ("images", "fashion_mnist"),
+    "folder:PATH": ("images", "folder"),
+    "hf:NAME_OR_PATH": ("images", "hf"),
+    "hf-stream:NAME_OR_PATH": ("images", "hf_stream"),
+    "wds:PATTERN": ("images", "wds"),
+    "moving-fashion-mnist": ("clips", "moving_fashion_mnist"),
+    "frames:PATH": ("clips", "frames"),
+    "videos:PATH": ("clips", "videos"),
+    "tones": ("sounds", "tones"),
+    "wav:PATH": ("sounds", "wav"),
+}
+# what folders and data sets call a split
+SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+
+
+class Source:
+    """Samples by index."""
+
+    kind = "image"  # image, clip or sound: which transform they get
+    classes: tuple[str, ...] = ()
+    size: tuple[int, ...] = ()  # what a transformed sample measures where the recipe does not say
+    flippable = True  # a mirrored sample keeps its label
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        """Return a sample and its label; raises OSError or ValueError, naming the file, where it cannot be read."""
+        raise NotImplementedError
+
+
+class Stream:
+    """Samples in an order of their own, undecoded until asked."""
+
+    kind = "image"
+    classes: tuple[str, ...] = ()
+    size: tuple[int, ...] = ()
+    flippable = True
+
+    def samples(self, epoch: int, seed: int) -> Iterator[tuple[Callable[[], Raw], int]]:
+        """Yield the epoch's samples, shuffled by (seed, epoch): a function that decodes one, and its label."""
+        raise NotImplementedError
+
+
+def open_source(name: str, split: str, data: Data) -> Source | Stream:
+    """Open the "train", "valid" or "test" split of a source named as in `KINDS`.
+
+    Of the training split `data.limit` samples are kept, of the others `data.held`, spread over all. Raises
+    `UnknownNameError` for a kind or split that does not exist, `DataError` for data that are missing or cannot be
+    trained on, `UnsupportedError` where a library is missing.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    kind, _, rest = name.partition(":")
+    form = {known.partition(":")[0]: known for known in KINDS}.get(kind)
+    if form is None:
+        raise unknown_name("data source", name, KINDS)
+    if (":" in form) != bool(rest):
+        raise DataError(f"data source {name!r}: give {form}.")
+    module, function = KINDS[form]
+    with needed(f"data source {kind}"):
+        opened = getattr(importlib.import_module(f"tokenmerge.training.{module}"), function)(rest, split, data)
+    source: Source | Stream = opened
+    limit = data.limit if split == "train" else data.held
+    if limit is None:
+        return source
+    if isinstance(source, Stream):
+        key = "limit" if split == "train" else "held"
+        raise DataError(f"data.{key} is {limit}: a stream has no samples to choose from; give fewer shards instead.")
+    return _Limited(source, limit) if limit < len(source) else source
+
+
+class _Limited(Source):
+    """So many samples of a source, spread over it, and so over the classes of one that has them in order."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.kind, self.classes, self.size, self.flippable = source.kind, source.classes, source.size, source.flippable
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        return self.source.read(index * len(self.source) // self.limit)
+
+
+@contextmanager
+def needed(by: str) -> Iterator[None]:
+    """Raise `UnsupportedError`, saying what to install, where a library is missing within."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(f'{by} needs {error.name}: pip install "tokenmerge[train]"') from error
+
+
+def check_classes(labels: Sequence[int], classes: Sequence[str], where: str, *, all_there: bool = True) -> None:
+    """Raise `DataError` where there are no samples, a label has no class, or (`all_there`) a class has no sample."""
+    if not len(labels):
+        raise DataError(f"{where} has no samples.")
+    low, high = min(labels), max(labels)
+    if low < 0 or high >= len(classes):
+        raise DataError(f"{where} has labels from {low} to {high} and {len(classes)} classes: 0 to {len(classes) - 1}.")
+    seen = set(labels)
+    empty = [name for label, name in enumerate(classes) if label not in seen]
+    if all_there and empty:
+        names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise DataError(f"{where} has no sample of {len(empty)} of {len(classes)} classes: {names}.")
+
+
+def labelled(root: str, split: str, suffixes: Sequence[str]) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Return the samples of ROOT/SPLIT/CLASS, (path, label) in order, and the classes, those of the training split.
+
+    Samples are files with one of the suffixes, at any depth; with no suffixes, the folders in a class. Classes named 0
+    to n - 1 are numbered so, others in the order of their names. Raises `DataError` for folders that are missing,
+    empty, or of classes the training split does not have.
+    """
+    found = {name: path for name, there in SPLITS.items() for path in (Path(root) / n for n in there) if path.is_dir()}
+    if split not in found:
+        wanted = " or ".join(f"{root}/{name}" for name in SPLITS[split])
+        raise DataError(f"no folder {wanted} for the {split} split, with one sub-folder per class.")
+    folder = found[split]
+    classes, own = _class_names(found.get("train", folder)), _class_names(folder)
+    if not own or set(own) - set(classes):
+        strange = ", ".join(sorted(set(own) - set(classes))[:5])
+        raise DataError(
+            f"{folder} has classes that {found['train']} has not: {strange}."
+            if own
+            else f"{folder} has no sub-folders."
+        )
+    numbers = {name: label for label, name in enumerate(classes)}
+    samples = [
+        (path, numbers[name])
+        for name in sorted(own, key=numbers.__getitem__)
+        for path in _in_class(folder / name, tuple(suffixes))
+    ]
+    check_classes([label for _, label in samples], classes, str(folder), all_there=split == "train")
+    return samples, classes
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if all(name.isdecimal() for name in names) and {int(name) for name in names} == set(range(len(names))):
+        names.sort(key=int)
+    return tuple(names)
+
+
+def _in_class(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    if not suffixes:
+        return sorted(str(entry) for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(
+        os.path.join(parent, name)  # noqa: PTH118 - millions of them
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(suffixes) and not name.startswith(".")
+    )
+
+
+def seed_of(*key: int) -> int:
+    """Return a seed, 0 to 2^63 - 1, that any change of any number changes."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1

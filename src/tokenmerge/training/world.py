@@ -1,0 +1,174 @@
+"""The processes of a run: who they are, how they share a model, and which of them is gone when one is.
+
+torchrun starts them; here they meet, beat once a second, and tell each other why they stop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from tokenmerge.errors import ConfigError, TokenMergeError
+
+__all__ = ["LostRankError", "World", "is_started", "launch"]
+
+_BEAT = 0.5  # seconds
+_PATIENCE = 3.0  # seconds without a beat after which a rank counts as gone
+
+
+class LostRankError(TokenMergeError):
+    """Another process of the run stopped."""
+
+
+class World:
+    """This process among those of the run; alone where torchrun has not started it. A context: leaving it parts."""
+
+    def __init__(self, device: str | None = None) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        has_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        name = device or (f"cuda:{local}" if has_gpu else "cpu")
+        self.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        self._stop = threading.Event()
+        if self.size > 1:
+            if has_gpu:
+                torch.cuda.set_device(self.device)
+            distributed.init_process_group("nccl" if has_gpu else "gloo")
+            # a connection of the thread's own: one that waits for an answer would hold up the beat
+            self._store, beats = _connect(), _connect()
+            beats.set(f"beat/{self.rank}", "0")
+            distributed.barrier()
+            threading.Thread(target=self._beat, args=(beats,), daemon=True).start()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def _beat(self, store: TCPStore) -> None:
+        count = 0
+        while not self._stop.wait(_BEAT):
+            count += 1
+            try:
+                store.set(f"beat/{self.rank}", str(count))
+            except RuntimeError:  # the store is gone, and whoever held it: the next collective says so
+                return
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self.size == 1:
+            return
+        if error is None:
+            self._stop.set()
+            distributed.destroy_process_group()
+            return
+        if isinstance(error, RuntimeError) and not isinstance(error, TokenMergeError):
+            lost = self._lost()
+            if lost:
+                self._stop.set()
+                raise LostRankError(f"{'; '.join(lost)}. Rank {self.rank} stops too.") from error
+        self._tell(str(error) or type(error).__name__)
+
+    def _tell(self, reason: str) -> None:
+        # where the store is gone, nobody is left to be told
+        with suppress(RuntimeError):
+            self._store.set(f"reason/{self.rank}", reason)
+        self._stop.set()
+
+    def _lost(self) -> list[str]:
+        """Return a sentence for each rank that said why it stopped, or whose beat has stopped."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            before = {rank: self._store.get(f"beat/{rank}") for rank in others}
+            time.sleep(_PATIENCE)
+            found = []
+            for rank in others:
+                if self._store.check([f"reason/{rank}"]):
+                    reason = self._store.get(f"reason/{rank}").decode().rstrip(".")
+                    found.append(f"rank {rank} stopped: {reason}")
+                elif self._store.get(f"beat/{rank}") == before[rank]:
+                    found.append(f"rank {rank} is gone: nothing heard of it for {_PATIENCE:g} seconds")
+            return found
+        except RuntimeError:
+            return ["rank 0 is gone, and with it the connection to the others"]
+
+    def wrap(self, model: nn.Module, parallel: str, *, find_unused: bool) -> nn.Module:
+        """Return the model as all processes share it: `ddp` a copy each, `fsdp` its parameters in shards."""
+        if self.size == 1:
+            return model
+        if parallel == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for block in getattr(model, "blocks", ()):
+                fully_shard(block)
+            return fully_shard(model)  # type: ignore[return-value]
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes."""
+        return self.total(values) / self.size
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        if self.size > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every process has, in the order of ranks."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(found, value)
+        return found
+
+
+def is_started() -> bool:
+    """Say whether torchrun has started this process."""
+    return "RANK" in os.environ
+
+
+def launch(arguments: list[str], processes: int, port: int | None) -> int:
+    """Run `python -m tokenmerge.cli ARGUMENTS` in several processes of this machine by torchrun; returns the exit code.
+
+    Raises `ConfigError` for a port that is in use, `LostRankError` that names the rank that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    if processes < 1:
+        raise ConfigError(f"a run needs at least 1 process; got {processes} processes.")
+    where = ["--standalone"] if port is None else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    if port is not None:
+        _check_free(port)
+    try:
+        torchrun(["--nproc-per-node", str(processes), *where, "-m", "tokenmerge.cli", *arguments])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        raise LostRankError(f"rank {rank} of {processes} failed first ({how}); the others were stopped.") from error
+    return 0
+
+
+def _connect() -> TCPStore:
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} cannot be used: {error.strerror}. Give a free one (--port), or none: then one is chosen."
+            ) from error

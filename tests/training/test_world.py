@@ -1,0 +1,105 @@
+"""Several processes: the same numbers as one, and a clear end where one of them is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import lines, tiny, weights
+
+from tokenmerge.cli import main
+from tokenmerge.training.loop import train
+from tokenmerge.training.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+
+
+def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(recipe.as_dict()))
+    return [sys.executable, "-m", "tokenmerge.cli", "train", str(path), "--out", str(folder), *options]
+
+
+def start(recipe: Recipe, folder: Path, *options: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(recipe, folder, *options), env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_compute_what_one_does(tmp_path: Path, picture_folder: Path, parallel: str) -> None:
+    """The loss of each of 20 steps, and the weights after them, with the same batch of both together."""
+    data = {"data__source": f"folder:{picture_folder}", "data__size": [3, 28, 28], "data__limit": 50}
+    recipe = tiny(steps=20, save__log=1, save__every=20, parallel=parallel, **data)
+    two = start(recipe, tmp_path / "two", "--processes", "2", "--device", "cpu")
+    train(recipe, tmp_path / "one")
+    _, errors = two.communicate()
+    assert two.returncode == 0, errors
+    one, other = (torch.tensor([row["loss"] for row in lines(tmp_path / name)]) for name in ("one", "two"))
+    assert len(one) == 20 and one.std() > 0.01
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    for key, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(value, weights(tmp_path / "two")[key], rtol=0, atol=1e-4)
+    for split in ("valid",):
+        (alone,), (shared,) = (lines(tmp_path / name, split) for name in ("one", "two"))
+        assert alone["accuracy"] == pytest.approx(shared["accuracy"], abs=0.051)
+
+
+def test_a_lost_process_is_named_and_the_same_command_goes_on(tmp_path: Path, picture_folder: Path) -> None:
+    data = {"data__source": f"folder:{picture_folder}", "data__size": [3, 28, 28], "data__limit": 50}
+    recipe = tiny(steps=400, save__every=5, save__keep=400, **data)
+    folder = tmp_path / "run"
+    process = start(recipe, folder, "--processes", "2", "--device", "cpu")
+    while len(list(folder.glob("checkpoints/step-*.pt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(_worker(process.pid, rank=1), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert "rank 1 is gone: nothing heard of it for 3 seconds. Rank 0 stops too." in errors
+    assert "rank 1 of 2 failed first (SIGKILL)" in errors
+    saved = sorted(folder.glob("checkpoints/step-*.pt"))
+    last = int(saved[-1].stem.rpartition("-")[2])
+    assert 10 <= last < 400
+    rows = len(lines(folder))
+    # one process goes on with what two have begun
+    train(recipe, folder)
+    found = lines(folder)
+    assert [row["step"] for row in found] == list(range(5, 401, 5)) and rows < len(found)
+
+
+def _worker(parent: int, rank: int) -> int:
+    """Return the process that torchrun started for a rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (path / "stat").read_text().rpartition(")")[2].split()
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(status[1]) == parent and f"RANK={rank}".encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"process {parent} has no child of rank {rank}")
+
+
+def test_a_port_in_use_is_said_before_anything_is_written(tmp_path: Path, capsys: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        given = command(tiny(), tmp_path / "run", "--processes", "2", "--port", str(port))
+        assert main(given[3:]) == 2
+    assert f"port {port} cannot be used: Address already in use" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert main(command(tiny(), tmp_path / "run", "--processes", "0")[3:]) == 2
+    assert "processes" in capsys.readouterr().err
