@@ -231,14 +231,7 @@ class Handle:
     def save(self, path: str | Path) -> None:
         """Write the configuration, and what is learned as .safetensors beside it; `MergeConfig.load` reads both."""
         modules = self.model._modules.get(MODULES)
-        if modules is None:
-            return self._config.save(path)
-        from safetensors.torch import save_file
-
-        weights = Path(path).with_suffix(".safetensors")
-        named = dataclasses.replace(self._config.method, weights=weights.name)  # type: ignore[type-var]
-        dataclasses.replace(self._config, method=named).save(path)
-        save_file({key: value.detach().contiguous().clone() for key, value in modules.state_dict().items()}, weights)
+        self._config.save(path, None if modules is None else modules.state_dict())
 
     def remove(self) -> None:
         """Take the reduction out: the model is what it was, bit for bit. A second call raises `NotPatchedError`."""

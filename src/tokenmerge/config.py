@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tokenmerge import methods
 from tokenmerge.errors import ConfigError, unknown_name
@@ -59,8 +62,18 @@ class MergeConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON; raises `ConfigError` for what JSON cannot hold (a callable `r`) and for paths not writable."""
+    def save(self, path: str | Path, learned: Mapping[str, Tensor] | None = None) -> None:
+        """Write JSON, and the tensors that were learned as .safetensors of the same name beside it.
+
+        Raises `ConfigError` for what JSON cannot hold (a callable `r`) and for paths not writable.
+        """
+        if learned:
+            from safetensors.torch import save_file
+
+            weights = Path(path).with_suffix(".safetensors")
+            save_file({key: value.detach().contiguous().clone() for key, value in learned.items()}, weights)
+            named = dataclasses.replace(self.method, weights=weights.name)  # type: ignore[type-var]
+            return dataclasses.replace(self, method=named).save(path)
         if callable(self.r):
             raise ConfigError(
                 f"r is the callable {self.r!r}, which JSON cannot hold; give its list of amounts instead."

@@ -59,7 +59,7 @@ class BlockRunner(Original):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state, layer = self.state, self.layer
-        frame = state.begin(layer)
+        frame = state.begin(layer, x)
         size, kept = (frame.size[layer], frame.kept[layer]) if layer else (None, None)
         tokens = x if self.layout.batch_first else x.transpose(0, 1)  # [B, N, C]
         if kept is not None and state.restore == "every":

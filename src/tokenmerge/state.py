@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenmerge.plan import AnyPlan, compose
 from tokenmerge.schedule import Schedule
@@ -27,6 +29,8 @@ class Frame:
         self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
         # tokens before and after merging in a window, where they are merged for the attention only
         self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
+        # the memory of the tokens that entered each layer, where a backward may follow
+        self.entered: list[tuple[StorageWeakRef, ...]] = [()] * depth
         self.has_padding = False  # some tokens are none: their size is 0
         self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
 
@@ -35,7 +39,8 @@ class ForwardState:
     """The settings all runners of a model share, and the frame of the forward that runs.
 
     In eager mode every thread has its own frame, so one model can serve several threads. A checkpointed layer that is
-    run again by an autograd thread finds the frame of the latest forward. Tracers get one plain frame, since
+    run again in a backward finds the frame of its forward, of the last few, by the memory of its input, which the
+    checkpoint has kept; the layers that are run again behind it follow it. Tracers get one plain frame, since
     thread-local storage cannot be captured.
     """
 
@@ -49,16 +54,40 @@ class ForwardState:
         self.latest: Frame | None = None
         self._forget()
 
-    def begin(self, layer: int) -> Frame:
-        """Return the frame that this layer belongs to; the first layer of a forward opens a new one."""
+    def begin(self, layer: int, x: Tensor) -> Frame:
+        """Return the frame that this layer, given `x`, belongs to; the first layer of a forward opens a new one."""
         if torch.compiler.is_compiling():
             if layer == 0:
                 self._traced.memory = {}
             return self._traced
+        if _is_in_backward():
+            return self._begin_again(layer, x)
         frame = getattr(self._own, "frame", None)
-        if layer == 0 and not _is_in_backward():
+        has_backward = torch.is_grad_enabled() or x.requires_grad
+        if layer == 0:
             frame = self._own.frame = self.latest = Frame(self.depth)
-        return frame or self.latest or self._traced
+            if has_backward:
+                self._recent.append(frame)
+        frame = frame or self.latest or self._traced
+        if has_backward:
+            frame.entered[layer] = _memory(x)
+        return frame
+
+    def _begin_again(self, layer: int, x: Tensor) -> Frame:
+        """Return the frame for a layer that a checkpoint runs again."""
+        memory = _memory(x)
+        if layer == 0:
+            frame = Frame(self.depth)
+        else:
+            known = (frame for frame in list(self._recent) if memory and frame.entered[layer] == memory)
+            frame = next(known, None) or self._again() or self.latest or self._traced
+        self._own.again = torch._C._current_graph_task_id(), frame
+        return frame
+
+    def _again(self) -> Frame | None:
+        """Return the frame of the layer that the backward in progress ran again last."""
+        task, frame = getattr(self._own, "again", (-1, None))
+        return frame if task != -1 and task == torch._C._current_graph_task_id() else None
 
     def record(self, frame: Frame, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
         """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, while tracking, its groups."""
@@ -96,21 +125,32 @@ class ForwardState:
         """Return the sizes `[B, M]` that the forward in progress ended with; None while all are 1."""
         if torch.compiler.is_compiling():
             return self._traced.size[self.depth]
-        frame = self.last()
+        frame = self._again() or self.last()
         return frame.size[self.depth] if frame else None
 
     def _forget(self) -> None:
         self._own = threading.local()
+        self._recent: deque[Frame] = deque(maxlen=4)
         self._traced = Frame(self.depth)
         self.latest = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the settings, never a forward."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_own", "_traced", "latest")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_own", "_recent", "_traced", "latest")
+        }
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__dict__.update(settings)
         self._forget()
+
+
+def _memory(x: Tensor) -> tuple[StorageWeakRef, ...]:
+    """Return what memory `x` lies in, if in any: as long as this is held, no other tensor's compares equal."""
+    try:
+        return (StorageWeakRef(x.untyped_storage()),)
+    except RuntimeError:  # a wrapper of functorch
+        return ()
 
 
 def _is_in_backward() -> bool:

@@ -34,7 +34,7 @@ class WindowRunner(BlockRunner):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # [B, rows, columns, C]
         state, layer = self.state, self.layer
-        frame = state.begin(layer)
+        frame = state.begin(layer, x)
         side, (rows, columns) = getattr(self.block, self.spec.window), x.shape[1:3]
         n = side * side if side else rows * columns
         r = state.schedule.at(layer, n, 0) if state.enabled else 0

@@ -391,3 +391,30 @@ def test_compiled_steps_equal_eager_ones(backend: str, amounts: list[int]) -> No
     _steps(twin, lambda step: setattr(other, "r", amounts[step]), run=lambda _, x: compiled(x))
     _assert_all_close(list(twin.parameters()), list(model.parameters()), 1e-3)
     assert other.tokens == [65 - amounts[-1]]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3], ids=lambda every: f"segments-of-{every}")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointed_forwards_before_one_backward_keep_their_own_sizes(every: int, reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model: Any = _vit(global_pool="avg").double().train()
+    handle = tokenmerge.patch(model, r=5)
+    views = torch.randn(3, 4, 3, 32, 32, dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        if every == 3:
+            return checkpoint(model, x, use_reentrant=reentrant)  # the model as a whole
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for start in range(0, 3, every):
+            x = checkpoint(nn.Sequential(*model.blocks[start : start + every]), x, use_reentrant=reentrant)
+        return model.forward_head(model.norm(x))
+
+    found = []
+    for forward in (model, run):
+        model.zero_grad()
+        torch.cat([forward(x.clone().requires_grad_()) for x in views]).square().mean().backward()
+        with handle.disabled(), torch.no_grad():
+            model(views[0])
+        found.append([p.grad.clone() for p in model.parameters()])
+    _assert_all_close(found[1], found[0], 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -98,11 +99,13 @@ def timm_blocks(model: Any) -> list[tuple[str, nn.Module]]:
 def timm_layout(model: Any, prefix: int) -> TokenLayout:
     """Return where the tokens lie in a model with timm's `patch_embed`."""
     embed = model.patch_embed
-    height, width = getattr(embed, "img_size", None) or (224, 224)
-    grid = embed.dynamic_feat_size((height, width))
-    channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), 3)
+    size = tuple(getattr(embed, "img_size", None) or (224, 224))
+    grid = embed.dynamic_feat_size(size)
+    channels = next((m.in_channels for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
     has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
-    return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width), has_class=has_class)
+    # three axes, of clips, are no grid of rows and columns: a method that needs one is told there is none
+    plane = grid if len(grid) == 2 else None
+    return TokenLayout(prefix, plane, prefix + math.prod(grid), (channels, *size), has_class=has_class)
 
 
 def timm_spec(block: nn.Module) -> BlockSpec:

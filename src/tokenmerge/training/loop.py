@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,6 @@ class _Run:
         # sums since the last line: loss, gradient norm, steps
         self.window = torch.zeros(3, device=world.device)
         self.unreadable: dict[str, None] = {}
-        self.asked_to_stop = False
         self._resume()
         if world.is_first:
             write_recipe(folder, recipe)
@@ -139,8 +137,7 @@ class _Run:
             self._say(f"finished before: {self.steps} steps, in {self.folder}")
             return found
         if self.step < self.steps:
-            with self._signals():
-                self._train()
+            self._train()
         found = self._evaluate_all()
         self._export()
         return found
@@ -338,28 +335,11 @@ class _Run:
             export(self.folder, self.parts, state, self.size, self.classes)
             self.log.write_csv()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note a SIGTERM, as schedulers send it before they take the machine away."""
-
-        def note(number: int, frame: object) -> None:
-            self.asked_to_stop = True
-
-        try:
-            before = signal.signal(signal.SIGTERM, note)
-        except ValueError:  # not the main thread: somebody else's business
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
     def _stop_if_asked(self) -> None:
         # all processes stop at the same step, and agree on it where they exchange numbers anyway
         if self.world.size > 1 and self.step % self.recipe.save.log:
             return
-        asked = torch.tensor(float(self.asked_to_stop), device=self.world.device)
+        asked = torch.tensor(float(self.world.asked_to_stop), device=self.world.device)
         if self.world.total(asked):
             self._save()
             raise StoppedError(

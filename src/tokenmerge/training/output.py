@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tokenmerge import MergeConfig
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.tools.results import replace_text
 from tokenmerge.training.nets import build, load_weights
-from tokenmerge.training.parts import Parts
+from tokenmerge.training.parts import MODULES, Parts
 from tokenmerge.training.recipe import Recipe, differences, from_dict, read_recipe
 
 __all__ = ["check_folder", "check_recipe", "export", "load", "write_recipe"]
@@ -60,22 +59,20 @@ def export(
 ) -> None:
     """Write the trained model: `model.safetensors`, `model.json` (size, classes) and, where it merges, `merge.json`.
 
-    `state` are the weights by the names they have in `parts.core`; it is left as it was.
+    `state` holds the weights by the names they have in `parts.core`, and what the method learned.
     """
     from safetensors.torch import save_file
 
-    model = copy.deepcopy(parts.core).cpu()
-    model.load_state_dict(state)
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    learned = {key.removeprefix(MODULES): weights.pop(key) for key in list(weights) if key.startswith(MODULES)}
     if parts.handle is not None:
-        handle = tokenmerge.handle_of(model)
-        handle.r = parts.r
-        handle.save(folder / "merge.json")
-        handle.remove()
-    weights = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
+        parts.handle.r = parts.r
+        parts.handle.config.save(folder / "merge.json", learned)
+    replace_text(folder / "model.json", json.dumps({"size": size, "classes": classes}, indent=2) + "\n")
+    # last: where it is, the run is finished
     part = folder / "model.safetensors.part"
     save_file(weights, part)
     part.replace(folder / "model.safetensors")
-    replace_text(folder / "model.json", json.dumps({"size": size, "classes": classes}, indent=2) + "\n")
 
 
 def load(folder: str | Path, *, merged: bool = True) -> nn.Module:

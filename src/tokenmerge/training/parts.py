@@ -17,9 +17,9 @@ from tokenmerge.training.nets import build, load_weights
 from tokenmerge.training.objective import Classify, Objective, Predict
 from tokenmerge.training.recipe import Recipe
 
-__all__ = ["Parts", "build_parts", "optimizer_of", "scheduler_of", "set_training"]
+__all__ = ["MODULES", "Parts", "build_parts", "optimizer_of", "scheduler_of", "set_training"]
 
-_MODULES = "tokenmerge_modules."
+MODULES = "tokenmerge_modules."
 
 
 @dataclass
@@ -68,7 +68,7 @@ def _checkpoint_blocks(model: nn.Module) -> None:
 
 def set_training(parts: Parts, recipe: Recipe) -> None:
     """Put the model in train mode, but what a recipe keeps as it is."""
-    modules = getattr(parts.core, _MODULES[:-1], None)
+    modules = getattr(parts.core, MODULES[:-1], None)
     # a frozen model keeps its statistics too, and only the method's modules are told that this is training
     parts.model.train(not recipe.model.only_modules)
     if modules is not None:
@@ -91,7 +91,7 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         groups = param_groups_layer_decay(
             model, chosen.weight_decay, no_weight_decay_list=kept, layer_decay=chosen.layer_decay
         )
-    own = {id(p) for name, p in model.named_parameters() if name.startswith(_MODULES) and p.requires_grad}
+    own = {id(p) for name, p in model.named_parameters() if name.startswith(MODULES) and p.requires_grad}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in own]
     if own:

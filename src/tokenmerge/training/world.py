@@ -6,6 +6,7 @@ torchrun starts them; here they meet, beat once a second, and tell each other wh
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -37,6 +38,8 @@ class World:
         has_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
         name = device or (f"cuda:{local}" if has_gpu else "cpu")
         self.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        self.asked_to_stop = False
+        self._handler: Any = None
         self._stop = threading.Event()
         if self.size > 1:
             if has_gpu:
@@ -62,11 +65,25 @@ class World:
                 return
 
     def __enter__(self) -> World:
+        # where this is not the main thread, signals are somebody else's business
+        with suppress(ValueError):
+            self._handler = signal.signal(signal.SIGTERM, self._note)
         return self
 
+    def _note(self, number: int, frame: object) -> None:
+        """SIGTERM: a scheduler takes the machine away, or torchrun ends the others when one process has failed."""
+        self.asked_to_stop = True
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.size == 1:
-            return
+        try:
+            if self.size > 1:
+                self._part(error)
+        finally:
+            if self._handler is not None:
+                signal.signal(signal.SIGTERM, self._handler)
+
+    def _part(self, error: BaseException | None) -> None:
+        """Leave the others; raises `LostRankError` where the error comes from one of them being gone."""
         if error is None:
             self._stop.set()
             distributed.destroy_process_group()
