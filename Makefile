@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench ablation auto zoo train support hosts clean
+.PHONY: demo test check bench ablation auto zoo train training support hosts clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ zoo: .venv/ready
 
 train: .venv/ready
 	$(BIN)/python recipes/train_reference.py
+
+# training with merging against merging afterwards; cut off, it goes on
+training: .venv/ready
+	for study in finetune mae video audio; do $(BIN)/python benchmarks/training.py $$study || exit 1; done
+	$(BIN)/python benchmarks/clip_groups.py
 
 # the page of supported models, from the results of the tests that support them
 support: .venv/ready

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.visualize import draw_features, draw_groups, plot_tradeoff, sheet
+from tokenmerge.tools.visualize import draw_clip, draw_features, draw_groups, plot_tradeoff, sheet
 
 ROWS: list[dict[str, Any]] = [
     {"r": "0", "images/s": 10.0, "top-1 %": 90.0, "bound images/s": None},
@@ -69,6 +69,21 @@ def test_patches_of_a_group_need_not_touch_and_others_keep_their_pixels() -> Non
 def test_the_picture_keeps_the_size_of_the_image_where_patches_do_not_divide_it() -> None:
     assert draw_groups(_noise(30, 20), torch.arange(6), patch_size=8, grid=(2, 3)).size == (30, 20)
     assert draw_groups(_noise(30, 20).convert("L"), torch.arange(6), patch_size=8).mode == "RGB"
+
+
+def test_a_group_of_a_clip_has_one_colour_in_all_frames() -> None:
+    frames = [_noise(24, 16) for _ in range(3)]
+    groups = torch.arange(18).view(3, 6)
+    # the first patch of the first frame and the last of the third are one token
+    groups[2, 5] = groups[0, 0]
+    first, second, third = draw_clip(frames, groups.flatten(), grid=(3, 2, 3), patch_size=8)
+    assert second.tobytes() == frames[1].tobytes()
+    inside = [_pixels(first)[1:7, 1:7], _pixels(third)[9:15, 17:23]]
+    members = torch.cat([_pixels(frames[0])[:8, :8], _pixels(frames[2])[8:, 16:]]).float()
+    assert torch.equal(inside[0], inside[1])
+    assert torch.equal(inside[0], members.mean(dim=(0, 1)).round().byte().expand_as(inside[0]))
+    with pytest.raises(DataError, match="3 frames do not fit tubelets of 2 times"):
+        draw_clip(frames, groups.flatten(), grid=(2, 3, 3), patch_size=8)
 
 
 @pytest.mark.parametrize("options", [{}, {"grid": (2, 2)}], ids=["from-the-image", "grid"])

@@ -21,7 +21,7 @@ from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.loop import DivergedError, StoppedError, train
 from tokenmerge.training.output import load
-from tokenmerge.training.recipe import Recipe, from_dict
+from tokenmerge.training.recipe import Recipe, from_dict, list_recipes, read_recipe
 
 # 16 patches, so that a step takes milliseconds; 30 steps pass the end of an epoch
 TINY: dict[str, Any] = {
@@ -327,7 +327,6 @@ def test_what_is_wrong_is_said_before_anything_is_written(
 
 def test_recipes_can_be_read(tmp_path: Path, capsys: Any) -> None:
     from tokenmerge.tools.models import read_method
-    from tokenmerge.training.recipe import list_recipes, read_recipe
 
     for name, about in list_recipes().items():
         recipe = read_recipe(name)
@@ -339,6 +338,19 @@ def test_recipes_can_be_read(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "broken.toml").write_text("steps = = 3")
     assert main(["train", str(tmp_path / "broken.toml")]) == 2
     assert "cannot read the recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_trains_a_step(tmp_path: Path, picture_folder: Path, name: str) -> None:
+    small = ["epochs=none", "steps=1", "batch_size=4", "precision=fp32", "data.limit=16", "data.held=4"]
+    small += ["data.workers=0", "save.evaluate=0", "model.weights=none"]
+    if name == "deit":
+        small += [f"data.source=folder:{picture_folder}", "data.size=[3,64,64]", "model.name=deit_tiny_patch16_224"]
+    rows = train(read_recipe(name, small), tmp_path / "run")
+    assert all(torch.tensor(row["loss"]).isfinite() for row in rows)
+    if read_recipe(name).merge.amount:
+        handle = tokenmerge.handle_of(load(tmp_path / "run"))
+        assert handle.r == read_recipe(name).merge.amount and handle.tokens[-1] < handle.tokens[0]
 
 
 def test_tensorboard_shows_the_lines(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Learned(Reduction):
         if self.weights is None:
             raise UnsupportedError(
                 f"{self.name} is learned and has no weights. Give the file that handle.save wrote, "
-                f"{type(self).__name__}(weights='merge.safetensors'), or weights='new' and train it (recipes/learned)."
+                f"{type(self).__name__}(weights='merge.safetensors'), or weights='new' and `tokenmerge train` it."
             )
         modules = self.make(shape)
         if self.weights != NEW:

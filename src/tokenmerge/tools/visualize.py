@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge.errors import DataError, UnsupportedError
 
-__all__ = ["draw_features", "draw_groups", "plot_pareto", "plot_tradeoff", "require_viz", "sheet"]
+__all__ = ["draw_clip", "draw_features", "draw_groups", "plot_pareto", "plot_tradeoff", "require_viz", "sheet"]
 
 
 def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
@@ -36,6 +36,24 @@ def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple
     drawn[label < 0] = 0
     picture = image_module.frombytes("RGB", canvas.size, bytes(drawn.round().to(torch.uint8).flatten().tolist()))
     return picture.resize(image.size)
+
+
+def draw_clip(frames: Sequence[Any], groups: Tensor, *, grid: tuple[int, int, int], patch_size: int = 16) -> list[Any]:
+    """Return the frames of a clip drawn as `draw_groups` draws one image: a group has one colour in all of them.
+
+    `grid` counts the tubelets in time, rows and columns; `frames` has one PIL image, all of one size, for each of the
+    first, and `groups` `[N]` runs over them frame by frame. Raises `DataError` where they do not fit.
+    """
+    times, rows, columns = grid
+    if len(frames) != times:
+        raise DataError(f"{len(frames)} frames do not fit tubelets of {times} times; give one frame for each.")
+    width, height = frames[0].size
+    # one tall image: what is one group there is one over time
+    strip = _pil().new("RGB", (width, times * height))
+    for number, frame in enumerate(frames):
+        strip.paste(frame.convert("RGB"), (0, number * height))
+    drawn = draw_groups(strip, groups, patch_size=patch_size, grid=(times * rows, columns))
+    return [drawn.crop((0, number * height, width, (number + 1) * height)) for number in range(times)]
 
 
 def draw_features(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Any]:  # each [C, rows, columns]

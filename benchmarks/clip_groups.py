@@ -1,0 +1,54 @@
+"""Clips and the groups of tubelets that a fine-tuned model makes of them: write `docs/images/clip_groups.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import tokenmerge
+from tokenmerge.tools.visualize import draw_clip, sheet
+from tokenmerge.training.data import open_source
+from tokenmerge.training.output import load
+from tokenmerge.training.recipe import read_recipe
+from tokenmerge.training.transforms import eval_transform
+
+ZOOM = 8  # a frame has 32 x 32 pixels
+
+
+def main() -> None:
+    """Draw one row of frames and one of groups for every clip."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/video/r42-seed0"), help="%(default)s")
+    parser.add_argument("--clips", type=int, nargs="+", default=[0, 1, 3], help="numbers of test clips")
+    parser.add_argument("--out", type=Path, default=Path("docs/images/clip_groups.png"))
+    arguments = parser.parse_args()
+    recipe = read_recipe(arguments.run / "recipe.json")
+    size = tuple(json.loads((arguments.run / "model.json").read_text())["size"])
+    source = open_source(recipe.data.source, "test", recipe.data)
+    model = load(arguments.run)
+    handle = tokenmerge.handle_of(model)
+    handle.track = True
+    grid = model.patch_embed.grid_size
+    frames_each, patch = size[1] // grid[0], size[2] // grid[1]
+    rows, names = [], []
+    for number in arguments.clips:
+        clip, label = source.read(number)
+        x = eval_transform(source.kind, size)(clip)[None]
+        with torch.inference_mode():
+            answer = int(model(x).argmax())
+        groups = handle.groups[-1][0]
+        shown = clip[::frames_each]
+        frames = [Image.fromarray(frame.numpy()).resize((32 * ZOOM, 32 * ZOOM), Image.NEAREST) for frame in shown]
+        rows += [frames, draw_clip(frames, groups, grid=grid, patch_size=patch * ZOOM)]
+        names.append(f"{source.classes[label]}, classified as {source.classes[answer]}, {len(groups.unique())} tokens")
+    labels = [f"frame {1 + number * frames_each}" for number in range(grid[0])]
+    sheet(rows, labels, side=32 * ZOOM // 2).save(arguments.out)
+    print("\n".join(names))
+
+
+if __name__ == "__main__":
+    main()

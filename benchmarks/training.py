@@ -1,0 +1,214 @@
+"""Training with merging against merging a model that was trained without: write `results/training-STUDY.*`.
+
+Cut off, the same command goes on: runs have their checkpoints, finished measurements are kept beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import write
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge.tools.results import Progress, replace_text
+from tokenmerge.tools.timing import Timing, environment, interleave, training_memory
+from tokenmerge.training.data import Loader, evaluation, open_source
+from tokenmerge.training.loop import train
+from tokenmerge.training.output import load
+from tokenmerge.training.parts import build_parts, optimizer_of, set_training
+from tokenmerge.training.recipe import Recipe, read_recipe
+from tokenmerge.training.transforms import eval_transform, train_transform
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe that is trained with every r, and without merging; `start` are the runs it starts from."""
+
+    title: str
+    recipe: str
+    rs: tuple[int, ...]
+    start: tuple[str, ...] = ()
+    # name of a variant -> proportional attention, where both are compared
+    variants: Mapping[str, bool | str] = field(default_factory=lambda: {"": "auto"})
+    changes: tuple[str, ...] = ()
+
+
+STUDIES = {
+    "finetune": Study("Fine-tuning with merging, the bundled model on Fashion-MNIST", "finetune", (8, 13, 16, 24)),
+    "mae": Study(
+        "A masked autoencoder on Fashion-MNIST, fine-tuned with and without merging",
+        "mae-finetune",
+        (13,),
+        ("mae-pretrain", "mae-start"),
+        {"-on": True, "-off": False},
+    ),
+    "video": Study(
+        "Clips of moving Fashion-MNIST, fine-tuned with and without merging",
+        "video",
+        (42, 72),
+        ("video-pretrain", "video-start"),
+    ),
+    "audio": Study("Synthesised sounds, fine-tuned with and without merging", "audio", (55, 85), ("audio-start",)),
+}
+
+
+def main() -> None:
+    """Train what is not trained yet, measure what is not measured yet, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=7, help="timed training steps of each row (%(default)s)")
+    parser.add_argument("--train-only", action="store_true", help="leave measuring for a quiet machine")
+    arguments = parser.parse_args()
+    name, study = arguments.study, STUDIES[arguments.study]
+    for start in study.start:
+        train(read_recipe(start), RUNS / start)
+    folders = {key: RUNS / name / f"r{key[0]}{key[1]}-seed{key[2]}" for key in _keys(study, arguments.seeds)}
+    for (r, variant, seed), folder in folders.items():
+        with Progress(f"r = {r}{variant}, seed {seed}") as progress:
+            train(recipe_of(study, r, variant, seed), folder, progress=progress)
+    if arguments.train_only:
+        return
+    kept = _Kept(RUNS / name / "measured.json")
+    rows = []
+    for variant, prop_attn in study.variants.items():
+        speeds = Speeds(study, variant, arguments.rounds)
+        for r in (0, *study.rs):
+            before = [kept.accuracy(folders[0, "", seed], r, prop_attn) for seed in arguments.seeds]
+            after = [kept.accuracy(folders[r, variant if r else "", seed], r, prop_attn) for seed in arguments.seeds]
+            rows.append({"r": r, **({"prop_attn": prop_attn} if len(study.variants) > 1 else {})})
+            rows[-1] |= {"inference only %": _mean(before), "trained %": _mean(after), **speeds.row(r)}
+            print(rows[-1], flush=True)
+    about = environment(torch.device("cpu"))
+    write(f"training-{name}", study.title, rows, about, _notes(study, rows, arguments.seeds))
+
+
+def _keys(study: Study, seeds: list[int]) -> list[tuple[int, str, int]]:
+    merged = [(r, variant) for r in study.rs for variant in study.variants]
+    return [(r, variant, seed) for seed in seeds for r, variant in [(0, ""), *merged]]
+
+
+def recipe_of(study: Study, r: int, variant: str, seed: int) -> Recipe:
+    """Return the study's recipe for one row: the same steps, batches and rates whatever r is."""
+    found = read_recipe(study.recipe, [f"seed={seed}", *study.changes])
+    # what a run says while it trains; the whole test set is measured here
+    found = replace(found, data=replace(found.data, held=500))
+    prop_attn = study.variants[variant] if r else found.merge.prop_attn
+    return replace(found, merge=replace(found.merge, r=r, prop_attn=prop_attn))
+
+
+class _Kept:
+    """Measured accuracies, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def accuracy(self, folder: Path, r: int, prop_attn: bool | str) -> float:
+        """Return the share of right answers on the test samples, in per cent."""
+        key = f"{folder.name} r={r} prop_attn={prop_attn}"
+        if key not in self.values:
+            self.values[key] = 100 * accuracy(load(folder, merged=False), folder, r, prop_attn)
+            replace_text(self.path, json.dumps(self.values, indent=2))
+        return self.values[key]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, folder: Path, r: int, prop_attn: bool | str) -> float:
+    """Return the share of right answers on all test samples of a run's source."""
+    recipe = read_recipe(folder / "recipe.json")
+    size = tuple(json.loads((folder / "model.json").read_text())["size"])
+    source = open_source(recipe.data.source, "test", replace(recipe.data, held=None))
+    tokenmerge.patch(model, r=r, prop_attn=prop_attn)
+    hits = total = 0
+    for batch in evaluation(source, eval_transform(source.kind, size), batch_size=100):
+        hits += int((model(batch.inputs).argmax(-1) == batch.labels).sum())
+        total += len(batch.labels)
+    return hits / total
+
+
+class Speeds:
+    """Training steps of every r and of its free bound in turn, and what a step of each holds in memory."""
+
+    def __init__(self, study: Study, variant: str, rounds: int) -> None:
+        self.parts, steps = {}, dict[Any, Callable[[], None]]()
+        for method, r in [("tome", 0), *((method, r) for r in study.rs for method in ("tome", "drop"))]:
+            recipe = recipe_of(study, r, variant, 0)
+            recipe = replace(recipe, merge=replace(recipe.merge, method=method))
+            source = open_source(recipe.data.source, "train", recipe.data)
+            self.size = recipe.data.size or source.size
+            parts = build_parts(recipe, self.size, len(source.classes), torch.device("cpu"))
+            transform = train_transform(recipe.augment, source.kind, self.size, flippable=source.flippable)
+            batch = next(Loader(source, transform, batch_size=recipe.batch_size, seed=0).batches())
+            self.batch = batch.inputs
+            self.parts[method, r] = parts
+            steps[method, r] = _step(parts, recipe, batch.inputs, batch.labels)
+        self.times: dict[Any, Timing] = interleave(steps, torch.device("cpu"), rounds=rounds, warmup=2)
+
+    def row(self, r: int) -> dict[str, Any]:
+        """Return the columns of speed, memory and MACs for one r."""
+        model, time = self.parts["tome", r].model, self.times["tome", r]
+        return {
+            "training images/s": round(len(self.batch) / time.median, 1),
+            "training speed-up": round(1 / time.over(self.times["tome", 0]), 2),
+            "over free bound": round(time.over(self.times["drop", r]), 3) if r else None,
+            "spread %": round(100 * (time.spread or 0), 1),
+            "peak MB": round(training_memory(model, self.batch) / 1e6, 1),
+            "GMACs": round(tokenmerge.flops(model, self.size) / 1e9, 4),
+        }
+
+
+def _step(parts: Any, recipe: Recipe, inputs: Tensor, labels: Tensor) -> Callable[[], None]:
+    optimizer = optimizer_of(parts.model, recipe)
+
+    def step() -> None:
+        # interleave times forwards: gradients are off there
+        with torch.inference_mode(False), torch.enable_grad():
+            set_training(parts, recipe)
+            parts.objective.loss(parts.model, *parts.objective.targets(inputs, labels)).backward()
+            nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _notes(study: Study, rows: list[dict[str, Any]], seeds: list[int]) -> list[str]:
+    recipe = read_recipe(study.recipe, study.changes)
+    found = [
+        f"`{study.recipe}`: {recipe.steps} steps of {recipe.batch_size}, "
+        + (f"after {', '.join(f'`{name}`' for name in study.start)}, " if study.start else "")
+        + f"seeds {', '.join(map(str, seeds))} (mean ± standard deviation). Inference only: trained without merging, "
+        "merged at inference. Trained: with merging, the same steps. Test samples: all."
+    ]
+    for row in rows[1:]:
+        if row["r"] == 0:
+            continue
+        none, before, after = (
+            float(text.split()[0]) for text in (rows[0]["trained %"], row["inference only %"], row["trained %"])
+        )
+        how = "" if "prop_attn" not in row else f", prop_attn {row['prop_attn']}"
+        found.append(
+            f"- r = {row['r']}{how}: {none - before:+.2f} points lost at inference, {none - after:+.2f} when trained "
+            f"with merging, {row['training speed-up']} times as fast."
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()
