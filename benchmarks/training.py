@@ -18,13 +18,14 @@ from tables import write
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.tools.models import apply_method
 from tokenmerge.tools.results import Progress, replace_text
 from tokenmerge.tools.timing import Timing, environment, interleave, training_memory
 from tokenmerge.training.data import Loader, evaluation, open_source
 from tokenmerge.training.loop import train
 from tokenmerge.training.output import load
 from tokenmerge.training.parts import build_parts, optimizer_of, set_training
-from tokenmerge.training.recipe import Recipe, read_recipe
+from tokenmerge.training.recipe import Merge, Recipe, read_recipe
 from tokenmerge.training.transforms import eval_transform, train_transform
 
 RUNS = Path("runs")
@@ -38,9 +39,9 @@ class Study:
     recipe: str
     rs: tuple[int, ...]
     start: tuple[str, ...] = ()
-    # name of a variant -> proportional attention, where both are compared
-    variants: Mapping[str, bool | str] = field(default_factory=lambda: {"": "auto"})
-    changes: tuple[str, ...] = ()
+    # what is changed in [merge], for rows that are compared at the same r
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    folder: str = ""  # of a study whose runs are used, too
 
 
 STUDIES = {
@@ -50,7 +51,17 @@ STUDIES = {
         "mae-finetune",
         (13,),
         ("mae-pretrain", "mae-start"),
-        {"-on": True, "-off": False},
+        {"-on": {"prop_attn": True}, "-off": {"prop_attn": False}},
+    ),
+    "combine": Study(
+        "Fine-tuning with other ways to combine tokens, the bundled model on Fashion-MNIST",
+        "finetune",
+        (16,),
+        variants={
+            "": {},
+            **{f"-{way}": {"method": f"tome(combine='{way}')"} for way in ("average", "max", "keep_one")},
+        },
+        folder="finetune",
     ),
     "video": Study(
         "Clips of moving Fashion-MNIST, fine-tuned with and without merging",
@@ -73,22 +84,22 @@ def main() -> None:
     name, study = arguments.study, STUDIES[arguments.study]
     for start in study.start:
         train(read_recipe(start), RUNS / start)
-    folders = {key: RUNS / name / f"r{key[0]}{key[1]}-seed{key[2]}" for key in _keys(study, arguments.seeds)}
+    work = RUNS / (study.folder or name)
+    folders = {key: work / f"r{key[0]}{key[1]}-seed{key[2]}" for key in _keys(study, arguments.seeds)}
     for (r, variant, seed), folder in folders.items():
         with Progress(f"r = {r}{variant}, seed {seed}") as progress:
             train(recipe_of(study, r, variant, seed), folder, progress=progress)
     if arguments.train_only:
         return
-    kept = _Kept(RUNS / name / "measured.json")
+    kept, speeds = _Kept(work / "measured.json"), Speeds(study, arguments.rounds)
     rows = []
-    for variant, prop_attn in study.variants.items():
-        speeds = Speeds(study, variant, arguments.rounds)
-        for r in (0, *study.rs):
-            before = [kept.accuracy(folders[0, "", seed], r, prop_attn) for seed in arguments.seeds]
-            after = [kept.accuracy(folders[r, variant if r else "", seed], r, prop_attn) for seed in arguments.seeds]
-            rows.append({"r": r, **({"prop_attn": prop_attn} if len(study.variants) > 1 else {})})
-            rows[-1] |= {"inference only %": _mean(before), "trained %": _mean(after), **speeds.row(r)}
-            print(rows[-1], flush=True)
+    for r, variant in dict.fromkeys((r, variant) for r, variant, _ in folders):
+        merge = recipe_of(study, r, variant, 0).merge
+        before = [kept.accuracy(folders[0, "", seed], merge) for seed in arguments.seeds]
+        after = [kept.accuracy(folders[r, variant, seed], merge) for seed in arguments.seeds]
+        row = {"r": r, **({"variant": variant.strip("-") or "as it is"} if len(study.variants) > 1 else {})}
+        rows.append(row | {"inference only %": _mean(before), "trained %": _mean(after), **speeds.row(r, variant)})
+        print(rows[-1], flush=True)
     about = environment(torch.device("cpu"))
     write(f"training-{name}", study.title, rows, about, _notes(study, rows, arguments.seeds))
 
@@ -100,11 +111,11 @@ def _keys(study: Study, seeds: list[int]) -> list[tuple[int, str, int]]:
 
 def recipe_of(study: Study, r: int, variant: str, seed: int) -> Recipe:
     """Return the study's recipe for one row: the same steps, batches and rates whatever r is."""
-    found = read_recipe(study.recipe, [f"seed={seed}", *study.changes])
+    found = read_recipe(study.recipe, [f"seed={seed}"])
     # what a run says while it trains; the whole test set is measured here
     found = replace(found, data=replace(found.data, held=500))
-    prop_attn = study.variants[variant] if r else found.merge.prop_attn
-    return replace(found, merge=replace(found.merge, r=r, prop_attn=prop_attn))
+    changes = study.variants[variant] if r else {}
+    return replace(found, merge=replace(found.merge, r=r, **changes))
 
 
 class _Kept:
@@ -114,22 +125,22 @@ class _Kept:
         self.path = path
         self.values: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def accuracy(self, folder: Path, r: int, prop_attn: bool | str) -> float:
+    def accuracy(self, folder: Path, merge: Merge) -> float:
         """Return the share of right answers on the test samples, in per cent."""
-        key = f"{folder.name} r={r} prop_attn={prop_attn}"
+        key = f"{folder.name}: {merge.method} r={merge.r} prop_attn={merge.prop_attn}"
         if key not in self.values:
-            self.values[key] = 100 * accuracy(load(folder, merged=False), folder, r, prop_attn)
+            self.values[key] = 100 * accuracy(folder, merge)
             replace_text(self.path, json.dumps(self.values, indent=2))
         return self.values[key]
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, folder: Path, r: int, prop_attn: bool | str) -> float:
+def accuracy(folder: Path, merge: Merge) -> float:
     """Return the share of right answers on all test samples of a run's source."""
-    recipe = read_recipe(folder / "recipe.json")
+    recipe, model = read_recipe(folder / "recipe.json"), load(folder, merged=False)
     size = tuple(json.loads((folder / "model.json").read_text())["size"])
     source = open_source(recipe.data.source, "test", replace(recipe.data, held=None))
-    tokenmerge.patch(model, r=r, prop_attn=prop_attn)
+    apply_method(model, merge.method, r=merge.r, prop_attn=merge.prop_attn)
     hits = total = 0
     for batch in evaluation(source, eval_transform(source.kind, size), batch_size=100):
         hits += int((model(batch.inputs).argmax(-1) == batch.labels).sum())
@@ -140,28 +151,30 @@ def accuracy(model: nn.Module, folder: Path, r: int, prop_attn: bool | str) -> f
 class Speeds:
     """Training steps of every r and of its free bound in turn, and what a step of each holds in memory."""
 
-    def __init__(self, study: Study, variant: str, rounds: int) -> None:
+    def __init__(self, study: Study, rounds: int) -> None:
         self.parts, steps = {}, dict[Any, Callable[[], None]]()
-        for method, r in [("tome", 0), *((method, r) for r in study.rs for method in ("tome", "drop"))]:
+        rows = list(dict.fromkeys((r, variant) for r, variant, _ in _keys(study, [0])))
+        for r, variant, is_bound in [(*row, bound) for row in rows for bound in (False, True)]:
             recipe = recipe_of(study, r, variant, 0)
-            recipe = replace(recipe, merge=replace(recipe.merge, method=method))
+            if is_bound:
+                recipe = replace(recipe, merge=replace(recipe.merge, method="drop"))
             source = open_source(recipe.data.source, "train", recipe.data)
             self.size = recipe.data.size or source.size
             parts = build_parts(recipe, self.size, len(source.classes), torch.device("cpu"))
             transform = train_transform(recipe.augment, source.kind, self.size, flippable=source.flippable)
             batch = next(Loader(source, transform, batch_size=recipe.batch_size, seed=0).batches())
             self.batch = batch.inputs
-            self.parts[method, r] = parts
-            steps[method, r] = _step(parts, recipe, batch.inputs, batch.labels)
+            self.parts[r, variant] = parts.model if not is_bound else self.parts[r, variant]
+            steps[r, variant, is_bound] = _step(parts, recipe, batch.inputs, batch.labels)
         self.times: dict[Any, Timing] = interleave(steps, torch.device("cpu"), rounds=rounds, warmup=2)
 
-    def row(self, r: int) -> dict[str, Any]:
-        """Return the columns of speed, memory and MACs for one r."""
-        model, time = self.parts["tome", r].model, self.times["tome", r]
+    def row(self, r: int, variant: str) -> dict[str, Any]:
+        """Return the columns of speed, memory and MACs for one row."""
+        model, time = self.parts[r, variant], self.times[r, variant, False]
         return {
             "training images/s": round(len(self.batch) / time.median, 1),
-            "training speed-up": round(1 / time.over(self.times["tome", 0]), 2),
-            "over free bound": round(time.over(self.times["drop", r]), 3) if r else None,
+            "training speed-up": round(self.times[0, "", False].over(time), 2),
+            "over free bound": round(time.over(self.times[r, variant, True]), 3) if r else None,
             "spread %": round(100 * (time.spread or 0), 1),
             "peak MB": round(training_memory(model, self.batch) / 1e6, 1),
             "GMACs": round(tokenmerge.flops(model, self.size) / 1e9, 4),
@@ -189,7 +202,7 @@ def _mean(values: list[float]) -> str:
 
 
 def _notes(study: Study, rows: list[dict[str, Any]], seeds: list[int]) -> list[str]:
-    recipe = read_recipe(study.recipe, study.changes)
+    recipe = read_recipe(study.recipe)
     found = [
         f"`{study.recipe}`: {recipe.steps} steps of {recipe.batch_size}, "
         + (f"after {', '.join(f'`{name}`' for name in study.start)}, " if study.start else "")
@@ -197,12 +210,10 @@ def _notes(study: Study, rows: list[dict[str, Any]], seeds: list[int]) -> list[s
         "merged at inference. Trained: with merging, the same steps. Test samples: all."
     ]
     for row in rows[1:]:
-        if row["r"] == 0:
-            continue
         none, before, after = (
             float(text.split()[0]) for text in (rows[0]["trained %"], row["inference only %"], row["trained %"])
         )
-        how = "" if "prop_attn" not in row else f", prop_attn {row['prop_attn']}"
+        how = f" ({row['variant']})" if "variant" in row else ""
         found.append(
             f"- r = {row['r']}{how}: {none - before:+.2f} points lost at inference, {none - after:+.2f} when trained "
             f"with merging, {row['training speed-up']} times as fast."

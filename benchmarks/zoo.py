@@ -1,4 +1,4 @@
-"""Compare the methods: ToMe's Table 2, its DeiT-S table, the time of each, and all of them at equal MACs."""
+"""Compare the methods: train the learned ones, ToMe's Tables 2 and 4, the time of each, all of them at equal MACs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tables import RESULTS, orders, write
 from torch import nn
 
@@ -22,6 +23,8 @@ from tokenmerge.tools.data import FashionMNIST, calibration_images
 from tokenmerge.tools.models import AUTO, load_model, shared_copy
 from tokenmerge.tools.results import Progress
 from tokenmerge.tools.timing import environment, interleave
+from tokenmerge.training.loop import train
+from tokenmerge.training.recipe import read_recipe
 
 LEARNED = Path(os.path.relpath(Path(__file__).parent / "models" / "learned"))  # as it is shown in tables
 # choice, method, the paper's top-1 % on ViT-L/16 MAE with r = 8
@@ -33,21 +36,33 @@ TABLE_2 = (
     ("greedy", "greedy", 84.36),
     ("bipartite", "tome", 84.25),
 )
-# choice, method or folder, the paper's top-1 % and share of the MACs of DeiT-S (79.8 %, 4.6 G); ToMe untrained is on
-# AugReg's ViT-S there
+# name in models/learned -> recipe and what is changed in it
+TRAINED: dict[str, tuple[str, list[str]]] = {
+    **{name: (name, []) for name in ("dynamicvit", "spvit", "avit", "adavit", "tokenlearner", "dtem", "ltmp")},
+    "tome": ("finetune", []),
+    "random": ("finetune", ["merge.method=random"]),
+}
+# choice, method or folder, the paper's top-1 % and share of the MACs of DeiT-S (79.8 %, 4.6 G), where it has them; ToMe
+# untrained is on AugReg's ViT-S there
 DEIT = (
     ("A-ViT", str(LEARNED / "avit"), 78.6, 0.63),
     ("DynamicViT", str(LEARNED / "dynamicvit"), 79.3, 0.63),
     ("SPViT", str(LEARNED / "spvit"), 79.3, 0.57),
     ("ToMe, trained", str(LEARNED / "tome"), 79.4, 0.59),
     ("ToMe, untrained", "tome", 79.3, 0.59),
+    ("AdaViT", str(LEARNED / "adavit"), None, None),
+    ("TokenLearner", str(LEARNED / "tokenlearner"), None, None),
+    ("DTEM", str(LEARNED / "dtem"), None, None),
+    ("LTMP", str(LEARNED / "ltmp"), None, None),
+    ("random pruning, trained", str(LEARNED / "random"), None, None),
+    ("random pruning, untrained", "random", None, None),
 )
 
 
 def main() -> None:
     """Run the parts that are named, one after the other; each goes on where it was cut off."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = {"speed": speed, "table2": table_2, "deit": deit, "all": everything}
+    parts = {"learn": learn, "speed": speed, "table2": table_2, "deit": deit, "all": everything}
     parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART", help=f"any of {', '.join(parts)}")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT test images")
     parser.add_argument(
@@ -59,6 +74,22 @@ def main() -> None:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
     for part in arguments.parts:
         parts[part](arguments)
+
+
+def learn(arguments: argparse.Namespace) -> None:
+    """Train every method by its recipe, and keep what came out: the models in half precision."""
+    for name, (recipe, changes) in TRAINED.items():
+        wanted, run, kept = read_recipe(recipe, changes), arguments.work / name, LEARNED / name
+        with Progress(name) as progress:
+            train(wanted, run, progress=progress)
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in ("merge.json", "merge.safetensors", "recipe.json", "metrics.jsonl"):
+            if (run / file).is_file():
+                shutil.copy(run / file, kept / file)
+        if not wanted.model.only_modules:
+            state = load_file(run / "model.safetensors")
+            halves = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            save_file(halves, kept / "model.safetensors")
 
 
 def table_2(arguments: argparse.Namespace) -> None:
@@ -87,7 +118,7 @@ def deit(arguments: argparse.Namespace) -> None:
     unmerged = alone.rows[0]["top-1 %"]
     title = f"ToMe's DeiT-S table on the bundled model ({unmerged} % unmerged), {alone.images} images"
     notes = [
-        *orders(rows, alone.images),
+        *orders([row for row in rows if row["paper top-1 %"] is not None], alone.images),
         "",
         "A-ViT counts by image: in a batch only what all images let go is removed.",
     ]

@@ -155,14 +155,16 @@ class _Run:
             self._name_unreadable(batch)
             self.progress(self.step, self.steps)
             is_last = self.step == self.steps
-            if self.step % save.log == 0 or is_last:
+            logs, saves = (self.step % every == 0 or is_last for every in (save.log, save.every))
+            if logs or saves:
                 self._check(self.world.total(self.window))
+            if logs:
                 self._line(time.perf_counter() - start, images)
                 start, images = time.perf_counter(), 0
             before = time.perf_counter()
             if save.evaluate and self.step % save.evaluate == 0 and not is_last:
                 self._evaluate("valid", self.parts.r)
-            if self.step % save.every == 0 or is_last:
+            if saves:
                 self._save()
             self._stop_if_asked()
             # neither belongs to the time that training takes
