@@ -336,17 +336,21 @@ def test_fashion_mnist_has_three_splits() -> None:
     assert isinstance(test, Source) and len(test) == 10_000 and test.classes == assets.CLASSES
     picture, label = test.read(7)
     assert np.array_equal(np.asarray(picture), images[7].numpy()) and label == labels[7]
-    try:
-        images, _ = assets.fashion_mnist("train")
-    except FileNotFoundError:
-        with pytest.raises(DataError, match=r"training images are not bundled: .*dataset-fashion-mnist"):
-            open_source("fashion-mnist", "train", Data())
-        return
     train, valid = (open_source("fashion-mnist", split, Data()) for split in ("train", "valid"))
     assert isinstance(train, Source) and isinstance(valid, Source)
-    assert (len(train), len(valid)) == (58_000, 2_000)
-    for source, index, original in ((train, 57_999, 57_999), (valid, 0, 58_000)):
+    # here the 10,000 bundled images stand for the 60,000
+    assert (len(train), len(valid)) == (8_000, 2_000)
+    for source, index, original in ((train, 7_999, 7_999), (valid, 0, 8_000)):
         assert np.array_equal(np.asarray(source.read(index)[0]), images[original].numpy())
+
+
+def test_training_images_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(split: str) -> None:
+        raise FileNotFoundError("apt-get install dataset-fashion-mnist")
+
+    monkeypatch.setattr(assets, "fashion_mnist", missing)
+    with pytest.raises(DataError, match=r"training images are not bundled: .*dataset-fashion-mnist"):
+        open_source("fashion-mnist", "train", Data())
 
 
 # ---- folders ----

@@ -106,6 +106,8 @@ def test_a_model_of_timm_is_fitted_to_the_size(size: tuple[int, ...]) -> None:
     options = {"embed_dim": 32, "depth": 1, "num_heads": 2}
     model: Any = build(Model(name="vit_tiny_patch16_224", pretrained=False, options=options), size, 4)
     assert tuple(model.patch_embed.img_size) == size[1:] and model(torch.randn(1, *size)).shape == (1, 4)
+    # what other commands read
+    assert model.pretrained_cfg["input_size"] == size
 
 
 def test_a_model_of_timm_that_takes_any_size() -> None:

@@ -257,10 +257,13 @@ def test_a_running_average_is_what_is_exported(tmp_path: Path) -> None:
 
 def test_distillation_and_a_learned_method(tmp_path: Path) -> None:
     changes = {"merge__method": "dynamicvit(weights='new')", "merge__r": [0, 6], "distill__weight": 0.5}
-    train(tiny(optimizer__lr_modules=1e-2, **changes), tmp_path)
-    model = load(tmp_path)
+    with pytest.raises(ConfigError, match=r"the teacher is the model as it starts, which has new weights"):
+        train(tiny(**changes), tmp_path / "untaught")
+    train(tiny(merge__r=0, steps=2), tmp_path / "start")
+    train(tiny(optimizer__lr_modules=1e-2, model__weights=str(tmp_path / "start"), **changes), tmp_path / "run")
+    model = load(tmp_path / "run")
     assert tokenmerge.handle_of(model).config.method.name == "dynamicvit"
-    assert (tmp_path / "merge.safetensors").is_file()
+    assert (tmp_path / "run" / "merge.safetensors").is_file()
     with torch.inference_mode():
         assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
 

@@ -76,6 +76,19 @@ def test_a_lost_process_is_named_and_the_same_command_goes_on(tmp_path: Path, pi
     assert [row["step"] for row in found] == list(range(5, 401, 5)) and rows < len(found)
 
 
+def test_a_stopped_launch_says_so_and_has_saved(tmp_path: Path, picture_folder: Path) -> None:
+    data = {"data__source": f"folder:{picture_folder}", "data__size": [3, 28, 28], "data__limit": 50}
+    process = start(tiny(steps=40_000, **data), tmp_path / "run", "--processes", "2", "--device", "cpu")
+    while not list((tmp_path / "run").glob("checkpoints/step-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "all processes were stopped by SIGTERM; the last checkpoint is kept" in errors
+    assert "stopped by SIGTERM after step" in errors and "torchrun(" not in errors
+
+
 def _worker(parent: int, rank: int) -> int:
     """Return the process that torchrun started for a rank."""
     for path in Path("/proc").glob("[0-9]*"):

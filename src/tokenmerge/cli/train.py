@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 __all__ = ["add", "run"]
@@ -32,14 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out or f"runs/{Path(arguments.recipe).stem}")
     if arguments.processes is not None and not is_started():
         return launch(arguments.given, arguments.processes, arguments.port)
-    with Progress("steps") as progress:
+    is_first = os.environ.get("RANK", "0") == "0"
+    with Progress("steps") if is_first else nullcontext() as progress:
         rows = train(recipe, folder, device=arguments.device, progress=progress)
-    if not rows:
+    if not is_first:
         return 0
-    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
     rows = [{name: row[name] for name in columns} for row in rows]
     if arguments.json:
         print(json.dumps({"folder": str(folder), "rows": rows}, indent=2))
-    else:
+    elif rows:
         show(rows, f"{arguments.recipe}, in {folder}")
     return 0

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +57,14 @@ class Checkpoints:
             try:
                 content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
                 return content
-            except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            except Exception as error:  # a broken pickle can raise anything at all
                 unread.append(f"{path}: {type(error).__name__} {error}".splitlines()[0])
                 print(f"skipped a checkpoint that cannot be read: {unread[-1]}", file=sys.stderr, flush=True)
         if unread:
-            raise DataError(f"none of {len(unread)} checkpoints in {self.folder} can be read; the newest: {unread[0]}.")
+            raise DataError(
+                f"none of {len(unread)} checkpoints in {self.folder} can be read; the newest: {unread[0]}. "
+                "Give another folder (--out) to start anew."
+            )
         return None
 
     def _failed(self, path: Path, error: Exception) -> str:

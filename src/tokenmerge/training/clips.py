@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from tokenmerge.errors import ConfigError, DataError
+from tokenmerge.errors import ConfigError
+from tokenmerge.training.images import part_of_fashion_mnist
 from tokenmerge.training.recipe import Data
 from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
 
 __all__ = ["frames", "moving_fashion_mnist", "videos"]
 
-HELD_OUT = 2_000  # training images of Fashion-MNIST that are the validation split
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -41,12 +41,8 @@ class MovingFashionMNIST(Source):
     def __init__(self, split: str) -> None:
         from tokenmerge import assets
 
-        try:
-            images, labels = assets.fashion_mnist("test" if split == "test" else "train")
-        except FileNotFoundError as error:
-            raise DataError(f"the training images are not bundled: {error}.") from error
-        part = {"train": slice(-HELD_OUT), "valid": slice(-HELD_OUT, None), "test": slice(None)}[split]
-        self.images, self.labels, self.split = images[part], labels[part], list(SPLITS).index(split)
+        self.images, self.labels = part_of_fashion_mnist(split)
+        self.split = list(SPLITS).index(split)
         self.classes = tuple(f"{item} {direction}" for item in assets.CLASSES for direction in DIRECTIONS)
 
     def __len__(self) -> int:

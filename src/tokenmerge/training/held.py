@@ -40,7 +40,7 @@ class HeldOut:
                 name = data.valid if data.valid and split == "valid" else data.source
                 source = open_source(name, split, data)
             except DataError as error:
-                if split == "valid" and recipe.save.evaluate:
+                if split == "valid" and (recipe.save.evaluate or data.valid):
                     raise
                 self.notes.append(f"not evaluated on {split} samples: {error}")
                 continue

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
+from torch import Tensor
+
 from tokenmerge.errors import DataError, unknown_name
 from tokenmerge.training.recipe import Data
 from tokenmerge.training.sources import SPLITS, Raw, Source, Stream, check_classes, labelled, seed_of
@@ -23,6 +25,18 @@ HELD_OUT = 2_000  # training images of Fashion-MNIST that are the validation spl
 SIZE = (3, 224, 224)
 
 
+def part_of_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    """Return images, uint8 `[n, 28, 28]`, and labels: the last 2,000 training images are those to validate on."""
+    from tokenmerge import assets
+
+    try:
+        images, labels = assets.fashion_mnist("test" if split == "test" else "train")
+    except FileNotFoundError as error:
+        raise DataError(f"the training images are not bundled: {error}.") from error
+    part = {"train": slice(-HELD_OUT), "valid": slice(-HELD_OUT, None), "test": slice(None)}[split]
+    return images[part], labels[part]
+
+
 class FashionMNIST(Source):
     size = (1, 28, 28)
 
@@ -31,12 +45,7 @@ class FashionMNIST(Source):
 
         from tokenmerge import assets
 
-        try:
-            images, labels = assets.fashion_mnist("test" if split == "test" else "train")
-        except FileNotFoundError as error:
-            raise DataError(f"the training images are not bundled: {error}.") from error
-        part = {"train": slice(-HELD_OUT), "valid": slice(-HELD_OUT, None), "test": slice(None)}[split]
-        self.images, self.labels = images[part], labels[part]
+        self.images, self.labels = part_of_fashion_mnist(split)
         self.classes = assets.CLASSES
 
     def __len__(self) -> int:

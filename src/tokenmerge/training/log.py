@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.tools.results import as_csv, replace_text
 
-__all__ = ["COLUMNS", "Log"]
+__all__ = ["COLUMNS", "Log", "read_rows", "writing"]
 
 # every line has all of them, what it does not know is null
 COLUMNS = [
     *("step", "split", "loss", "accuracy", "r", "tokens", "lr", "gradient", "scale"),
     *("images_per_second", "peak_memory_mb", "seconds"),
 ]
+
+
+_LINES = "metrics.jsonl"
 
 
 class Log:
@@ -26,39 +31,55 @@ class Log:
 
     def __init__(self, folder: Path, step: int, steps: int, tensorboard: bool) -> None:
         self.folder = folder
-        path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        # the last line may be cut off
-        whole = [json.loads(line) for line in lines if line.endswith("}")]
-        is_finished = (folder / "model.safetensors").is_file()
-        self.rows: list[dict[str, Any]] = [
-            row
-            for row in whole
-            if row["step"] <= step and (is_finished or row["step"] < steps or row["split"] == "train")
+        self.rows = [
+            row for row in read_rows(folder) if row["step"] <= step and (row["step"] < steps or row["split"] == "train")
         ]
-        # of a run that is over
-        self.last = [row for row in self.rows if row["step"] == steps and row["split"] != "train"]
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._writer = _writer(folder / "tensorboard", step) if tensorboard else None
+        with writing(folder):
+            replace_text(folder / _LINES, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._writer = _writer(folder / "tensorboard", step) if tensorboard else None
 
     def add(self, step: int, split: str, **values: Any) -> dict[str, Any]:
         """Write one line; `values` are some of `COLUMNS`."""
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"{split}/{name}", value, step)
+        with writing(self.folder):
+            with (self.folder / _LINES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if self._writer is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._writer.add_scalar(f"{split}/{name}", value, step)
         return row
 
     def write_csv(self) -> None:
         """Write all lines as `metrics.csv`."""
-        if self.rows:
-            replace_text(self.folder / "metrics.csv", as_csv(self.rows))
-        if self._writer is not None:
-            self._writer.flush()
+        with writing(self.folder):
+            if self.rows:
+                replace_text(self.folder / "metrics.csv", as_csv(self.rows))
+            if self._writer is not None:
+                self._writer.flush()
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics that are whole: the last one may be cut off."""
+    path = folder / _LINES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise `DataError` where something within cannot be written to a run's folder."""
+    try:
+        yield
+    except TokenMergeError:
+        raise
+    except Exception as error:  # those of safetensors derive from Exception alone
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(
+            f"cannot write to {folder}: {why}. What was saved before is whole; mend that and run the "
+            "same command again."
+        ) from error
 
 
 def _writer(folder: Path, step: int) -> Any:

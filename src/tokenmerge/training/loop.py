@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
-from tokenmerge.tools.models import find_device, import_timm
+from tokenmerge.tools.models import import_timm
 from tokenmerge.training.amount import Amount
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.data import Batch, Loader, Position, open_source, reseed, seed_of
 from tokenmerge.training.held import HeldOut, autocast, mean_tokens, pixel_statistics, shown
 from tokenmerge.training.log import Log
-from tokenmerge.training.output import check_folder, check_recipe, export, write_recipe
+from tokenmerge.training.output import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
 from tokenmerge.training.parts import build_parts, optimizer_of, scheduler_of, set_training
 from tokenmerge.training.recipe import Recipe, from_dict
 from tokenmerge.training.transforms import train_transform
@@ -55,10 +54,23 @@ def train(
     import_timm()
     folder = Path(folder)
     check_folder(folder, recipe)
-    if device is not None:
-        find_device(device)
     with World(device) as world:
-        return _Run(recipe, folder, world, progress).run()
+        found = last_rows(folder)
+        if found is not None:
+            if world.is_first:
+                print(f"finished before, in {folder}", file=sys.stderr, flush=True)
+            return found
+        try:
+            return _Run(recipe, folder, world, progress).run()
+        except torch.OutOfMemoryError as error:
+            raise UnsupportedError(
+                f"the memory of {world.device} is too small for this run: {str(error).splitlines()[0]} A larger "
+                f"accumulate (now {recipe.accumulate}), model.checkpointing=true, precision=bf16 or a smaller "
+                "batch_size needs less; a changed recipe needs another --out."
+            ) from error
+
+
+_LEAST_SCALE = 1e-6  # of fp16: smaller than any loss needs
 
 
 class _Run:
@@ -105,12 +117,7 @@ class _Run:
         # sums since the last line: loss, gradient norm, steps
         self.window = torch.zeros(3, device=world.device)
         self.unreadable: dict[str, None] = {}
-        self._resume()
-        if world.is_first:
-            write_recipe(folder, recipe)
-        self.log = Log(folder, self.step, self.steps, recipe.save.tensorboard) if world.is_first else None
-        for note in self.held.notes + self.parts.notes:
-            self._say(note)
+        self.log: Log | None = None  # of the first process
 
     def _count_steps(self) -> int:
         per_epoch, recipe = self.loader.steps_per_epoch, self.recipe
@@ -131,15 +138,18 @@ class _Run:
         return ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True)
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the end and evaluate; of a run that is over, say what it came to."""
-        found: list[dict[str, Any]] = self.world.gather(self.log.last if self.log is not None else [])[0]
-        if found:
-            self._say(f"finished before: {self.steps} steps, in {self.folder}")
-            return found
-        if self.step < self.steps:
-            self._train()
-        found = self._evaluate_all()
-        self._export()
+        """Train to the end, from the last checkpoint on, evaluate, and write the model."""
+        with alone_in(self.folder) if self.world.is_first else nullcontext():
+            self._resume()
+            if self.world.is_first:
+                write_recipe(self.folder, self.recipe)
+                self.log = Log(self.folder, self.step, self.steps, self.recipe.save.tensorboard)
+            for note in self.held.notes + self.parts.notes:
+                self._say(note)
+            if self.step < self.steps:
+                self._train()
+            found = self._evaluate_all()
+            self._export()
         return found
 
     def _train(self) -> None:
@@ -156,9 +166,8 @@ class _Run:
             self.progress(self.step, self.steps)
             is_last = self.step == self.steps
             logs, saves = (self.step % every == 0 or is_last for every in (save.log, save.every))
-            if logs or saves:
-                self._check(self.world.total(self.window))
             if logs:
+                self._check(self.world.total(self.window), self.step)
                 self._line(time.perf_counter() - start, images)
                 start, images = time.perf_counter(), 0
             before = time.perf_counter()
@@ -187,49 +196,57 @@ class _Run:
             with self._synchronised(number == len(parts) - 1):
                 with autocast(device, recipe.precision):
                     loss = self.parts.objective.loss(self.net, some, wanted) * (len(some) / len(inputs))
-                self.scaler.scale(loss).backward()
+                # nothing learns where only the method's modules do and nothing is merged
+                learns = loss.requires_grad
+                if learns:
+                    self.scaler.scale(loss).backward()
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        # a scaled gradient may overflow: its step is left out
-        norm = torch.where(norm.isfinite(), norm, 0) if self.scaler.is_enabled() else norm
+        norm = self._clip() if learns else torch.zeros_like(total)
         self.window += torch.stack((total, norm, torch.ones_like(total)))
         # elsewhere looking at every step would hold up the device
         if device.type == "cpu":
-            self._check(self.window)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+            self._check(self.window, self.step + 1)
+        if learns:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.parts.model, step=self.step)
 
     def _clip(self) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = nn.utils.clip_grad_norm_(self.parts.model.parameters(), limit)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return whole.detach()
+        whole = whole.detach()
+        # a scaled gradient may overflow: its step is left out
+        return torch.where(whole.isfinite(), whole, 0) if self.scaler.is_enabled() else whole
 
     @contextmanager
     def _synchronised(self, is_last: bool) -> Iterator[None]:
         """Exchange gradients with the other processes in the last part of a batch only."""
-        if isinstance(self.net, nn.parallel.DistributedDataParallel) and not is_last:
+        # a forward that nothing learns from (r = 0, only modules) must not be the last before one that is not exchanged
+        waits = not is_last and not self.recipe.model.only_modules
+        if waits and isinstance(self.net, nn.parallel.DistributedDataParallel):
             with self.net.no_sync():
                 yield
         else:
             yield
 
-    def _check(self, window: Tensor) -> None:
-        """Raise `DivergedError` where a loss or a gradient was no number."""
+    def _check(self, window: Tensor, step: int) -> None:
+        """Raise `DivergedError` where a loss or a gradient was no number, up to the `step`-th step."""
         loss, norm, _ = window.tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
+        # halved for every gradient that overflows
+        overflows = self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE
+        if math.isfinite(loss) and math.isfinite(norm) and not overflows:
             return
         what = "gradient" if math.isfinite(loss) else "loss"
         paths = self.checkpoints.paths()
         kept = f"The last good checkpoint is {paths[0]}" if paths else "There is no checkpoint yet"
         rate = self.optimizer.param_groups[0]["lr"]
         raise DivergedError(
-            f"the {what} is no number at step {self.step + 1} (learning rate {rate:.3g}, r "
-            f"{shown(self.amount.at(self.step))}). {kept}. A lower optimizer.lr, a longer optimizer.warmup or a clip "
+            f"the {what} is no number at step {step} (learning rate {rate:.3g}, r "
+            f"{shown(self.amount.at(step - 1))}). {kept}. A lower optimizer.lr, a longer optimizer.warmup or a clip "
             "of the gradient helps; a changed recipe needs another --out."
         )
 
@@ -237,11 +254,6 @@ class _Run:
         """Write what the steps since the last line were like."""
         loss, norm, count = self.world.mean(self.window).tolist()
         self.window.zero_()
-        device = self.world.device
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if self.log is not None:
             self.log.add(
                 self.step,
@@ -253,7 +265,7 @@ class _Run:
                 lr=self.optimizer.param_groups[0]["lr"],
                 scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
                 images_per_second=images / seconds,
-                peak_memory_mb=peak,
+                peak_memory_mb=_peak_mb(self.world.device),
                 seconds=seconds,
             )
 
@@ -283,6 +295,8 @@ class _Run:
 
     def _save(self) -> None:
         """Write a checkpoint: every process hands in its part, the first writes."""
+        window = self.world.total(self.window)
+        self._check(window, self.step)
         model, optimizer = self._state()
         if self.log is None:
             return
@@ -294,7 +308,7 @@ class _Run:
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "window": self.window.cpu(),
+            "window": (window / self.world.size).cpu(),
             "unreadable": list(self.unreadable),
             "recipe": self.recipe.as_dict(),
         }
@@ -311,17 +325,27 @@ class _Run:
         if saved is None:
             return
         check_recipe(self.folder, from_dict(saved["recipe"]), self.recipe)
-        set_state_dict(
-            self.parts.model,
-            self.optimizer,
-            model_state_dict=saved["model"],
-            optim_state_dict=saved["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
-        )
+        try:
+            # what is not in the checkpoint would silently stay as it is
+            strange = sorted(self.parts.model.state_dict().keys() ^ saved["model"].keys())
+            if strange:
+                raise ValueError(f"only one of them has {', '.join(strange[:3])}")
+            set_state_dict(
+                self.parts.model,
+                self.optimizer,
+                model_state_dict=saved["model"],
+                optim_state_dict=saved["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
+            if self.ema is not None:
+                self.ema.module.load_state_dict(saved["ema"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the checkpoint {self.checkpoints.paths()[0]} is of another model, or the data has other classes than "
+                f"when it was written: {' '.join(str(error).split())}. Give another folder (--out) to start anew."
+            ) from error
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"])
         self.window = saved["window"].to(self.world.device)
         self.unreadable = dict.fromkeys(saved["unreadable"])
         self.step, self.position = saved["step"], Position(*saved["position"])
@@ -334,17 +358,31 @@ class _Run:
             model = self.ema.module.state_dict()
         state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
         if self.log is not None:
-            export(self.folder, self.parts, state, self.size, self.classes)
             self.log.write_csv()
+            export(self.folder, self.parts, state, self.size, self.classes)
 
     def _stop_if_asked(self) -> None:
+        asked = self.world.asked_to_stop
         # all processes stop at the same step, and agree on it where they exchange numbers anyway
-        if self.world.size > 1 and self.step % self.recipe.save.log:
-            return
-        asked = torch.tensor(float(self.world.asked_to_stop), device=self.world.device)
-        if self.world.total(asked):
+        if self.world.size > 1:
+            if self.step % self.recipe.save.log:
+                return
+            asked = bool(self.world.total(torch.tensor(float(asked), device=self.world.device)))
+        if asked:
             self._save()
             raise StoppedError(
                 f"stopped by SIGTERM after step {self.step} of {self.steps}; everything is saved, the same command "
                 "goes on from there."
             )
+
+
+def _peak_mb(device: torch.device) -> float | None:
+    """Return what the process held at most so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # kilobytes, but on macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

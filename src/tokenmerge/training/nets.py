@@ -37,14 +37,17 @@ def build(model: Model, size: tuple[int, ...], classes: int) -> nn.Module:
     Raises `UnknownNameError` for a name or an option that does not exist, `ConfigError` for options that do not fit
     together, `DataError` where the model does not take this size or cannot be given another classifier.
     """
+    net: Any
     if model.name == BUNDLED:
         net = _reference(model)
     elif model.name == VIT:
         net = _vit(model.options, size, classes)
     else:
         net = _named(model, size)
+        if getattr(net, "pretrained_cfg", None):  # by this other commands know the size
+            net.pretrained_cfg = {**net.pretrained_cfg, "input_size": size}
     _fit_classes(net.eval(), model.name, size, classes)
-    return net.train()
+    return net.train()  # type: ignore[no-any-return]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
@@ -213,7 +216,7 @@ def _fit_classes(net: Any, name: str, size: tuple[int, ...], classes: int) -> No
     out = run_images(net, torch.zeros(1, *size, dtype=dtype))
     if tuple(out.shape) != (1, classes):
         raise DataError(f"the model {name!r} answers with {tuple(out.shape[1:])}, not one value per class ({classes}).")
-    _log.info("the model %r has %d classes, the data %d: its classifier is new.", name, found, classes)
+    _log.warning("the model %r has %d classes, the data %d: its classifier is new.", name, found, classes)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

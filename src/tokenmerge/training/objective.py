@@ -47,7 +47,12 @@ class Classify(Objective):
         self.added = _added_loss(handle)
 
     def targets(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (inputs, labels) if self.mixup is None else self.mixup(inputs, labels)
+        if self.mixup is None:
+            return inputs, labels
+        if len(inputs) % 2:  # one could not be read, and timm mixes pairs: one is there twice
+            inputs, labels = torch.cat((inputs, inputs[:1])), torch.cat((labels, labels[:1]))
+        mixed: tuple[Tensor, Tensor] = self.mixup(inputs, labels)
+        return mixed
 
     def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         logits = net(inputs).float()

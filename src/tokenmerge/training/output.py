@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,16 @@ import tokenmerge
 from tokenmerge import MergeConfig
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.tools.results import replace_text
+from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.nets import build, load_weights
 from tokenmerge.training.parts import MODULES, Parts
 from tokenmerge.training.recipe import Recipe, differences, from_dict, read_recipe
 
-__all__ = ["check_folder", "check_recipe", "export", "load", "write_recipe"]
+__all__ = ["alone_in", "check_folder", "check_recipe", "export", "last_rows", "load", "write_recipe"]
 
 _RECIPE = "recipe.json"
+_WEIGHTS = "model.safetensors"  # written last: where it is, the run is finished
+_LOCK = ".lock"
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
@@ -26,7 +32,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
     Nothing is written.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    # a run that was cut off at once leaves no more than these
+    started = {_LOCK, f"{_RECIPE}.part"}
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= started):
         return
     path = folder / _RECIPE
     if not path.is_file():
@@ -47,11 +55,37 @@ def check_recipe(folder: Path, before: Recipe, now: Recipe) -> None:
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write down what the folder is a run of; raises `DataError` where that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
         replace_text(folder / _RECIPE, json.dumps(recipe.as_dict(), indent=2) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write to {folder}: {error.strerror}.") from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other runs out of it; raises `DataError` where one is in it already."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a")
+    with file:
+        try:
+            import fcntl
+
+            # of this process alone: what it starts may outlive it, and must not hold up the next run
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DataError(
+                f"another run is writing to {folder}: wait for it, stop it, or give another folder (--out)."
+            ) from error
+        except (OSError, ImportError):  # a file system, or a system, that knows no such locks
+            pass
+        yield
+
+
+def last_rows(folder: Path) -> list[dict[str, Any]] | None:
+    """Return the lines of the last evaluation of a run that is over; None of others."""
+    if not (folder / _WEIGHTS).is_file():
+        return None
+    rows = read_rows(folder)
+    return [row for row in rows if row["split"] != "train" and row["step"] == rows[-1]["step"]]
 
 
 def export(
@@ -65,14 +99,14 @@ def export(
 
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     learned = {key.removeprefix(MODULES): weights.pop(key) for key in list(weights) if key.startswith(MODULES)}
-    if parts.handle is not None:
-        parts.handle.r = parts.r
-        parts.handle.config.save(folder / "merge.json", learned)
-    replace_text(folder / "model.json", json.dumps({"size": size, "classes": classes}, indent=2) + "\n")
-    # last: where it is, the run is finished
-    part = folder / "model.safetensors.part"
-    save_file(weights, part)
-    part.replace(folder / "model.safetensors")
+    with writing(folder):
+        if parts.handle is not None:
+            parts.handle.r = parts.r
+            parts.handle.config.save(folder / "merge.json", learned)
+        replace_text(folder / "model.json", json.dumps({"size": size, "classes": classes}, indent=2) + "\n")
+        part = folder / f"{_WEIGHTS}.part"
+        save_file(weights, part)
+        part.replace(folder / _WEIGHTS)
 
 
 def load(folder: str | Path, *, merged: bool = True) -> nn.Module:
@@ -81,11 +115,12 @@ def load(folder: str | Path, *, merged: bool = True) -> nn.Module:
     Raises `DataError` where the folder holds no finished run.
     """
     folder = Path(folder)
-    if not (folder / "model.safetensors").is_file() or not (folder / _RECIPE).is_file():
-        raise DataError(f"{folder} holds no finished run: it needs {_RECIPE} and model.safetensors.")
+    if not (folder / _WEIGHTS).is_file() or not (folder / _RECIPE).is_file():
+        raise DataError(f"{folder} holds no finished run: it needs {_RECIPE} and {_WEIGHTS}.")
     recipe = from_dict(json.loads((folder / _RECIPE).read_text(encoding="utf-8")))
     about: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    model = build(recipe.model, tuple(about["size"]), len(about["classes"]))
+    # the weights it started from are no longer needed, nor the network they come by
+    model = build(dataclasses.replace(recipe.model, pretrained=False), tuple(about["size"]), len(about["classes"]))
     load_weights(model, folder)
     if merged and (folder / "merge.json").is_file():
         tokenmerge.patch(model, MergeConfig.load(folder / "merge.json"))

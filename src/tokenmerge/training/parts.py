@@ -13,7 +13,7 @@ from tokenmerge import Handle, MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.tools.models import apply_method, own_r, read_method
 from tokenmerge.training.mae import MaskedAutoencoder
-from tokenmerge.training.nets import build, load_weights
+from tokenmerge.training.nets import VIT, build, load_weights
 from tokenmerge.training.objective import Classify, Objective, Predict
 from tokenmerge.training.recipe import Recipe
 
@@ -45,6 +45,12 @@ def build_parts(recipe: Recipe, size: tuple[int, ...], classes: int, device: tor
             raise ConfigError(f"merge.r is {recipe.merge.r!r}: pre-training hides tokens, it merges none. Give 0.")
         model = MaskedAutoencoder(core, recipe.mae).to(device)
         return Parts(model, core, None, Predict(), 0, notes)
+    is_trained = recipe.model.weights or (recipe.model.pretrained and recipe.model.name != VIT)
+    if recipe.distill.weight and not is_trained:
+        raise ConfigError(
+            f"distill.weight is {recipe.distill.weight}: the teacher is the model as it starts, which has new weights. "
+            "Give model.weights, a pretrained model, or distill.weight = 0."
+        )
     teacher = copy.deepcopy(core).to(device).eval().requires_grad_(False) if recipe.distill.weight else None
     method = read_method(recipe.merge.method)
     r = recipe.merge.amount or own_r(method) or 0
@@ -99,7 +105,12 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         params = [p for p in model.parameters() if id(p) in own]
         groups.append({"params": params, "lr": lr, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
-    found: torch.optim.Optimizer = create_optimizer_v2(groups, chosen.name, lr=chosen.lr)
+    try:
+        found: torch.optim.Optimizer = create_optimizer_v2(groups, chosen.name, lr=chosen.lr)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:  # no such name, or no such package or GPU
+        raise ConfigError(f"timm builds no optimizer.name {chosen.name!r} here: {error}.") from error
+    if getattr(found, "is_second_order", False):
+        raise ConfigError(f"optimizer.name is {chosen.name!r}: it needs second derivatives, which are not computed.")
     return found
 
 
@@ -108,6 +119,11 @@ def scheduler_of(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -
     from timm.scheduler import create_scheduler_v2
 
     chosen = recipe.optimizer
+    if chosen.schedule == "none":
+        # what timm's schedulers do with the shares of a layer decay
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        return None
     # one update per epoch: what timm counts in epochs is counted in steps
     found, _ = create_scheduler_v2(
         optimizer,

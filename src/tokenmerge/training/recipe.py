@@ -78,7 +78,7 @@ class Optimizer:
     lr_modules: float | None = None  # of a learned method's own modules; else lr
     weight_decay: float = 0.05
     layer_decay: float | None = None
-    schedule: str = "cosine"  # timm's name
+    schedule: str = "cosine"  # or tanh, poly; none: neither this nor a warm-up
     warmup: float = 0.05  # share of all steps
     min_lr: float = 1e-6
 
@@ -150,36 +150,30 @@ class Recipe:
     save: Save = field(default_factory=Save)
 
     def __post_init__(self) -> None:
-        choices = {
-            "task": ("classify", "mae"),
-            "precision": ("fp32", "bf16", "fp16"),
-            "parallel": ("ddp", "fsdp"),
-            "augment.crop": ("shift", "resize", "none"),
-        }
         flat = flatten(self)
-        for key, allowed in choices.items():
+        for key, allowed in _CHOICES.items():
             if flat[key] not in allowed:
                 raise ConfigError(f"{key} is {flat[key]!r}; allowed: {', '.join(allowed)}.")
         if (self.steps is None) == (self.epochs is None):
-            raise ConfigError(f"give steps or epochs, one of them; got steps {self.steps} and epochs {self.epochs}.")
-        positive = (
-            "batch_size",
-            "accumulate",
-            "steps",
-            "epochs",
-            "data.limit",
-            "data.held",
-            "save.every",
-            "save.keep",
-            "save.log",
-        )
-        shares = ("optimizer.warmup", "merge.warmup", "merge.off", "augment.flip", "augment.erase", "mae.ratio", "ema")
-        for key in positive:
-            if flat[key] is not None and flat[key] <= 0:
+            raise ConfigError(
+                f"give steps or epochs, one of them; got steps {self.steps} and epochs {self.epochs}; the "
+                "other is none."
+            )
+        # written so that nan is refused too
+        for key in _POSITIVE:
+            if flat[key] is not None and not flat[key] > 0:
                 raise ConfigError(f"{key} is {flat[key]}; it must be more than 0.")
-        for key in shares:
+        for key in _NOT_NEGATIVE:
+            if flat[key] is not None and not flat[key] >= 0:
+                raise ConfigError(f"{key} is {flat[key]}; it must not be less than 0.")
+        for key in _SHARES:
             if not 0 <= flat[key] <= 1:
                 raise ConfigError(f"{key} is {flat[key]}; it is a share, from 0 to 1.")
+        if self.ema == 1:
+            raise ConfigError("ema is 1: a running average that never moves. Give a decay below 1, as 0.9998.")
+        low_high = self.augment.scale
+        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
+            raise ConfigError(f"augment.scale is {list(low_high)}; give two shares, the smaller first, as [0.35, 1.0].")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"a batch of {self.batch_size} cannot be split into {self.accumulate} equal parts.")
         # what a model and its length would add is checked by `patch`
@@ -191,6 +185,23 @@ class Recipe:
         """Return plain values, as a TOML or JSON file holds them."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
+
+
+# what settings may be; the rest is checked by what takes them
+_CHOICES = {
+    "task": ("classify", "mae"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "parallel": ("ddp", "fsdp"),
+    "augment.crop": ("shift", "resize", "none"),
+    "optimizer.schedule": ("cosine", "tanh", "poly", "none"),
+}
+_POSITIVE: tuple[str, ...] = ("batch_size", "accumulate", "steps", "epochs", "clip", "data.limit", "data.held")
+_POSITIVE += ("save.every", "save.keep", "save.log", "distill.temperature", "mae.width", "mae.heads")
+_NOT_NEGATIVE: tuple[str, ...] = ("data.workers", "data.shuffle", "save.evaluate", "distill.weight", "mae.depth")
+_NOT_NEGATIVE += ("augment.shift", "augment.mixup", "augment.cutmix")
+_NOT_NEGATIVE += ("optimizer.lr", "optimizer.lr_modules", "optimizer.min_lr", "optimizer.weight_decay")
+_SHARES: tuple[str, ...] = ("optimizer.warmup", "merge.warmup", "merge.off", "mae.ratio", "ema")
+_SHARES += ("augment.flip", "augment.erase", "augment.smoothing")
 
 
 def list_recipes() -> dict[str, str]:
@@ -218,6 +229,8 @@ def read_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
         *parents, last = key.strip().split(".")
         for parent in parents:
             part = part.setdefault(parent, {})
+            if not isinstance(part, dict):
+                raise ConfigError(f"{change!r}: {parent} is {part!r}, no table of settings.")
         part[last] = _value(text.strip())
     return from_dict(content)
 
@@ -245,7 +258,8 @@ _FREE |= {"data.held", "save.every", "save.keep", "save.evaluate", "save.log", "
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
     """Say, per setting that changes what a run computes, what it was and what it is."""
-    old, new = flatten(before), flatten(now)
+    # as a file holds them: a pair and a list of two are the same there
+    old, new = (flatten(from_dict(recipe.as_dict())) for recipe in (before, now))
     return [f"{key}: {old[key]!r} before, {new[key]!r} now" for key in old if key not in _FREE and old[key] != new[key]]
 
 
@@ -273,9 +287,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Read what stands after `key=` as TOML would; a bare word is a text, `none` is nothing."""
-    if text == "none":
-        return None
+    """Read what stands after `key=` as TOML would; a bare word is a text."""
     try:
         return _toml(f"value = {text}")["value"]
     except ValueError:
@@ -308,6 +320,9 @@ def _fitted(value: Any, hint: Any, key: str) -> Any:
     """Return a value as its setting holds it; raises `ConfigError` where it is of another type."""
     if hint is Any:
         return value
+    # TOML has no null
+    if value in ("none", "None") and type(None) in get_args(hint):
+        return None
     for one in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         if get_origin(one) is tuple and isinstance(value, (list, tuple)):
             return tuple(_fitted(entry, get_args(one)[0], key) for entry in value)

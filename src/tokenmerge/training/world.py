@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tokenmerge.errors import ConfigError, TokenMergeError
+from tokenmerge.tools.models import find_device
 
 __all__ = ["LostRankError", "World", "is_started", "launch"]
 
@@ -36,8 +37,8 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         has_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-        name = device or (f"cuda:{local}" if has_gpu else "cpu")
-        self.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        name = device or ("cuda" if has_gpu else "cpu")
+        self.device = find_device(f"cuda:{local}" if name == "cuda" else name)
         self.asked_to_stop = False
         self._handler: Any = None
         self._stop = threading.Event()
@@ -141,13 +142,6 @@ class World:
             distributed.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return what every process has, in the order of ranks."""
-        found: list[Any] = [value] * self.size
-        if self.size > 1:
-            distributed.all_gather_object(found, value)
-        return found
-
 
 def is_started() -> bool:
     """Say whether torchrun has started this process."""
@@ -159,6 +153,7 @@ def launch(arguments: list[str], processes: int, port: int | None) -> int:
 
     Raises `ConfigError` for a port that is in use, `LostRankError` that names the rank that failed first.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -173,6 +168,11 @@ def launch(arguments: list[str], processes: int, port: int | None) -> int:
         rank, failure = error.get_first_failure()
         how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         raise LostRankError(f"rank {rank} of {processes} failed first ({how}); the others were stopped.") from error
+    except SignalException as error:
+        raise LostRankError(
+            f"all processes were stopped by {error.sigval.name}; the last checkpoint is kept, the same command goes on "
+            "from it."
+        ) from error
     return 0
 
 
