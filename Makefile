@@ -36,7 +36,7 @@ train: .venv/ready
 
 # training with merging against merging afterwards; cut off, it goes on
 training: .venv/ready
-	for study in finetune mae video audio; do $(BIN)/python benchmarks/training.py $$study || exit 1; done
+	for study in scratch finetune combine mae video audio; do $(BIN)/python benchmarks/training.py $$study || exit 1; done
 	$(BIN)/python benchmarks/clip_groups.py
 
 # the page of supported models, from the results of the tests that support them

@@ -45,7 +45,10 @@ class Study:
 
 
 STUDIES = {
-    "finetune": Study("Fine-tuning with merging, the bundled model on Fashion-MNIST", "finetune", (8, 13, 16, 24)),
+    "scratch": Study("From scratch with merging, a ViT of 49 patches on Fashion-MNIST", "scratch", (8, 13, 16)),
+    "finetune": Study(
+        "Fine-tuning with merging, the bundled model (196 patches) on Fashion-MNIST", "finetune", (8, 13, 16, 24)
+    ),
     "mae": Study(
         "A masked autoencoder on Fashion-MNIST, fine-tuned with and without merging",
         "mae-finetune",
