@@ -148,7 +148,8 @@ class ForwardState:
 def _memory(x: Tensor) -> tuple[StorageWeakRef, ...]:
     """Return what memory `x` lies in, if in any: as long as this is held, no other tensor's compares equal."""
     try:
-        return (StorageWeakRef(x.untyped_storage()),)
+        # torch.fx traces with objects that only look like tensors
+        return (StorageWeakRef(x.untyped_storage()),) if isinstance(x, Tensor) else ()
     except RuntimeError:  # a wrapper of functorch
         return ()
 
