@@ -209,7 +209,8 @@ def _notes(study: Study, rows: list[dict[str, Any]], seeds: list[int]) -> list[s
     found = [
         f"`{study.recipe}`: {recipe.steps} steps of {recipe.batch_size}, "
         + (f"after {', '.join(f'`{name}`' for name in study.start)}, " if study.start else "")
-        + f"seeds {', '.join(map(str, seeds))} (mean ± standard deviation). Inference only: trained without merging, "
+        + (f"seeds {', '.join(map(str, seeds))} (mean ± standard deviation)" if len(seeds) > 1 else f"seed {seeds[0]}")
+        + ". Inference only: trained without merging, "
         "merged at inference. Trained: with merging, the same steps. Test samples: all."
     ]
     for row in rows[1:]:

@@ -31,8 +31,6 @@ class HeldOut:
         self, recipe: Recipe, size: tuple[int, ...], classes: tuple[str, ...], pixels: dict[str, Any], world: World
     ) -> None:
         self.recipe, self.size, self.pixels, self.world = recipe, size, dict(pixels), world
-        # pretrained models know how much of a picture they were shown
-        self.crop = self.pixels.pop("crop_pct", 1.0)
         self.sources, self.notes = dict[str, Source | Stream](), list[str]()
         data = recipe.data
         for split in ("valid", "test"):
@@ -73,7 +71,7 @@ class HeldOut:
         start = time.perf_counter()
         for batch in evaluation(
             source,
-            eval_transform(source.kind, self.size, crop_pct=self.crop, **self.pixels),
+            eval_transform(source.kind, self.size, **self.pixels),
             batch_size=max(1, recipe.batch_size // recipe.accumulate // self.world.size),
             rank=rank,
             world=world,

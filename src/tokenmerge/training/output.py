@@ -18,7 +18,7 @@ from tokenmerge.tools.results import replace_text
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.nets import build, load_weights
 from tokenmerge.training.parts import MODULES, Parts
-from tokenmerge.training.recipe import Recipe, differences, from_dict, read_recipe
+from tokenmerge.training.recipe import Recipe, differences, read_recipe
 
 __all__ = ["alone_in", "check_folder", "check_recipe", "export", "last_rows", "load", "write_recipe"]
 
@@ -117,7 +117,7 @@ def load(folder: str | Path, *, merged: bool = True) -> nn.Module:
     folder = Path(folder)
     if not (folder / _WEIGHTS).is_file() or not (folder / _RECIPE).is_file():
         raise DataError(f"{folder} holds no finished run: it needs {_RECIPE} and {_WEIGHTS}.")
-    recipe = from_dict(json.loads((folder / _RECIPE).read_text(encoding="utf-8")))
+    recipe = read_recipe(folder / _RECIPE)
     about: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     # the weights it started from are no longer needed, nor the network they come by
     model = build(dataclasses.replace(recipe.model, pretrained=False), tuple(about["size"]), len(about["classes"]))
