@@ -40,7 +40,9 @@ TABLE_2 = (
 TRAINED: dict[str, tuple[str, list[str]]] = {
     **{name: (name, []) for name in ("dynamicvit", "spvit", "avit", "adavit", "tokenlearner", "dtem", "ltmp")},
     "tome": ("finetune", []),
-    "random": ("finetune", ["merge.method=random"]),
+    # the same stages, steps and teacher; only which tokens go is left to chance
+    "random": ("dynamicvit", ["merge.method=random"]),
+    "random-spvit": ("spvit", ["merge.method=random"]),
 }
 # choice, method or folder, the paper's top-1 % and share of the MACs of DeiT-S (79.8 %, 4.6 G), where it has them; ToMe
 # untrained is on AugReg's ViT-S there
@@ -54,8 +56,9 @@ DEIT = (
     ("TokenLearner", str(LEARNED / "tokenlearner"), None, None),
     ("DTEM", str(LEARNED / "dtem"), None, None),
     ("LTMP", str(LEARNED / "ltmp"), None, None),
-    ("random pruning, trained", str(LEARNED / "random"), None, None),
-    ("random pruning, untrained", "random", None, None),
+    ("random pruning, trained as DynamicViT", str(LEARNED / "random"), None, None),
+    ("random pruning, trained as SPViT", str(LEARNED / "random-spvit"), None, None),
+    ("random pruning, untrained, r = 13", "random", None, None),
 )
 
 

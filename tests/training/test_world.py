@@ -34,11 +34,11 @@ def start(recipe: Recipe, folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command(recipe, folder, *options), env=env, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_does(tmp_path: Path, picture_folder: Path, parallel: str) -> None:
+@pytest.mark.parametrize("parallel,ema", [("ddp", 0.0), ("fsdp", 0.0), ("fsdp", 0.9)], ids=["ddp", "fsdp", "fsdp-ema"])
+def test_two_processes_compute_what_one_does(tmp_path: Path, picture_folder: Path, parallel: str, ema: float) -> None:
     """The loss of each of 20 steps, and the weights after them, with the same batch of both together."""
     data = {"data__source": f"folder:{picture_folder}", "data__size": [3, 28, 28], "data__limit": 50}
-    recipe = tiny(steps=20, save__log=1, save__every=20, parallel=parallel, **data)
+    recipe = tiny(steps=20, save__log=1, save__every=20, parallel=parallel, ema=ema, **data)
     two = start(recipe, tmp_path / "two", "--processes", "2", "--device", "cpu")
     train(recipe, tmp_path / "one")
     _, errors = two.communicate()

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.tools.models import import_timm
@@ -71,6 +77,8 @@ def train(
 
 
 _LEAST_SCALE = 1e-6  # of fp16: smaller than any loss needs
+# states by the names of parameters, which any number of processes reads
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class _Run:
@@ -131,11 +139,14 @@ class _Run:
     def _average(self) -> Any:
         if not self.recipe.ema:
             return None
-        if self.recipe.parallel == "fsdp" and self.world.size > 1:
-            raise UnsupportedError("a running average (ema) of sharded parameters is not kept: use parallel = 'ddp'.")
         from timm.utils import ModelEmaV3
 
-        return ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True)
+        is_sharded = self.recipe.parallel == "fsdp"
+        # shards know no operation on many tensors at once
+        found = ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True, foreach=not is_sharded)
+        if is_sharded:
+            self.world.wrap(found.module, "fsdp", find_unused=False)
+        return found
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the end, from the last checkpoint on, evaluate, and write the model."""
@@ -297,7 +308,8 @@ class _Run:
         """Write a checkpoint: every process hands in its part, the first writes."""
         window = self.world.total(self.window)
         self._check(window, self.step)
-        model, optimizer = self._state()
+        model, optimizer = get_state_dict(self.parts.model, self.optimizer, options=_WHOLE)
+        average = None if self.ema is None else get_model_state_dict(self.ema.module, options=_WHOLE)
         if self.log is None:
             return
         self.log.write_csv()
@@ -307,17 +319,12 @@ class _Run:
             "model": model,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema": average,
             "window": (window / self.world.size).cpu(),
             "unreadable": list(self.unreadable),
             "recipe": self.recipe.as_dict(),
         }
         self.checkpoints.save(self.step, content)
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the states of model and optimiser by the names of parameters: any number of processes reads them."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_state_dict(self.parts.model, self.optimizer, options=options)
 
     def _resume(self) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -325,6 +332,7 @@ class _Run:
         if saved is None:
             return
         check_recipe(self.folder, from_dict(saved["recipe"]), self.recipe)
+        options = StateDictOptions(full_state_dict=True)
         try:
             # what is not in the checkpoint would silently stay as it is
             strange = sorted(self.parts.model.state_dict().keys() ^ saved["model"].keys())
@@ -335,10 +343,10 @@ class _Run:
                 self.optimizer,
                 model_state_dict=saved["model"],
                 optim_state_dict=saved["optimizer"],
-                options=StateDictOptions(full_state_dict=True),
+                options=options,
             )
             if self.ema is not None:
-                self.ema.module.load_state_dict(saved["ema"])
+                set_model_state_dict(self.ema.module, saved["ema"], options=options)
         except (KeyError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"the checkpoint {self.checkpoints.paths()[0]} is of another model, or the data has other classes than "
@@ -352,10 +360,8 @@ class _Run:
         self._say(f"going on after step {self.step} of {self.steps}")
 
     def _export(self) -> None:
-        model, _ = self._state()
+        model = get_model_state_dict(self.parts.model if self.ema is None else self.ema.module, options=_WHOLE)
         prefix = "" if self.parts.core is self.parts.model else "encoder."
-        if self.ema is not None:
-            model = self.ema.module.state_dict()
         state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
         if self.log is not None:
             self.log.write_csv()
