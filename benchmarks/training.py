@@ -191,7 +191,7 @@ def _step(parts: Any, recipe: Recipe, inputs: Tensor, labels: Tensor) -> Callabl
         # interleave times forwards: gradients are off there
         with torch.inference_mode(False), torch.enable_grad():
             set_training(parts, recipe)
-            parts.objective.loss(parts.model, *parts.objective.targets(inputs, labels)).backward()
+            parts.objective.loss(parts.objective.net(parts.model), *parts.objective.targets(inputs, labels)).backward()
             nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

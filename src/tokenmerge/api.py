@@ -222,11 +222,16 @@ class Handle:
             self._state.enabled = before
 
     def loss(self) -> Tensor:
-        """Return what a learned method adds to the training loss after a forward; raises for methods that do not."""
-        method = self._config.method
-        if not isinstance(method, Learned):
-            raise UnsupportedError(f"{method.name} learns nothing, so it adds nothing to the loss.")
-        return method.loss(self._last().memory)
+        """Return what a learned method adds to the training loss after a forward; raises for methods that do not.
+
+        Nothing where the present `r` takes no token, as at the start of a training in which it grows from 0.
+        """
+        method, frame = self._config.method, self._last()
+        if not isinstance(method, Learned) or not method.adds_loss:
+            raise UnsupportedError(f"{method.name} adds nothing to the loss.")
+        tokens = next(shape[1] for shape in frame.shape if shape is not None)
+        is_off = self._state.schedule.tokens(tokens, self._layout.prefix)[-1] == tokens
+        return torch.zeros(()) if is_off else method.loss(frame.memory)
 
     def save(self, path: str | Path) -> None:
         """Write the configuration, and what is learned as .safetensors beside it; `MergeConfig.load` reads both."""

@@ -227,12 +227,19 @@ def test_nothing_to_remove_is_the_original_model(method: Learned) -> None:
     x = torch.randn(IMAGES)
     with handle.disabled():
         expected = model(x)
-    handle.r = 0
+    before, handle.r = handle.r, 0
     for training in (False, True):
         model.train(training)
         assert torch.equal(model(x), expected)
-    with pytest.raises(UnsupportedError, match=r"noted nothing for the loss|adds nothing to the loss"):
-        handle.loss()
+    if method.adds_loss:
+        assert handle.loss() == 0
+        handle.r = before
+        model.eval()(x)
+        with pytest.raises(UnsupportedError, match="noted nothing for the loss"):
+            handle.loss()
+    else:
+        with pytest.raises(UnsupportedError, match="adds nothing to the loss"):
+            handle.loss()
 
 
 @every_method

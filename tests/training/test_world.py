@@ -17,8 +17,10 @@ import torch
 from test_train import lines, tiny, weights
 
 from tokenmerge.cli import main
+from tokenmerge.errors import UnsupportedError
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import Recipe
+from tokenmerge.training.world import World
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +53,28 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, picture_folder: Pat
     for split in ("valid",):
         (alone,), (shared,) = (lines(tmp_path / name, split) for name in ("one", "two"))
         assert alone["accuracy"] == pytest.approx(shared["accuracy"], abs=0.051)
+
+
+def test_two_processes_train_a_learned_method(tmp_path: Path, picture_folder: Path) -> None:
+    """Its modules are used in the loss alone, or, while r is 0, not at all; what is drawn differs by process."""
+    data = {"data__source": f"folder:{picture_folder}", "data__size": [3, 28, 28], "data__limit": 50}
+    learned = {"merge__method": "dynamicvit(weights='new')", "merge__warmup": 0.3}
+    recipe = tiny(steps=10, save__log=1, save__every=10, **learned, **data)
+    two = start(recipe, tmp_path / "two", "--processes", "2", "--device", "cpu")
+    train(recipe, tmp_path / "one")
+    _, errors = two.communicate()
+    assert two.returncode == 0, errors
+    one, other = (torch.tensor([row["loss"] for row in lines(tmp_path / name)]) for name in ("one", "two"))
+    assert len(other) == 10 and abs(one[0] - other[0]) < 1e-4
+    torch.testing.assert_close(one, other, rtol=0, atol=0.3)
+
+
+def test_single_numbers_are_not_sharded() -> None:
+    world, model = World("cpu"), torch.nn.Linear(2, 2)
+    model.gamma = torch.nn.Parameter(torch.ones(()))
+    world.size = 2
+    with pytest.raises(UnsupportedError, match=r"single numbers \(gamma\) cannot be spread"):
+        world.shard(model)
 
 
 def test_a_lost_process_is_named_and_the_same_command_goes_on(tmp_path: Path, picture_folder: Path) -> None:

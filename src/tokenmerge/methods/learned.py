@@ -70,7 +70,12 @@ class Learned(Reduction):
 
     def loss(self, memory: dict[int, Any]) -> Tensor:
         """Return what the method adds to the training loss, from what its layers noted in the last forward."""
-        raise UnsupportedError(f"{self.name} adds nothing to the loss.")
+        raise NotImplementedError
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether there is a `loss`."""
+        return type(self).loss is not Learned.loss
 
     def build(self, shape: ModelShape) -> nn.ModuleDict:
         if self.weights is None:

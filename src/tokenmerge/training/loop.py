@@ -115,7 +115,7 @@ class _Run:
         )
         self.ema = self._average()
         has_modules = hasattr(self.parts.core, "tokenmerge_modules")
-        net = world.wrap(self.parts.model, recipe.parallel, find_unused=has_modules)
+        net = world.wrap(self.parts.model, self.parts.objective.net, recipe.parallel, find_unused=has_modules)
         self.net = torch.compile(net) if recipe.model.compile else net
         self.optimizer = optimizer_of(self.parts.model, recipe)
         self.scheduler = scheduler_of(self.optimizer, recipe, self.steps)
@@ -145,7 +145,7 @@ class _Run:
         # shards know no operation on many tensors at once
         found = ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True, foreach=not is_sharded)
         if is_sharded:
-            self.world.wrap(found.module, "fsdp", find_unused=False)
+            self.world.shard(found.module)
         return found
 
     def run(self) -> list[dict[str, Any]]:
@@ -360,7 +360,9 @@ class _Run:
         self._say(f"going on after step {self.step} of {self.steps}")
 
     def _export(self) -> None:
-        model = get_model_state_dict(self.parts.model if self.ema is None else self.ema.module, options=_WHOLE)
+        model: dict[str, Any] = get_model_state_dict(
+            self.parts.model if self.ema is None else self.ema.module, options=_WHOLE
+        )
         prefix = "" if self.parts.core is self.parts.model else "encoder."
         state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
         if self.log is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge import Handle
+from tokenmerge.methods import Learned
 from tokenmerge.training.recipe import Augment, Recipe
 
 __all__ = ["Classify", "Objective", "Predict"]
@@ -24,7 +25,11 @@ class Objective:
         """Return a training batch as the loss takes it."""
         return inputs, labels
 
-    def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    def net(self, model: nn.Module) -> nn.Module:
+        """Return what `loss` calls: the model, or what has it inside."""
+        return model
+
+    def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar to be made smaller."""
         raise NotImplementedError
 
@@ -44,7 +49,8 @@ class Classify(Objective):
     def __init__(self, recipe: Recipe, classes: int, handle: Handle, teacher: nn.Module | None) -> None:
         self.distill, self.smoothing, self.teacher = recipe.distill, recipe.augment.smoothing, teacher
         self.mixup = _mixup(recipe.augment, classes)
-        self.added = _added_loss(handle)
+        method = handle.config.method
+        self.adding = handle if isinstance(method, Learned) and method.adds_loss else None
 
     def targets(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None:
@@ -54,8 +60,12 @@ class Classify(Objective):
         mixed: tuple[Tensor, Tensor] = self.mixup(inputs, labels)
         return mixed
 
-    def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = net(inputs).float()
+    def net(self, model: nn.Module) -> nn.Module:
+        return model if self.adding is None else _Adding(model, self.adding)
+
+    def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
+        answer, added = net(inputs) if self.adding else (net(inputs), 0.0)
+        logits = answer.float()
         # mixed targets are smoothed already
         smoothing = 0.0 if self.mixup is not None else self.smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
@@ -65,17 +75,31 @@ class Classify(Objective):
                 wanted = (self.teacher(inputs).float() / T).softmax(-1)
             divergence = F.kl_div((logits / T).log_softmax(-1), wanted, reduction="batchmean")
             loss = loss + self.distill.weight * T * T * divergence
-        return loss if self.added is None else loss + self.added()
+        return loss + added
 
     def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = net(inputs).float()
         return torch.stack((F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()))
 
 
+class _Adding(nn.Module):
+    """A model that hands out what its method adds to the loss, too.
+
+    Within the forward: what DistributedDataParallel does not find behind the outputs, it takes as unused.
+    """
+
+    def __init__(self, model: nn.Module, handle: Handle) -> None:
+        super().__init__()
+        self.model, self.handle = model, handle
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(inputs), self.handle.loss()
+
+
 class Predict(Objective):
     """What a masked autoencoder returns: the error of the masked patches."""
 
-    def loss(self, net: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = net(inputs)
         return loss
 
@@ -90,12 +114,3 @@ def _mixup(augment: Augment, classes: int) -> Any:
     from timm.data import Mixup
 
     return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=classes)
-
-
-def _added_loss(handle: Handle) -> Callable[[], Tensor] | None:
-    """Return what the method adds to the loss, where it learns."""
-    from tokenmerge.methods import Learned
-
-    method = handle.config.method
-    is_adding = isinstance(method, Learned) and type(method).loss is not Learned.loss
-    return handle.loss if is_adding else None

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tokenmerge.errors import ConfigError, TokenMergeError
+from tokenmerge.errors import ConfigError, TokenMergeError, UnsupportedError
 from tokenmerge.tools.models import find_device
 
 __all__ = ["LostRankError", "World", "is_started", "launch"]
@@ -119,17 +120,39 @@ class World:
         except RuntimeError:
             return ["rank 0 is gone, and with it the connection to the others"]
 
-    def wrap(self, model: nn.Module, parallel: str, *, find_unused: bool) -> nn.Module:
-        """Return the model as all processes share it: `ddp` a copy each, `fsdp` its parameters in shards."""
-        if self.size == 1:
-            return model
-        if parallel == "fsdp":
-            from torch.distributed.fsdp import fully_shard
+    def wrap(
+        self, model: nn.Module, around: Callable[[nn.Module], nn.Module], parallel: str, *, find_unused: bool
+    ) -> nn.Module:
+        """Return `around(model)` as all processes share it: `ddp` a copy each, `fsdp` the model's parameters in shards.
 
-            for block in getattr(model, "blocks", ()):
+        Copies look for what is used behind what `around` returns; shards are of the model, which is run alone, too.
+        """
+        if parallel == "fsdp":
+            self.shard(model)
+            return around(model)
+        net = around(model)
+        is_alone = self.size == 1
+        return net if is_alone else nn.parallel.DistributedDataParallel(net, find_unused_parameters=find_unused)
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread a model's parameters over the processes, block by block, in place.
+
+        Raises `UnsupportedError` for a model that has single numbers among them.
+        """
+        if self.size == 1:
+            return
+        numbers = [name for name, parameter in model.named_parameters() if not parameter.dim()]
+        if numbers:
+            raise UnsupportedError(
+                f"parallel is 'fsdp': single numbers ({', '.join(numbers[:3])}) cannot be spread over processes. Use "
+                "parallel = 'ddp'."
+            )
+        from torch.distributed.fsdp import fully_shard
+
+        for part in list(model.modules()):
+            for block in getattr(part, "blocks", ()):
                 fully_shard(block)
-            return fully_shard(model)  # type: ignore[return-value]
-        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+        fully_shard(model)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes."""
