@@ -122,11 +122,21 @@ def deit(arguments: argparse.Namespace) -> None:
     title = f"ToMe's DeiT-S table on the bundled model ({unmerged} % unmerged), {alone.images} images"
     notes = [
         *orders([row for row in rows if row["paper top-1 %"] is not None], alone.images),
+        *_beside_random({row["choice"]: row["top-1 %"] for row in rows}),
         "",
         "A-ViT counts by image: in a batch only what all images let go is removed.",
     ]
     notes.append("The models in `models/learned` were trained for a third of an epoch, the paper's for 100 to 300.")
     write("deit", title, rows, environment(torch.device("cpu")), notes)
+
+
+def _beside_random(accuracies: dict[str, float]) -> list[str]:
+    """Say how pruning that was learned stands to pruning at random, by the same recipe."""
+    return [
+        f"- {name}: {found - accuracies[random]:+.2f} points against {random}."
+        for name, found in accuracies.items()
+        if (random := f"random pruning, trained as {name}") in accuracies
+    ]
 
 
 def everything(arguments: argparse.Namespace) -> None:
