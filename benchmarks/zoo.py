@@ -20,7 +20,7 @@ from tokenmerge.errors import TokenMergeError
 from tokenmerge.methods import NEW, Drop, Learned, find
 from tokenmerge.tools.compare import Comparison, compare
 from tokenmerge.tools.data import FashionMNIST, calibration_images
-from tokenmerge.tools.models import AUTO, load_model, shared_copy
+from tokenmerge.tools.models import AUTO, apply_method, load_model, shared_copy
 from tokenmerge.tools.results import Progress
 from tokenmerge.tools.timing import environment, interleave
 from tokenmerge.training.loop import train
@@ -123,6 +123,7 @@ def deit(arguments: argparse.Namespace) -> None:
     notes = [
         *orders([row for row in rows if row["paper top-1 %"] is not None], alone.images),
         *_beside_random({row["choice"]: row["top-1 %"] for row in rows}),
+        f"- DynamicViT with its scores reversed, keeping what it learned to drop: {_reversed(arguments.limit):.2f} %.",
         "",
         "A-ViT counts by image: in a batch only what all images let go is removed.",
     ]
@@ -137,6 +138,17 @@ def _beside_random(accuracies: dict[str, float]) -> list[str]:
         for name, found in accuracies.items()
         if (random := f"random pruning, trained as {name}") in accuracies
     ]
+
+
+@torch.inference_mode()
+def _reversed(limit: int | None) -> float:
+    """Return the accuracy of DynamicViT with the logits of its predictors negated."""
+    model, data = load_model("reference"), FashionMNIST(64, limit)
+    apply_method(model, str(LEARNED / "dynamicvit"))
+    for predictor in model.tokenmerge_modules.values():
+        for parameter in predictor.decide[-1].parameters():
+            parameter.neg_()
+    return 100 * sum(int((model(x).argmax(1) == labels).sum()) for x, labels in data) / len(data)
 
 
 def everything(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Shapes: T frames, H rows, W columns. A clip is uint8 `[T, H, W]` or, in colour, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,9 @@ class _Files(Source):
         except Exception as error:  # decoders raise what they like
             raise OSError(f"{path}: {error}") from error
 
+    @abstractmethod
     def clip(self, path: Path) -> Tensor:
         """Return the frames wanted, uint8 `[T, H, W, 3]`; raises anything where they cannot be read."""
-        raise NotImplementedError
 
     def places(self, count: int) -> list[int]:
         """Return which of so many frames are taken; of fewer than T some are taken twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenmerge.training.recipe import Augment, Recipe
 __all__ = ["Classify", "Objective", "Predict"]
 
 
-class Objective:
+class Objective(ABC):
     """One task: `loss` of a training batch, `score` of a batch of an evaluation."""
 
     counts: tuple[str, ...] = ("loss",)  # what `score` sums up
@@ -29,13 +30,13 @@ class Objective:
         """Return what `loss` calls: the model, or what has it inside."""
         return model
 
+    @abstractmethod
     def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar to be made smaller."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return the sums over a batch, one for each of `counts`."""
-        raise NotImplementedError
 
 
 class Classify(Objective):

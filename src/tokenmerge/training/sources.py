@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,33 +36,30 @@ KINDS = {
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 
 
-class Source:
-    """Samples by index."""
-
+class _Samples:
     kind = "image"  # image, clip or sound: which transform they get
     classes: tuple[str, ...] = ()
     size: tuple[int, ...] = ()  # what a transformed sample measures where the recipe does not say
     flippable = True  # a mirrored sample keeps its label
 
-    def __len__(self) -> int:
-        raise NotImplementedError
 
+class Source(_Samples, ABC):
+    """Samples by index."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
     def read(self, index: int) -> tuple[Raw, int]:
         """Return a sample and its label; raises OSError or ValueError, naming the file, where it cannot be read."""
-        raise NotImplementedError
 
 
-class Stream:
+class Stream(_Samples, ABC):
     """Samples in an order of their own, undecoded until asked."""
 
-    kind = "image"
-    classes: tuple[str, ...] = ()
-    size: tuple[int, ...] = ()
-    flippable = True
-
+    @abstractmethod
     def samples(self, epoch: int, seed: int) -> Iterator[tuple[Callable[[], Raw], int]]:
         """Yield the epoch's samples, shuffled by (seed, epoch): a function that decodes one, and its label."""
-        raise NotImplementedError
 
 
 def open_source(name: str, split: str, data: Data) -> Source | Stream:

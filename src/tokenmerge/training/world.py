@@ -129,10 +129,10 @@ class World:
         """
         if parallel == "fsdp":
             self.shard(model)
-            return around(model)
         net = around(model)
-        is_alone = self.size == 1
-        return net if is_alone else nn.parallel.DistributedDataParallel(net, find_unused_parameters=find_unused)
+        if parallel == "fsdp" or self.size == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, find_unused_parameters=find_unused)
 
     def shard(self, model: nn.Module) -> None:
         """Spread a model's parameters over the processes, block by block, in place.
