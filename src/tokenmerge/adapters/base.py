@@ -126,6 +126,14 @@ class Adapter(ABC):
         """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
         return []
 
+    def entries(self, model: nn.Module) -> list[nn.Module]:
+        """Return the parts of the model, besides itself, that run the blocks and pool by themselves. Default: none."""
+        return []
+
+    def loops(self, model: nn.Module) -> list[nn.Module]:
+        """Return the parts of the model that run the blocks and hand out tokens. Default: none."""
+        return []
+
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Return the blocks in order, with their names in the model."""

@@ -96,6 +96,9 @@ class HFAdapter(Adapter):
         """Return the module that runs the blocks: its name, itself, the path from it to its list of blocks."""
         return find_towers(model, self.towers)[0]
 
+    def loops(self, model: Any) -> list[nn.Module]:
+        return [self.tower(model)[1]]
+
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         name, tower, path = self.tower(model)
         start = ".".join(filter(None, (name, path)))

@@ -103,7 +103,7 @@ class _PatchMean(Original):
         self.sizes = sizes
 
     def __call__(self, x: Tensor) -> Any:  # [B, M, C]
-        return self.original(weigh(x, self.sizes(), 1))
+        return self.original(weigh(x, self.sizes(x, 0), 1))
 
 
 def _is_ours(part: Any) -> bool:

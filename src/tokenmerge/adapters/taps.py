@@ -10,13 +10,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Original, Replacement
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.tracing import is_compiling, is_tracing
 
 __all__ = ["AttentionTap", "MultiheadTap", "SeamTap", "Slot"]
 
@@ -69,24 +69,26 @@ class Slot:
         return Slot, ()
 
     def put(self, captured: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if not is_compiling():
+            self._local.captured = {**self.peek(), **captured}
+        elif is_tracing():
             self._traced = {**self._traced, **captured}
-        else:
-            self._local.captured = {**getattr(self._local, "captured", {}), **captured}
+        # of a block that is compiled by itself, what merges runs outside of the graph: here nobody would take it
 
     def peek(self) -> dict[str, Any]:
         """Return what is held, and keep it."""
-        if torch.compiler.is_compiling():
-            return self._traced
+        if is_compiling():
+            return self._traced if is_tracing() else {}
         held: dict[str, Any] = getattr(self._local, "captured", {})
         return held
 
     def take(self) -> dict[str, Any]:
-        if torch.compiler.is_compiling():
-            captured, self._traced = self._traced, {}
-        else:
-            captured, self._local.captured = getattr(self._local, "captured", {}), {}
-        return captured
+        held = self.peek()
+        if not is_compiling():
+            self._local.captured = {}
+        elif is_tracing():
+            self._traced = {}
+        return held
 
 
 class Listener(Original):

@@ -38,6 +38,13 @@ class Within(Adapter):
     def wiring(self, model: nn.Module) -> list[Replacement]:
         return self.inner.wiring(self.part(model))
 
+    def entries(self, model: nn.Module) -> list[nn.Module]:
+        part = self.part(model)
+        return [part, *self.inner.entries(part)]
+
+    def loops(self, model: nn.Module) -> list[nn.Module]:
+        return self.inner.loops(self.part(model))
+
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return [(f"{self.path}.{name}", block) for name, block in self.inner.blocks(self.part(model))]
 

@@ -14,6 +14,7 @@ from tokenmerge import importance
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.matching import largest_r
 from tokenmerge.plan import AnyPlan, merge_weighted
+from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "METRICS",
@@ -194,6 +195,6 @@ def batch_count(wanted: Tensor, r: int) -> int:  # [B]
 
     A captured graph cannot depend on values: there, and for tensors without storage, it is `r`.
     """
-    if torch.compiler.is_compiling() or wanted.is_meta:
+    if is_compiling() or wanted.is_meta:
         return r
     return max(0, min(r, int(wanted.min())))
