@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grids": {"adapters", "errors"},
     "runner": {"grids", "keybias", "methods", "adapters", "plan", "state", "errors", "kernels"},
     "hooks": {"runner", "adapters", "plan", "state", "errors", "kernels"},
-    "windows": {"runner", "adapters", "methods", "plan", "kernels"},
+    "windows": {"runner", "state", "adapters", "methods", "plan", "kernels"},
     "guards": {"adapters", "state", "errors"},
     "attach": {"grids", "adapters", "methods", "runner", "hooks", "windows", "guards", "state", "errors"},
     "report": set(),

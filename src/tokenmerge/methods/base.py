@@ -191,11 +191,13 @@ class Reduction(ABC):
         return x
 
 
-def batch_count(wanted: Tensor, r: int) -> int:  # [B]
+def batch_count(wanted: Tensor, r: int, seen: Tensor) -> int:  # [B], [B, ...]
     """Return how many tokens an adaptive method removes: the fewest that any image of the batch allows, at most `r`.
 
-    A captured graph cannot depend on values: there, and for tensors without storage, it is `r`.
+    `seen` is what the method decided by: an image for which it holds NaN is no image, and sets no limit to the others.
+    A captured graph cannot depend on values: there, for tensors without storage and for no images at all it is `r`.
     """
-    if torch.compiler.is_compiling() or wanted.is_meta:
+    if torch.compiler.is_compiling() or wanted.is_meta or not wanted.shape[0]:
         return r
+    wanted = wanted.masked_fill(seen.isnan().flatten(1).any(dim=1), r)
     return max(0, min(r, int(wanted.min())))
