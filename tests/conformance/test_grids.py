@@ -204,7 +204,7 @@ def test_tokens_whose_grid_is_not_known_are_refused() -> None:
         expected = model(wide)
         model.patch_embed(torch.randn(2, 3, 32, 16))
         assert_close(model(wide), expected, 1e-6)
-        with pytest.raises(UnsupportedError, match="adds or drops tokens"):
+        with pytest.raises(UnsupportedError, match="tokens were dropped or added before it"):
             model.blocks[0](torch.cat((model._pos_embed(model.patch_embed(wide)), torch.randn(2, 3, 32)), dim=1))
 
 

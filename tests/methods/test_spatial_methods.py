@@ -362,7 +362,7 @@ def _drawn(grid: tuple[int, int], seed: int) -> dict[tuple[int, int], int]:
 def test_methods_by_place_say_what_they_lack(method: Reduction) -> None:
     with pytest.raises(UnsupportedError, match="this model says no grid of patches"):
         method.plan(replace(view_of(), grid=None), 3)
-    with pytest.raises(UnsupportedError, match="build the model for the size of its images"):
+    with pytest.raises(UnsupportedError, match="Build the model for the size of its images"):
         method.plan(replace(view_of(), grid=(3, 4)), 3)
 
 

@@ -98,7 +98,7 @@ def _best(a: Tensor, b: Tensor, distance: str, valid_a: Tensor | None, valid_b: 
 def unit(metric: Tensor) -> Tensor:  # [B, N, D]
     """Return the rows at length 1, zeros as they are; of float32 and float64.
 
-    Rows whose squares would overflow or vanish are divided by their largest value first, all others by 1: that is exact.
+    Rows whose squares would overflow or vanish are divided by their largest value first, all others by 1.
     """
     most = metric.abs().amax(dim=-1, keepdim=True)
     metric = metric / torch.where(most.clamp(1e-12, 1e15) == most, 1.0, most.clamp_min(2e-38))
