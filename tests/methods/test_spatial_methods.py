@@ -278,7 +278,7 @@ def test_mpm_searches_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("r", [4, 12, 17])
 def test_mpm_removes_exactly_r_in_a_graph(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(N=36)
-    monkeypatch.setattr(mpm, "batch_count", lambda wanted, r: r)  # as in a captured graph
+    monkeypatch.setattr(mpm, "batch_count", lambda wanted, r, seen: r)  # as in a captured graph
     plan = MPM().plan(view, r)
     assert plan.src.shape[1] == r
     for image in range(3):

@@ -101,8 +101,8 @@ class TokenView:
             if n - self.prefix != self.grid[0] * self.grid[1]:
                 raise UnsupportedError(
                     f"this method merges by place on a grid of {self.grid[0]} x {self.grid[1]} patches, and the block "
-                    f"was given {n - self.prefix}: tokens were dropped or added before it. Build the model for the size "
-                    "of its images, or use a method that does not merge by place (tome)."
+                    f"was given {n - self.prefix}: tokens were dropped or added before it. Build the model for the "
+                    "size of its images, or use a method that does not merge by place (tome)."
                 )
             return torch.arange(n - self.prefix, device=self.stream.device).expand(B, -1), self.grid
         return self.places[:, self.prefix :] - self.prefix, self.grid
