@@ -66,9 +66,7 @@ class Handle:
         self.calibration: Calibration | None = None  # what "auto" tried
         self._choice = ""
         self._actions: list[Callable[[], None]] = []
-        self.followers: list[
-            Callable[[], None]
-        ] = []  # called when `r` or `track` was set: other surfaces show them too
+        self.followers: list[Callable[[], None]] = []  # called when `r` or `track` was set
         depth = len(adapter.blocks(model))
         self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
         self._state.track = config.track
