@@ -67,7 +67,7 @@ class TimmNaFlex(Adapter):
     def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
         # patches come with coordinates, of images of any shapes; an image with the grid it was cut into
         if isinstance(out, tuple):
-            return out[1]
+            return out[1] and (out[1][0], out[1][1])
         return super().grid_of(cutter, image, out) if image.dim() == 4 else None
 
     def tap(self, block: Any) -> AttentionTap:
