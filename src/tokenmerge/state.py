@@ -47,6 +47,7 @@ class Frame:
         self.out: Any = None  # what was put out last: device and dtype, and whether hooks may have changed it since
         self.has_padding = False  # some tokens are none: their size is 0
         self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
+        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
 
 
 class _Known(NamedTuple):

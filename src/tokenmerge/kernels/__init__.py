@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
-from tokenmerge.kernels.reference import Side, alternating, choose, full_precision
+from tokenmerge.kernels.reference import Side, alternating, choose, full_precision, unit
 from tokenmerge.tracing import is_compiling
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "merge",
     "reduce",
     "select",
+    "unit",
     "unmerge",
 ]
 
