@@ -30,6 +30,7 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
         owner = _find(model, path)
         if owner is not None and callable(getattr(owner, method, None)):
             found.append(_TokenMethod(owner, method, state, lists, refuses))
+    found.append(_Unscriptable(model, "__prepare_scriptable__"))
     return [Replacement(entry.owner, entry.attribute, entry) for entry in found]
 
 
@@ -92,14 +93,6 @@ class Entry(Original):
         """What `torch.export` names a forward by."""
         return getattr(type(self.owner), self.attribute).__code__
 
-    @property
-    def __globals__(self) -> Any:
-        """What `torch.jit.script` asks a function for."""
-        raise UnsupportedError(
-            f"torch.jit.script cannot compile a patched {type(self.owner).__qualname__}: it reads source code, and "
-            "merging is put in at run time. Use torch.export, torch.compile or torch.jit.trace."
-        )
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return self._trace(args, kwargs)
@@ -151,3 +144,13 @@ class _TokenMethod(Entry):
                 if isinstance(tokens, Tensor):
                     self.state.tag(tokens)
         return out
+
+
+class _Unscriptable(Original):
+    """What `torch.jit.script` asks every module for first, where it has it."""
+
+    def __call__(self) -> Any:
+        raise UnsupportedError(
+            f"torch.jit.script cannot compile a patched {type(self.owner).__qualname__}: it reads source code, and "
+            "merging is put in at run time. Use torch.export, torch.compile or torch.jit.trace."
+        )
