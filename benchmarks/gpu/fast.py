@@ -151,10 +151,10 @@ class _Trainee:
 
 @contextmanager
 def _compiler(job: Job) -> Iterator[None]:
-    """In a dry run models are traced and not compiled, which would take minutes."""
+    """In a dry run nothing is compiled, which would take minutes."""
     compiler = torch.compile
     if job.is_tiny:
-        torch.compile = lambda what, **options: compiler(what, backend="aot_eager")
+        torch.compile = lambda what, **options: what
     try:
         yield
     finally:

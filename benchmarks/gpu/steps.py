@@ -113,7 +113,8 @@ class Process:
                 start_new_session=True,  # so that what it starts ends with it
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def run(self, step: Step, job: Job, limit: float, on_row: Callable[[Row], None]) -> tuple[str, str]:
         """Run a step's body and hand on each row when it comes; returns the status and the error's last lines."""
@@ -143,6 +144,11 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -169,10 +175,9 @@ def run(
 ) -> None:
     """Run what the record lacks, in order, while the budget of seconds lasts.
 
-    `changed` is told of every row and end, and `about` is what each is written with.
-
     What failed or was cut off before comes after what was never tried. A step that would not fit is passed over, for
-    a later one that does.
+    a later one that does. `attempts` gives the jobs of a step, tried until one works. `changed` is told of every row
+    and end, and `about` is what each is written with.
     """
     end = time.monotonic() + budget
     process: Process | None = None
