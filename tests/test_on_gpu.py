@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,10 +35,20 @@ FIELDS = {
     "gpu-eager": {"case", "ms", "spread %", "unmerged ms", "speed-up", "over bound", "reference over bound", "kernels"},
     "gpu-compiled": {"case", "ms", "speed-up", "over bound", "reference ms", "met", "kernels"},
     "gpu-graphs": {"case", "ms", "speed-up", "over bound", "met", "kernels"},
-    "gpu-captured": {"case", "batch", "ms", "speed-up", "over bound", "eager merged ms", "replay error", "result"},
+    "gpu-captured": {
+        "case",
+        "batch",
+        "ms",
+        "speed-up",
+        "over bound",
+        "eager merged ms",
+        "replay error",
+        "old images'",
+        "result",
+    },
     "gpu-ops": {"case", "kernel", "ms", "reference ms", "reference / ours", "over no bias", "met"},
     "gpu-memory": {"case", "peak MB", "unmerged peak MB", "merged / unmerged"},
-    "gpu-training": {"precision", "variant", "ms", "peak MB", "loss", "steps taken", "speed-up", "result"},
+    "gpu-training": {"precision", "variant", "ms", "peak MB", "loss", "steps left out", "speed-up", "result"},
     "gpu-parallel": {"backend", "way", "error", "result"},
 }
 
@@ -59,7 +71,12 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_every_step_runs_dry(tmp_path: Path) -> None:
+def test_every_step_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a plain image does not have
+    for name in ("rich", "matplotlib", "tensorboard"):
+        (tmp_path / "absent").mkdir(exist_ok=True)
+        (tmp_path / "absent" / f"{name}.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "absent"))
     assert on_gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0, (tmp_path / "on_gpu.log").read_text()
     record = Record(tmp_path / "on_gpu.jsonl")
     page = (tmp_path / "on_gpu.md").read_text()
@@ -153,6 +170,24 @@ def test_without_a_device_nothing_is_measured(go: Any, tmp_path: Path, capsys: C
     assert on_gpu.main(["--out", str(tmp_path)], [none, _step("first")]) == 2
     assert "no device 'cuda'" in capsys.readouterr().err
     assert not (tmp_path / "gpu-first.csv").exists()
+
+
+def test_a_run_that_is_told_to_end_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    code = (
+        "import signal, sys; from benchmarks import on_gpu; from test_on_gpu import MACHINE, _step\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        f"sys.exit(on_gpu.main(['--out', {str(tmp_path)!r}], [MACHINE, _step('first'), _step('second', 'hangs')]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=on_gpu.ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "gpu-second.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 130 and "the same command goes on" in said
+    record = Record(tmp_path / "on_gpu.jsonl")
+    assert [record.status(name) for name in ("first", "second")] == ["ok", ""]
 
 
 def test_a_mistake_in_what_was_asked(tmp_path: Path, capsys: Capture) -> None:

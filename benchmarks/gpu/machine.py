@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
@@ -46,9 +45,9 @@ def _is_there(device: torch.device) -> bool:
 
 def power() -> dict[str, str]:
     """Read clocks, power and driver where there is nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return dict.fromkeys(SMI, "not read")
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    values = done.stdout.splitlines()[0].split(", ") if not done.returncode and done.stdout.strip() else []
-    return dict(zip(SMI, values, strict=True)) if len(values) == len(SMI) else dict.fromkeys(SMI, "not read")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return dict(zip(SMI, done.stdout.splitlines()[0].split(", "), strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return dict.fromkeys(SMI, "not read")

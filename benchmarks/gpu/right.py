@@ -120,9 +120,14 @@ def tests(job: Job, say: Say, paths: Sequence[str]) -> None:
                 say({"test": report.nodeid, "seconds": round(report.duration, 2), "result": result, "why": why})
                 ran.append(result != "skipped")
 
+        def pytest_collectreport(self, report: Any) -> None:
+            if report.failed:
+                say({"test": report.nodeid, "seconds": 0.0, "result": WRONG, "why": str(report.longrepr)[-300:]})
+
     # the settings of pyproject.toml want plug-ins, and no warning from any version of anything
     options = ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "no:timeout"]
-    code = pytest.main([*options, "-m", "gpu", "--tb=short", *paths], plugins=[Rows()])
+    options += ["--continue-on-collection-errors", "--tb=short", "-m", "gpu"]
+    code = pytest.main([*options, *paths], plugins=[Rows()])
     if code not in (0, 1):
         raise RuntimeError(f"pytest ended with {code!r}; what it said is in the log")
     if not any(ran) and not job.is_tiny:
