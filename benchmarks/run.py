@@ -100,7 +100,7 @@ def measure_case(case: Case, rounds: int, *, others: bool = False) -> tuple[Row,
     With `others` an operation is timed by every version that takes its input too, in the same rounds.
     """
     with Progress(case.name) as progress:
-        if others and isinstance(case, OpCase):
+        if others and _kind(case) == "op":
             row, seen = _operation(case, rounds, progress, others=True)
         else:
             row, seen = _MEASURES[_kind(case)](case, rounds, progress)
