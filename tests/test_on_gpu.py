@@ -77,7 +77,9 @@ def test_every_step_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / "absent").mkdir(exist_ok=True)
         (tmp_path / "absent" / f"{name}.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "absent"))
-    assert on_gpu.main(["--dry-run", "--budget", "580", "--out", str(tmp_path)]) == 0, (tmp_path / "on_gpu.log").read_text()
+    assert on_gpu.main(["--dry-run", "--budget", "580", "--out", str(tmp_path)]) == 0, (
+        tmp_path / "on_gpu.log"
+    ).read_text()
     record = Record(tmp_path / "on_gpu.jsonl")
     page = (tmp_path / "on_gpu.md").read_text()
     assert "A dry run on the CPU" in page and "not measured (budget)" not in page

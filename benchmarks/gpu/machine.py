@@ -30,11 +30,12 @@ def environment(job: Job, say: Say) -> None:
     found |= {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     found["cudnn"] = str(torch.backends.cudnn.version() or "none")
-    for name in ("torch", "triton", "timm", "transformers", "torchvision", "pytest"):
+    for name in ("triton", "timm", "transformers", "torchvision", "pytest"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "none"
+    found["torch"] = torch.__version__
     found |= {"tokenmerge": tokenmerge.__version__, "commit": describe(ROOT), **power()}
     say(found)
 
