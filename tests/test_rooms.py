@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hooks": {"runner", "adapters", "plan", "state", "errors", "kernels"},
     "windows": {"runner", "adapters", "methods", "plan", "kernels"},
     "guards": {"adapters", "state", "errors"},
-    "attach": {"adapters", "methods", "runner", "hooks", "windows", "guards", "state", "errors"},
+    "outputs": {"adapters"},
+    "attach": {"adapters", "methods", "runner", "hooks", "windows", "guards", "outputs", "state", "errors"},
     "report": set(),
     "calibrate": {"matching", "methods", "plan", "schedule", "errors", "tools"},
     "api": {
@@ -164,6 +165,7 @@ def test_every_plug_in_file_is_listed() -> None:
         "standins_clip",
         "standins_dino",
         "standins_video",
+        "trust",
         "within",
     }
     names = {methods.find(name).__name__ for name in methods.list_methods()}

@@ -27,6 +27,7 @@ from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, Unsuppo
 from tokenmerge.guards import guard_methods
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import ModelShape, Reduction
+from tokenmerge.outputs import decide
 from tokenmerge.runner import SEEN, BlockRunner
 from tokenmerge.state import ForwardState
 from tokenmerge.windows import WindowRunner
@@ -122,7 +123,7 @@ def attach(
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
-        attachment.bind(*adapter.finish(model, state.is_merging, restore))
+        attachment.bind(*adapter.finish(model, state.is_merging, "dense" if state.restore == "every" else restore))
     except BaseException:
         attachment.undo()
         raise
@@ -180,21 +181,23 @@ def _bind_outputs(
     attachment: Attachment, model: nn.Module, adapter: Adapter, state: ForwardState, restore: str | None
 ) -> None:
     """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
-    reason = adapter.grid_head(model)
-    if restore == "dense":
-        state.restore = "every"
-        return
+    runner = attachment.runners[-1]
+    state.restore, reason = decide(model, adapter, runner.layout, runner.rest, restore)
     if reason:
-        state.restore = "last"
-        attachment.limits.append(f"tokens are put back in their places after the last block: {reason}")
-    else:
+        which = "every block" if state.restore == "every" else "the last block"
+        attachment.limits.append(f"tokens are put back in their places after {which}: {reason}")
+    if not state.restore:
         head, limits = adapter.head(model, state.final_size)
         attachment.limits += limits
+        handed_out = adapter.hands_out(model)
+        if handed_out:
+            attachment.limits.append(f"merged tokens are handed out, weigh them with handle.sizes: {handed_out}")
         for replacement in head:
             attachment.bind(replacement)
-    if restore is None:
-        for replacement in guard_methods(model, adapter.token_methods, state) + adapter.guards(model, state.is_merging):
-            attachment.bind(replacement)
+    if restore is None and not state.restore:
+        attachment.bind(*adapter.guards(model, state.is_merging))
+    if restore is None and state.restore != "every":
+        attachment.bind(*guard_methods(model, adapter.guarded(model), state))
 
 
 def _is_patched(block: nn.Module) -> bool:

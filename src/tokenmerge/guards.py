@@ -19,7 +19,8 @@ __all__ = ["guard_methods"]
 def guard_methods(model: nn.Module, names: tuple[str, ...], state: ForwardState) -> list[Replacement]:
     """Guard the methods of these names; a name with dots is a method of a module inside.
 
-    The forward of a module whose methods are guarded may go on calling them.
+    The forward of a module whose methods are guarded may go on calling them; a guarded forward may be called by that
+    of the model.
     """
     guards: list[Replacement] = []
     entries: dict[str, _Entry] = {}
@@ -28,9 +29,10 @@ def guard_methods(model: nn.Module, names: tuple[str, ...], state: ForwardState)
         owner = _find(model, path)
         if owner is None or not callable(getattr(owner, method, None)):
             continue
+        caller, path = (model, "") if method == "forward" else (owner, path)
         if path not in entries:
-            entries[path] = _Entry(owner)
-            guards.append(Replacement(owner, "forward", entries[path]))
+            entries[path] = _Entry(caller)
+            guards.append(Replacement(caller, "forward", entries[path]))
         guards.append(Replacement(owner, method, _Guard(owner, method, entries[path], state)))
     return guards
 
@@ -81,6 +83,8 @@ class _Guard(Original):
     def __init__(self, model: nn.Module, name: str, entry: _Entry, state: ForwardState) -> None:
         super().__init__(model, name)
         self.entry, self.state = entry, state
+        if name == "forward":
+            self.__signature__ = inspect.signature(model.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.is_merging() and not self.entry.is_running:

@@ -68,21 +68,16 @@ def test_what_needs_the_tokens_of_several_blocks_gets_them_restored(name: str) -
     case = {**DENSE_CASES, **CASES}[name]
     model = case.make()
     unmerged = _run(model, case)
-    if name in DENSE_CASES:
-        for restore in (None, "merged"):
-            with (
-                tokenmerge.patched(model, r=3, restore=restore),
-                pytest.raises(UnsupportedError, match=r"one token per place, .* Patch with restore='dense'"),
-            ):
-                _run(model, case)
     with tokenmerge.patched(model, r=0):
         assert torch.equal(_run(model, case), unmerged)
-    restore = "dense" if name in DENSE_CASES else None
-    with tokenmerge.patched(model, r=3, prop_attn=True, track=True, restore=restore) as handle:
-        restored, groups = _run(model, case), handle.groups
-    assert torch.equal(_run(model, case), unmerged)
-    assert_close(restored, case.output(_simulated(model, case, groups)), 1e-6)
-    assert (restored - unmerged).abs().max() > 1e-3
+    for restore in (None, "merged", "dense"):
+        with tokenmerge.patched(model, r=3, prop_attn=True, track=True, restore=restore) as handle:
+            restored, groups, limits = _run(model, case), handle.groups, handle.report().limits
+        assert torch.equal(_run(model, case), unmerged)
+        assert_close(restored, case.output(_simulated(model, case, groups)), 1e-6)
+        assert (restored - unmerged).abs().max() > 1e-3
+        if name in DENSE_CASES:
+            assert any("in their places after every block" in limit for limit in limits) == (restore != "dense")
 
 
 @pytest.mark.parametrize("name", ["vit", "vit-classifier", "dinov2", "clip-vision", "siglip-vision", "aimv2-vision"])
@@ -348,13 +343,17 @@ def test_a_plain_tower_says_what_it_hands_out() -> None:
     case = CASES["dinov2-registers"]
     model = case.make()
     signature = inspect.signature(model.forward)
-    with tokenmerge.patched(model, r=3) as handle, torch.no_grad():
+    with tokenmerge.patched(model, r=3, restore="merged") as handle, torch.no_grad():
         assert model(**case.inputs()).last_hidden_state.shape[1] == handle.tokens[-1] == 9
         assert handle.prefix == 5 and handle.grid == (4, 4) and handle.input_size == (3, 32, 32)
-        assert any("restore='dense' hands out every token" in limit for limit in handle.report().limits)
+        assert handle.report().limits == [
+            "merged tokens are handed out, weigh them with handle.sizes: last_hidden_state holds one token per place"
+        ]
         assert inspect.signature(model.forward) == signature
-    with tokenmerge.patched(model, r=3, restore="dense"), torch.no_grad():
-        assert model(**case.inputs()).last_hidden_state.shape[1] == 21
+    for restore in (None, "dense"):
+        with tokenmerge.patched(model, r=3, restore=restore) as handle, torch.no_grad():
+            assert model(**case.inputs()).last_hidden_state.shape[1] == 21 > handle.tokens[-1]
+            assert any("after the last block" in limit for limit in handle.report().limits) == (restore is None)
     with tokenmerge.patched(CASES["dinov2-classifier"].make(), r=3) as handle:
         assert any("not known to use the class token alone" in limit for limit in handle.report().limits)
 
