@@ -141,11 +141,11 @@ class HFAdapter(Adapter):
         return [(module, "forward") for module in (*around, *inside)]
 
     def grid_head(self, model: Any) -> str | None:
-        if self._known(model):
+        if self.is_plain(model):
             return None
         return f"{type(model).__qualname__} is not known to use the class token alone"
 
-    def _known(self, model: Any) -> bool:
+    def is_plain(self, model: Any) -> bool:
         """Say whether the model makes nothing of its tokens but to take class tokens and hand all of them out."""
         if (self.class_models | self.token_models).intersection(hf_names(model)[:1]):
             return True
