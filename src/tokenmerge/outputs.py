@@ -78,6 +78,7 @@ class _Trial:
         assert weight is not None
         self.adapter, self.model, self.layout, self.rest = adapter, model, layout, rest
         self.blocks = [block for _, block in adapter.blocks(model)]
+        unused = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.groups = _groups(layout.tokens or 0, layout.prefix, len(self.blocks), weight.device)
         width = token_width(self.blocks[0])
@@ -87,7 +88,11 @@ class _Trial:
             self.x = torch.randn(2, *(layout.input_size or ()), **like)
             self.tokens = [torch.randn(2, int(assign.max()) + 1, width, **like) for assign in self.groups]
             # random ones: the classifier of a model that is to be trained may be zero, and hide everything
-            self.parameters = {name: _random(p) for name, p in model.named_parameters() if type(p) is nn.Parameter}
+            self.parameters = {
+                name: _random(parameter)
+                for name, parameter in model.named_parameters()
+                if type(parameter) is nn.Parameter and id(parameter) not in unused
+            }
 
     @staticmethod
     def is_possible(model: nn.Module, layout: TokenLayout) -> bool:
