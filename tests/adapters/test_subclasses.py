@@ -551,3 +551,52 @@ def test_a_timm_model_without_pooling_hands_out_every_token(name: str, pool: str
         assert merged.shape[1] == left == handle.sizes.shape[1]
         assert_close(handle.dense(merged), restored, 1e-9)
         assert any("merged tokens are handed out" in limit for limit in handle.report().limits)
+
+
+def test_parts_of_ones_own_are_named() -> None:
+    tower = randomised(clip().visual).eval().double()
+    own = {"_global_pool": lambda self, x: (x[:, 1:].mean(dim=1), x[:, 1:])}
+    tower.__class__ = type("Own", (type(tower),), own)
+    vision = randomised(torchvision_vit()).eval().double()
+    encoder = vision.encoder
+    encoder.__class__ = type("Own", (type(encoder),), {"forward": _mean_of_layers})
+    for model, after, method in ((tower, "the last block", "_global_pool"), (vision, "every block", "forward")):
+        handle = tokenmerge.patch(model, r=6, track=True)
+        merged, groups, limits = _run(model, IMAGE), handle.groups, handle.report().limits
+        assert any(f"after {after}: {method} of Own is not " in limit for limit in limits)
+        handle.remove()
+        assert_close(merged, tokenmerge.simulate(model, groups, IMAGE), 1e-6)
+
+
+def _mean_of_layers(self: Any, x: Tensor) -> Tensor:
+    x, total = x + self.pos_embedding, torch.zeros(())
+    for layer in self.layers:
+        x = layer(x)
+        total = total + x.mean(dim=1, keepdim=True)
+    return total
+
+
+def test_a_classifier_of_hugging_face_with_a_forward_of_its_own() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class Averaged(transformers.ViTForImageClassification):  # type: ignore[misc,name-defined]
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.classifier(self.vit(pixel_values).last_hidden_state[:, 1:].mean(dim=1))  # type: ignore
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    model = randomised(Averaged(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))).eval().double()
+    handle = tokenmerge.patch(model, r=3, track=True)
+    merged, groups = _run(model, IMAGE), handle.groups
+    assert handle.report().limits == [
+        "tokens are put back in their places after every block: forward of Averaged is not transformers' own"
+    ]
+    handle.remove()
+    assert_close(merged, tokenmerge.simulate(model, groups, IMAGE), 1e-6)
+
+
+def test_a_forward_that_accelerate_has_wrapped_is_the_hosts() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = tiny_vit()
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    with tokenmerge.patched(model, r=6) as handle:
+        assert handle.report().limits == []
