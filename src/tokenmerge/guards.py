@@ -22,8 +22,10 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
     `refuses`: the methods named by the adapter's `token_methods` are refused from outside while tokens are merged.
     """
     lists = _BlockLists(model, (name for name, _ in adapter.blocks(model)))
-    forwards = [(module, False) for module in (model, *adapter.entries(model))]
-    forwards += [(module, True) for module in adapter.loops(model) if all(module is not other for other, _ in forwards)]
+    forwards = [(module, False) for module in (model, *adapter.pooling_parts(model))]
+    forwards += [
+        (module, True) for module in adapter.looping_parts(model) if all(module is not other for other, _ in forwards)
+    ]
     found: list[Original] = [Entry(module, state, lists, is_loop) for module, is_loop in forwards]
     for name in adapter.token_methods:
         path, _, method = name.rpartition(".")

@@ -62,7 +62,7 @@ class Generic(Adapter):
         plain = [p for p in behind if p.kind is p.POSITIONAL_OR_KEYWORD]
         return layout.prefix + 5, {p.name: None for p in plain if p.default is p.empty}
 
-    def grid_head(self, model: Any) -> str | None:
+    def collects(self, model: Any) -> str:
         return "what a model that is only known by names does with its tokens is not known"
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
