@@ -19,9 +19,8 @@ from tokenmerge.adapters.base import (
     Replacement,
     TokenLayout,
     WindowSpec,
-    check_parity,
-    token_width,
 )
+from tokenmerge.adapters.proof import Parity, Probe, check_parity, token_width
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 from tokenmerge.guards import guard_methods
@@ -67,6 +66,8 @@ class Attachment:
             runner.module = by_layer.get(str(runner.layer))
 
     def undo(self) -> None:
+        for runner in self.runners:
+            runner.tap.release()
         if self._learning is not None:
             del self._learning._modules[MODULES]
             self._learning = None
@@ -117,7 +118,14 @@ def attach(
             attachment.bind(*tap.seams(method.needs & SEEN))
         for runner in runners:
             attachment.bind(*runner.seams())
-        attachment.parity = _prove(model, adapter, blocks, runners)
+        proved = _prove(model, adapter, blocks, runners)
+        attachment.parity = proved.difference
+        if is_proportional and not proved.counts:
+            limits.append(_uncounted(taps[0], prop_attn))
+            for runner in runners:
+                runner.is_proportional = False
+        for (name, _), tap in zip(blocks, taps, strict=True):
+            tap.settle(name)
         attachment.learn(model, method.build(_shape(layout, state, blocks)))
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
@@ -277,22 +285,31 @@ def _proportional(
     return True, [doubt] if doubt else []
 
 
+def _uncounted(tap: AttentionTap, prop_attn: bool | str) -> str:
+    """Return what the report says of an attention in which a token of size n does not count as n tokens."""
+    what = (
+        f"log(size) added to the mask of this attention ({type(tap.attn).__qualname__}) does not make a token count as "
+        "the tokens it stands for: it may read masks as true and false, multiply by them, or take another shape"
+    )
+    if prop_attn is True:
+        raise UnsupportedError(f"prop_attn=True, but {what}. Use prop_attn='auto' or False.")
+    return f"no proportional attention: {what}"
+
+
 def _prove(
     model: nn.Module, adapter: Adapter, blocks: list[tuple[str, nn.Module]], runners: list[BlockRunner]
-) -> float:
-    """Probe one block of each make; returns the largest difference from the block's own forward."""
-    worst = 0.0
+) -> Parity:
+    """Probe one block of each make; returns the largest difference, and whether tokens count by size in all of them."""
+    found: list[Parity] = []
     seen: dict[Any, BlockRunner] = {}
     for (name, block), runner in zip(blocks, runners, strict=True):
         make = (type(block), tuple((child, type(module)) for child, module in block.named_modules()))
         if make in seen:
-            runner.rest = seen[make].rest
+            runner.rest, runner.tap.rest = seen[make].rest, seen[make].tap.rest
             continue
         seen[make] = runner
         label = f"{name} ({type(block).__module__}.{type(block).__qualname__})"
-        sample = adapter.sample(model, block, runner.layout)
-        worst = max(
-            worst,
-            check_parity(block, runner.parity, runner.probe, runner.layout, label, sample, adapter.is_positional),
-        )
-    return worst
+        probe = Probe(*adapter.sample(model, block, runner.layout), runner.layout, label)
+        counted = None if isinstance(runner, WindowRunner) else runner.counted
+        found.append(check_parity(block, runner.probe, runner.parity, probe, counted))
+    return Parity(max(parity.difference for parity in found), all(parity.counts for parity in found))

@@ -39,7 +39,7 @@ class Dino(Adapter):
         return _square(model, prefix=1)
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn)
+        return ProjectionTap(block, "attn")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.adapters.standins_dino import DinoStandIn
@@ -78,7 +78,7 @@ class DinoV2(Adapter):
         return _square(model, prefix=1 if registers is None else 1 + registers.shape[1])
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn)
+        return ProjectionTap(block, "attn")
 
     def grid_head(self, model: Any) -> str:
         return "forward_features and forward(is_training=True) hand every token out"

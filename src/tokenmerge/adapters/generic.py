@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, HookSpec, TokenLayout
-from tokenmerge.adapters.original import Original
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
+from tokenmerge.adapters.base import PROBED, Adapter, HookSpec, TokenLayout
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import UnknownNameError, UnsupportedModelError
 
 __all__ = ["Generic", "count_prefix"]
@@ -46,21 +46,19 @@ class Generic(Adapter):
         return self.names
 
     def layout(self, model: Any) -> TokenLayout:
-        attns = [block.get_submodule(self.spec(block).attn) for _, block in self.blocks(model)]
-        batch_first = not any(isinstance(attn, nn.MultiheadAttention) and not attn.batch_first for attn in attns)
+        attns = [multihead(block.get_submodule(self.spec(block).attn)) for _, block in self.blocks(model)]
+        batch_first = not any(attn is not None and not attn.batch_first for attn in attns)
         prefix = count_prefix(model) if self.prefix is None else self.prefix
         return TokenLayout(prefix, None, None, None, batch_first)
 
     def tap(self, block: Any) -> AttentionTap:
-        attn = block.get_submodule(self.names.attn)
-        if isinstance(attn, nn.MultiheadAttention):
-            return MultiheadTap(attn)
-        return SeamTap(attn, Original(attn).original)
+        is_multihead = multihead(block.get_submodule(self.names.attn)) is not None
+        return (MultiheadTap if is_multihead else SeamTap)(block, self.names.attn)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         behind = list(inspect.signature(type(block).forward).parameters.values())[2:]
         plain = [p for p in behind if p.kind is p.POSITIONAL_OR_KEYWORD]
-        return layout.prefix + 5, {p.name: None for p in plain if p.default is p.empty}
+        return PROBED, {p.name: None for p in plain if p.default is p.empty}
 
     def grid_head(self, model: Any) -> str | None:
         return "what a model that is only known by names does with its tokens is not known"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, Replacement, Sizes, TokenLayout
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, HookSpec, Replacement, Sizes, TokenLayout
 from tokenmerge.adapters.hf_interface import InterfaceTap, hf_tap
 from tokenmerge.adapters.hf_options import Checkpointed, RefusedOptions
 from tokenmerge.adapters.taps import AttentionTap
@@ -127,7 +127,7 @@ class HFAdapter(Adapter):
         return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
 
     def tap(self, block: Any) -> AttentionTap:
-        return hf_tap(attrgetter(self.spec(block).attn)(block))
+        return hf_tap(block, self.spec(block).attn)
 
     def grid_head(self, model: Any) -> str | None:
         # a subclass with a forward of its own may do anything
@@ -144,7 +144,7 @@ class HFAdapter(Adapter):
         # masks that a block has no default for
         parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
         asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        return layout.prefix + 5, dict.fromkeys(asked)
+        return layout.prefix + PROBED, dict.fromkeys(asked)
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:
         mask = given.get("attention_mask")

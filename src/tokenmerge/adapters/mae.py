@@ -53,7 +53,7 @@ class MAE(Adapter):
         return TokenLayout(1, (side, side), tokens, (conv.in_channels, pixels, pixels))
 
     def tap(self, block: Any) -> AttentionTap:
-        return SeamTap(block.attn)
+        return SeamTap(block, "attn")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         if not model.global_pool:

@@ -52,7 +52,7 @@ class MAEst(Adapter):
         return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn, qkv=("q", "k", "v"))
+        return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         # what leaves the last block is averaged, without the class token, and normalised then

@@ -55,10 +55,10 @@ class TimmViT(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         kind = _kind(block)
         if kind == "ParallelThingsBlock":
-            return BranchesTap(block.attns)
+            return BranchesTap(block, "attns")
         if kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
             return ScalingTap(block, has_heads_last=kind == "ParallelScalingBlock")
-        return SeamTap(block.attn)
+        return SeamTap(block, "attn")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)

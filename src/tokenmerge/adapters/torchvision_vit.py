@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TorchvisionViT"]
@@ -38,7 +39,7 @@ class TorchvisionViT(Adapter):
 
     def spec(self, block: Any) -> BlockSpec:
         attention = getattr(block, "self_attention", None)
-        if not isinstance(attention, nn.MultiheadAttention) or not attention.batch_first:
+        if multihead(attention) is None or not attention.batch_first:
             raise UnsupportedModelError(
                 f"the self_attention of a {type(block).__qualname__} is a {type(attention).__qualname__}, not the "
                 "batch-first nn.MultiheadAttention of torchvision's blocks."
@@ -54,7 +55,7 @@ class TorchvisionViT(Adapter):
         return TokenLayout(1, (side, side), tokens, (channels, pixels, pixels))
 
     def tap(self, block: Any) -> AttentionTap:
-        return MultiheadTap(block.self_attention)
+        return MultiheadTap(block, "self_attention")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from torchvision.models import VisionTransformer

@@ -16,11 +16,11 @@ from tokenmerge.adapters.base import (
     Replacement,
     Sizes,
     TokenLayout,
-    check_parity,
     class_names,
 )
 from tokenmerge.adapters.heads import OutputMean
 from tokenmerge.adapters.projections import ProjectionTap
+from tokenmerge.adapters.proof import PROBED, Probe, check_parity
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
@@ -42,7 +42,8 @@ class VitPytorch(Adapter):
         transformer = model.transformer
         pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
         composed = partial(loop.run, pairs)
-        check_parity(transformer, composed, loop.original, self.layout(model), "transformer", (5, {}))
+        probe = Probe(PROBED, {}, self.layout(model), "transformer")
+        check_parity(transformer, loop.original, composed, probe, None)
         return [Replacement(bound.owner, "forward", bound) for bound in (*pairs, loop)]
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
@@ -70,7 +71,7 @@ class VitPytorch(Adapter):
         return TokenLayout(prefix, (side, side), tokens, (channels, side * height, side * width))
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block[0], qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
+        return ProjectionTap(block, "0", qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
 
     def grid_head(self, model: Any) -> str | None:
         if getattr(model, "mlp_head", getattr(model, "linear_head", None)) is None:

@@ -1,0 +1,279 @@
+"""Prove on random tokens that a block does what its adapter says, and leave no trace of it in the model.
+
+Shapes: B batch, N tokens, C channels; `kept` `[B, N]` is the place each token stands at.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+
+from tokenmerge.adapters.base import PROBED, TokenLayout, first_of
+from tokenmerge.adapters.original import Original
+from tokenmerge.errors import AdapterMismatchError, TokenMergeError, UnsupportedModelError
+
+__all__ = ["PROBED", "Parity", "Probe", "check_parity", "token_width", "undisturbed"]
+
+_COUNT = 4  # how many tokens the one stands for whose bias is proved
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+Run = Callable[..., Any]
+Counted = Callable[[Tensor, "Tensor | None", "Tensor | None", dict[str, Any]], Tensor]
+
+
+class Parity(NamedTuple):
+    """What was proved of a block."""
+
+    difference: float  # largest, of the composition from the block's own forward; NaN: nothing was computed
+    counts: bool  # a token of size n is attended to as n tokens
+
+
+class Probe(NamedTuple):
+    """How a block is proved: with how many tokens, and what else it is called with."""
+
+    tokens: int
+    given: dict[str, Any]
+    layout: TokenLayout
+    label: str
+
+
+def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, counted: Counted | None) -> Parity:
+    """Compare a block with its description on random tokens, nothing merged, in eval and train mode.
+
+    `counted(x, size, kept, given)` runs the description on tokens `[B, N, C]` that count `size` `[B, N]` times (None:
+    once) at their places `kept`; without it neither is proved. Raises `UnsupportedModelError` where the block cannot be
+    run on tokens, `AdapterMismatchError` where its description gives something else, or where it treats a token by its
+    place and is not described so. Parameters, buffers, modes, attributes, hooks and the random state are left as they
+    were.
+    """
+    found = _parameters(block)
+    if not found:
+        return Parity(0.0, True)
+    # tokens have the precision of the matrices: CLIP keeps float32 norms beside them
+    dtype = next((p.dtype for p in found if p.dim() > 1), found[0].dtype)
+    first = probe.layout.batch_first
+    with undisturbed(block) as run:
+        _shake(block)
+        x = torch.randn(2, probe.tokens, token_width(block), device=found[0].device, dtype=dtype)
+        tokens, differences, plain = x if first else x.transpose(0, 1), [], x
+        for training in (True, False):
+            block.train(training)
+            out = _own(partial(run, original, tokens, **probe.given), block, tuple(tokens.shape), probe.label)
+            again = _described(partial(run, composed, tokens, **probe.given), probe.label)
+            differences.append(_difference(out, again, probe.label))
+            plain = first_of(again) if first else first_of(again).transpose(0, 1)
+        if plain.is_meta or counted is None:
+            return Parity(max(differences), True)
+        count = partial(run, counted)
+        return Parity(max(differences), _check_tokens(count, x, plain, probe))
+
+
+def token_width(block: nn.Module) -> int:
+    """Return the channels of the tokens that a block takes."""
+    return int(_parameters(block)[0].shape[-1])  # norm weight [C] or projection [3C, C]
+
+
+def _parameters(block: nn.Module) -> list[nn.Parameter]:
+    # of a module without children first: what a block or an attention holds itself may be of any inner width
+    leaves = (module for module in block.modules() if next(module.children(), None) is None)
+    return [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
+
+
+@contextmanager
+def undisturbed(block: nn.Module) -> Iterator[Run]:
+    """Let a block run without its users' noticing: yields what calls a function of it, each time from one state."""
+    modules = list(block.modules())
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
+    contents = [(v, v.copy()) for own, _ in attributes for v in own.values() if type(v) in _CONTAINERS]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in block.buffers() if not buffer.is_meta]
+    hooks = [(hooks, dict(hooks)) for hooks in (getattr(everywhere, name) for name in _GLOBAL_HOOKS)]
+    tensor = next(block.parameters(), None)
+
+    def reset() -> None:
+        for buffer, saved in buffers:
+            if not torch.equal(buffer, saved):
+                buffer.copy_(saved)
+
+    def run(forward: Run, *args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(0)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            reset()
+
+    devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            for shared, _ in hooks:
+                shared.clear()
+            for module in modules:
+                module.__dict__.update({name: OrderedDict() for name in _HOOKS})
+                if isinstance(module, nn.Dropout) and "forward" not in module.__dict__:
+                    module.__dict__["forward"] = _Scaling(module)
+            torch.manual_seed(0)
+            yield run
+        finally:
+            for shared, saved_hooks in hooks:
+                shared.update(saved_hooks)
+            for own, saved_attributes in attributes:
+                _put_back(own, saved_attributes)
+            for container, saved_content in contents:
+                _put_back(container, saved_content)
+
+
+def _put_back(now: Any, before: Any) -> None:
+    """Give a container the content it had, and leave it alone where it has it still."""
+    flat = (lambda c: [part for item in c.items() for part in item]) if isinstance(now, dict) else list
+    held, old = flat(now), flat(before)
+    if len(held) == len(old) and all(a is b for a, b in zip(held, old, strict=True)):
+        return
+    now.clear()
+    now.extend(before) if isinstance(now, list) else now.update(before)
+
+
+class _Scaling(Original):
+    """Dropout that scales instead of drawing: it draws in the order of memory, which a composition may change."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * (1 - 0.5 * self.owner.p) if self.owner.training else x  # type: ignore[operator]
+
+
+def _shake(block: nn.Module) -> None:
+    """Draw parameters that are one number all over: a gate or a scale that starts at zero would hide what it scales."""
+    drawn: dict[int, nn.Parameter] = {}
+    for module in block.modules():
+        for name, p in module._parameters.items():
+            if type(p) is not nn.Parameter or not p.is_floating_point() or p.is_meta or not _is_constant(p):
+                continue
+            if id(p) not in drawn:
+                drawn[id(p)] = nn.Parameter(_drawn(p), requires_grad=p.requires_grad)
+            module._parameters[name] = drawn[id(p)]
+
+
+def _is_constant(p: Tensor) -> bool:
+    flat = p.detach().reshape(-1)
+    # most are told by their first numbers
+    return flat.numel() > 0 and all(bool((part == flat[0]).all()) for part in (flat[:16], flat))
+
+
+def _drawn(p: Tensor) -> Tensor:
+    if p.dim() > 1 and not p.any():
+        return torch.randn_like(p) * p[0].numel() ** -0.5
+    return torch.rand_like(p) * 0.4 + 0.5
+
+
+def _own(run: Run, block: nn.Module, shape: tuple[int, ...], label: str) -> Any:
+    """Return what the block's own forward gives."""
+    try:
+        out = run()
+    except TokenMergeError:
+        raise
+    except Exception as error:  # whatever somebody's block raises
+        raise UnsupportedModelError(
+            f"{label} cannot be run on random tokens {list(shape)}, with which it should be proved: "
+            f"{type(error).__name__}: {error}. Tokens can be merged in blocks that take one sequence of any length."
+        ) from error
+    tokens = first_of(out)
+    if isinstance(tokens, Tensor) and not tokens.is_meta and not tokens.isfinite().all():
+        wrong = [name for name, p in block.named_parameters() if not p.isfinite().all()]
+        what = f"NaN or inf stand in {', '.join(wrong[:5])}" if wrong else "its weights are finite"
+        raise AdapterMismatchError(f"{label} gives NaN or inf for random tokens: {what}. Nothing can be proved of it.")
+    return out
+
+
+def _described(run: Run, label: str) -> Any:
+    """Return what the description of the block gives."""
+    try:
+        return run()
+    except TokenMergeError:
+        raise
+    except Exception as error:
+        raise AdapterMismatchError(
+            f"{label} does not behave as its adapter describes: its own forward runs, its description raises "
+            f"{type(error).__name__}: {error}. The model was left as it was."
+        ) from error
+
+
+def _difference(original: Any, composed: Any, label: str) -> float:
+    if type(original) is not type(composed) or not isinstance(first_of(original), Tensor):
+        raise AdapterMismatchError(
+            f"{label} returns {type(original).__name__}, its description {type(composed).__name__}; expected are "
+            "tokens, or a tuple that starts with them. No adapter describes that."
+        )
+    original, composed = first_of(original), first_of(composed)
+    if original.is_meta:
+        return float("nan")
+    difference = (original - composed).abs().max().item()
+    if not difference <= _tolerance(original):  # NaN fails too
+        raise AdapterMismatchError(
+            f"{label} does not behave as its adapter describes: max |difference| {difference:.2g} with nothing merged. "
+            "The host library's block has probably changed, or a subclass adds a step of its own; the model was left "
+            "as it was. Describe the block in an adapter of its own (CONTRIBUTING.md, 'a new family')."
+        )
+    return float(difference)
+
+
+def _check_tokens(count: Run, x: Tensor, plain: Tensor, probe: Probe) -> bool:
+    """Say whether a token of size n is attended to as n tokens; raises where the order of tokens matters."""
+    # a prefix that the user gives may be any number; no block treats it in a way of its own there
+    prefix = probe.layout.prefix if probe.layout.prefix < x.shape[1] // 2 else 0
+    many, kept, size = _repeated(x, prefix)
+    is_first = torch.arange(many.shape[1], device=x.device) < x.shape[1]
+    order = _order(many.shape[1], prefix, x.device)
+    repeated = _described(partial(count, many[:, order], None, kept[:, order], probe.given), probe.label)
+    repeated = repeated[:, order.argsort()][:, is_first]
+    try:
+        weighed = count(x, size, None, probe.given)
+    except Exception:  # an attention that takes no such mask may raise anything
+        weighed = None
+    if weighed is not None and weighed.shape == repeated.shape and _agree(weighed, repeated, plain):
+        return True
+    order = _order(x.shape[1], prefix, x.device)
+    turned = _described(partial(count, x[:, order], None, order.expand(2, -1), probe.given), probe.label)
+    if not (turned - plain[:, order]).abs().max().item() <= _tolerance(plain):
+        raise AdapterMismatchError(
+            f"{probe.label} treats a token by its place in the sequence (relative or rotary positions, a convolution, "
+            "a causal mask), which its adapter does not describe: with tokens merged, places would be wrong. The model "
+            "was left as it was."
+        )
+    return False
+
+
+def _repeated(x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `x` with one token of each row again at its end, the places of all, and the sizes that stand for it."""
+    B, N, _ = x.shape
+    rows = torch.arange(B, device=x.device)
+    one = prefix + (N - prefix) // (2 + rows)  # [B]
+    again = one[:, None].expand(-1, _COUNT - 1)
+    many = torch.cat((x, x[rows[:, None], again]), dim=1)
+    kept = torch.cat((torch.arange(N, device=x.device).expand(B, -1), again), dim=1)
+    size = torch.ones(B, N, device=x.device).index_put((rows, one), torch.tensor(float(_COUNT), device=x.device))
+    return many, kept, size
+
+
+def _order(n: int, prefix: int, device: torch.device) -> Tensor:
+    """Return another order of the tokens behind the prefix: no rotation, which a convolution would follow."""
+    return torch.tensor([*range(prefix), *range(prefix, n, 2), *range(prefix + 1, n, 2)], device=device)
+
+
+def _agree(weighed: Tensor, repeated: Tensor, plain: Tensor) -> bool:
+    error, effect = (weighed - repeated).abs(), (repeated - plain).abs()
+    if not error.max().item() <= _tolerance(repeated):
+        return False
+    # where rounding is coarse, a bias that is not added at all could pass for one that is
+    is_seen = effect.mean().item() > 1e-2 * plain.abs().mean().item()
+    return not is_seen or error.mean().item() <= 0.5 * effect.mean().item()
+
+
+def _tolerance(expected: Tensor) -> float:
+    relative = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 4e-2
+    return relative * max(1.0, expected.abs().max().item())
