@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
 from operator import attrgetter
 from typing import Any
@@ -33,6 +34,8 @@ from tokenmerge.windows import WindowRunner
 __all__ = ["MODULES", "Attachment", "attach"]
 
 MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
+# packages whose blocks are described by their class; of torch's own only the encoder's layer is a block
+_HOSTS = ("timm.", "transformers.", "torchvision.", "open_clip.", "vit_pytorch.", "torch.nn.modules.transformer")
 _RUNNERS: dict[type, type[BlockRunner]] = {BlockSpec: BlockRunner, HookSpec: HookRunner, WindowSpec: WindowRunner}
 
 
@@ -94,11 +97,15 @@ def attach(
     `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
     _check_unsharded(model)
+    _check_loaded(model)
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
     for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
         _check_children(block, layer, spec)
+    for (name, block), spec in zip(blocks, specs, strict=True):
+        if isinstance(spec, BlockSpec):
+            _check_forward(block, name)
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
@@ -120,6 +127,8 @@ def attach(
             attachment.bind(*runner.seams())
         proved = _prove(model, adapter, blocks, runners)
         attachment.parity = proved.difference
+        if math.isnan(proved.difference):
+            limits.append("nothing was proved: the weights are on the meta device, where there are no numbers")
         if is_proportional and not proved.counts:
             limits.append(_uncounted(taps[0], prop_attn))
             for runner in runners:
@@ -192,9 +201,12 @@ def _bind_outputs(
     if restore == "dense":
         state.restore = "every"
         return
+    if adapter.is_unknown and restore == "merged":
+        return
     if reason:
-        state.restore = "last"
-        attachment.limits.append(f"tokens are put back in their places after the last block: {reason}")
+        state.restore = "every" if adapter.is_unknown else "last"
+        where = "every block" if adapter.is_unknown else "the last block"
+        attachment.limits.append(f"tokens are put back in their places after {where}: {reason}")
     else:
         head, limits = adapter.head(model, state.final_size)
         attachment.limits += limits
@@ -226,6 +238,31 @@ def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | W
             f"block {layer} ({type(block).__module__}.{type(block).__qualname__}) has no child "
             f"{', '.join(missing)}, which its adapter expects. It has: {present}."
         )
+
+
+def _check_forward(block: nn.Module, name: str) -> None:
+    """Refuse to re-compose a block of a host's class with a forward of somebody else: what that adds can be hidden."""
+    own = [(cls.__module__, cls.__qualname__) for cls in type(block).__mro__ if cls.__module__.startswith(_HOSTS)]
+    module = str(getattr(type(block).forward, "__module__", ""))
+    if own and module.partition(".")[0] != own[0][0].partition(".")[0]:
+        raise AdapterMismatchError(
+            f"{name} ({type(block).__module__}.{type(block).__qualname__}) is a {'.'.join(own[0])} with a forward of its "
+            "own, and blocks of that class are re-composed from their children: what the forward adds would be left "
+            "out, and a path that starts at zero is not seen by comparing. Patch the model by names, which runs the "
+            "blocks' own forward: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
+        )
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Refuse weights that somebody else brings in at each call: they are not there to be proved."""
+    for name, module in model.named_modules():
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise UnsupportedError(
+                f"weights of this {type(model).__qualname__} are offloaded (accelerate's {type(hook).__qualname__} on "
+                f"{name or 'the model'!r} brings them in at each call), so that its blocks cannot be proved: patch the "
+                "model first, then offload it."
+            )
 
 
 def _seeing(method: Reduction, adapter: Adapter, taps: list[AttentionTap], limits: list[str]) -> Reduction:
@@ -309,7 +346,11 @@ def _prove(
             continue
         seen[make] = runner
         label = f"{name} ({type(block).__module__}.{type(block).__qualname__})"
-        probe = Probe(*adapter.sample(model, block, runner.layout), runner.layout, label)
+        tokens, given = adapter.sample(model, block, runner.layout)
+        has_places = adapter.is_positional or any(value is not None for value in given.values())
+        probe = Probe(tokens, given, runner.layout, label, has_places)
         counted = None if isinstance(runner, WindowRunner) else runner.counted
         found.append(check_parity(block, runner.probe, runner.parity, probe, counted))
-    return Parity(max(parity.difference for parity in found), all(parity.counts for parity in found))
+    # NaN, where nothing could be computed, is not to get lost
+    worst = max((parity.difference for parity in found), key=lambda value: (math.isnan(value), value))
+    return Parity(worst, all(parity.counts for parity in found))

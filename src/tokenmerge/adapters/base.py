@@ -108,6 +108,8 @@ class Adapter(ABC):
     token_methods: ClassVar[tuple[str, ...]] = ()
     # a method that compares keys may compare features where the attention shows no keys
     may_match_features: ClassVar[bool] = False
+    # what the model does with what its blocks put out is not known: every block hands out every token in its place
+    is_unknown: ClassVar[bool] = False
     # nothing reads what a block returns behind its tokens (attention weights): None may stand for it
     ignores_rest: ClassVar[bool] = False
 

@@ -27,7 +27,8 @@ class MAEst(Adapter):
     def matches(self, model: Any) -> bool:
         conv = getattr(getattr(model, "patch_embed", None), "proj", None)
         has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
-        return has_parts and isinstance(conv, nn.Conv3d)
+        # VideoMAE's own models have these as well, and one projection for q, k and v
+        return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         return timm_blocks(model)

@@ -44,6 +44,7 @@ class Probe(NamedTuple):
     given: dict[str, Any]
     layout: TokenLayout
     label: str
+    has_places: bool  # its attention knows them, and the description follows them
 
 
 def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, counted: Counted | None) -> Parity:
@@ -60,21 +61,54 @@ def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, c
         return Parity(0.0, True)
     # tokens have the precision of the matrices: CLIP keeps float32 norms beside them
     dtype = next((p.dtype for p in found if p.dim() > 1), found[0].dtype)
-    first = probe.layout.batch_first
     with undisturbed(block) as run:
         _shake(block)
         x = torch.randn(2, probe.tokens, token_width(block), device=found[0].device, dtype=dtype)
-        tokens, differences, plain = x if first else x.transpose(0, 1), [], x
-        for training in (True, False):
-            block.train(training)
-            out = _own(partial(run, original, tokens, **probe.given), block, tuple(tokens.shape), probe.label)
-            again = _described(partial(run, composed, tokens, **probe.given), probe.label)
-            differences.append(_difference(out, again, probe.label))
-            plain = first_of(again) if first else first_of(again).transpose(0, 1)
-        if plain.is_meta or counted is None:
-            return Parity(max(differences), True)
-        count = partial(run, counted)
-        return Parity(max(differences), _check_tokens(count, x, plain, probe))
+        pair = _Pair(block, partial(run, original), partial(run, composed), probe)
+        worst = pair.difference(x, training=True)
+        if x.is_meta or counted is None:
+            return Parity(max(worst, pair.difference(x, training=False)), True)
+        block.eval()
+        return _check_tokens(pair, partial(run, counted), x, worst)
+
+
+class _Pair:
+    """A block's own forward and its description, on tokens `[B, N, C]`."""
+
+    def __init__(self, block: nn.Module, original: Run, composed: Run, probe: Probe) -> None:
+        self.block, self.original, self.composed, self.probe = block, original, composed, probe
+
+    def difference(self, x: Tensor, training: bool) -> float:
+        """Return the largest difference of the two, in train or eval mode; raises where it is more than rounding."""
+        self.block.train(training)
+        out = self.own(x)
+        tokens = x if self.probe.layout.batch_first else x.transpose(0, 1)
+        again = _described(partial(self.composed, tokens, **self.probe.given), self.probe.label)
+        return _difference(out, again, self.probe.label)
+
+    def own(self, x: Tensor) -> Any:
+        """Return what the block's own forward puts out; raises for what cannot be run, and for NaN and inf."""
+        label, tokens = self.probe.label, x if self.probe.layout.batch_first else x.transpose(0, 1)
+        try:
+            out = self.original(tokens, **self.probe.given)
+        except TokenMergeError:
+            raise
+        except Exception as error:  # whatever somebody's block raises
+            raise UnsupportedModelError(
+                f"{label} cannot be run on random tokens {list(tokens.shape)}, with which it should be proved: "
+                f"{type(error).__name__}: {error}. Tokens can be merged in blocks that take one sequence of any length."
+            ) from error
+        put_out = first_of(out)
+        if isinstance(put_out, Tensor) and not put_out.is_meta and not put_out.isfinite().all():
+            wrong = [name for name, p in self.block.named_parameters() if not p.isfinite().all()]
+            what = f"NaN or inf stand in {', '.join(wrong[:5])}" if wrong else "its weights are finite"
+            raise AdapterMismatchError(f"{label} gives NaN or inf for random tokens: {what}. It cannot be proved.")
+        return out
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Return the tokens that the block's own forward puts out, the batch first."""
+        out: Tensor = first_of(self.own(x))
+        return out if self.probe.layout.batch_first else out.transpose(0, 1)
 
 
 def token_width(block: nn.Module) -> int:
@@ -171,25 +205,6 @@ def _drawn(p: Tensor) -> Tensor:
     return torch.rand_like(p) * 0.4 + 0.5
 
 
-def _own(run: Run, block: nn.Module, shape: tuple[int, ...], label: str) -> Any:
-    """Return what the block's own forward gives."""
-    try:
-        out = run()
-    except TokenMergeError:
-        raise
-    except Exception as error:  # whatever somebody's block raises
-        raise UnsupportedModelError(
-            f"{label} cannot be run on random tokens {list(shape)}, with which it should be proved: "
-            f"{type(error).__name__}: {error}. Tokens can be merged in blocks that take one sequence of any length."
-        ) from error
-    tokens = first_of(out)
-    if isinstance(tokens, Tensor) and not tokens.is_meta and not tokens.isfinite().all():
-        wrong = [name for name, p in block.named_parameters() if not p.isfinite().all()]
-        what = f"NaN or inf stand in {', '.join(wrong[:5])}" if wrong else "its weights are finite"
-        raise AdapterMismatchError(f"{label} gives NaN or inf for random tokens: {what}. Nothing can be proved of it.")
-    return out
-
-
 def _described(run: Run, label: str) -> Any:
     """Return what the description of the block gives."""
     try:
@@ -222,30 +237,38 @@ def _difference(original: Any, composed: Any, label: str) -> float:
     return float(difference)
 
 
-def _check_tokens(count: Run, x: Tensor, plain: Tensor, probe: Probe) -> bool:
-    """Say whether a token of size n is attended to as n tokens; raises where the order of tokens matters."""
+def _check_tokens(pair: _Pair, counted: Run, x: Tensor, worst: float) -> Parity:
+    """Prove a block in eval mode: that a token of size n counts as n tokens, and that the order of tokens does not."""
+    probe = pair.probe
     # a prefix that the user gives may be any number; no block treats it in a way of its own there
     prefix = probe.layout.prefix if probe.layout.prefix < x.shape[1] // 2 else 0
     many, kept, size = _repeated(x, prefix)
-    is_first = torch.arange(many.shape[1], device=x.device) < x.shape[1]
     order = _order(many.shape[1], prefix, x.device)
-    repeated = _described(partial(count, many[:, order], None, kept[:, order], probe.given), probe.label)
-    repeated = repeated[:, order.argsort()][:, is_first]
+    back = order.argsort()[: x.shape[1]]
+    if probe.has_places:
+        worst = max(worst, pair.difference(x, training=False))
+        run = partial(counted, many[:, order], None, kept[:, order], probe.given)
+        repeated = _described(run, probe.label)[:, back]
+    else:
+        # its own forward on all of them against the description of those that count: both things at once
+        repeated = pair.own_tokens(many[:, order])[:, back]
     try:
-        weighed = count(x, size, None, probe.given)
+        weighed = counted(x, size, None, probe.given)
     except Exception:  # an attention that takes no such mask may raise anything
         weighed = None
-    if weighed is not None and weighed.shape == repeated.shape and _agree(weighed, repeated, plain):
-        return True
+    if weighed is not None and _agree(weighed, repeated, partial(counted, x, None, None, probe.given)):
+        return Parity(worst, True)
+    worst = max(worst, pair.difference(x, training=False))
     order = _order(x.shape[1], prefix, x.device)
-    turned = _described(partial(count, x[:, order], None, order.expand(2, -1), probe.given), probe.label)
+    plain = counted(x, None, None, probe.given)
+    turned = _described(partial(counted, x[:, order], None, order.expand(2, -1), probe.given), probe.label)
     if not (turned - plain[:, order]).abs().max().item() <= _tolerance(plain):
         raise AdapterMismatchError(
             f"{probe.label} treats a token by its place in the sequence (relative or rotary positions, a convolution, "
             "a causal mask), which its adapter does not describe: with tokens merged, places would be wrong. The model "
             "was left as it was."
         )
-    return False
+    return Parity(worst, False)
 
 
 def _repeated(x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,13 +288,15 @@ def _order(n: int, prefix: int, device: torch.device) -> Tensor:
     return torch.tensor([*range(prefix), *range(prefix, n, 2), *range(prefix + 1, n, 2)], device=device)
 
 
-def _agree(weighed: Tensor, repeated: Tensor, plain: Tensor) -> bool:
-    error, effect = (weighed - repeated).abs(), (repeated - plain).abs()
-    if not error.max().item() <= _tolerance(repeated):
+def _agree(weighed: Tensor, repeated: Tensor, plain: Callable[[], Tensor]) -> bool:
+    error = (weighed - repeated).abs()
+    if weighed.shape != repeated.shape or not error.max().item() <= _tolerance(repeated):
         return False
+    if weighed.dtype in (torch.float32, torch.float64):
+        return True
     # where rounding is coarse, a bias that is not added at all could pass for one that is
-    is_seen = effect.mean().item() > 1e-2 * plain.abs().mean().item()
-    return not is_seen or error.mean().item() <= 0.5 * effect.mean().item()
+    effect = (repeated - plain()).abs().mean().item()
+    return effect <= 1e-2 * repeated.abs().mean().item() or error.mean().item() <= 0.5 * effect
 
 
 def _tolerance(expected: Tensor) -> float:

@@ -130,9 +130,11 @@ class TimmEva(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
+        has_class = model.cls_token is not None
+        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
+            return TokenLayout(prefix, None, None, None, has_class=has_class)
         height, width = embed.grid_size
         channels = embed.proj.in_channels
-        has_class = model.cls_token is not None
         return TokenLayout(
             prefix, (height, width), prefix + height * width, (channels, *embed.img_size), has_class=has_class
         )

@@ -52,6 +52,8 @@ class TimmNaFlex(Adapter):
     def layout(self, model: Any) -> TokenLayout:
         embeds, prefix = model.embeds, int(model.num_prefix_tokens)
         has_class = getattr(embeds, "cls_token", None) is not None
+        if not all(hasattr(embeds, name) for name in ("patch_size", "pos_embed_grid_size", "dynamic_feat_size")):
+            return TokenLayout(prefix, None, None, None, has_class=has_class)
         height, width = embeds.patch_size
         config = getattr(model, "pretrained_cfg", None) or {}
         size = getattr(embeds, "default_img_size", None) or config.get("input_size", (None,))[1:]

@@ -102,6 +102,8 @@ class TimmSAM(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embed = model.patch_embed
+        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
+            return TokenLayout(0, None, None, None)
         # as many tokens as a window has, and windows differ from block to block
         return TokenLayout(0, tuple(embed.grid_size), None, (embed.proj.in_channels, *embed.img_size))
 

@@ -71,7 +71,8 @@ class TimmVLM(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embed = _tower(model).patch_embed
-        if not hasattr(embed, "grid_size"):  # Gemma's holds no image size
+        # Gemma's holds no image size, and a stem of the user's own may hold nothing
+        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):
             return TokenLayout(0, None, None, None)
         height, width = embed.grid_size
         return TokenLayout(0, (height, width), height * width, (embed.proj.in_channels, *embed.img_size))

@@ -42,7 +42,7 @@ class VitPytorch(Adapter):
         transformer = model.transformer
         pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
         composed = partial(loop.run, pairs)
-        probe = Probe(PROBED, {}, self.layout(model), "transformer")
+        probe = Probe(PROBED, {}, self.layout(model), "transformer", has_places=False)
         check_parity(transformer, loop.original, composed, probe, None)
         return [Replacement(bound.owner, "forward", bound) for bound in (*pairs, loop)]
 
