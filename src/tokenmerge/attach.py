@@ -21,7 +21,7 @@ from tokenmerge.adapters.base import (
     TokenLayout,
     WindowSpec,
 )
-from tokenmerge.adapters.proof import Parity, Probe, check_parity, token_width
+from tokenmerge.adapters.proof import Parity, Probe, called_children, check_parity, token_width
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 from tokenmerge.guards import guard_methods
@@ -111,7 +111,8 @@ def attach(
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
     if "q" in method.needs and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
-    method = _seeing(method, adapter, taps, limits)
+    method, remarks = _seeing(method, adapter, model, taps, layout)
+    limits += remarks
     attachment = Attachment(limits)
     state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
     try:
@@ -246,8 +247,8 @@ def _check_forward(block: nn.Module, name: str) -> None:
     module = str(getattr(type(block).forward, "__module__", ""))
     if own and module.partition(".")[0] != own[0][0].partition(".")[0]:
         raise AdapterMismatchError(
-            f"{name} ({type(block).__module__}.{type(block).__qualname__}) is a {'.'.join(own[0])} with a forward of its "
-            "own, and blocks of that class are re-composed from their children: what the forward adds would be left "
+            f"{name} ({type(block).__module__}.{type(block).__qualname__}) is a {'.'.join(own[0])} with a forward of "
+            "its own, and blocks of that class are re-composed from their children: what it adds would be left "
             "out, and a path that starts at zero is not seen by comparing. Patch the model by names, which runs the "
             "blocks' own forward: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
         )
@@ -265,17 +266,29 @@ def _check_loaded(model: nn.Module) -> None:
             )
 
 
-def _seeing(method: Reduction, adapter: Adapter, taps: list[AttentionTap], limits: list[str]) -> Reduction:
-    """Return the method, made to match by features where the adapter allows it and the attention shows no keys."""
-    if not adapter.may_match_features or "metric" not in getattr(method, "__dataclass_fields__", {}):
-        return method
+def _seeing(
+    method: Reduction, adapter: Adapter, model: nn.Module, taps: list[AttentionTap], layout: TokenLayout
+) -> tuple[Reduction, list[str]]:
+    """Return the method, made to match by features where the adapter allows it and the attention shows no keys.
+
+    Where nothing but its names is known of a block, children that its attention does not call are no projections.
+    """
+    if not adapter.may_match_features:
+        return method, []
+    for tap in taps:
+        if isinstance(tap, SeamTap):
+            tap.unused = frozenset(tap.children()) - called_children(
+                tap.block, tap.attn, adapter.sample(model, tap.block, layout), layout
+            )
+    if "metric" not in getattr(method, "__dataclass_fields__", {}):
+        return method, []
     try:
         for tap in taps:
             tap.seams(method.needs & SEEN)
     except UnsupportedError:
-        limits.append("matched by features: the attention has no queries, keys or values that could be listened to")
-        return dataclasses.replace(method, metric="x")  # type: ignore[type-var]
-    return method
+        remark = "matched by features: the attention has no queries, keys or values that could be listened to"
+        return dataclasses.replace(method, metric="x"), [remark]  # type: ignore[type-var]
+    return method, []
 
 
 def _check_needs(

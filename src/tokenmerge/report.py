@@ -22,7 +22,7 @@ class Report:
     attention: str  # how the tap sees the attention
     kernels: dict[str, str]
     fallbacks: list[str]  # operations without the fused version for this device, and what that needs
-    parity: float  # largest difference of a re-composed block from its own forward, when attaching; NaN where there were no numbers
+    parity: float  # largest difference of a re-composed block from its own forward, when attaching; NaN: not proved
     limits: list[str]  # what could not be done
     choice: str = ""  # what "auto" chose and why
 

@@ -104,7 +104,9 @@ class _OneTensor(Original):
 
 def _square(model: Any, prefix: int) -> TokenLayout:
     """The layout for the input size that the position embeddings, with one for the class token, were made for."""
-    conv = model.patch_embed.proj
+    conv = getattr(model.patch_embed, "proj", None)
+    if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
+        return TokenLayout(prefix, None, None, None)
     side = int((model.pos_embed.shape[1] - 1) ** 0.5)
     height, width = side * conv.stride[0], side * conv.stride[1]
     return TokenLayout(prefix, (side, side), prefix + side**2, (conv.in_channels, height, width))

@@ -62,7 +62,7 @@ class InterfaceTap(AttentionTap):
         config._attn_implementation_internal = _NAME
         return [Replacement(self.core, "config", config), Replacement(self.core, _TAP, self)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
         """Run the implementation that the user chose, on `[B, H, N, D]`, with the bias of this call in its mask."""
         bias = self.turn.take().get("bias")
         self.slot.put({"q": q, "k": k, "v": v})
@@ -131,7 +131,7 @@ def _attend(
 ) -> Any:
     """The function among transformers' attention implementations that stands for all our taps."""
     tap: InterfaceTap = getattr(module, _TAP)
-    return tap.attend(query, key, value, attention_mask, options)
+    return tap.answer(query, key, value, attention_mask, options)
 
 
 def _register() -> None:

@@ -64,7 +64,7 @@ class OpenClip(Adapter):
         return BlockSpec(attention=("ln_1", "attn", *scaled), attn="attn", mlp=mlp)
 
     def layout(self, model: Any) -> TokenLayout:
-        attn = self.blocks(model)[0][1].attn
+        attn: Any = self.blocks(model)[0][1].attn
         tokens = int(model.positional_embedding.shape[0])
         side = int((tokens - 1) ** 0.5)
         rows, columns = getattr(model, "grid_size", (side, side))

@@ -19,7 +19,7 @@ from tokenmerge.adapters.base import PROBED, TokenLayout, first_of
 from tokenmerge.adapters.original import Original
 from tokenmerge.errors import AdapterMismatchError, TokenMergeError, UnsupportedModelError
 
-__all__ = ["PROBED", "Parity", "Probe", "check_parity", "token_width", "undisturbed"]
+__all__ = ["PROBED", "Parity", "Probe", "called_children", "check_parity", "token_width", "undisturbed"]
 
 _COUNT = 4  # how many tokens the one stands for whose bias is proved
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -107,8 +107,9 @@ class _Pair:
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """Return the tokens that the block's own forward puts out, the batch first."""
-        out: Tensor = first_of(self.own(x))
-        return out if self.probe.layout.batch_first else out.transpose(0, 1)
+        out = first_of(self.own(x))
+        tokens: Tensor = out if self.probe.layout.batch_first else out.transpose(0, 1)
+        return tokens
 
 
 def token_width(block: nn.Module) -> int:
@@ -120,6 +121,37 @@ def _parameters(block: nn.Module) -> list[nn.Parameter]:
     # of a module without children first: what a block or an attention holds itself may be of any inner width
     leaves = (module for module in block.modules() if next(module.children(), None) is None)
     return [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
+
+
+def called_children(
+    block: nn.Module, attn: nn.Module, sample: tuple[int, dict[str, Any]], layout: TokenLayout
+) -> set[str]:
+    """Return which children of an attention put out one row per token when the block runs its own forward."""
+    found = _parameters(block)
+    called: set[str] = set()
+    n, given = sample
+    if not found:
+        return {name for name, _ in attn.named_children()}
+    with undisturbed(block) as run:
+        for name, child in attn.named_children():
+            child.__dict__["forward"] = _Noting(child, name, n, called)
+        dtype = next((p.dtype for p in found if p.dim() > 1), found[0].dtype)
+        x = torch.randn(2, n, token_width(block), device=found[0].device, dtype=dtype)
+        pair = _Pair(block, partial(run, block.forward), run, Probe(n, given, layout, type(block).__qualname__, False))
+        pair.own(x)
+    return called
+
+
+class _Noting(Original):
+    def __init__(self, owner: nn.Module, name: str, n: int, called: set[str]) -> None:
+        super().__init__(owner)
+        self.name, self.n, self.called = name, n, called
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.original(*args, **kwargs)
+        if isinstance(out, Tensor) and (out.shape[1:2] if out.dim() == 3 else out.shape[2:3]) == (self.n,):
+            self.called.add(self.name)
+        return out
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Swag(Adapter):
         return [(f"encoder.layers.{name}", block) for name, block in model.encoder.layers.named_children()]
 
     def spec(self, block: Any) -> BlockSpec:
-        attention = getattr(block, "self_attention", None)
+        attention: Any = getattr(block, "self_attention", None)
         if multihead(attention) is None or attention.batch_first:
             raise UnsupportedModelError("the block's self_attention is no sequence-first nn.MultiheadAttention.")
         return _SPEC

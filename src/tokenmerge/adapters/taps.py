@@ -231,7 +231,8 @@ class Listener(Following):
         self.around = found
 
     def release(self) -> None:
-        moved, self.moved, self.around = self.moved, None, None
+        moved: Listener | None = self.moved
+        self.moved = self.around = None
         if moved is None or moved.owner.__dict__.get("forward") is not moved:
             return
         del moved.owner.__dict__["forward"]
