@@ -75,3 +75,11 @@ class Following(Original):
 
     def release(self) -> None:
         """Take off what `move` has bound elsewhere. Default: nothing."""
+
+    def unbind(self) -> None:
+        """Take this off the module it is bound on, if it still is."""
+        bound = self.owner.__dict__
+        if bound.get(self.attribute) is self:
+            del bound[self.attribute]
+            if self.previous is not None:
+                bound[self.attribute] = self.previous

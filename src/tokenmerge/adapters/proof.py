@@ -233,7 +233,7 @@ def _is_constant(p: Tensor) -> bool:
 
 def _drawn(p: Tensor) -> Tensor:
     if p.dim() > 1 and not p.any():
-        return torch.randn_like(p) * p[0].numel() ** -0.5
+        return torch.randn_like(p).mul(p[0].numel() ** -0.5)
     return torch.rand_like(p) * 0.4 + 0.5
 
 

@@ -231,13 +231,9 @@ class Listener(Following):
         self.around = found
 
     def release(self) -> None:
-        moved: Listener | None = self.moved
-        self.moved = self.around = None
-        if moved is None or moved.owner.__dict__.get("forward") is not moved:
-            return
-        del moved.owner.__dict__["forward"]
-        if moved.previous is not None:
-            moved.owner.__dict__["forward"] = moved.previous
+        moved, self.moved, self.around = self.moved, None, None
+        if moved is not None:
+            moved.unbind()
 
 
 class SeamTap(AttentionTap):
