@@ -107,12 +107,6 @@ def find(model: nn.Module) -> Adapter:
             f"patch(model.{path}, ...) instead: that {type(model.get_submodule(path)).__qualname__} inside this "
             f"{type(model).__module__}.{type(model).__qualname__} can be patched."
         )
-    if not _attends(model):
-        raise UnsupportedModelError(
-            f"no adapter for {type(model).__module__}.{type(model).__qualname__}: no attention was found in it (no "
-            "nn.MultiheadAttention, no child called attention, attn, qkv or query), and tokens are merged for what "
-            f"attends to them. tried: {', '.join(list_adapters())}. Choose a vision transformer."
-        )
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
     nearest = max(ADAPTERS, key=lambda adapter: len(present.intersection(adapter.landmarks)) / len(adapter.landmarks))
     missing = [name for name in nearest.landmarks if name not in present]
@@ -123,10 +117,16 @@ def find(model: nn.Module) -> Adapter:
         if shared
         else "None is near: no child of any family was found."
     )
+    hint = (
+        "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
+        if _attends(model)
+        else "It has no attention that could be found (no nn.MultiheadAttention, no child called attention, attn, qkv or "
+        "query), and tokens are merged for what attends to them: choose a vision transformer. One whose attention has "
+        "another name is told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
+    )
     cls = type(model)
     raise UnsupportedModelError(
-        f"no adapter for {cls.__module__}.{cls.__qualname__}; tried: {', '.join(list_adapters())}. {near} "
-        "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
+        f"no adapter for {cls.__module__}.{cls.__qualname__}; tried: {', '.join(list_adapters())}. {near} {hint}"
     )
 
 
