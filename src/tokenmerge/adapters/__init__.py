@@ -120,8 +120,8 @@ def find(model: nn.Module) -> Adapter:
     hint = (
         "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
         if _attends(model)
-        else "It has no attention that could be found (no nn.MultiheadAttention, no child called attention, attn, qkv or "
-        "query), and tokens are merged for what attends to them: choose a vision transformer. One whose attention has "
+        else "It has no attention that could be found (no nn.MultiheadAttention, no child called attention, attn or "
+        "qkv), and tokens are merged for what attends to them: choose a vision transformer. One whose attention has "
         "another name is told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
     )
     cls = type(model)
