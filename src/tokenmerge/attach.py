@@ -16,22 +16,23 @@ from tokenmerge.adapters.base import (
     Adapter,
     BlockSpec,
     HookSpec,
-    Original,
     Replacement,
     TokenLayout,
     WindowSpec,
 )
 from tokenmerge.adapters.proof import Parity, Probe, called_children, check_parity, token_width
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
+from tokenmerge.bindings import bind, is_bound, notes, undo
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
-from tokenmerge.guards import guard_methods
+from tokenmerge.grids import Grids, Listener
+from tokenmerge.guards import entries
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import ModelShape, Reduction
 from tokenmerge.runner import SEEN, BlockRunner
 from tokenmerge.state import ForwardState
 from tokenmerge.windows import WindowRunner
 
-__all__ = ["MODULES", "Attachment", "attach"]
+__all__ = ["MODULES", "Attachment", "attach", "is_copied_part"]
 
 MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
 # packages whose blocks are described by their class; of torch's own only the encoder's layer is a block
@@ -42,19 +43,18 @@ _RUNNERS: dict[type, type[BlockRunner]] = {BlockSpec: BlockRunner, HookSpec: Hoo
 class Attachment:
     """All that was bound to one model; undoing it leaves no attribute behind."""
 
-    def __init__(self, limits: list[str]) -> None:
-        self.limits = limits
+    def __init__(self, limits: list[str], state: ForwardState) -> None:
+        self.limits, self.state = limits, state
         self.runners: list[BlockRunner] = []
         self.parity = 0.0
         self._learning: nn.Module | None = None  # the model that holds what is learned
-        self._bound: list[tuple[nn.Module, str, bool, Any]] = []
+        self._owners: list[nn.Module] = []  # also those that somebody takes out of the model later
 
     def bind(self, *replacements: Replacement) -> None:
-        for owner, attribute, value in replacements:
-            self._bound.append((owner, attribute, attribute in owner.__dict__, owner.__dict__.get(attribute)))
-            if isinstance(value, Original) and value.owner is owner:
-                value.previous = owner.__dict__.get(attribute)  # several may be made before the first is bound
-            owner.__dict__[attribute] = value
+        for replacement in replacements:
+            bind(replacement)
+            if all(replacement.owner is not owner for owner in self._owners):
+                self._owners.append(replacement.owner)
 
     def learn(self, model: nn.Module, modules: nn.ModuleDict | None) -> None:
         """Put what is learned into the model, where it moves, trains and is saved, and give it to its layers."""
@@ -74,12 +74,9 @@ class Attachment:
         if self._learning is not None:
             del self._learning._modules[MODULES]
             self._learning = None
-        for owner, attribute, existed, previous in reversed(self._bound):
-            if existed:
-                owner.__dict__[attribute] = previous
-            else:
-                owner.__dict__.pop(attribute, None)
-        self._bound.clear()
+        self.state.is_removed = True  # somebody may hold what was bound, and put it back
+        undo(reversed(self._owners))
+        self._owners.clear()
 
 
 def attach(
@@ -101,9 +98,8 @@ def attach(
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
-    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+    for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
         _check_children(block, layer, spec)
-    for (name, block), spec in zip(blocks, specs, strict=True):
         if isinstance(spec, BlockSpec):
             _check_forward(block, name)
     taps = [adapter.tap(block) for _, block in blocks]
@@ -113,7 +109,7 @@ def attach(
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
     method, remarks = _seeing(method, adapter, model, taps, layout)
     limits += remarks
-    attachment = Attachment(limits)
+    attachment = Attachment(limits, state)
     state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
     try:
         attachment.bind(*adapter.wiring(model))
@@ -124,23 +120,19 @@ def attach(
         limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
             attachment.bind(*tap.seams(method.needs & SEEN))
+        cutter = adapter.cutter(model) if "places" in method.needs and layout.grid else None
+        if cutter is not None:
+            grids = runners[0].grids = Grids()
+            attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         for runner in runners:
             attachment.bind(*runner.seams())
-        proved = _prove(model, adapter, blocks, runners)
-        attachment.parity = proved.difference
-        if math.isnan(proved.difference):
-            limits.append("nothing was proved: the weights are on the meta device, where there are no numbers")
-        if is_proportional and not proved.counts:
-            limits.append(_uncounted(taps[0], prop_attn))
-            for runner in runners:
-                runner.is_proportional = False
-        for (name, _), tap in zip(blocks, taps, strict=True):
-            tap.settle(name)
+        _settle(attachment, _prove(model, adapter, blocks, runners), blocks, prop_attn)
         attachment.learn(model, method.build(_shape(layout, state, blocks)))
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
         attachment.bind(*adapter.finish(model, state.is_merging, restore))
+        attachment.bind(*entries(model, adapter, state, refuses=restore is None))
     except BaseException:
         attachment.undo()
         raise
@@ -175,11 +167,17 @@ def _free_blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Modul
         raise UnsupportedModelError(
             f"{type(model).__qualname__} matches {adapter.name!r} but has no blocks: nothing to patch."
         )
-    if any(_is_patched(block) for _, block in blocks):
+    bound = next((block for _, block in blocks if is_bound(block)), None)
+    if bound is not None:
         raise AlreadyPatchedError(
-            f"blocks of this {type(model).__qualname__} are reduced already, by way of a model around or inside it; "
-            "call unpatch on that one first."
+            f"blocks of this {type(model).__qualname__} are reduced already, "
+            + (
+                "as a copy of a part of a patched model; call tokenmerge.unpatch(...) on it first."
+                if is_copied_part(bound)
+                else "by way of a model around or inside it, or one that shares them; call unpatch on that one first."
+            )
         )
+    _check_shared(model, blocks)
     return blocks
 
 
@@ -199,6 +197,7 @@ def _bind_outputs(
 ) -> None:
     """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
     reason = adapter.grid_head(model)
+    state.hands_out_merged = restore == "merged"
     if restore == "dense":
         state.restore = "every"
         return
@@ -213,16 +212,26 @@ def _bind_outputs(
         attachment.limits += limits
         for replacement in head:
             attachment.bind(replacement)
-    if restore is None:
-        for replacement in guard_methods(model, adapter.token_methods, state) + adapter.guards(model, state.is_merging):
-            attachment.bind(replacement)
 
 
-def _is_patched(block: nn.Module) -> bool:
-    bound = block.__dict__.get("forward")
-    while isinstance(bound, Original) and not isinstance(bound, BlockRunner):
-        bound = bound.previous
-    return isinstance(bound, BlockRunner)
+def _check_shared(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, _ in blocks):
+        listed = list(model.get_submodule(path)._modules.values())
+        for layer, (_, block) in enumerate(blocks):
+            count = sum(other is block for other in listed)
+            if count > 1:
+                raise UnsupportedModelError(
+                    f"block {layer} of this {type(model).__qualname__} is used by {count} layers of {path!r}: which of "
+                    "them runs cannot be told, nor what it merged. Give each layer a block of its own "
+                    "(copy.deepcopy), which may share its parameters."
+                )
+
+
+def is_copied_part(module: nn.Module) -> bool:
+    """Say whether a module was copied out of a patched model, which merges by itself since."""
+    bound = (note.value for inner in module.modules() for note in notes(inner))
+    states = [value.state for value in bound if isinstance(value, BlockRunner)]
+    return bool(states) and states[0].model is None
 
 
 def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | WindowSpec) -> None:
@@ -333,6 +342,20 @@ def _proportional(
     if without:
         return False, ["no proportional attention: an MAE model trained without merging is better without it"]
     return True, [doubt] if doubt else []
+
+
+def _settle(attachment: Attachment, proved: Parity, blocks: list[tuple[str, nn.Module]], prop_attn: bool | str) -> None:
+    """Go by what was proved."""
+    runners = attachment.runners
+    attachment.parity = proved.difference
+    if math.isnan(proved.difference):
+        attachment.limits.append("nothing was proved: the weights are on the meta device, where there are no numbers")
+    if runners[0].is_proportional and not proved.counts:
+        attachment.limits.append(_uncounted(runners[0].tap, prop_attn))
+        for runner in runners:
+            runner.is_proportional = False
+    for (name, _), runner in zip(blocks, runners, strict=True):
+        runner.tap.settle(name)
 
 
 def _uncounted(tap: AttentionTap, prop_attn: bool | str) -> str:

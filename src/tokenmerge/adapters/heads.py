@@ -15,7 +15,8 @@ from tokenmerge.adapters.original import Original
 
 __all__ = ["BiasedPool", "HeadMean", "InputMean", "OutputMean", "Sizes", "weigh"]
 
-Sizes = Callable[[], "Tensor | None"]  # the final sizes [B, M] of the forward in progress
+# the sizes [B, M] of tokens [B, M - cut, C] that left the last block, by the tokens and `cut`
+Sizes = Callable[[Tensor, int], "Tensor | None"]
 
 
 def weigh(x: Tensor, size: Tensor | None, start: int) -> Tensor:  # [B, M, C], [B, M]
@@ -38,8 +39,9 @@ class OutputMean(Original):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.original(*args, **kwargs)
         if self.batch_first:
-            return weigh(out, self.sizes(), self.start)
-        return weigh(out.transpose(0, 1), self.sizes(), self.start).transpose(0, 1)
+            return weigh(out, self.sizes(out, 0), self.start)
+        out = out.transpose(0, 1)
+        return weigh(out, self.sizes(out, 0), self.start).transpose(0, 1)
 
 
 class InputMean(Original):
@@ -54,7 +56,7 @@ class InputMean(Original):
         if kind not in ("avg", "avgmax"):
             pooled: Tensor = self.original(x, pool_type)
             return pooled
-        mean: Tensor = self.original(weigh(x, self.sizes(), self.start), "avg")
+        mean: Tensor = self.original(weigh(x, self.sizes(x, 0), self.start), "avg")
         return mean if kind == "avg" else 0.5 * (self.original(x, "max") + mean)
 
 
@@ -66,7 +68,7 @@ class HeadMean(Original):
         self.sizes, self.start = sizes, start
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weighed = weigh(x, self.sizes(), self.start) if self.owner.global_pool == "avg" else x
+        weighed = weigh(x, self.sizes(x, 0), self.start) if self.owner.global_pool == "avg" else x
         out: Tensor = self.original(weighed, *args, **kwargs)
         return out
 
@@ -79,7 +81,7 @@ class BiasedPool(Original):
         self.sizes, self.start = sizes, start
 
     def __call__(self, x: Tensor) -> Tensor:
-        size = self.sizes()
+        size = self.sizes(x, self.start)
         mask = None if size is None else size[:, self.start :].log().to(x.dtype)[:, None, None, :]
         pooled: Tensor = self.original(x) if mask is None else self.original(x, attn_mask=mask)
         return pooled

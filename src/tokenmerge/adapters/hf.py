@@ -96,6 +96,9 @@ class HFAdapter(Adapter):
         """Return the module that runs the blocks: its name, itself, the path from it to its list of blocks."""
         return find_towers(model, self.towers)[0]
 
+    def loops(self, model: Any) -> list[nn.Module]:
+        return [self.tower(model)[1]]
+
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         name, tower, path = self.tower(model)
         start = ".".join(filter(None, (name, path)))
@@ -125,6 +128,12 @@ class HFAdapter(Adapter):
         """Return how many tokens stand in front of the patches."""
         given = (getattr(tower.embeddings, name, None) for name in _PREFIXES)
         return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
+
+    def cutter(self, model: Any) -> nn.Module | None:
+        # a tower, or what is around it, holds what embeds
+        holders = (getattr(owner, "embeddings", None) for owner in reversed(_path(model, self.tower(model)[0])))
+        embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
+        return next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None)
 
     def tap(self, block: Any) -> AttentionTap:
         return hf_tap(block, self.spec(block).attn)

@@ -42,6 +42,9 @@ class HFTimm(Within):
         path = f"{wrapper}.{inside}".lstrip(".")
         return HFTimm(path, find(model.get_submodule(path)))
 
+    def loops(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule(self.path.rpartition(".")[0]), *super().loops(model)]
+
     def grid_head(self, model: nn.Module) -> str | None:
         if _WRAPPERS.keys() & hf_names(model):
             return super().grid_head(model)

@@ -26,6 +26,7 @@ class OpenClip(Adapter):
     name = "open_clip"
     families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
+    cut_by = "conv1"
     token_methods = ("forward_intermediates",)
 
     def matches(self, model: Any) -> bool:
@@ -104,7 +105,7 @@ class _PatchMean(Original):
         self.sizes = sizes
 
     def __call__(self, x: Tensor) -> Any:  # [B, M, C]
-        return self.original(weigh(x, self.sizes(), 1))
+        return self.original(weigh(x, self.sizes(x, 0), 1))
 
 
 def _is_ours(part: Any) -> bool:

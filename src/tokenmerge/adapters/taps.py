@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Following, Original, Replacement
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.tracing import is_compiling, is_tracing
 
 __all__ = ["AttentionTap", "Attending", "Listener", "SeamTap", "Slot"]
 
@@ -41,24 +41,26 @@ class Slot:
         return Slot, ()
 
     def put(self, captured: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if not is_compiling():
+            self._local.captured = {**self.peek(), **captured}
+        elif is_tracing():
             self._traced = {**self._traced, **captured}
-        else:
-            self._local.captured = {**getattr(self._local, "captured", {}), **captured}
+        # of a block that is compiled by itself, what merges runs outside of the graph: here nobody would take it
 
     def peek(self) -> dict[str, Any]:
         """Return what is held, and keep it."""
-        if torch.compiler.is_compiling():
-            return self._traced
+        if is_compiling():
+            return self._traced if is_tracing() else {}
         held: dict[str, Any] = getattr(self._local, "captured", {})
         return held
 
     def take(self) -> dict[str, Any]:
-        if torch.compiler.is_compiling():
-            captured, self._traced = self._traced, {}
-        else:
-            captured, self._local.captured = getattr(self._local, "captured", {}), {}
-        return captured
+        held = self.peek()
+        if not is_compiling():
+            self._local.captured = {}
+        elif is_tracing():
+            self._traced = {}
+        return held
 
 
 class AttentionTap:
@@ -209,8 +211,7 @@ class Listener(Following):
         if out.dim() == 4:
             self.slot.put({self.names[0]: out})
         else:
-            B, N, width = out.shape
-            split = out.view(B, N, self.parts, self.heads, width // (self.parts * self.heads))
+            split = out.unflatten(-1, (self.parts, self.heads, -1))
             order = "qkv" if self.parts == 3 else self.names
             parts = split.permute(2, 0, 3, 1, 4).unbind(0)
             self.slot.put({name: part for name, part in zip(order, parts, strict=True) if name in self.names})
@@ -219,7 +220,7 @@ class Listener(Following):
     def move(self, found: Any) -> None:
         if not isinstance(found, nn.Module):
             self.check_wraps(found)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             raise UnsupportedError(
                 f"{self.child!r} of a {type(self.parent).__qualname__} was replaced by a {type(found).__qualname__} "
                 "since the model was patched: run it once without compiling, or patch it again."

@@ -55,8 +55,12 @@ class RopeTap(SeamTap):
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         if kept is not None and "rope" in given:
-            given["rope"] = _turned(self.attn, given["rope"], kept, self.is_by_head)
+            given["rope"] = self.turned(given["rope"], kept)
         return super().__call__(x, bias, kept, **given)
+
+    def turned(self, table: Tensor, kept: Tensor) -> Tensor:
+        """Return the table's rows for the tokens behind the prefix, `[B, 1 or H, M, 2D]`."""
+        return _turned(self.attn, table, kept, self.is_by_head)
 
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
         attn: Any = self.attn
@@ -109,6 +113,7 @@ class TimmEva(Adapter):
     name = "timm_eva"
     families = "timm EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, LingBot-Vision, Sapiens2"
     landmarks = ("blocks", "norm1", "attn", "norm2", "mlp", "patch_embed", "rope", "fc_norm")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"rope": moved_by_tap}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")

@@ -38,6 +38,13 @@ class Within(Adapter):
     def wiring(self, model: nn.Module) -> list[Replacement]:
         return self.inner.wiring(self.part(model))
 
+    def entries(self, model: nn.Module) -> list[nn.Module]:
+        part = self.part(model)
+        return [part, *self.inner.entries(part)]
+
+    def loops(self, model: nn.Module) -> list[nn.Module]:
+        return self.inner.loops(self.part(model))
+
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return [(f"{self.path}.{name}", block) for name, block in self.inner.blocks(self.part(model))]
 
@@ -46,6 +53,12 @@ class Within(Adapter):
 
     def layout(self, model: nn.Module) -> TokenLayout:
         return self.inner.layout(self.part(model))
+
+    def cutter(self, model: nn.Module) -> nn.Module | None:
+        return self.inner.cutter(self.part(model))
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        return self.inner.grid_of(cutter, image, out)
 
     def tap(self, block: nn.Module) -> AttentionTap:
         return self.inner.tap(block)
