@@ -478,6 +478,6 @@ def test_a_subclass_with_a_step_of_its_own_is_caught() -> None:
 
     model = CASES["vit"].make()
     (model.layers if IS_5 else model.encoder.layer)[1].__class__ = Doubled
-    with pytest.raises(tokenmerge.TokenMergeError, match="is a transformers.*ViTLayer with a forward of its own"):
+    with pytest.raises(tokenmerge.TokenMergeError, match=r"is a transformers.*ViTLayer with a forward of its own"):
         tokenmerge.patch(model, r=3)
     assert VISION["hidden_size"] == model.config.hidden_size

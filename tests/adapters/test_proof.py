@@ -136,7 +136,7 @@ class Gated(Layer):
 def test_a_path_that_starts_at_zero_is_seen_by_names() -> None:
     model = Net(Gated).eval()
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(e.AdapterMismatchError, match="with the MLP put to zero|treats a token by its place"):
+    with pytest.raises(e.AdapterMismatchError, match=r"with the MLP put to zero|treats a token by its place"):
         tokenmerge.patch(model, r=8, **NAMES)
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
     assert all(parameter.grad_fn is None for parameter in model.parameters())
@@ -291,7 +291,7 @@ class OnAGrid(Layer):
 
 @pytest.mark.parametrize("attn", [Near, Late])
 def test_places_that_only_long_sequences_show_are_seen(attn: Callable[[], nn.Module]) -> None:
-    with pytest.raises(e.AdapterMismatchError, match="treats a token by its place"):
+    with pytest.raises(e.AdapterMismatchError, match=r"treats a token by its place"):
         tokenmerge.patch(_net(lambda: Layer(attn())), r=4, **NAMES)
 
 
@@ -314,10 +314,10 @@ def test_an_offloaded_model_is_refused_with_what_to_do(name: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     adapter = next(adapter for adapter in ADAPTERS if adapter.name.startswith(name))
     torch.manual_seed(0)
-    model, x = adapter.tiny()
+    model, _ = adapter.tiny()
     randomised(model)
     offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
-    with pytest.raises(e.UnsupportedError, match="offloaded .* patch the model first, then offload it"):
+    with pytest.raises(e.UnsupportedError, match=r"offloaded .* patch the model first, then offload it"):
         tokenmerge.patch(offloaded, r=2)
 
 
@@ -369,14 +369,14 @@ def test_every_block_hands_out_every_token_by_names() -> None:
 
 @pytest.mark.parametrize("prefix", [-1, -8, 1.5, "1", True])
 def test_a_prefix_is_a_number_of_tokens(prefix: Any) -> None:
-    with pytest.raises(e.TokenMergeError, match="prefix=.*whole number from 0 on"):
+    with pytest.raises(e.TokenMergeError, match=r"prefix=.*whole number from 0 on"):
         tokenmerge.patch(_net(), r=8, prefix=prefix, **NAMES)
 
 
 def test_a_prefix_longer_than_the_sequence_is_refused_when_it_runs() -> None:
     model = _net()
     tokenmerge.patch(model, r=8, prefix=10**6, **NAMES)
-    with pytest.raises(e.UnsupportedError, match="prefix=1000000 .* was given 64"):
+    with pytest.raises(e.UnsupportedError, match=r"prefix=1000000 .* was given 64"):
         model(X)
 
 
@@ -412,6 +412,6 @@ def test_a_stem_of_the_users_own_is_taken(pool: str) -> None:
         merged, groups = model(x), handle.groups
         assert handle.tokens == [57, 49, 41, 33]
     assert_close(merged, tokenmerge.simulate(model, groups, x))
-    with pytest.raises(e.TokenMergeError, match="grid|rows and columns"), torch.no_grad():
+    with pytest.raises(e.TokenMergeError, match=r"grid|rows and columns"), torch.no_grad():
         tokenmerge.patch(model, "tome2d", r=8)
         model(x)

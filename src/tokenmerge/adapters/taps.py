@@ -137,7 +137,7 @@ class AttentionTap:
             what = f"does not show its {', '.join(missing)}" if missing else "does not run"
         raise UnsupportedError(
             f"{self.where} had a {old.__module__}.{old.__qualname__} as its attention {self.path!r} when the model was "
-            f"patched; what is there now {what} and does not run it. Call handle.remove() and "
+            f"patched; what is there now {what}. Call handle.remove() and "
             "patch the model as it is now, or set handle.r = 0."
         )
 
