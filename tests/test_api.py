@@ -266,6 +266,7 @@ def test_a_block_that_does_more_than_described_is_refused_and_left_alone() -> No
         (Dropping, r"max \|difference\|"),
         (Pair, r"returns more than its tokens"),
     ):
+        block.forward.__module__ = Block.__module__  # as if it were the host's that had changed
         model = tiny_vit(block_fn=block)
         attributes, modes = bound_attributes(model), [module.training for module in model.modules()]
         with pytest.raises(e.AdapterMismatchError, match=rf"blocks?.0 \(.*{block.__name__}\).*{message}"):

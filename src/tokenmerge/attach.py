@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
 from operator import attrgetter
 from typing import Any
@@ -18,9 +19,8 @@ from tokenmerge.adapters.base import (
     Replacement,
     TokenLayout,
     WindowSpec,
-    check_parity,
-    token_width,
 )
+from tokenmerge.adapters.proof import Parity, Probe, called_children, check_parity, token_width
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.bindings import bind, is_bound, notes, undo
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
@@ -36,6 +36,8 @@ from tokenmerge.windows import WindowRunner
 __all__ = ["MODULES", "Attachment", "attach", "is_copied_part"]
 
 MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
+# packages whose blocks are described by their class; of torch's own only the encoder's layer is a block
+_HOSTS = ("timm.", "transformers.", "torchvision.", "open_clip.", "vit_pytorch.", "torch.nn.modules.transformer")
 _RUNNERS: dict[type, type[BlockRunner]] = {BlockSpec: BlockRunner, HookSpec: HookRunner, WindowSpec: WindowRunner}
 
 
@@ -68,6 +70,8 @@ class Attachment:
             runner.module = by_layer.get(str(runner.layer))
 
     def undo(self) -> None:
+        for runner in self.runners:
+            runner.tap.release()
         if self._learning is not None:
             del self._learning._modules[MODULES]
             self._learning = None
@@ -91,17 +95,21 @@ def attach(
     `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
     _check_unsharded(model)
+    _check_loaded(model)
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
-    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+    for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
         _check_children(block, layer, spec)
+        if isinstance(spec, BlockSpec):
+            _check_forward(block, name)
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
     if "q" in method.needs and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
-    method = _seeing(method, adapter, taps, limits)
+    method, remarks = _seeing(method, adapter, model, taps, layout)
+    limits += remarks
     attachment = Attachment(limits, state)
     state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
     try:
@@ -119,7 +127,7 @@ def attach(
             attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         for runner in runners:
             attachment.bind(*runner.seams())
-        attachment.parity = _prove(model, adapter, blocks, runners)
+        _settle(attachment, _prove(model, adapter, blocks, runners), blocks, prop_attn)
         attachment.learn(model, method.build(_shape(layout, state, blocks)))
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
@@ -243,17 +251,54 @@ def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | W
         )
 
 
-def _seeing(method: Reduction, adapter: Adapter, taps: list[AttentionTap], limits: list[str]) -> Reduction:
-    """Return the method, made to match by features where the adapter allows it and the attention shows no keys."""
-    if not adapter.may_match_features or "metric" not in getattr(method, "__dataclass_fields__", {}):
-        return method
+def _check_forward(block: nn.Module, name: str) -> None:
+    """Refuse to re-compose a block of a host's class with a forward of somebody else: what that adds can be hidden."""
+    own = [(cls.__module__, cls.__qualname__) for cls in type(block).__mro__ if cls.__module__.startswith(_HOSTS)]
+    module = str(getattr(type(block).forward, "__module__", ""))
+    if own and module.partition(".")[0] != own[0][0].partition(".")[0]:
+        raise AdapterMismatchError(
+            f"{name} ({type(block).__module__}.{type(block).__qualname__}) is a {'.'.join(own[0])} with a forward of "
+            "its own, and blocks of that class are re-composed from their children: what it adds would be left "
+            "out, and a path that starts at zero is not seen by comparing. Patch the model by names, which runs the "
+            "blocks' own forward: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
+        )
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Refuse weights that somebody else brings in at each call: they are not there to be proved."""
+    for name, module in model.named_modules():
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise UnsupportedError(
+                f"weights of this {type(model).__qualname__} are offloaded (accelerate's {type(hook).__qualname__} on "
+                f"{name or 'the model'!r} brings them in at each call), so that its blocks cannot be proved: patch the "
+                "model first, then offload it."
+            )
+
+
+def _seeing(
+    method: Reduction, adapter: Adapter, model: nn.Module, taps: list[AttentionTap], layout: TokenLayout
+) -> tuple[Reduction, list[str]]:
+    """Return the method, made to match by features where the adapter allows it and the attention shows no keys.
+
+    Where nothing but its names is known of a block, children that its attention does not call are no projections.
+    """
+    if not adapter.may_match_features:
+        return method, []
+    for tap in taps:
+        if isinstance(tap, SeamTap):
+            tap.unused = frozenset(tap.children()) - called_children(
+                tap.block, tap.attn, adapter.sample(model, tap.block, layout), layout
+            )
+    if "metric" not in getattr(method, "__dataclass_fields__", {}):
+        return method, []
     try:
         for tap in taps:
             tap.seams(method.needs & SEEN)
     except UnsupportedError:
-        limits.append("matched by features: the attention has no queries, keys or values that could be listened to")
-        return dataclasses.replace(method, metric="x")  # type: ignore[type-var]
-    return method
+        remark = "matched by features: the attention has no queries, keys or values that could be listened to"
+        return dataclasses.replace(method, metric="x"), [remark]  # type: ignore[type-var]
+    return method, []
 
 
 def _check_needs(
@@ -300,22 +345,49 @@ def _proportional(
     return True, [doubt] if doubt else []
 
 
+def _settle(attachment: Attachment, proved: Parity, blocks: list[tuple[str, nn.Module]], prop_attn: bool | str) -> None:
+    """Go by what was proved."""
+    runners = attachment.runners
+    attachment.parity = proved.difference
+    if math.isnan(proved.difference):
+        attachment.limits.append("nothing was proved: the weights are on the meta device, where there are no numbers")
+    if runners[0].is_proportional and not proved.counts:
+        attachment.limits.append(_uncounted(runners[0].tap, prop_attn))
+        for runner in runners:
+            runner.is_proportional = False
+    for (name, _), runner in zip(blocks, runners, strict=True):
+        runner.tap.settle(name)
+
+
+def _uncounted(tap: AttentionTap, prop_attn: bool | str) -> str:
+    """Return what the report says of an attention in which a token of size n does not count as n tokens."""
+    what = (
+        f"log(size) added to the mask of this attention ({type(tap.attn).__qualname__}) does not make a token count as "
+        "the tokens it stands for: it may read masks as true and false, multiply by them, or take another shape"
+    )
+    if prop_attn is True:
+        raise UnsupportedError(f"prop_attn=True, but {what}. Use prop_attn='auto' or False.")
+    return f"no proportional attention: {what}"
+
+
 def _prove(
     model: nn.Module, adapter: Adapter, blocks: list[tuple[str, nn.Module]], runners: list[BlockRunner]
-) -> float:
-    """Probe one block of each make; returns the largest difference from the block's own forward."""
-    worst = 0.0
+) -> Parity:
+    """Probe one block of each make; returns the largest difference, and whether tokens count by size in all of them."""
+    found: list[Parity] = []
     seen: dict[Any, BlockRunner] = {}
     for (name, block), runner in zip(blocks, runners, strict=True):
         make = (type(block), tuple((child, type(module)) for child, module in block.named_modules()))
         if make in seen:
-            runner.rest = seen[make].rest
+            runner.rest, runner.tap.rest = seen[make].rest, seen[make].tap.rest
             continue
         seen[make] = runner
         label = f"{name} ({type(block).__module__}.{type(block).__qualname__})"
-        sample = adapter.sample(model, block, runner.layout)
-        worst = max(
-            worst,
-            check_parity(block, runner.parity, runner.probe, runner.layout, label, sample, adapter.is_positional),
-        )
-    return worst
+        tokens, given = adapter.sample(model, block, runner.layout)
+        has_places = adapter.is_positional or any(value is not None for value in given.values())
+        probe = Probe(tokens, given, runner.layout, label, has_places)
+        counted = None if isinstance(runner, WindowRunner) else runner.counted
+        found.append(check_parity(block, runner.probe, runner.parity, probe, counted))
+    # NaN, where nothing could be computed, is not to get lost
+    worst = max((parity.difference for parity in found), key=lambda value: (math.isnan(value), value))
+    return Parity(worst, all(parity.counts for parity in found))

@@ -8,15 +8,14 @@ Shapes: B batch, N tokens in, M tokens left, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout, token_width
+from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout
+from tokenmerge.adapters.proof import token_width, undisturbed
 from tokenmerge.adapters.trust import is_of, methods_of, stranger
 
 __all__ = ["Outputs", "decide"]
@@ -113,9 +112,12 @@ class _Trial:
         stand_ins = [Replacement(block.owner, "forward", block) for block in given]
         size = self.groups[-1].bincount().float().expand(2, -1)
         head = [] if restore else self.adapter.head(self.model, lambda x, cut: size)[0]
-        forked = torch.random.fork_rng(devices=self.devices)
-        with forked, _bound([*stand_ins, *head]), _evaluating(self.model), torch.no_grad():
-            out = torch.func.functional_call(self.model, self.parameters, (self.x,))
+        with undisturbed(self.model) as run:
+            self.model.eval()
+            for owner, attribute, value in (*stand_ins, *head):
+                value.previous = owner.__dict__.get(attribute)
+                owner.__dict__[attribute] = value
+            out = run(torch.func.functional_call, self.model, self.parameters, (self.x,))
         return [leaf for leaf in _pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
@@ -149,35 +151,6 @@ def _random(parameter: nn.Parameter) -> Tensor:
     # so that products keep the size of what goes in
     scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5
     return torch.randn_like(parameter) * scale
-
-
-@contextmanager
-def _bound(replacements: list[Replacement]) -> Iterator[None]:
-    before: list[tuple[nn.Module, str, bool, Any]] = []
-    try:
-        for owner, attribute, value in replacements:
-            before.append((owner, attribute, attribute in owner.__dict__, owner.__dict__.get(attribute)))
-            value.previous = owner.__dict__.get(attribute)
-            owner.__dict__[attribute] = value
-        yield
-    finally:
-        for owner, attribute, existed, previous in reversed(before):
-            if existed:
-                owner.__dict__[attribute] = previous
-            else:
-                del owner.__dict__[attribute]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _agree(got: list[Tensor], expected: list[Tensor]) -> bool:

@@ -125,10 +125,13 @@ class BlockRunner(Original):
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
-        call = self.by_name(args, kwargs)
-        tokens, branch, seen = self._attend(tokens, None, None, self._follow(call, None))
-        self._check_seen(seen, tokens.shape[1])
-        return self._mirror(self._apply_mlp(tokens if branch is None else tokens + branch))
+        return self._mirror(self.counted(tokens, None, None, self.by_name(args, kwargs)))
+
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+        """Run the composition on tokens `[B, N, C]` that count `size` times, at their places, with nothing merged."""
+        x, branch, seen = self._attend(x, self._bias(size, False), kept, self._follow(call, kept))
+        self._check_seen(seen, x.shape[1])
+        return self._apply_mlp(x if branch is None else x + branch)
 
     def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
         for name in sorted(self.method.needs & SEEN):

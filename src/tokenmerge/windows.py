@@ -55,10 +55,14 @@ class WindowRunner(BlockRunner):
         if in_pieces():
             return outside_graph(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
         self.slot.put({"turn": (r, has_padding, frame)})
+        self.tap.expect(None, None)
         try:
-            return self.original(x, *args, **kwargs)
+            out = self.original(x, *args, **kwargs)
+            self.tap.check()
+            return out
         finally:
             self.slot.take()
+            self.tap.forget()
 
     def attend(self, x: Tensor, r: int, has_padding: bool, frame: Frame) -> Tensor:  # [W, rows, columns, C]
         """Stand in for the attention: merge what it projects, attend, spread the answers over their groups."""
@@ -102,5 +106,8 @@ class _Attention(Original):
 
     def __call__(self, x: Tensor) -> Tensor:
         turn = self.runner.slot.peek().get("turn")
-        out: Tensor = self.original(x) if turn is None else self.runner.attend(x, *turn)
-        return out
+        if turn is None:
+            out: Tensor = self.original(x)
+            return out
+        self.runner.tap.forget()
+        return self.runner.attend(x, *turn)

@@ -588,7 +588,8 @@ def test_a_classifier_of_hugging_face_with_a_forward_of_its_own() -> None:
     handle = tokenmerge.patch(model, r=3, track=True)
     merged, groups = _run(model, IMAGE), handle.groups
     assert handle.report().limits == [
-        "tokens are put back in their places after every block: forward of Averaged is not transformers' own"
+        "tokens are put back in their places after every block: "
+        f"forward of {Averaged.__qualname__} is not transformers' own"
     ]
     handle.remove()
     assert_close(merged, tokenmerge.simulate(model, groups, IMAGE), 1e-6)

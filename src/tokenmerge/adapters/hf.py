@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, Replacement, TokenLayout
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, HookSpec, Replacement, TokenLayout
 from tokenmerge.adapters.hf_interface import InterfaceTap, hf_tap
 from tokenmerge.adapters.hf_options import Checkpointed, RefusedOptions
 from tokenmerge.adapters.taps import AttentionTap
@@ -140,7 +140,7 @@ class HFAdapter(Adapter):
         return next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None)
 
     def tap(self, block: Any) -> AttentionTap:
-        return hf_tap(attrgetter(self.spec(block).attn)(block))
+        return hf_tap(block, self.spec(block).attn)
 
     def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
         name, tower, path = self.tower(model)
@@ -179,7 +179,7 @@ class HFAdapter(Adapter):
         # masks that a block has no default for
         parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
         asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        return layout.prefix + 5, dict.fromkeys(asked)
+        return layout.prefix + PROBED, dict.fromkeys(asked)
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:
         mask = given.get("attention_mask")

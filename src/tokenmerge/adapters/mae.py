@@ -47,14 +47,16 @@ class MAE(Adapter):
         )
 
     def layout(self, model: Any) -> TokenLayout:
-        conv = model.patch_embed.proj
+        conv = getattr(model.patch_embed, "proj", None)
+        if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
+            return TokenLayout(1, None, None, None)
         tokens = int(model.pos_embed.shape[1])
         side = int((tokens - 1) ** 0.5)
         pixels = side * conv.stride[0]
         return TokenLayout(1, (side, side), tokens, (conv.in_channels, pixels, pixels))
 
     def tap(self, block: Any) -> AttentionTap:
-        return SeamTap(block.attn)
+        return SeamTap(block, "attn")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         if not model.global_pool:

@@ -27,7 +27,8 @@ class MAEst(Adapter):
     def matches(self, model: Any) -> bool:
         conv = getattr(getattr(model, "patch_embed", None), "proj", None)
         has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
-        return has_parts and isinstance(conv, nn.Conv3d)
+        # VideoMAE's own models have these as well, and one projection for q, k and v
+        return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         return timm_blocks(model)
@@ -52,7 +53,7 @@ class MAEst(Adapter):
         return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn, qkv=("q", "k", "v"))
+        return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         # what leaves the last block is averaged, without the class token, and normalised then

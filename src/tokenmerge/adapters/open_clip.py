@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Original, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.heads import weigh
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
@@ -68,17 +69,17 @@ class OpenClip(Adapter):
         return BlockSpec(attention=("ln_1", "attn", *scaled), attn="attn", mlp=mlp)
 
     def layout(self, model: Any) -> TokenLayout:
-        attn = self.blocks(model)[0][1].attn
+        attn: Any = self.blocks(model)[0][1].attn
         tokens = int(model.positional_embedding.shape[0])
         side = int((tokens - 1) ** 0.5)
         rows, columns = getattr(model, "grid_size", (side, side))
         conv: nn.Conv2d = model.conv1
         pixels = (int(rows * conv.stride[0]), int(columns * conv.stride[1]))
-        batch_first = not isinstance(attn, nn.MultiheadAttention) or attn.batch_first
+        batch_first = multihead(attn) is None or attn.batch_first
         return TokenLayout(1, (int(rows), int(columns)), tokens, (conv.in_channels, *pixels), batch_first)
 
     def tap(self, block: Any) -> AttentionTap:
-        return MultiheadTap(block.attn) if isinstance(block.attn, nn.MultiheadAttention) else SeamTap(block.attn)
+        return (SeamTap if multihead(block.attn) is None else MultiheadTap)(block, "attn")
 
     def grid_head(self, model: Any) -> str | None:
         if getattr(model, "attn_pool", None) is not None:

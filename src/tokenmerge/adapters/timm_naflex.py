@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, TokenLayout, class_names
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Replacement, TokenLayout, class_names
 from tokenmerge.adapters.original import Original
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_eva import EVA_SPECS, RopeTap, moved_by_tap, placed_by_rope, sample_rope
@@ -55,6 +55,8 @@ class TimmNaFlex(Adapter):
     def layout(self, model: Any) -> TokenLayout:
         embeds, prefix = model.embeds, int(model.num_prefix_tokens)
         has_class = getattr(embeds, "cls_token", None) is not None
+        if not all(hasattr(embeds, name) for name in ("patch_size", "pos_embed_grid_size", "dynamic_feat_size")):
+            return TokenLayout(prefix, None, None, None, has_class=has_class)
         height, width = embeds.patch_size
         config = getattr(model, "pretrained_cfg", None) or {}
         size = getattr(embeds, "default_img_size", None) or config.get("input_size", (None,))[1:]
@@ -73,11 +75,11 @@ class TimmNaFlex(Adapter):
         return super().grid_of(cutter, image, out) if image.dim() == 4 else None
 
     def tap(self, block: Any) -> AttentionTap:
-        return RopeTap(block.attn) if _eva_spec(block) else TimmViT().tap(block)
+        return RopeTap(block, "attn") if _eva_spec(block) else TimmViT().tap(block)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         rope = getattr(model, "rope", None)  # timm 1.0.16 has none here
-        return layout.prefix + 5, {} if rope is None else {"rope": sample_rope(block.attn, 5)}
+        return layout.prefix + PROBED, {} if rope is None else {"rope": sample_rope(block.attn, PROBED)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
         return placed_by_rope(block.attn, places) if _eva_spec(block) else []

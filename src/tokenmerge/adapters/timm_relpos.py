@@ -42,7 +42,7 @@ class TimmRelPos(Adapter):
         return timm_layout(model, int(model.num_prefix_tokens))
 
     def tap(self, block: Any) -> AttentionTap:
-        return PairTap(block.attn, block.attn.rel_pos, "get_bias", "shared_rel_pos")
+        return PairTap(block, "attn", _table(block), "get_bias", "shared_rel_pos")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         return [Replacement(model, "forward_head", HeadMean(model, sizes))], []
@@ -60,7 +60,7 @@ class TimmRelPos(Adapter):
         return n, {"shared_rel_pos": sample_pairs(block.attn.num_heads, n, block.attn.proj.weight)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
-        return placed_pairs(block.attn.rel_pos, "get_bias", places)
+        return placed_pairs(block, _table(block), "get_bias", places)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.vision_transformer_relpos import VisionTransformerRelPos
@@ -69,3 +69,8 @@ class TimmRelPos(Adapter):
             img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, rel_pos_dim=16
         )
         return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+def _table(block: Any) -> str | None:
+    """Return the path of what holds the block's own bias, if it has one."""
+    return None if block.attn.rel_pos is None else "attn.rel_pos"

@@ -60,10 +60,10 @@ class TimmViT(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         kind = _kind(block)
         if kind == "ParallelThingsBlock":
-            return BranchesTap(block.attns)
+            return BranchesTap(block, "attns")
         if kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
             return ScalingTap(block, has_heads_last=kind == "ParallelScalingBlock")
-        return SeamTap(block.attn)
+        return SeamTap(block, "attn")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         # both: an attention pool may be taken out later
@@ -110,11 +110,14 @@ def timm_blocks(model: Any) -> list[tuple[str, nn.Module]]:
 
 def timm_layout(model: Any, prefix: int) -> TokenLayout:
     """Return where the tokens lie in a model with timm's `patch_embed`."""
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
+    has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
+    if not hasattr(embed, "dynamic_feat_size"):
+        # a stem of the user's own: how many tokens it gives is seen in the forward, and no rows and columns are known
+        return TokenLayout(prefix, None, None, None, has_class=has_class)
     size = tuple(getattr(embed, "img_size", None) or (224, 224))
     grid = embed.dynamic_feat_size(size)
     channels = next((m.in_channels for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
-    has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
     # three axes, of clips, are no grid of rows and columns: a method that needs one is told there is none
     plane = grid if len(grid) == 2 else None
     return TokenLayout(prefix, plane, prefix + math.prod(grid), (channels, *size), has_class=has_class)

@@ -16,11 +16,11 @@ from tokenmerge.adapters.base import (
     Replacement,
     Sizes,
     TokenLayout,
-    check_parity,
     class_names,
 )
 from tokenmerge.adapters.heads import OutputMean
 from tokenmerge.adapters.projections import ProjectionTap
+from tokenmerge.adapters.proof import PROBED, Probe, check_parity
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
@@ -46,7 +46,8 @@ class VitPytorch(Adapter):
         transformer = model.transformer
         pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
         composed = partial(loop.run, pairs)
-        check_parity(transformer, composed, loop.original, self.layout(model), "transformer", (5, {}))
+        probe = Probe(PROBED, {}, self.layout(model), "transformer", has_places=False)
+        check_parity(transformer, loop.original, composed, probe, None)
         return [Replacement(bound.owner, "forward", bound) for bound in (*pairs, loop)]
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
@@ -79,7 +80,7 @@ class VitPytorch(Adapter):
         return (image.shape[-2] // patch["p1"], image.shape[-1] // patch["p2"]) if {"p1", "p2"} <= set(patch) else None
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block[0], qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
+        return ProjectionTap(block, "0", qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
 
     def hands_out(self, model: Any) -> str | None:
         return "without a classifier the model hands its tokens out" if _is_open(model) else None
