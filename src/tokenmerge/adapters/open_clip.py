@@ -75,7 +75,8 @@ class OpenClip(Adapter):
         rows, columns = getattr(model, "grid_size", (side, side))
         conv: nn.Conv2d = model.conv1
         pixels = (int(rows * conv.stride[0]), int(columns * conv.stride[1]))
-        batch_first = multihead(attn) is None or attn.batch_first
+        plain = multihead(attn)
+        batch_first = plain is None or plain.batch_first
         return TokenLayout(1, (int(rows), int(columns)), tokens, (conv.in_channels, *pixels), batch_first)
 
     def tap(self, block: Any) -> AttentionTap:

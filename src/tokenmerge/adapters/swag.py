@@ -34,7 +34,8 @@ class Swag(Adapter):
 
     def spec(self, block: Any) -> BlockSpec:
         attention: Any = getattr(block, "self_attention", None)
-        if multihead(attention) is None or attention.batch_first:
+        plain = multihead(attention)
+        if plain is None or plain.batch_first:
             raise UnsupportedModelError("the block's self_attention is no sequence-first nn.MultiheadAttention.")
         return _SPEC
 

@@ -43,7 +43,8 @@ class TorchvisionViT(Adapter):
 
     def spec(self, block: Any) -> BlockSpec:
         attention: Any = getattr(block, "self_attention", None)
-        if multihead(attention) is None or not attention.batch_first:
+        plain = multihead(attention)
+        if plain is None or not plain.batch_first:
             raise UnsupportedModelError(
                 f"the self_attention of a {type(block).__qualname__} is a {type(attention).__qualname__}, not the "
                 "batch-first nn.MultiheadAttention of torchvision's blocks."
