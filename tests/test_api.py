@@ -67,7 +67,7 @@ def test_tokens_left_are_rounded_where_that_is_asked_for(tmp_path: Path) -> None
 
 def test_dense_gives_every_token_its_groups_features() -> None:
     model = tiny_vit(global_pool="", class_token=False, fc_norm=False, num_classes=0)
-    handle = tokenmerge.patch(model, r=8, track=True)
+    handle = tokenmerge.patch(model, r=8, track=True, restore="merged")
     y = _run(model)
     assert y.shape == (2, 32, 32)
     dense = handle.dense(y)

@@ -28,6 +28,7 @@ from tokenmerge.grids import Grids, Listener
 from tokenmerge.guards import entries
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import ModelShape, Reduction
+from tokenmerge.outputs import decide
 from tokenmerge.runner import SEEN, BlockRunner
 from tokenmerge.state import ForwardState
 from tokenmerge.windows import WindowRunner
@@ -131,8 +132,8 @@ def attach(
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
-        attachment.bind(*adapter.finish(model, state.is_merging, restore))
-        attachment.bind(*entries(model, adapter, state, refuses=restore is None))
+        attachment.bind(*adapter.finish(model, state.is_merging, "dense" if state.restore == "every" else restore))
+        attachment.bind(*entries(model, adapter, state, restore is None and state.restore != "every"))
     except BaseException:
         attachment.undo()
         raise
@@ -196,22 +197,22 @@ def _bind_outputs(
     attachment: Attachment, model: nn.Module, adapter: Adapter, state: ForwardState, restore: str | None
 ) -> None:
     """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
-    reason = adapter.grid_head(model)
     state.hands_out_merged = restore == "merged"
-    if restore == "dense":
-        state.restore = "every"
-        return
-    if adapter.is_unknown and restore == "merged":
-        return
+    runner = attachment.runners[-1]
+    state.restore, reason = decide(model, adapter, runner.layout, runner.rest, restore)
     if reason:
-        state.restore = "every" if adapter.is_unknown else "last"
-        where = "every block" if adapter.is_unknown else "the last block"
-        attachment.limits.append(f"tokens are put back in their places after {where}: {reason}")
-    else:
+        which = "every block" if state.restore == "every" else "the last block"
+        attachment.limits.append(f"tokens are put back in their places after {which}: {reason}")
+    if not state.restore:
         head, limits = adapter.head(model, state.final_size)
         attachment.limits += limits
+        handed_out = adapter.hands_out(model)
+        if handed_out:
+            attachment.limits.append(f"merged tokens are handed out, weigh them with handle.sizes: {handed_out}")
         for replacement in head:
             attachment.bind(replacement)
+    if restore is None and not state.restore:
+        attachment.bind(*adapter.guards(model, state.is_merging))
 
 
 def _check_shared(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:

@@ -22,14 +22,17 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
     `refuses`: the methods named by the adapter's `token_methods` are refused from outside while tokens are merged.
     """
     lists = _BlockLists(model, (name for name, _ in adapter.blocks(model)))
-    forwards = [(module, False) for module in (model, *adapter.entries(model))]
-    forwards += [(module, True) for module in adapter.loops(model) if all(module is not other for other, _ in forwards)]
+    forwards = [(module, False) for module in (model, *adapter.pooling_parts(model))]
+    forwards += [
+        (module, True) for module in adapter.looping_parts(model) if all(module is not other for other, _ in forwards)
+    ]
     found: list[Original] = [Entry(module, state, lists, is_loop) for module, is_loop in forwards]
     for name in adapter.token_methods:
         path, _, method = name.rpartition(".")
         owner = _find(model, path)
         if owner is not None and callable(getattr(owner, method, None)):
             found.append(_TokenMethod(owner, method, state, lists, refuses))
+    found.append(_Unscriptable(model, "__prepare_scriptable__"))
     return [Replacement(entry.owner, entry.attribute, entry) for entry in found]
 
 
@@ -92,14 +95,6 @@ class Entry(Original):
         """What `torch.export` names a forward by."""
         return getattr(type(self.owner), self.attribute).__code__
 
-    @property
-    def __globals__(self) -> Any:
-        """What `torch.jit.script` asks a function for."""
-        raise UnsupportedError(
-            f"torch.jit.script cannot compile a patched {type(self.owner).__qualname__}: it reads source code, and "
-            "merging is put in at run time. Use torch.export, torch.compile or torch.jit.trace."
-        )
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return self._trace(args, kwargs)
@@ -151,3 +146,13 @@ class _TokenMethod(Entry):
                 if isinstance(tokens, Tensor):
                     self.state.tag(tokens)
         return out
+
+
+class _Unscriptable(Original):
+    """What `torch.jit.script` asks every module for first, where it has it."""
+
+    def __call__(self) -> Any:
+        raise UnsupportedError(
+            f"torch.jit.script cannot compile a patched {type(self.owner).__qualname__}: it reads source code, and "
+            "merging is put in at run time. Use torch.export, torch.compile or torch.jit.trace."
+        )

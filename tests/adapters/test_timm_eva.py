@@ -234,12 +234,11 @@ def test_tokens_by_their_place_are_refused_or_restored() -> None:
 
 def test_a_model_that_puts_out_tokens_says_so() -> None:
     model, x = _eva(**VARIANTS["pool-none"]), _images()
-    handle = tokenmerge.patch(model, r=4)
-    assert _run(model, x).shape[1] == 65 - 16
-    assert "global_pool='' hands out the merged tokens" in handle.report().limits[0]
-    handle.remove()
-    with tokenmerge.patched(model, r=4, restore="dense"):
-        assert _run(model, x).shape[1] == 65
+    for restore in (None, "merged", "dense"):
+        with tokenmerge.patched(model, r=4, restore=restore) as handle:
+            assert _run(model, x).shape[1] == (65 - 16 if restore == "merged" else 65)
+            said = [limit for limit in handle.report().limits if "global_pool='' hands out every token" in limit]
+            assert len(said) == (restore != "dense")
 
 
 def test_blocks_of_another_class_are_refused() -> None:

@@ -13,6 +13,7 @@ from tokenmerge.adapters.follow import Follow
 from tokenmerge.adapters.heads import Sizes
 from tokenmerge.adapters.original import Original, Replacement
 from tokenmerge.adapters.taps import AttentionTap
+from tokenmerge.adapters.trust import methods_of
 
 __all__ = [
     "PROBED",
@@ -108,13 +109,17 @@ class Adapter(ABC):
     token_methods: ClassVar[tuple[str, ...]] = ()
     # a method that compares keys may compare features where the attention shows no keys
     may_match_features: ClassVar[bool] = False
-    # what the model does with what its blocks put out is not known: every block hands out every token in its place
-    is_unknown: ClassVar[bool] = False
     # nothing reads what a block returns behind its tokens (attention weights): None may stand for it
     ignores_rest: ClassVar[bool] = False
     # path of the module that cuts images into patches, whose call says their rows and columns; none where it is found
     # in another way, or no module is known to
     cut_by: ClassVar[str] = ""
+    # the host's package, whose classes are known by name; "" where a model is known by its parts alone
+    package: ClassVar[str] = ""
+    # methods that run the blocks, and those that make an answer of what leaves them: trusted where they are the
+    # package's own. Dotted names are methods of parts
+    loops: ClassVar[tuple[str, ...]] = ("forward",)
+    heads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -128,11 +133,11 @@ class Adapter(ABC):
         """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
         return []
 
-    def entries(self, model: nn.Module) -> list[nn.Module]:
+    def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
         """Return the parts of the model, besides itself, that run the blocks and pool by themselves. Default: none."""
         return []
 
-    def loops(self, model: nn.Module) -> list[nn.Module]:
+    def looping_parts(self, model: nn.Module) -> list[nn.Module]:
         """Return the parts of the model that run the blocks and hand out tokens. Default: none."""
         return []
 
@@ -179,10 +184,26 @@ class Adapter(ABC):
         """Say why what follows the last block needs every token in its place; they are then put back there."""
         return None
 
-    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
-        """Return what refuses, while tokens are merged, the calls of this model that need them all. Default: none.
+    def hands_out(self, model: nn.Module) -> str | None:
+        """Say which tokens the model hands out; they are put back in their places unless merged ones are asked for."""
+        return None
 
-        `token_methods` are guarded without it.
+    def collects(self, model: nn.Module) -> str | None:
+        """Say why what leaves every block is needed with every token in its place."""
+        return None
+
+    def core(self, model: nn.Module) -> tuple[Adapter, nn.Module]:
+        """Return the part of the model that makes an answer of its tokens, and the adapter of that part."""
+        return self, model
+
+    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Return the methods of `loops` that this model has, each as a module and a name."""
+        return methods_of(model, self.loops)
+
+    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
+        """Return what refuses, while tokens are merged, outputs that were changed since patching. Default: none.
+
+        It is asked for where merged tokens leave the blocks and nobody has asked for them.
         """
         return []
 

@@ -82,7 +82,7 @@ class DinoV2(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         return ProjectionTap(block, "attn")
 
-    def grid_head(self, model: Any) -> str:
+    def hands_out(self, model: Any) -> str:
         return "forward_features and forward(is_training=True) hand every token out"
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:

@@ -24,7 +24,6 @@ class Generic(Adapter):
     families = "any pre-norm model, told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)"
     landmarks = ()
     may_match_features = True
-    is_unknown = True
 
     def __init__(self, blocks: str, attn: str, norm: str, mlp: str, prefix: int | None = None) -> None:
         if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
@@ -70,7 +69,7 @@ class Generic(Adapter):
         plain = [p for p in behind if p.kind is p.POSITIONAL_OR_KEYWORD]
         return PROBED, {p.name: None for p in plain if p.default is p.empty}
 
-    def grid_head(self, model: Any) -> str | None:
+    def collects(self, model: Any) -> str:
         prefix = self.layout(model).prefix
         return (
             "what a model that is only known by names does with its tokens is not known (in front, "

@@ -23,7 +23,7 @@ class HFAST(HFAdapter):
     landmarks = ("audio_spectrogram_transformer", *HFViT.landmarks)
     towers: ClassVar = {"ASTModel": ("layers", "encoder.layer")}
     specs = HFViT.specs
-    token_models = frozenset(("ASTForAudioClassification",))
+    class_models = frozenset(("ASTForAudioClassification",))
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenmerge.adapters.base import BlockSpec, Original, Replacement, Sizes, TokenLayout
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
 from tokenmerge.adapters.heads import OutputMean
-from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, follow_mask, hf_names, no_change
+from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, follow_mask, no_change
 from tokenmerge.adapters.hf_video import TINY
 from tokenmerge.adapters.taps import AttentionTap
 
@@ -41,6 +41,7 @@ class HFBeit(HFAdapter):
         "resolution": no_change,
     }
     refused = ("attention_mask",)
+    class_models = frozenset(("BeitForImageClassification", "Data2VecVisionForImageClassification"))
     is_positional = True
 
     def prefix(self, tower: Any) -> int:
@@ -85,10 +86,9 @@ class HFBeit(HFAdapter):
     def valid(self, given: Any) -> Tensor | None:
         return None  # what comes as a mask is the shared bias
 
-    def grid_head(self, model: Any) -> str | None:
-        return None if _is_classifier(model) else super().grid_head(model)
-
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        if self.hands_out(model):
+            return [], []
         # the pooler averages the patches that leave this norm, an identity then
         norm = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layernorm")
         found = (
@@ -145,7 +145,3 @@ def _table(block: Any) -> str | None:
     path = "relative_position_bias" if _has_interface(block) else "attention.attention.relative_position_bias"
     parent, _, child = path.rpartition(".")
     return path if getattr(block.get_submodule(parent), child, None) is not None else None
-
-
-def _is_classifier(model: Any) -> bool:
-    return bool({"BeitForImageClassification", "Data2VecVisionForImageClassification"}.intersection(hf_names(model)))

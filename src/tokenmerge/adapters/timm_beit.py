@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
-from tokenmerge.adapters.heads import HeadMean
+from tokenmerge.adapters.heads import HeadMean, PoolGuard
 from tokenmerge.adapters.projections import listen_with_biases
 from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout
+from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout, timm_tokens
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmBeit"]
@@ -31,6 +31,9 @@ class TimmBeit(Adapter):
     followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos_bias": pairs}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
+    heads = ("forward_head",)
 
     def matches(self, model: Any) -> bool:
         return "timm.models.beit.Beit" in class_names(model)
@@ -50,7 +53,13 @@ class TimmBeit(Adapter):
         return _BeitTap(block, "attn", _table(block), "_get_rel_pos_bias", "shared_rel_pos_bias")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        return [Replacement(model, "forward_head", HeadMean(model, sizes, start=1))], []
+        return [Replacement(model, "forward_head", HeadMean(model, sizes))], []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "forward_head", PoolGuard(model, "forward_head", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         n = super().sample(model, block, layout)[0] if _table(block) is None else layout.tokens or 0

@@ -31,6 +31,8 @@ class TimmCait(Adapter):
     landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
     cut_by = "patch_embed"
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
 
     def matches(self, model: Any) -> bool:
         return f"{_MODULE}.Cait" in class_names(model)

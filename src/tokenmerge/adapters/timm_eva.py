@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, M tokens left, C channels, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.follow import rows
-from tokenmerge.adapters.heads import BiasedPool, InputMean
+from tokenmerge.adapters.heads import BiasedPool, InputMean, PoolGuard
 from tokenmerge.adapters.original import Original
 from tokenmerge.adapters.projections import listen_with_biases
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.timm_vit import timm_blocks
+from tokenmerge.adapters.timm_vit import TimmViT, timm_blocks, timm_tokens
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["EVA_SPECS", "RopeTap", "TimmEva", "moved_by_tap", "placed_by_rope", "sample_rope"]
@@ -117,6 +117,8 @@ class TimmEva(Adapter):
     followers: ClassVar[Mapping[str, Follow]] = {"rope": moved_by_tap}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops, heads = TimmViT.loops, TimmViT.heads
 
     def matches(self, model: Any) -> bool:
         return "timm.models.eva.Eva" in class_names(model)
@@ -154,13 +156,18 @@ class TimmEva(Adapter):
         return placed_by_rope(block.attn, places)
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        # both: an attention pool may be taken out later
+        found = [Replacement(model, "pool", InputMean(model, sizes))]
         if isinstance(model.attn_pool, nn.Module):
             # it attends to prefix tokens too
-            return [Replacement(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start=0))], []
-        limits = []
-        if not model.global_pool:
-            limits.append("global_pool='' hands out the merged tokens; restore='dense' gives one per place")
-        return [Replacement(model, "pool", InputMean(model, sizes, int(model.num_prefix_tokens)))], limits
+            found.append(Replacement(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start=0)))
+        return found, []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "pool", PoolGuard(model, "pool", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.eva import Eva

@@ -17,7 +17,7 @@ from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Replacement, To
 from tokenmerge.adapters.original import Original
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_eva import EVA_SPECS, RopeTap, moved_by_tap, placed_by_rope, sample_rope
-from tokenmerge.adapters.timm_vit import TimmViT, timm_blocks, timm_spec
+from tokenmerge.adapters.timm_vit import TimmViT, timm_blocks, timm_spec, timm_tokens
 from tokenmerge.errors import UnsupportedError
 
 __all__ = ["TimmNaFlex"]
@@ -38,6 +38,8 @@ class TimmNaFlex(Adapter):
     landmarks = ("embeds", "blocks", "norm1", "attn", "norm2", "mlp", "fc_norm", "attn_pool")
     cut_by = "embeds"
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
     followers: ClassVar[Mapping[str, follow.Follow]] = {"rope": moved_by_tap, "attn_mask": _mask}
     is_positional = True  # where rotary tables are given
 
@@ -88,7 +90,10 @@ class TimmNaFlex(Adapter):
         return None if mask is None else follow.keys_of_mask(_by_image(mask).amax(dim=1, keepdim=True))
 
     def grid_head(self, model: Any) -> str | None:
-        return "pooling leaves out padding by a mask that is made for every place"
+        return None if timm_tokens(model) else "pooling leaves out padding by a mask that is made for every place"
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
         return [Replacement(model, name, _Masked(model, name, is_merging)) for name in ("forward", *self.token_methods)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
-from tokenmerge.adapters.heads import HeadMean
+from tokenmerge.adapters.heads import HeadMean, PoolGuard
 from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout, timm_spec
+from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout, timm_spec, timm_tokens
 
 __all__ = ["TimmRelPos"]
 
@@ -25,6 +25,9 @@ class TimmRelPos(Adapter):
     followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos": pairs}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
+    heads = ("forward_head",)
 
     def matches(self, model: Any) -> bool:
         return "timm.models.vision_transformer_relpos.VisionTransformerRelPos" in class_names(model)
@@ -42,7 +45,13 @@ class TimmRelPos(Adapter):
         return PairTap(block, "attn", _table(block), "get_bias", "shared_rel_pos")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        return [Replacement(model, "forward_head", HeadMean(model, sizes, int(model.num_prefix_tokens)))], []
+        return [Replacement(model, "forward_head", HeadMean(model, sizes))], []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "forward_head", PoolGuard(model, "forward_head", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         if model.shared_rel_pos is None:

@@ -84,6 +84,8 @@ class TimmSAM(Adapter):
     families = "timm's Segment Anything encoders (samvit), merged inside windows for the attention only"
     landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "neck")
     is_positional = True
+    package = "timm"
+    loops = ()  # every block hands out every token
 
     def matches(self, model: Any) -> bool:
         return f"{_HOST}.VisionTransformerSAM" in class_names(model)

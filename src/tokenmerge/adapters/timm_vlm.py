@@ -54,6 +54,8 @@ class TimmVLM(Adapter):
     }
     is_positional = True
     token_methods = ("forward_intermediates", "encoder.forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "encoder.forward", "encoder.forward_features", "encoder._encode")
 
     def matches(self, model: Any) -> bool:
         return not _MODELS.isdisjoint(class_names(model))

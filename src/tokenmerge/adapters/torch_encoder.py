@@ -33,6 +33,7 @@ class TorchEncoder(Adapter):
     landmarks = ("layers", "norm1", "self_attn", "linear1", "linear2", "norm2")
     # True where a token is padding; what the encoder makes of it is added to the scores
     followers: ClassVar[Mapping[str, follow.Follow]] = {"src_key_padding_mask": follow.mask}
+    package = "torch"
 
     def matches(self, model: nn.Module) -> bool:
         return bool(_encoders(model))
@@ -62,9 +63,14 @@ class TorchEncoder(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         return _EncoderTap(block, "self_attn")
 
-    def grid_head(self, model: nn.Module) -> str:
-        prefix = count_prefix(model)
-        return f"a torch encoder hands out tokens by their place (in front, {prefix} are protected as class tokens)"
+    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        return [(_one_encoder(model)[1], "forward")]
+
+    def grid_head(self, model: nn.Module) -> str | None:
+        return _tokens(model) if _one_encoder(model)[0] else None
+
+    def hands_out(self, model: nn.Module) -> str:
+        return _tokens(model)
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:
         padding = given.get("src_key_padding_mask")
@@ -89,6 +95,11 @@ class _EncoderTap(MultiheadTap):
     def masked(self, given: dict[str, Any]) -> Tensor | None:
         padding = given.get("key_padding_mask")
         return None if padding is None else _added(padding)[:, None, None, :]  # [B, 1, 1, N]
+
+
+def _tokens(model: nn.Module) -> str:
+    prefix = count_prefix(model)
+    return f"a torch encoder hands out tokens by their place (in front, {prefix} are protected as class tokens)"
 
 
 def _added(padding: Tensor) -> Tensor:

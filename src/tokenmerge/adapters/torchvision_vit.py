@@ -23,6 +23,9 @@ class TorchvisionViT(Adapter):
     landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj", "heads")
     cut_by = "conv_proj"
 
+    package = "torchvision"
+    loops = ("forward", "encoder.forward", "encoder.layers.forward")
+
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)
         # SWAG's models have the same children, but keep the tokens first and call their classifier `head`
