@@ -98,11 +98,7 @@ def attach(
     _check_loaded(model)
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
-    specs = [adapter.spec(block) for _, block in blocks]
-    for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
-        _check_children(block, layer, spec)
-        if isinstance(spec, BlockSpec):
-            _check_forward(block, name)
+    specs = _specs(adapter, blocks)
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
@@ -343,6 +339,16 @@ def _proportional(
     if without:
         return False, ["no proportional attention: an MAE model trained without merging is better without it"]
     return True, [doubt] if doubt else []
+
+
+def _specs(adapter: Adapter, blocks: list[tuple[str, nn.Module]]) -> list[BlockSpec | HookSpec | WindowSpec]:
+    """Return how each block is made; raises for one that is not made so."""
+    specs = [adapter.spec(block) for _, block in blocks]
+    for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+        _check_children(block, layer, spec)
+        if isinstance(spec, BlockSpec):
+            _check_forward(block, name)
+    return specs
 
 
 def _settle(attachment: Attachment, proved: Parity, blocks: list[tuple[str, nn.Module]], prop_attn: bool | str) -> None:
