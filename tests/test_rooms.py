@@ -36,6 +36,8 @@ HOSTS = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "fields": set(),
+    "files": set(),
     "kernels": {"kernels", "errors"},
     "plan": {"kernels"},
     "matching": {"kernels", "plan", "errors"},
@@ -44,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"errors"},
     "state": {"plan", "schedule"},
     "importance": {"kernels"},
-    "methods": {"methods", "matching", "importance", "plan", "errors"},
+    "methods": {"methods", "matching", "importance", "plan", "errors", "fields"},
     "adapters": {"adapters", "errors"},
-    "config": {"methods", "schedule", "errors"},
+    "config": {"methods", "schedule", "errors", "fields", "files"},
     "runner": {"keybias", "methods", "adapters", "plan", "state", "errors", "kernels"},
     "hooks": {"runner", "adapters", "plan", "state", "errors", "kernels"},
     "windows": {"runner", "adapters", "methods", "plan", "kernels"},
@@ -69,9 +71,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "compat": {"compat", "api", "functional", "schedule", "errors", "tools"},
     "assets": set(),
-    "tools": {"", "kernels", "tools", "errors", "schedule", "adapters", "assets"},
-    "training": {"", "training", "tools", "errors", "schedule", "methods", "assets"},
-    "cli": {"cli", "tools", "training", "errors", "schedule", "adapters", "methods"},
+    "tools": {"", "kernels", "tools", "errors", "files", "schedule", "adapters", "assets"},
+    "training": {"", "training", "tools", "errors", "fields", "files", "schedule", "methods", "assets"},
+    "cli": {"cli", "tools", "training", "errors", "files", "schedule", "adapters", "methods"},
     "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
 }
 

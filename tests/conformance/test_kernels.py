@@ -165,6 +165,14 @@ def test_large_groups_keep_their_mean(members: int, dtype: torch.dtype) -> None:
 
 
 @needs_native
+def test_a_view_that_is_negated_later_is_what_it_stands_for() -> None:
+    negated = torch._neg_view(torch.randn(2, 17, 8))
+    plan = kernels.bipartite(negated, 5, 1)
+    assert all(torch.equal(*pair) for pair in zip(plan, reference.bipartite(negated, 5, 1), strict=True))
+    assert_close(kernels.merge(negated, None, *plan)[0], reference.merge(negated, None, *plan)[0])
+
+
+@needs_native
 def test_tokens_that_are_no_numbers_match_as_in_the_reference() -> None:
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
     for case in range(40):

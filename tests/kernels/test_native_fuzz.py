@@ -125,7 +125,8 @@ def test_matching_touches_nothing_where_the_numbers_do_not_fit(seed: int) -> Non
         kinds = [(B * (N - r), long), (B * r, long), (B * r, long), (min(B, threads) * floats, floating)]
         buffers = [_guarded(*kind) for kind in kinds]
         memory = [metric.data_ptr(), metric.numel()], *([part.data_ptr(), part.numel()] for part, _ in buffers)
-        numbers: dict[str, int] = dict(B=B, H=H, N=N, D=D, sB=H * N * D, sH=N * D, sN=D, r=r, prefix=prefix)
+        numbers: dict[str, int] = {"B": B, "H": H, "N": N, "D": D, "sB": H * N * D, "sH": N * D, "sN": D}
+        numbers |= {"r": r, "prefix": prefix}
 
         def call(threads: int = threads, numbers: Any = numbers, memory: Any = memory) -> int:
             (at, count), *rest = memory

@@ -88,14 +88,17 @@ def merge(
 
 
 def _supports(x: Tensor) -> bool:
-    is_plain = type(x) is Tensor and x.layout is torch.strided and not x.is_neg()
+    is_plain = type(x) is Tensor and x.layout is torch.strided
     return _LIBRARY is not None and x.is_cpu and x.dtype in _DTYPES and is_plain
 
 
 def _is_bare(x: Tensor) -> bool:
-    """Say whether nobody watches: no tracer, no gradient, no dispatch mode. An operator of torch costs 3 us more."""
+    """Say whether nobody watches (a tracer, a gradient, a dispatch mode) and memory holds the very numbers.
+
+    An operator of torch, which sees to all that, costs 3 us more.
+    """
     is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return not (is_watched or (x.requires_grad and torch.is_grad_enabled()))
+    return not (is_watched or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg())
 
 
 def _bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +153,7 @@ def _memory(x: Tensor, dtype: torch.dtype = torch.long) -> tuple[int, int]:
         raise UnsupportedError(f"the C++ part takes {dtype} in the CPU's memory here, not {x.dtype} on {x.device}.")
     if x.is_contiguous():
         return x.data_ptr(), x.numel()
-    return x.data_ptr(), x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.data_ptr(), int(x.untyped_storage().nbytes() // x.element_size() - x.storage_offset())
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -239,36 +238,16 @@ def _with_options(text: str) -> Reduction:
         if call.args or None in names or len(set(names)) < len(names):
             raise ValueError
         given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        shown = text if len(text) < 200 else f"{text[:200]} ..."
         raise ConfigError(
-            f"{text!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each once, "
-            "by its name and with a plain value, a saved configuration (.json), or a folder that "
+            f"{shown!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each "
+            "once, by its name and with a plain value, a saved configuration (.json), or a folder that "
             "`tokenmerge train` wrote."
         ) from error
     method = type(MergeConfig(name).method)
     options = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    hints = get_type_hints(method)
-    for option, value in given.items():
+    for option in given:
         if option not in options:
             raise unknown_name(f"option of {name}", option, options)
-        # methods are hashable: what is a list elsewhere is a tuple in them
-        given[option] = value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, hints[option]):
-            raise ConfigError(
-                f"option {option} of {name} is {value!r}; it takes {options[option].type}, e.g. its default "
-                f"{options[option].default!r}."
-            )
     return method(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value is of an annotated type: a plain one, a union, or a tuple of them."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    return type(value) in ((int, float) if hint is float else (hint,))
