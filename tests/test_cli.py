@@ -186,11 +186,17 @@ def test_eval_prints_accuracy_and_what_was_left_out(
     lines = printed.splitlines()
     assert lines[0] == f"{name} on 5 images of {images}"
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["0", "4"]
-    assert lines[6] == "1 of 6 images could not be read and were left out:"
-    assert lines[7].startswith(f"  {images / 'bee' / '1.png'}: ")
+    assert lines[6].startswith(
+        "Preprocessing: shorter side 32, middle 32 x 32, bicubic, mean 0.485 0.456 0.406, std 0.2"
+    )
+    assert lines[7].startswith(
+        "WARNING: the model does not say how its images are prepared (no mean and std in its pre"
+    )
+    assert lines[8] == "1 of 6 images could not be read and were left out:"
+    assert lines[9].startswith(f"  {images / 'bee' / '1.png'}: ")
     assert "images: 5/6" in err
     saved = json.loads(out.read_text())
-    assert saved["notes"] == lines[6:8]
+    assert saved["notes"] == lines[6:10]
     model = torch.load(name, weights_only=False)
     x = torch.stack([torch.eye(3)[c][:, None, None].expand(3, 32, 32) for c in (0, 0, 1, 2, 2)])
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -217,7 +223,9 @@ def test_eval_json_on_the_bundled_images(capsys: Capture, models: Path) -> None:
     ]
     assert main([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["title"].endswith("on 6 images of fashion-mnist") and content["notes"] == []
+    assert content["title"].endswith("on 6 images of fashion-mnist")
+    assert content["notes"][0] == "Preprocessing: not resized, mean 0.286, std 0.353 (the images' own mean and std)"
+    assert content["notes"][1].startswith("WARNING: the model does not say how its images are prepared")
     assert [row["r"] for row in content["rows"]] == ["0", "4"]
     assert content["rows"][0]["over bound"] is None and content["rows"][1]["over bound"] > 0
 
@@ -458,11 +466,12 @@ def test_compare_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys
     images = torch.zeros(2, 1, 28, 28)
 
     def fake(model: nn.Module, data: Any, **options: Any) -> Comparison:
+        figures = {**dict.fromkeys(measure_module.FIGURES, 1.0), "note": ""}
         given.update(options, batch_size=data.batch_size, images=len(data))
-        return Comparison("title", [{"method": "tome", "asked": "r 4", "top-1 %": 1.0, "note": ""}], [{}], 1, 1)
+        return Comparison("title", [{**figures, "method": "tome", "asked": "r 4"}], [{}], 1, 1)
 
     monkeypatch.setattr(compare_module, "compare", fake)
-    monkeypatch.setattr(data_module, "calibration_images", lambda source, model: images)
+    monkeypatch.setattr(data_module, "calibration_images", lambda source, model, **options: images)
     more = ["--methods", "all", "auto", "--macs", "0.75", "0.5", "--calibrate", "fashion-mnist", "--fresh", "-b", "5"]
     assert main([*plain, *more, "--device", "cpu"]) == 0
     assert given.pop("progress") and given.pop("calibrate") is images
@@ -471,6 +480,7 @@ def test_compare_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys
         "rs": None,
         "macs": [0.75, 0.5],
         "folder": "out",
+        "restore": None,
         "device": "cpu",
         "rounds": 1,
         "fresh": True,

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenmerge.cli import train
 from tokenmerge.cli.models import open_model
+from tokenmerge.cli.options import calibration_of, method_of, model_and_data, preparation_of, preparing_arguments
 
 __all__ = ["main"]
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("model", help=_MODEL_HELP)
     doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
+    doctor.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
 
     _export_parser(commands)
     train.add(_command(commands, "train", train.run, "train by a recipe, tokens merged; cut off, it goes on"))
@@ -76,6 +78,7 @@ _METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
     "`tokenmerge train`, or auto"
 )
+_RESTORE_HELP = "dense: every token in its place wherever the model hands tokens out; merged: the merged ones"
 _CALIBRATE_HELP = "what auto chooses by, 64 images: 'fashion-mnist' (for training) or a folder; without it auto is tome"
 
 
@@ -123,6 +126,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="tome", help=f"{_METHOD_HELP} (%(default)s)")
+    parser.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
     parser.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
 
 
@@ -132,6 +136,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
     parser.add_argument("--limit", type=int, help="use only LIMIT images, spread over the classes")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+    preparing_arguments(parser)
 
 
 def _compare_parser(commands: Any) -> None:
@@ -143,6 +148,7 @@ def _compare_parser(commands: Any) -> None:
     text = "instead of -r: for each method the smallest r that leaves at most this share of the MACs, e.g. 0.75 0.5"
     amounts.add_argument("--macs", type=float, nargs="+", metavar="SHARE", help=text)
     _data_arguments(compare)
+    compare.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
     compare.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
     compare.add_argument("--rounds", type=int, default=10, help="timed rounds per row (%(default)s)")
     compare.add_argument(
@@ -190,7 +196,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
-    method, own = _method(arguments)
+    method, own = method_of(arguments)
     model = open_model(arguments.model)
     with Progress("rounds") as progress:
         result = bench(
@@ -198,6 +204,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             rs=arguments.r or ([0, 8, 16] if own is None else [own]),
             batches=arguments.batch,
             method=method,
+            restore=arguments.restore,
             device=arguments.device,
             dtype=arguments.dtype,
             compiled=arguments.compile,
@@ -207,7 +214,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             input_size=arguments.input_size,
             label=arguments.model,
             progress=progress,
-            **_calibration(arguments, model),
+            **calibration_of(arguments, model),
         )
     _print(
         arguments,
@@ -225,23 +232,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
-    method, own = _method(arguments)
-    model, data = _model_and_data(arguments)
+    method, own = method_of(arguments)
+    model, data = model_and_data(arguments)
     with Progress("images") as progress:
         result = evaluate(
             model,
             data,
+            restore=arguments.restore,
             rs=arguments.r or ([0, 8, 16] if own is None else [own]),
             method=method,
             device=arguments.device,
             bound=arguments.bound,
             progress=progress,
-            **_calibration(arguments, model),
+            **calibration_of(arguments, model),
         )
     notes = (
         [f"{len(result.corrupt)} of {len(data)} images could not be read and were left out:"] if result.corrupt else []
     )
-    notes += [*(f"  {line}" for line in result.corrupt), *result.choices]
+    notes = [*result.notes, *notes, *(f"  {line}" for line in result.corrupt), *result.choices]
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
     _print(arguments, result.rows, title, result.environment, notes, out)
     return 0
@@ -251,7 +259,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.compare import compare
     from tokenmerge.tools.results import Progress, show
 
-    model, data = _model_and_data(arguments)
+    model, data = model_and_data(arguments)
     with Progress("rows") as progress:
         found = compare(
             model,
@@ -260,12 +268,13 @@ def _compare(arguments: argparse.Namespace) -> int:
             rs=arguments.r,
             macs=arguments.macs,
             folder=arguments.out,
+            restore=arguments.restore,
             device=arguments.device,
             rounds=arguments.rounds,
             fresh=arguments.fresh,
             label=arguments.model,
             progress=progress,
-            **_calibration(arguments, model),
+            **calibration_of(arguments, model),
         )
     if arguments.json:
         content = {"title": found.title, "environment": found.environment, "rows": found.rows, "notes": found.facts}
@@ -282,14 +291,23 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.doctor import examine
 
-    diagnosis = examine(open_model(arguments.model), r=arguments.r, device=arguments.device, batch=arguments.batch_size)
+    model = open_model(arguments.model)
+    diagnosis = examine(
+        model,
+        r=arguments.r,
+        restore=arguments.restore,
+        device=arguments.device,
+        batch=arguments.batch_size,
+        preprocessing=preparation_of(arguments, model),
+    )
     if arguments.json:
         print(json.dumps(diagnosis.as_dict(), indent=2))
     else:
         marks = {True: "ok  ", False: "FAIL", None: "    "}
         for name, good, sentence in diagnosis.findings:
             print(f"{marks[good]} {name:<18} {sentence}")
-        print("Measured on: " + ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items()))
+        if diagnosis.is_healthy:
+            print("Measured on: " + ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items()))
     return 0 if diagnosis.is_healthy else 1
 
 
@@ -297,7 +315,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.export import export, find_target
     from tokenmerge.tools.results import check_writable
 
-    method, own = _method(arguments)
+    method, own = method_of(arguments)
     r = arguments.r if arguments.r is not None else 8 if own is None else own
     suffix = find_target(arguments.to).suffix
     name = Path(arguments.model)
@@ -309,11 +327,13 @@ def _export(arguments: argparse.Namespace) -> int:
         r=r,
         to=arguments.to,
         method=method,
+        restore=arguments.restore,
+        preprocessing=preparation_of(arguments, model),
         input_size=arguments.input_size,
         batch=arguments.batch,
         matmul=arguments.matmul,
         opset=arguments.opset,
-        **_calibration(arguments, model),
+        **calibration_of(arguments, model),
     )
     print(json.dumps(found.as_dict(), indent=2) if arguments.json else found)
     return 0
@@ -335,38 +355,6 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, text in entries.items():
             print(f"  {name:<16} {text}")
     return 0
-
-
-def _method(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the method that was named and the r it was saved with, if it was."""
-    from tokenmerge.errors import DataError
-    from tokenmerge.tools.data import check_source
-    from tokenmerge.tools.models import AUTO, own_r, read_method
-
-    method = read_method(arguments.method)
-    if arguments.calibrate is not None:
-        if method != AUTO:
-            raise DataError(f"--calibrate goes with --method {AUTO}, not with {arguments.method}.")
-        check_source(arguments.calibrate, "--calibrate")
-    return method, own_r(method)
-
-
-def _calibration(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """Return the images for auto as the option that takes them, where they were asked for."""
-    from tokenmerge.tools.data import calibration_images
-
-    return {} if arguments.calibrate is None else {"calibrate": calibration_images(arguments.calibrate, model)}
-
-
-def _model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from tokenmerge.tools.data import check_source, open_data
-
-    check_source(arguments.data)
-    if arguments.calibrate is not None:
-        check_source(arguments.calibrate, "--calibrate")
-    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
-    options = {"batch_size": arguments.batch_size, "workers": arguments.workers, "limit": arguments.limit}
-    return model, open_data(arguments.data, model, **options)
 
 
 def _out(path: str | None) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "answer",
     "apply_method",
     "choices_of",
+    "declared_classes",
     "find_device",
     "import_timm",
     "known_size",
@@ -127,10 +128,12 @@ def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
 
 
 def load_model(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
-    """Return a model in eval mode: `"reference"` (bundled), a path that `torch.save(model)` wrote, or a timm name.
+    """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
 
-    A saved module is a pickle: load only files you trust. Raises `UnknownNameError` for a name timm does not have (with
-    the nearest), `DataError` for a file that holds no module, `UnsupportedError` where timm cannot build it.
+    A file is what `torch.save(model)` wrote, a pickle: load only files you trust. A folder is what `save_pretrained` of
+    a Hugging Face model wrote (config.json and safetensors; nothing of it is executed). Raises `UnknownNameError` for a
+    name timm does not have (with the nearest), `DataError` for a file that holds no module, `UnsupportedError` where
+    timm cannot build it.
     """
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
@@ -138,6 +141,8 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
+    if (Path(name) / "config.json").is_file():
+        return _load_folder(Path(name))
     is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).is_file() or "/" in name
     if is_path and ":" not in name:
         return _load_file(Path(name))
@@ -197,11 +202,67 @@ def run_images(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+# what hosts call their answer; the first of these that an output holds is meant, else its first tensor
+_ANSWERS = ("logits", "predicted_depth", "image_embeds", "last_hidden_state")
+
+
 def answer(output: Any) -> Tensor:
-    """Return the tensor that a model's answer is about: itself, or the first that a host's output object holds."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+    """Return the tensor that a model's answer is about: itself, or the one in a tuple, a dict or a host's output.
+
+    Raises `DataError` where there is none.
+    """
+    found = _tensor_in(output)
+    if found is None:
+        raise DataError(f"the model returns a {type(output).__name__} without a tensor: there is no answer to look at.")
+    return found
+
+
+def _tensor_in(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = [output[name] for name in (*(name for name in _ANSWERS if name in output), *output)]
+    if not isinstance(output, (list, tuple)):
+        return None
+    return next((found for part in output if (found := _tensor_in(part)) is not None), None)
+
+
+def declared_classes(model: nn.Module) -> int | None:
+    """Return how many classes a model says it tells apart; None for one that says nothing of classes."""
+    count = getattr(model, "num_classes", None)
+    if isinstance(count, int):
+        return count or None  # timm's 0: the features themselves
+    config = getattr(model, "config", None)
+    # others have such a number too, and no classifier
+    is_classifier = "ForImageClassification" in type(model).__name__
+    return int(config.num_labels) if config is not None and is_classifier else None
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    """Load what `save_pretrained` wrote, by the class that its configuration names."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UnsupportedError(f"{folder} is a Hugging Face model: pip install transformers") from error
+    try:
+        options = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        name = next(iter(config.architectures or ()), "")
+        kind = getattr(transformers, name, transformers.AutoModelForImageClassification)
+        bars = transformers.utils.logging
+        shows = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
+        try:
+            model: nn.Module = kind.from_pretrained(folder, config=config, use_safetensors=True, **options)
+        finally:
+            if shows:
+                bars.enable_progress_bar()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        raise DataError(
+            f"{folder} cannot be read as a Hugging Face model: {' '.join(str(error).split()).rstrip('.')}. It needs "
+            "config.json and model.safetensors, as model.save_pretrained(folder) writes them."
+        ) from error
+    return model.eval()
 
 
 def _load_file(path: Path) -> nn.Module:

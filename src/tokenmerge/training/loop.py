@@ -25,10 +25,12 @@ from tokenmerge.tools.models import import_timm
 from tokenmerge.training.amount import Amount
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.data import Batch, Loader, Position, open_source, reseed, seed_of
-from tokenmerge.training.held import HeldOut, autocast, mean_tokens, pixel_statistics, shown
+from tokenmerge.training.held import HeldOut, autocast, mean_tokens, shown
 from tokenmerge.training.log import Log
+from tokenmerge.training.nets import own_size
 from tokenmerge.training.output import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
 from tokenmerge.training.parts import build_parts, optimizer_of, scheduler_of, set_training
+from tokenmerge.training.preparation import preparation, statistics_of
 from tokenmerge.training.recipe import Recipe, from_dict
 from tokenmerge.training.transforms import train_transform
 from tokenmerge.training.world import World
@@ -88,13 +90,14 @@ class _Run:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.progress = progress if progress is not None and world.is_first else lambda done, total: None
         source = open_source(recipe.data.source, "train", recipe.data)
-        self.size, self.classes = recipe.data.size or source.size, source.classes
+        self.size = recipe.data.size or own_size(recipe.model.name, source.kind) or source.size
+        self.classes = source.classes
         # every process builds the same model
         reseed(recipe.seed)
         self.parts = build_parts(recipe, self.size, len(self.classes), world.device)
-        pixels = pixel_statistics(self.parts.core)
-        self.held = HeldOut(recipe, self.size, self.classes, pixels, world)
-        pixels.pop("crop_pct", None)
+        self.prepared = preparation(self.parts.core, recipe.model.name, source.kind, self.size)
+        self.held = HeldOut(recipe, self.size, self.classes, self.prepared, world)
+        pixels = statistics_of(self.prepared)
         self.loader = Loader(
             source,
             train_transform(recipe.augment, source.kind, self.size, flippable=source.flippable, **pixels),
@@ -155,7 +158,8 @@ class _Run:
             if self.world.is_first:
                 write_recipe(self.folder, self.recipe)
                 self.log = Log(self.folder, self.step, self.steps, self.recipe.save.tensorboard)
-            for note in self.held.notes + self.parts.notes:
+            about = [] if self.prepared is None else self.prepared.notes
+            for note in self.held.notes + self.parts.notes + about:
                 self._say(note)
             if self.step < self.steps:
                 self._train()
@@ -367,7 +371,7 @@ class _Run:
         state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
         if self.log is not None:
             self.log.write_csv()
-            export(self.folder, self.parts, state, self.size, self.classes)
+            export(self.folder, self.parts, state, self.size, self.classes, self.prepared)
 
     def _stop_if_asked(self) -> None:
         asked = self.world.asked_to_stop
@@ -379,8 +383,8 @@ class _Run:
         if asked:
             self._save()
             raise StoppedError(
-                f"stopped by SIGTERM after step {self.step} of {self.steps}; everything is saved, the same command "
-                "goes on from there."
+                f"stopped by {self.world.signal} after step {self.step} of {self.steps}: saved at step {self.step}, "
+                "the same command goes on from there."
             )
 
 

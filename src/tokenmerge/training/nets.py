@@ -6,6 +6,7 @@ Shapes: B batch, C channels, T frames, N tokens.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_
 from tokenmerge.tools.models import BUNDLED, import_timm, load_model, run_images
 from tokenmerge.training.recipe import Model
 
-__all__ = ["VIT", "TubeletEmbed", "build", "load_weights", "places"]
+__all__ = ["VIT", "TubeletEmbed", "build", "load_weights", "own_size", "places"]
 
 VIT = "vit"
 _log = logging.getLogger(__name__)
@@ -31,8 +32,9 @@ def build(model: Model, size: tuple[int, ...], classes: int) -> nn.Module:
 
     `size` has no batch: (C, H, W) for images and spectrograms, (C, T, H, W) for clips. Names: `"reference"`, the
     bundled model; `"vit"`, timm's `VisionTransformer` with `model.options`, cut by `patch_size` into patches (one
-    number or two) or, for clips, tubelets (frames, rows, columns); a timm name, fitted to the size where timm can; a
-    file that `torch.save(model)` wrote. A model of other classes gets a new classifier, which is logged.
+    number or two) or, for clips, tubelets (frames, rows, columns); a timm name, fitted to the size where timm can;
+    a file that `torch.save(model)` wrote, or a folder that `save_pretrained` of a Hugging Face model wrote. A model
+    of other classes gets a new classifier, which is logged.
 
     Raises `UnknownNameError` for a name or an option that does not exist, `ConfigError` for options that do not fit
     together, `DataError` where the model does not take this size or cannot be given another classifier.
@@ -48,6 +50,19 @@ def build(model: Model, size: tuple[int, ...], classes: int) -> nn.Module:
             net.pretrained_cfg = {**net.pretrained_cfg, "input_size": size}
     _fit_classes(net.eval(), model.name, size, classes)
     return net.train()  # type: ignore[no-any-return]
+
+
+def own_size(name: str, kind: str) -> tuple[int, ...]:
+    """Return the images a Hugging Face folder was made for, (C, H, W); () for every other name and kind."""
+    path = Path(name) / "config.json"
+    if kind != "image" or not path.is_file():
+        return ()
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        side = about["image_size"]
+        return (about.get("num_channels", 3), *((side, side) if isinstance(side, int) else side))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
@@ -173,8 +188,8 @@ _OURS = ("img_size", "in_chans", "num_classes", "embed_layer", "block_fn", "devi
 def _named(model: Model, size: tuple[int, ...]) -> nn.Module:
     timm = import_timm()
     if ":" not in model.name and not timm.is_model(model.name.split(".")[0]):
-        if model.options and Path(model.name).is_file():
-            raise ConfigError(f"model.options {sorted(model.options)}: {model.name} is a saved module and has none.")
+        if model.options and Path(model.name).exists():
+            raise ConfigError(f"model.options {sorted(model.options)}: {model.name} is a saved model and has none.")
         return load_model(model.name)  # or its error for a name that does not exist
     try:
         fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)

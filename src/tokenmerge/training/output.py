@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import MergeConfig
 from tokenmerge.errors import ConfigError, DataError
+from tokenmerge.tools.preprocessing import Preprocessing, Processor
 from tokenmerge.tools.results import replace_text
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.nets import build, load_weights
@@ -89,10 +90,16 @@ def last_rows(folder: Path) -> list[dict[str, Any]] | None:
 
 
 def export(
-    folder: Path, parts: Parts, state: dict[str, Tensor], size: tuple[int, ...], classes: tuple[str, ...]
+    folder: Path,
+    parts: Parts,
+    state: dict[str, Tensor],
+    size: tuple[int, ...],
+    classes: tuple[str, ...],
+    prepared: Preprocessing | None = None,
 ) -> None:
     """Write the trained model: `model.safetensors`, `model.json` (size, classes) and, where it merges, `merge.json`.
 
+    How images are prepared is written to `model.json`, and where that is a Hugging Face processor's work, as its file.
     `state` holds the weights by the names they have in `parts.core`, and what the method learned.
     """
     from safetensors.torch import save_file
@@ -103,7 +110,12 @@ def export(
         if parts.handle is not None:
             parts.handle.r = parts.r
             parts.handle.config.save(folder / "merge.json", learned)
-        replace_text(folder / "model.json", json.dumps({"size": size, "classes": classes}, indent=2) + "\n")
+        about: dict[str, Any] = {"size": size, "classes": classes}
+        if prepared is not None:
+            about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # it was trained with that
+            if isinstance(prepared.own, Processor):
+                prepared.own.processor.save_pretrained(folder)
+        replace_text(folder / "model.json", json.dumps(about, indent=2) + "\n")
         part = folder / f"{_WEIGHTS}.part"
         save_file(weights, part)
         part.replace(folder / _WEIGHTS)
@@ -122,6 +134,11 @@ def load(folder: str | Path, *, merged: bool = True) -> nn.Module:
     # the weights it started from are no longer needed, nor the network they come by
     model = build(dataclasses.replace(recipe.model, pretrained=False), tuple(about["size"]), len(about["classes"]))
     load_weights(model, folder)
+    config = getattr(model, "config", None)
+    if getattr(config, "label2id", None):
+        # in the order of the samples it was trained on
+        config.label2id = {name: number for number, name in enumerate(about["classes"])}  # type: ignore[union-attr]
+        config.id2label = dict(enumerate(about["classes"]))  # type: ignore[union-attr]
     if merged and (folder / "merge.json").is_file():
         tokenmerge.patch(model, MergeConfig.load(folder / "merge.json"))
     return model.eval()
