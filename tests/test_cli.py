@@ -18,7 +18,7 @@ import tokenmerge
 from helpers import tiny_vit
 from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
-from tokenmerge.cli import main
+from tokenmerge.cli import main as run_command
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools import data as data_module
@@ -29,6 +29,12 @@ from tokenmerge.tools.compare import Comparison
 from tokenmerge.tools.data import normalise
 
 Capture = pytest.CaptureFixture[str]
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the saved models of these tests are pickles that it may load."""
+    trust = ["--trust-pickle"] if any(argument.endswith(".pt") for argument in arguments) else []
+    return run_command([*arguments, *trust])
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assets": set(),
     "tools": {"", "kernels", "tools", "errors", "files", "schedule", "adapters", "assets"},
     "training": {"", "training", "tools", "errors", "fields", "files", "schedule", "methods", "assets"},
-    "cli": {"cli", "tools", "training", "errors", "files", "schedule", "adapters", "methods"},
+    "cli": {"", "cli", "tools", "training", "errors", "files", "schedule", "adapters", "methods"},
     "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
 }
 

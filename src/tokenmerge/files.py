@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_dir", "is_file", "is_part", "replacing", "write_file"]
+__all__ = ["is_dir", "is_file", "is_part", "new_part", "replacing", "write_file"]
 
 _PART = ".part-"
 
@@ -31,21 +32,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     It has the same suffix. It takes the place of `path` when the `with` is over, and is deleted where that fails.
     """
-    path = Path(path)
-    try:
-        kind = path.lstat().st_mode
-    except FileNotFoundError:
-        kind = stat.S_IFREG
-    if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind)):
-        raise OSError(0, "it is there, and is no file", str(path))
-    part = path.with_name(f"{_PART}{secrets.token_hex(8)}{path.suffix}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    os.close(os.open(part, flags, 0o666))
+    part = new_part(path)
     try:
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def new_part(path: str | Path) -> Path:
+    """Make the file that `replacing` gives; raises `OSError` where `path` cannot be written."""
+    path = Path(path)
+    try:
+        kind = path.lstat().st_mode
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+    if stat.S_ISREG(kind) and path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    part = path.with_name(f"{_PART}{secrets.token_hex(8)}{path.suffix}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    os.close(os.open(part, flags, 0o666))
+    return part
 
 
 def is_part(path: Path) -> bool:

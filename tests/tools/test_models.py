@@ -81,14 +81,14 @@ def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*: give a timm name"):
-        load_model(str(tmp_path))
+        load_model(str(tmp_path), trust_pickle=True)
 
 
 def test_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     torch.save(nn.Linear(2, 2).state_dict(), path)
     with pytest.raises(DataError, match=r"state\.pt holds a OrderedDict, not a module.*a state dict alone"):
-        load_model(str(path))
+        load_model(str(path), trust_pickle=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x04cnowhere.module\nThing\n."])
@@ -96,7 +96,7 @@ def test_no_pickle(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.pt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"broken\.pt cannot be read as a saved module: \w+: "):
-        load_model(str(path))
+        load_model(str(path), trust_pickle=True)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model"], ids=["suffix", "no-suffix"])
@@ -104,7 +104,7 @@ def test_saved_module(tmp_path: Path, name: str) -> None:
     model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
     expected = model(x)
     torch.save(model.train(), tmp_path / name)
-    loaded = load_model(str(tmp_path / name))
+    loaded = load_model(str(tmp_path / name), trust_pickle=True)
     assert not loaded.training
     assert torch.equal(loaded(x), expected)
 

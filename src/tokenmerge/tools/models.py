@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
 
 __all__ = [
@@ -91,11 +93,12 @@ def read_method(text: str) -> Method:
     path = Path(text)
     if path.suffix == ".json":
         return MergeConfig.load(path)
-    if (text and path.is_dir()) or ("/" in text and "(" not in text):
+    if (text and is_dir(path)) or ("/" in text and "(" not in text):
         config, weights = MergeConfig.load(path / "merge.json"), path / "model.safetensors"
         return Trained(config, weights) if weights.is_file() else config
     if "(" not in text:
-        raise unknown_name("method", text, tokenmerge.list_methods())
+        shown = text if len(text) < 200 else f"{text[:200]} ..."
+        raise unknown_name("method", shown, tokenmerge.list_methods())
     return _with_options(text)
 
 
@@ -127,11 +130,14 @@ def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
     return [f"r = {r}: {choice}" for r, choice in found if choice]
 
 
-def load_model(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
+def load_model(
+    name: str, *, pretrained: bool = False, num_classes: int | None = None, trust_pickle: bool = False
+) -> nn.Module:
     """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
 
-    A file is what `torch.save(model)` wrote, a pickle: load only files you trust. A folder is what `save_pretrained` of
-    a Hugging Face model wrote (config.json and safetensors; nothing of it is executed). Raises `UnknownNameError` for a
+    A file is what `torch.save(model)` wrote, a pickle: loading it runs the code it holds, so it has to be trusted by
+    name (`trust_pickle`). A folder is what `save_pretrained` of a Hugging Face model wrote (config.json and
+    safetensors; nothing of it is executed). Raises `UnknownNameError` for a
     name timm does not have (with the nearest), `DataError` for a file that holds no module, `UnsupportedError` where
     timm cannot build it.
     """
@@ -141,18 +147,18 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
-    if (Path(name) / "config.json").is_file():
+    if is_file(Path(name) / "config.json"):
         return _load_folder(Path(name))
-    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).is_file() or "/" in name
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or is_file(name) or "/" in name
     if is_path and ":" not in name:
-        return _load_file(Path(name))
+        return _load_file(Path(name), trust_pickle)
     timm = import_timm()
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models() and ":" not in name:
         raise unknown_name("timm model", name, [BUNDLED, *timm.list_models("*vit*"), *timm.list_models("*deit*")])
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         what = "pretrained weights of" if pretrained else "model"
         raise UnsupportedError(
             f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, give "
@@ -265,12 +271,19 @@ def _load_folder(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _load_file(path: Path) -> nn.Module:
-    if not path.is_file():
-        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).")
+def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
+    if not is_file(path):
+        hint = " A device or a pipe is none." if path.exists() and not path.is_dir() else ""
+        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).{hint}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
+        content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # a pickle can raise anything at all
+        if not trust_pickle and _is_pickle(path):
+            raise DataError(
+                f"{path} is a pickle, and loading it would run whatever code it holds. Where you trust who made it, "
+                "say so: --trust-pickle on the command line, trust_pickle=True in Python. Folders of `tokenmerge "
+                "train` and of save_pretrained need no trust."
+            ) from error
         raise DataError(f"{path} cannot be read as a saved module: {type(error).__name__}: {error}.") from error
     if not isinstance(content, nn.Module):
         raise DataError(
@@ -278,6 +291,12 @@ def _load_file(path: Path) -> nn.Module:
             "path); a state dict alone does not say what to build."
         )
     return content.eval()
+
+
+def _is_pickle(path: Path) -> bool:
+    """Say whether a file is what torch.save writes, or another pickle."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def known_size(handle: Handle) -> tuple[int, ...]:
