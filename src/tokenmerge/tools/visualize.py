@@ -253,8 +253,8 @@ def _name_points(
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading a formula."""
-    return text.replace("$", r"\$")
+    """Keep matplotlib from reading a formula, and from failing at names of files that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def require_viz() -> None:
