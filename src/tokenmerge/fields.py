@@ -63,15 +63,16 @@ def checked(owner: object) -> dict[str, Any]:
         try:
             plain = fitted(value, hint)
         except TypeError as error:
-            raise TypeError(name, value, named(hint)) from error
+            raise TypeError(name, value, named(hint, value)) from error
         if type(plain) is not type(value) or isinstance(value, tuple):
             changed[name] = plain
     return changed
 
 
-def named(hint: Any) -> str:
-    """Return a type in words."""
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("NoneType", "None")
+def named(hint: Any, value: Any = None) -> str:
+    """Return a type in words; for a value that it would take if it were a number, that too."""
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("NoneType", "None")
+    return f"{name}, and NaN is no number" if isinstance(value, Real) and value != value else name
 
 
 def _fitted_to_one(value: Any, hints: tuple[Any, ...]) -> Any:

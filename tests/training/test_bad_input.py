@@ -165,7 +165,7 @@ def test_pairs_and_lists_are_the_same_setting(tmp_path: Path) -> None:
         (["optimizer.schedule=plateau"], "allowed: cosine, tanh, poly, none"),
         (["optimizer.name=adamww"], "timm builds no optimizer.name 'adamww' here"),
         (["optimizer.name=adahessian"], "needs second derivatives"),
-        (["optimizer.lr=nan"], "optimizer.lr is nan; it must not be less than 0"),
+        (["optimizer.lr=nan"], "optimizer.lr is nan; it takes float, and NaN is no number"),
         (["clip=0"], "clip is 0.0; it must be more than 0"),
         (["distill.temperature=0"], "distill.temperature is 0.0; it must be more than 0"),
         (["augment.smoothing=3"], "augment.smoothing is 3.0; it is a share, from 0 to 1"),

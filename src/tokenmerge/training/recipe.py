@@ -324,4 +324,4 @@ def _fitted(value: Any, hint: Any, key: str) -> Any:
     try:
         return fitted(value, hint)
     except TypeError as error:
-        raise ConfigError(f"{key} is {value!r}; it takes {named(hint)}.") from error
+        raise ConfigError(f"{key} is {value!r}; it takes {named(hint, value)}.") from error
