@@ -117,8 +117,11 @@ def test_a_model_of_features_stays_as_it_was() -> None:
         (torch.randn(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
         ([1, 2], r"one tensor.*got list"),
         (torch.randn(4), r"got \(4,\)"),
+        (torch.randn(2, 3, 20, 32), r"does not take \[3, 20, 32\] in a batch: AssertionError"),
+        (torch.randn(3, 32, 32), r"does not take \[32, 32\] in a batch"),
+        (torch.stack((torch.randn(3, 32, 32), torch.full((3, 32, 32), torch.nan))), r"1 of 2 images .* first image 1"),
     ],
-    ids=["none", "list", "flat"],
+    ids=["none", "list", "flat", "size", "one", "nan"],
 )
 def test_images_that_cannot_be_used(images: Any, message: str) -> None:
     model = tiny_vit()
@@ -136,20 +139,3 @@ def test_auto_without_r_asks_for_it() -> None:
 def test_images_go_with_auto_only() -> None:
     with pytest.raises(ConfigError, match=r"calibrate=\.\.\. goes with the method \"auto\", not with 'tome'"):
         tokenmerge.patch(tiny_vit(), "tome", r=4, calibrate=torch.randn(2, 3, 32, 32))
-
-
-@pytest.mark.parametrize(
-    ("images", "says"),
-    [
-        (torch.full((4, 3, 32, 32), float("nan")), "4 of the 4 images of calibrate hold NaN or infinity"),
-        (torch.zeros(4, 3, 48, 48), r"does not take the images of calibrate, each \(3, 48, 48\): "),
-        (torch.zeros(3, 32, 32), r"does not take the images of calibrate, each \(32, 32\): "),
-        (torch.zeros(4, 1, 32, 32), "does not take the images of calibrate"),
-    ],
-    ids=["nan", "size", "no-batch", "channels"],
-)
-def test_images_that_no_model_takes_are_refused_with_the_reason(images: torch.Tensor, says: str) -> None:
-    model = tiny_vit()
-    with pytest.raises(ConfigError, match=says):
-        tokenmerge.patch(model, "auto", r=4, calibrate=images)
-    tokenmerge.patch(model, r=4)

@@ -66,6 +66,7 @@ class Handle:
         self.calibration: Calibration | None = None  # what "auto" tried
         self._choice = ""
         self._actions: list[Callable[[], None]] = []
+        self.followers: list[Callable[[], None]] = []  # called when `r` or `track` was set
         depth = len(adapter.blocks(model))
         self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
         self._state.track = config.track
@@ -83,6 +84,8 @@ class Handle:
         schedule = Schedule.of(value, self._state.depth, self._config.multiple_of, self._config.method.largest_r)
         self._config = dataclasses.replace(self._config, r=value)
         self._state.schedule = schedule
+        for follow in self.followers:
+            follow()
 
     @property
     def track(self) -> bool:
@@ -93,6 +96,8 @@ class Handle:
     def track(self, value: bool) -> None:
         self._config = dataclasses.replace(self._config, track=value)
         self._state.track = value
+        for follow in self.followers:
+            follow()
 
     @property
     def runners(self) -> list[BlockRunner]:

@@ -24,6 +24,7 @@ from tokenmerge.adapters.base import (
 )
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
+from tokenmerge.grids import Grids, Listener
 from tokenmerge.guards import guard_methods
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import ModelShape, Reduction
@@ -115,6 +116,10 @@ def attach(
         limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
             attachment.bind(*tap.seams(method.needs & SEEN))
+        cutter = adapter.cutter(model) if "places" in method.needs and layout.grid else None
+        if cutter is not None:
+            grids = runners[0].grids = Grids()
+            attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         for runner in runners:
             attachment.bind(*runner.seams())
         attachment.parity = _prove(model, adapter, blocks, runners)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.errors import ConfigError, TokenMergeError
+from tokenmerge.errors import ConfigError
 from tokenmerge.methods import Reduction, ToFu, ToMe, ToMeCIS
 from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import Plan
@@ -82,9 +82,6 @@ def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calib
         raise ConfigError(
             f"calibrate takes a batch of the model's inputs as one tensor, e.g. [64, 3, 224, 224]; got {seen}."
         )
-    if images.is_floating_point() and not images.isfinite().all():
-        odd = (~images.isfinite()).flatten(1).any(dim=1).sum().item()
-        raise ConfigError(f"{odd} of the {len(images)} images of calibrate hold NaN or infinity; leave these out.")
     with _evaluating(model):
         trial = _Trial(model, images, patched)
         shapes = trial.shapes(r)
@@ -136,7 +133,7 @@ class _Trial:
         self.model, self.patched = model, patched
         self.batches = images.to(parameter.device, parameter.dtype).split(_BATCH)
         self.size = tuple(images.shape[1:])
-        self.expected = self._expected()
+        self.expected = self._unmerged()
         self.found = Calibration(len(images))
         with patched(model, r=0) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
@@ -194,21 +191,22 @@ class _Trial:
         with self.patched(self.model, r=r):
             return flops(self.model, self.size)
 
-    def _expected(self) -> Tensor:
-        """Return what the unmerged model answers; raises `ConfigError` where it does not take the images."""
+    def _unmerged(self) -> Tensor:
+        """Return the answers to compare with; raises `ConfigError` where the model gives none that can be."""
         try:
-            answers = self._answers()
-        except TokenMergeError:
-            raise
-        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+            expected = self._answers()
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"the model does not take the images of calibrate, each {self.size}: "
-                f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}. Give a batch of its inputs, "
-                "e.g. [64, 3, 224, 224]."
+                f"calibrate takes a batch of the model's inputs, and this model does not take {list(self.size)} in a "
+                f"batch: {type(error).__name__}: {error}"
             ) from error
-        if not answers.isfinite().all():
-            raise ConfigError("the unmerged model answers the images of calibrate with NaN or infinity.")
-        return answers
+        is_bad = ~expected.flatten(1).isfinite().all(dim=1)
+        if is_bad.any():
+            raise ConfigError(
+                f"the unmerged model answers {int(is_bad.sum())} of {len(is_bad)} images of calibrate with NaN or "
+                f"infinity, first image {int(is_bad.nonzero()[0])}: nothing can be compared with that. Leave them out."
+            )
+        return expected
 
     def _answers(self) -> Tensor:
         from tokenmerge.tools.models import answer

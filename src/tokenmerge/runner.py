@@ -18,6 +18,7 @@ from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.grids import Grids
 from tokenmerge.keybias import key_bias
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import AnyPlan, lead_by_real
@@ -53,6 +54,7 @@ class BlockRunner(Original):
         self.method, self.state, self.layout = method, state, layout
         self.is_proportional = is_proportional
         self.module: nn.Module | None = None  # what a learned method has for this layer
+        self.grids: Grids | None = None  # where the image's rows and columns are noted, for methods by place
         self.scale = _scale(getattr(tap, "attn", None))
         self.names = list(inspect.signature(type(block).forward).parameters)[2:]
         self.rest: tuple[None, ...] | None = None  # what the block returns behind its tokens; None: no tuple at all
@@ -65,6 +67,8 @@ class BlockRunner(Original):
         if kept is not None and state.restore == "every":
             # every member of a group holds its features: the one whose place it keeps stands for all
             tokens = rows(tokens, kept)
+        if layer == 0 and self.grids is not None and (frame.grid is None or torch.compiler.is_compiling()):
+            frame.grid = self.grids.take(tokens.shape[1] - self.layout.prefix)
         r = state.schedule.at(layer, tokens.shape[1], self.layout.prefix) if state.enabled else 0
         if r == 0 and size is None:
             out = self.original(x, *args, **kwargs)
@@ -146,7 +150,7 @@ class BlockRunner(Original):
         q, k, v = (cut(seen.get(name)) for name in ("q", "k", "v"))
         valid = size > 0 if frame.has_padding and size is not None else None
         view = TokenView(
-            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, self.layout.grid, self.layer, valid, cut(branch)),
+            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, frame.grid, self.layer, valid, cut(branch)),
             depth=self.state.depth,
             scale=self.scale,
             bias=bias,

@@ -33,6 +33,7 @@ class Frame:
         self.entered: list[tuple[StorageWeakRef, ...]] = [()] * depth
         self.has_padding = False  # some tokens are none: their size is 0
         self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
+        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
 
 
 class ForwardState:
@@ -76,10 +77,11 @@ class ForwardState:
     def _begin_again(self, layer: int, x: Tensor) -> Frame:
         """Return the frame for a layer that a checkpoint runs again."""
         memory = _memory(x)
+        known = (frame for frame in list(self._recent) if memory and frame.entered[layer] == memory)
         if layer == 0:
-            frame = Frame(self.depth)
+            frame, before = Frame(self.depth), next(known, None)
+            frame.grid = before.grid if before else None  # no image is cut again
         else:
-            known = (frame for frame in list(self._recent) if memory and frame.entered[layer] == memory)
             frame = next(known, None) or self._again() or self.latest or self._traced
         self._own.again = torch._C._current_graph_task_id(), frame
         return frame

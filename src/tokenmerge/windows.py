@@ -18,6 +18,7 @@ from tokenmerge.adapters.taps import Slot
 from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import assignment
 from tokenmerge.runner import SEEN, BlockRunner
+from tokenmerge.state import Frame
 
 __all__ = ["WindowRunner"]
 
@@ -41,20 +42,20 @@ class WindowRunner(BlockRunner):
         if r:
             self._check_device(x)
         has_padding = bool(side) and (rows % side > 0 or columns % side > 0)
-        out = self.run(x, r, has_padding, *args, **kwargs) if r else self.original(x, *args, **kwargs)
+        frame.inside[layer + 1] = (n, n)
+        out = self.run(x, r, has_padding, frame, *args, **kwargs) if r else self.original(x, *args, **kwargs)
         state.record(frame, layer, x.flatten(1, 2), None, None)
-        frame.inside[layer + 1] = (n, n - r)
         return out
 
-    def run(self, x: Tensor, r: int, has_padding: bool, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, r: int, has_padding: bool, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """Run the block while its attention removes `r` tokens of each window; 0: composed, with nothing merged."""
-        self.slot.put({"turn": (r, has_padding)})
+        self.slot.put({"turn": (r, has_padding, frame)})
         try:
             return self.original(x, *args, **kwargs)
         finally:
             self.slot.take()
 
-    def attend(self, x: Tensor, r: int, has_padding: bool) -> Tensor:  # [W, rows, columns, C]
+    def attend(self, x: Tensor, r: int, has_padding: bool, frame: Frame) -> Tensor:  # [W, rows, columns, C]
         """Stand in for the attention: merge what it projects, attend, spread the answers over their groups."""
         grid = (x.shape[1], x.shape[2])
         qkv = self.tap.project(x.flatten(1, 2))
@@ -70,6 +71,8 @@ class WindowRunner(BlockRunner):
                 scale=self.scale,
             )
             plan = self.method.plan(view, r)
+            # an adaptive method may remove fewer than `r`
+            frame.inside[self.layer + 1] = (plan.n, plan.keep.shape[1])
             qkv, size = self.method.merge(plan, qkv, None)
             bias, kept = size.log() if self.is_proportional and size is not None else None, plan.keep
         out = self.tap(qkv, bias, kept, grid=grid)  # [W, M, C]
@@ -81,7 +84,7 @@ class WindowRunner(BlockRunner):
         return [Replacement(attn, "forward", _Attention(attn, self))]
 
     def parity(self, x: Tensor, *args: Any, **given: Any) -> Any:
-        return self.run(x.view(x.shape[0], *given["grid"], -1), 0, False)
+        return self.run(x.view(x.shape[0], *given["grid"], -1), 0, False, Frame(0))
 
     def probe(self, x: Tensor, **given: Any) -> Any:
         return self.original(x.view(x.shape[0], *given["grid"], -1))

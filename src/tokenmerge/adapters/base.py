@@ -113,6 +113,9 @@ class Adapter(ABC):
     may_match_features: ClassVar[bool] = False
     # nothing reads what a block returns behind its tokens (attention weights): None may stand for it
     ignores_rest: ClassVar[bool] = False
+    # path of the module that cuts images into patches, whose call says their rows and columns; none where it is found
+    # in another way, or no module is known to
+    cut_by: ClassVar[str] = ""
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -137,6 +140,25 @@ class Adapter(ABC):
     @abstractmethod
     def layout(self, model: nn.Module) -> TokenLayout:
         """Return where the tokens lie, for the input size the model was built with."""
+
+    def cutter(self, model: nn.Module) -> nn.Module | None:
+        """Return the module that cuts each image into patches, by `cut_by`; None where there is none."""
+        found: Any = model
+        for name in filter(None, self.cut_by.split(".")):
+            found = getattr(found, name, None)
+        return found if isinstance(found, nn.Module) and found is not model else None
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        """Return the rows and columns of the patches that the cutter has made, from a call of it; None: not known.
+
+        By default what timm's say of an image of its size, else those of the map `[B, C, rows, columns]` it puts out.
+        """
+        if hasattr(cutter, "dynamic_feat_size"):
+            rows, columns = cutter.dynamic_feat_size(tuple(image.shape[-2:]))
+            return rows, columns
+        if not isinstance(out, Tensor) or out.dim() != 4:
+            return None
+        return out.shape[-2], out.shape[-1]
 
     @abstractmethod
     def tap(self, block: nn.Module) -> AttentionTap:

@@ -22,7 +22,8 @@ def pairs(table: Tensor, kept: Tensor) -> Tensor:
     B, M = kept.shape
     N = table.shape[-1]
     index = kept[:, :, None] * N + kept[:, None, :]  # [B, M, M]
-    return table.reshape(-1, N * N).index_select(1, index.flatten()).view(-1, B, M, M).transpose(0, 1)
+    taken: Tensor = table.reshape(-1, N * N).index_select(1, index.flatten()).unflatten(1, (B, M, M))
+    return taken.transpose(0, 1)
 
 
 class PairTap(SeamTap):

@@ -22,6 +22,7 @@ class Dino(Adapter):
     name = "dino"
     families = "DINO ViTs of their own repository"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "pos_drop")
+    cut_by = "patch_embed.proj"
     token_methods = ("get_intermediate_layers", "get_last_selfattention")
 
     def matches(self, model: Any) -> bool:
@@ -51,6 +52,7 @@ class DinoV2(Adapter):
     name = "dinov2"
     families = "DINOv2 ViTs of their own repository (with registers, in chunks), alone or as a `backbone`"
     landmarks = ("blocks", "norm1", "attn", "qkv", "ls1", "norm2", "mlp", "ls2", "patch_embed")
+    cut_by = "patch_embed.proj"
     token_methods = ("get_intermediate_layers",)
 
     def matches(self, model: Any) -> bool:

@@ -126,6 +126,12 @@ class HFAdapter(Adapter):
         given = (getattr(tower.embeddings, name, None) for name in _PREFIXES)
         return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
 
+    def cutter(self, model: Any) -> nn.Module | None:
+        # a tower, or what is around it, holds what embeds
+        holders = (getattr(owner, "embeddings", None) for owner in reversed(_path(model, self.tower(model)[0])))
+        embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
+        return next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None)
+
     def tap(self, block: Any) -> AttentionTap:
         return hf_tap(attrgetter(self.spec(block).attn)(block))
 

@@ -26,6 +26,7 @@ class MAE(Adapter):
     name = "mae"
     families = "MAE fine-tuning models of their own repository (class token or global pool)"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    cut_by = "patch_embed.proj"
 
     def matches(self, model: Any) -> bool:
         children = dict(model.named_children())

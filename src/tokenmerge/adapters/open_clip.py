@@ -25,6 +25,7 @@ class OpenClip(Adapter):
     name = "open_clip"
     families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
+    cut_by = "conv1"
     token_methods = ("forward_intermediates",)
 
     def matches(self, model: Any) -> bool:

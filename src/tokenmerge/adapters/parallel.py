@@ -78,6 +78,5 @@ class _Values(Original):
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self.original(x)
-        B, N, _ = out.shape
-        self.slot.put({"v": out[..., -self.width :].view(B, N, self.heads, -1).transpose(1, 2)})  # [B, H, N, D]
+        self.slot.put({"v": out[..., -self.width :].unflatten(-1, (self.heads, -1)).transpose(1, 2)})  # [B, H, N, D]
         return out

@@ -21,6 +21,7 @@ class Swag(Adapter):
     name = "swag"
     families = "SWAG ViTs of their own repository (class token or average pool)"
     landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj")
+    cut_by = "conv_proj"
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)

@@ -104,8 +104,7 @@ class Listener(Original):
         if out.dim() == 4:
             self.slot.put({self.names[0]: out})
         else:
-            B, N, _ = out.shape
-            split = out.view(B, N, self.parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            split = out.unflatten(-1, (self.parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             order = "qkv" if self.parts == 3 else self.names
             self.slot.put({name: part for name, part in zip(order, split, strict=True) if name in self.names})
         return out

@@ -27,6 +27,7 @@ class TimmBeit(Adapter):
     name = "timm_beit"
     families = "timm BEiT, BEiT v2"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos_bias")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos_bias": pairs}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")

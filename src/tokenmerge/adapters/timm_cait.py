@@ -28,6 +28,7 @@ class TimmCait(Adapter):
     name = "timm_cait"
     families = "timm CaiT (its patch stage)"
     landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
+    cut_by = "patch_embed"
     token_methods = ("forward_features", "forward_intermediates")
 
     def matches(self, model: Any) -> bool:

@@ -100,6 +100,7 @@ class TimmEva(Adapter):
     name = "timm_eva"
     families = "timm EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, LingBot-Vision, Sapiens2"
     landmarks = ("blocks", "norm1", "attn", "norm2", "mlp", "patch_embed", "rope", "fc_norm")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"rope": moved_by_tap}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")

@@ -36,6 +36,7 @@ class TimmNaFlex(Adapter):
     name = "timm_naflex"
     families = "timm NaFlexViT and C-RADIO, images or dictionaries of padded patches; use_naflex=True of ViT and EVA"
     landmarks = ("embeds", "blocks", "norm1", "attn", "norm2", "mlp", "fc_norm", "attn_pool")
+    cut_by = "embeds"
     token_methods = ("forward_features", "forward_intermediates")
     followers: ClassVar[Mapping[str, follow.Follow]] = {"rope": moved_by_tap, "attn_mask": _mask}
     is_positional = True  # where rotary tables are given
@@ -62,6 +63,12 @@ class TimmNaFlex(Adapter):
         grid = embeds.dynamic_feat_size(size)
         channels = embeds.proj.weight[0].numel() // (height * width)
         return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, *size), has_class=has_class)
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        # patches come with coordinates, of images of any shapes; an image with the grid it was cut into
+        if isinstance(out, tuple):
+            return out[1] and (out[1][0], out[1][1])
+        return super().grid_of(cutter, image, out) if image.dim() == 4 else None
 
     def tap(self, block: Any) -> AttentionTap:
         return RopeTap(block.attn) if _eva_spec(block) else TimmViT().tap(block)

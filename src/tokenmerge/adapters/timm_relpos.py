@@ -21,6 +21,7 @@ class TimmRelPos(Adapter):
     name = "timm_relpos"
     families = "timm ViTs with relative positions (vit_relpos_*, vit_srelpos_*)"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos": pairs}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")

@@ -38,6 +38,7 @@ class TimmViT(Adapter):
     name = "timm_vit"
     families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, hybrids, ViTamin, parallel blocks"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    cut_by = "patch_embed"
     token_methods = ("forward_features", "forward_intermediates", "get_intermediate_layers")
 
     def matches(self, model: Any) -> bool:

@@ -76,6 +76,10 @@ class TimmVLM(Adapter):
         height, width = embed.grid_size
         return TokenLayout(0, (height, width), height * width, (embed.proj.in_channels, *embed.img_size))
 
+    def cutter(self, model: Any) -> nn.Module | None:
+        found: Any = _tower(model).patch_embed
+        return found if isinstance(found, nn.Module) else None
+
     def tap(self, block: Any) -> AttentionTap:
         return _GemmaTap(block.attn) if _GEMMA in class_names(block) else RopeTap(block.attn)
 

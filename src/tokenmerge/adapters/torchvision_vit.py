@@ -20,6 +20,7 @@ class TorchvisionViT(Adapter):
     name = "torchvision_vit"
     families = "torchvision VisionTransformer (vit_b_16 to vit_h_14)"
     landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj", "heads")
+    cut_by = "conv_proj"
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)

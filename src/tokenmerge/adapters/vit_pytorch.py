@@ -33,6 +33,7 @@ class VitPytorch(Adapter):
     name = "vit_pytorch"
     families = "vit-pytorch ViT and SimpleViT (lucidrains)"
     landmarks = ("to_patch_embedding", "transformer", "layers", "to_qkv", "to_latent")
+    cut_by = "to_patch_embedding"
 
     def matches(self, model: nn.Module) -> bool:
         return any(name.startswith("vit_pytorch.") for name in class_names(model))
@@ -68,6 +69,11 @@ class VitPytorch(Adapter):
         if side**2 != tokens - prefix:
             return TokenLayout(prefix, None, tokens, None)
         return TokenLayout(prefix, (side, side), tokens, (channels, side * height, side * width))
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        # einops cuts it: "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
+        patch = getattr(cutter[0], "axes_lengths", {})
+        return (image.shape[-2] // patch["p1"], image.shape[-1] // patch["p2"]) if {"p1", "p2"} <= set(patch) else None
 
     def tap(self, block: Any) -> AttentionTap:
         return ProjectionTap(block[0], qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")

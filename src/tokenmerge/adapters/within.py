@@ -47,6 +47,12 @@ class Within(Adapter):
     def layout(self, model: nn.Module) -> TokenLayout:
         return self.inner.layout(self.part(model))
 
+    def cutter(self, model: nn.Module) -> nn.Module | None:
+        return self.inner.cutter(self.part(model))
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        return self.inner.grid_of(cutter, image, out)
+
     def tap(self, block: nn.Module) -> AttentionTap:
         return self.inner.tap(block)
 

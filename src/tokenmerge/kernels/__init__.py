@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
-from tokenmerge.kernels.reference import Side, alternating, choose, full_precision
+from tokenmerge.kernels.reference import Side, alternating, choose, full_precision, unit
 
 __all__ = [
     "Side",
@@ -29,6 +29,7 @@ __all__ = [
     "merge",
     "reduce",
     "select",
+    "unit",
     "unmerge",
 ]
 

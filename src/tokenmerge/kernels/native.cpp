@@ -85,6 +85,16 @@ inline vec load_vec(const bf16* p) {
   return (vec)(__builtin_convertvector(bits, word) << 16);
 }
 
+// what brings a token to length 1 whose squares may overflow or vanish; it is divided by its largest value first. Of a
+// token with an entry that is not a number, or infinite, no score is a number: the first entry says so.
+float rescaled(float* row, i64 D) {
+  float most = 0, squares = 0, odd = 0;
+  for (i64 d = 0; d < D; d++) most = std::max(most, std::abs(row[d])), odd += row[d] * 0;
+  if (odd != odd) row[0] = odd;
+  for (i64 d = 0; d < D; d++) row[d] /= std::max(most, 2e-38f), squares += row[d] * row[d];
+  return 1.0f / std::max(std::sqrt(squares), 1e-12f);
+}
+
 // mean over heads of one token, normalised; the one that lies `ahead` is fetched meanwhile (a seventh of the time of all matching)
 template <typename T>
 ALWAYS void normalise(const T* metric, i64 H, i64 D, i64 sH, i64 ahead, float* row) {
@@ -108,11 +118,9 @@ ALWAYS void normalise(const T* metric, i64 H, i64 D, i64 sH, i64 ahead, float* r
   memcpy(part, &squares, sizeof part);
   for (i64 half = LANES / 2; half; half /= 2)  // pairwise: a chain of sixteen additions would be waited for
     for (i64 i = 0; i < half; i++) part[i] += part[i + half];
-  const float norm = std::sqrt(part[0]), scale = 1.0f / std::max(norm, 1e-12f);
+  float norm = std::sqrt(part[0]), scale = 1.0f / std::max(norm, 1e-12f);
+  if (!(norm >= 1e-12f && norm <= 1e15f)) scale = rescaled(row, D);
   for (i64 d = 0; d < up(D, LANES); d++) row[d] *= scale;
-  if (norm <= std::numeric_limits<float>::max()) return;
-  // of a token with an entry that is not a number, or infinite, no score is a number: its first entry says so
-  for (i64 d = 0; d < D; d++) row[0] = row[d] != row[d] ? row[d] : row[0];
 }
 
 template <typename T>
