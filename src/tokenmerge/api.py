@@ -94,8 +94,7 @@ class Handle:
 
     @track.setter
     def track(self, value: bool) -> None:
-        self._config = dataclasses.replace(self._config, track=value)
-        self._state.track = value
+        self._config, self._state.track = dataclasses.replace(self._config, track=value), value
         for follow in self.followers:
             follow()
 
