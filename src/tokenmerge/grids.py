@@ -8,10 +8,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import torch
-
 from tokenmerge.adapters.base import Adapter, Original
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.tracing import is_compiling, is_tracing, outside_graph
 
 __all__ = ["Grid", "Grids", "Listener"]
 
@@ -19,15 +18,11 @@ Grid = tuple[int, int]  # rows and columns
 
 
 class Grids:
-    """The grids that were noted since the first block ran last, by thread.
-
-    Tracers get one plain slot, since thread-local storage cannot be captured; blocks that are compiled alone read it.
-    """
+    """The grids that were noted since the first block ran last, by thread, or in a whole forward's graph."""
 
     def __init__(self) -> None:
         self._own = threading.local()
-        self._last: Grid | None = None
-        self._is_traced = False  # whether a captured graph has noted the last one
+        self._traced: Grid | None = None
 
     def __reduce__(self) -> tuple[type[Grids], tuple[()]]:
         """Copies and pickles start empty."""
@@ -35,21 +30,29 @@ class Grids:
 
     def note(self, grid: Grid | None) -> None:
         """Note what an image was cut into; None: not into rows and columns."""
-        self._last, self._is_traced = grid, torch.compiler.is_compiling()
-        if not self._is_traced:
-            self._own.waiting = (*getattr(self._own, "waiting", ()), grid)
+        if is_tracing():
+            self._traced = grid
+        elif is_compiling():
+            outside_graph(self._note, grid)
+        else:
+            self._note(grid)
 
     def take(self, patches: int) -> Grid | None:
         """Return the grid of the image whose tokens enter the first block, and forget it; None where none is known.
 
         Raises `UnsupportedError` where images of several shapes wait that have so many patches.
         """
-        if torch.compiler.is_compiling():
-            return self._last
+        if is_tracing():
+            return self._traced
+        taken: Grid | None = outside_graph(self._take, patches) if is_compiling() else self._take(patches)
+        return taken
+
+    def _note(self, grid: Grid | None) -> None:
+        self._own.waiting = (*getattr(self._own, "waiting", ()), grid)
+
+    def _take(self, patches: int) -> Grid | None:
         waiting: tuple[Grid | None, ...] = getattr(self._own, "waiting", ())
         self._own.waiting = ()
-        if not waiting:
-            return self._last if self._is_traced else None
         shapes = set(waiting) if len(waiting) > 1 else set()
         fitting = [shape for shape in shapes if shape and shape[0] * shape[1] == patches]
         if len(fitting) > 1:
@@ -58,7 +61,7 @@ class Grids:
                 f"this method merges by place, and images of {shown} patches were cut before the blocks ran: it is not "
                 "known which of them these tokens are of. Run the model on one batch after the other."
             )
-        return fitting[0] if fitting else waiting[-1]
+        return fitting[0] if fitting else waiting[-1] if waiting else None
 
 
 class Listener(Original):

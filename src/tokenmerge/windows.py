@@ -8,6 +8,7 @@ Shapes: B batch, W windows of all images, N tokens of a window, M tokens left of
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import assignment
 from tokenmerge.runner import SEEN, BlockRunner
 from tokenmerge.state import Frame
+from tokenmerge.tracing import in_pieces, outside_graph
 
 __all__ = ["WindowRunner"]
 
@@ -35,25 +37,32 @@ class WindowRunner(BlockRunner):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # [B, rows, columns, C]
         state, layer = self.state, self.layer
-        frame = state.begin(layer, x)
+        frame, slot = state.begin(layer, x, x.shape[1], bool(self.block._forward_pre_hooks))
         side, (rows, columns) = getattr(self.block, self.spec.window), x.shape[1:3]
         n = side * side if side else rows * columns
-        r = state.schedule.at(layer, n, 0) if state.enabled else 0
+        r = state.schedule.at(layer, n, 0) if state.is_merging() else 0
         if r:
             self._check_device(x)
         has_padding = bool(side) and (rows % side > 0 or columns % side > 0)
         frame.inside[layer + 1] = (n, n)
         out = self.run(x, r, has_padding, frame, *args, **kwargs) if r else self.original(x, *args, **kwargs)
-        state.record(frame, layer, x.flatten(1, 2), None, None)
+        state.record(frame, slot, layer, x.flatten(1, 2), None, None)
+        state.put_out(frame, layer, out, bool(self.block._forward_hooks))
         return out
 
     def run(self, x: Tensor, r: int, has_padding: bool, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """Run the block while its attention removes `r` tokens of each window; 0: composed, with nothing merged."""
+        if in_pieces():
+            return outside_graph(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
         self.slot.put({"turn": (r, has_padding, frame)})
+        self.tap.expect(None, None)
         try:
-            return self.original(x, *args, **kwargs)
+            out = self.original(x, *args, **kwargs)
+            self.tap.check()
+            return out
         finally:
             self.slot.take()
+            self.tap.forget()
 
     def attend(self, x: Tensor, r: int, has_padding: bool, frame: Frame) -> Tensor:  # [W, rows, columns, C]
         """Stand in for the attention: merge what it projects, attend, spread the answers over their groups."""
@@ -97,5 +106,8 @@ class _Attention(Original):
 
     def __call__(self, x: Tensor) -> Tensor:
         turn = self.runner.slot.peek().get("turn")
-        out: Tensor = self.original(x) if turn is None else self.runner.attend(x, *turn)
-        return out
+        if turn is None:
+            out: Tensor = self.original(x)
+            return out
+        self.runner.tap.forget()
+        return self.runner.attend(x, *turn)

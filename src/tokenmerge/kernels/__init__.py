@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
 from tokenmerge.kernels.reference import Side, alternating, choose, full_precision, unit
+from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "Side",
@@ -122,7 +123,7 @@ def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tens
     `[B, r]` of a plan; `0 < r <= (N - prefix) // 2`. Of equal scores the first place wins.
     """
     # not in a graph: what is symbolic there would be fixed by the comparison
-    if not torch.compiler.is_compiling() and not 0 <= r <= (metric.shape[-2] - prefix) // 2 <= metric.shape[-2] // 2:
+    if not is_compiling() and not 0 <= r <= (metric.shape[-2] - prefix) // 2 <= metric.shape[-2] // 2:
         raise UnsupportedError(
             f"matching was asked to remove {r} of {metric.shape[-2]} tokens, of which {prefix} are protected; it "
             "removes at most half of the others."
@@ -233,7 +234,7 @@ def _leaves_torch() -> bool:
 
     These are tracers, and derivatives in forward mode: where a dual level is open, any tensor may carry a tangent.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # torch 2.6 cannot tell export and compilation apart
         is_exporting: bool = getattr(torch.compiler, "is_exporting", lambda: True)()
         return is_exporting

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.kernels import reference
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
 
@@ -97,7 +98,7 @@ def _is_bare(x: Tensor) -> bool:
 
     An operator of torch, which sees to all that, costs 3 us more.
     """
-    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    is_watched = is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return not (is_watched or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg())
 
 

@@ -17,6 +17,7 @@ from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
 from tokenmerge.fields import checked
 from tokenmerge.matching import largest_r
 from tokenmerge.plan import AnyPlan, merge_weighted
+from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "ABOVE_ZERO",
@@ -236,7 +237,7 @@ def batch_count(wanted: Tensor, r: int, seen: Tensor) -> int:  # [B], [B, ...]
     `seen` is what the method decided by: an image for which it holds NaN is no image, and sets no limit to the others.
     A captured graph cannot depend on values: there, for tensors without storage and for no images at all it is `r`.
     """
-    if torch.compiler.is_compiling() or wanted.is_meta or not wanted.shape[0]:
+    if is_compiling() or wanted.is_meta or not wanted.shape[0]:
         return r
     wanted = wanted.masked_fill(seen.isnan().flatten(1).any(dim=1), r)
     return max(0, min(r, int(wanted.min())))

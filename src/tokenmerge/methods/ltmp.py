@@ -22,6 +22,7 @@ from tokenmerge.methods.learned import (
     straight_through,
 )
 from tokenmerge.plan import AnyPlan, Plan
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["LTMP"]
 
@@ -78,7 +79,7 @@ class LTMP(Learned):
         side_a, partner, cosine = pairs
         n = received.shape[1]
         most = min(r, side_a.shape[0])
-        if torch.compiler.is_compiling() or received.is_meta:  # r go then: enough are left untouched to be dropped
+        if is_compiling() or received.is_meta:  # r go then: enough are left untouched to be dropped
             most = min(most, n - view.prefix - r)
         merges = batch_count((cosine > thresholds.merge.float()).sum(dim=1), most, cosine)
         chosen = cosine.argsort(dim=1, descending=True, stable=True)[:, :merges]
