@@ -18,7 +18,7 @@ import tokenmerge
 from helpers import tiny_vit
 from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
-from tokenmerge.cli import main
+from tokenmerge.cli import main as run_command
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools import data as data_module
@@ -29,6 +29,12 @@ from tokenmerge.tools.compare import Comparison
 from tokenmerge.tools.data import normalise
 
 Capture = pytest.CaptureFixture[str]
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the saved models of these tests are pickles that it may load."""
+    trust = ["--trust-pickle"] if any(argument.endswith(".pt") for argument in arguments) else []
+    return run_command([*arguments, *trust])
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +192,17 @@ def test_eval_prints_accuracy_and_what_was_left_out(
     lines = printed.splitlines()
     assert lines[0] == f"{name} on 5 images of {images}"
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["0", "4"]
-    assert lines[6] == "1 of 6 images could not be read and were left out:"
-    assert lines[7].startswith(f"  {images / 'bee' / '1.png'}: ")
+    assert lines[6].startswith(
+        "Preprocessing: shorter side 32, middle 32 x 32, bicubic, mean 0.485 0.456 0.406, std 0.2"
+    )
+    assert lines[7].startswith(
+        "WARNING: the model does not say how its images are prepared (no mean and std in its pre"
+    )
+    assert lines[8] == "1 of 6 images could not be read and were left out:"
+    assert lines[9].startswith(f"  {images / 'bee' / '1.png'}: ")
     assert "images: 5/6" in err
     saved = json.loads(out.read_text())
-    assert saved["notes"] == lines[6:8]
+    assert saved["notes"] == lines[6:10]
     model = torch.load(name, weights_only=False)
     x = torch.stack([torch.eye(3)[c][:, None, None].expand(3, 32, 32) for c in (0, 0, 1, 2, 2)])
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -217,7 +229,9 @@ def test_eval_json_on_the_bundled_images(capsys: Capture, models: Path) -> None:
     ]
     assert main([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["title"].endswith("on 6 images of fashion-mnist") and content["notes"] == []
+    assert content["title"].endswith("on 6 images of fashion-mnist")
+    assert content["notes"][0] == "Preprocessing: not resized, mean 0.286, std 0.353 (the images' own mean and std)"
+    assert content["notes"][1].startswith("WARNING: the model does not say how its images are prepared")
     assert [row["r"] for row in content["rows"]] == ["0", "4"]
     assert content["rows"][0]["over bound"] is None and content["rows"][1]["over bound"] > 0
 
@@ -458,11 +472,12 @@ def test_compare_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys
     images = torch.zeros(2, 1, 28, 28)
 
     def fake(model: nn.Module, data: Any, **options: Any) -> Comparison:
+        figures = {**dict.fromkeys(measure_module.FIGURES, 1.0), "note": ""}
         given.update(options, batch_size=data.batch_size, images=len(data))
-        return Comparison("title", [{"method": "tome", "asked": "r 4", "top-1 %": 1.0, "note": ""}], [{}], 1, 1)
+        return Comparison("title", [{**figures, "method": "tome", "asked": "r 4"}], [{}], 1, 1)
 
     monkeypatch.setattr(compare_module, "compare", fake)
-    monkeypatch.setattr(data_module, "calibration_images", lambda source, model: images)
+    monkeypatch.setattr(data_module, "calibration_images", lambda source, model, **options: images)
     more = ["--methods", "all", "auto", "--macs", "0.75", "0.5", "--calibrate", "fashion-mnist", "--fresh", "-b", "5"]
     assert main([*plain, *more, "--device", "cpu"]) == 0
     assert given.pop("progress") and given.pop("calibrate") is images
@@ -471,6 +486,7 @@ def test_compare_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys
         "rs": None,
         "macs": [0.75, 0.5],
         "folder": "out",
+        "restore": None,
         "device": "cpu",
         "rounds": 1,
         "fresh": True,
@@ -679,3 +695,52 @@ def test_an_interruption_ends_with_130(capsys: Capture, monkeypatch: pytest.Monk
     monkeypatch.setattr(models_module, "load_model", interrupt)
     assert main(["bench", "reference"]) == 130
     assert capsys.readouterr().err == "tokenmerge: interrupted, nothing more was written.\n"
+
+
+def test_the_version_is_said(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0 and capsys.readouterr().out == f"tokenmerge {tokenmerge.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--input-size", "3", "-32", "32"], "input_size is (3, -32, 32); give channels, height and width"),
+        (["-b", "99999999999", "-r", "0", "--rounds", "1"], "the memory is too small for this"),
+        (["--method", "x" * 5000], "no method 'xxx"),
+        (["--method", "tome(seed=" + "(" * 3000], "is no method"),
+    ],
+    ids=["size", "memory", "name", "brackets"],
+)
+def test_mistakes_beyond_all_measure_are_one_sentence(capsys: Capture, arguments: list[str], text: str) -> None:
+    _expect_failure(capsys, ["bench", "reference", *arguments], text)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "local-dir:missing", "/dev/null"])
+def test_names_that_are_no_model_are_one_sentence(capsys: Capture, name: str) -> None:
+    _expect_failure(capsys, ["doctor", name])
+
+
+def test_output_that_cannot_be_written_is_one_sentence_or_none() -> None:
+    command = [sys.executable, "-m", "tokenmerge.cli", "list", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout is not None and done.stderr is not None
+        done.stdout.close()  # who reads it has gone
+        assert done.stderr.read() == b""
+    assert done.returncode == 141
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (ended.returncode, ended.stderr) == (2, "tokenmerge: No space left on device.\n")
+
+
+def test_rows_are_shown_though_they_cannot_be_written(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "rows.csv")
+
+    monkeypatch.setattr("tokenmerge.tools.results.write_file", full)
+    monkeypatch.setattr(bench_module, "bench", lambda *args, **options: Bench([{"r": 0}], {"torch": "2"}))
+    assert main(["bench", "reference", "--out", "rows.csv"]) == 2
+    out, err = capsys.readouterr()
+    assert "| r  |" in out and err.splitlines()[-1] == "tokenmerge: No space left on device (rows.csv)."

@@ -36,6 +36,8 @@ HOSTS = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "fields": set(),
+    "files": set(),
     "tracing": {"errors"},
     "memory": set(),
     "kernels": {"errors", "kernels", "tracing"},
@@ -46,9 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"errors"},
     "state": {"errors", "memory", "plan", "schedule", "tracing"},
     "importance": {"kernels"},
-    "methods": {"errors", "importance", "matching", "methods", "plan", "tracing"},
+    "methods": {"errors", "fields", "importance", "matching", "methods", "plan", "tracing"},
     "adapters": {"adapters", "errors", "memory", "tracing"},
-    "config": {"errors", "methods", "schedule"},
+    "config": {"errors", "fields", "files", "methods", "schedule"},
     "grids": {"adapters", "errors", "tracing"},
     "bindings": {"adapters"},
     "runner": {"adapters", "errors", "grids", "kernels", "keybias", "methods", "plan", "state", "tracing"},
@@ -87,9 +89,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "compat": {"api", "compat", "errors", "functional", "schedule", "tools"},
     "assets": set(),
-    "tools": {"", "adapters", "assets", "errors", "kernels", "schedule", "tools"},
-    "training": {"", "assets", "errors", "methods", "schedule", "tools", "training"},
-    "cli": {"adapters", "cli", "errors", "methods", "schedule", "tools", "training"},
+    "tools": {"files", "", "adapters", "assets", "errors", "kernels", "schedule", "tools"},
+    "training": {"fields", "files", "", "assets", "errors", "methods", "schedule", "tools", "training"},
+    "cli": {"", "files", "adapters", "cli", "errors", "methods", "schedule", "tools", "training"},
     "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
 }
 

@@ -349,11 +349,15 @@ def test_another_comparison_is_left_alone(tmp_path: Path, change: dict[str, Any]
     assert set(before) == FILES
 
 
+def _refuse(model: nn.Module, x: Tensor) -> Tensor:
+    raise DataError("no such images")
+
+
 def test_fresh_starts_over_and_keeps_the_old_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _compare(tmp_path, rs=[4])
     old = (tmp_path / "rows.json").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="no classifier"):
-        patch.setattr(measure, "run_images", lambda model, x: x)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="no such images"):
+        patch.setattr(measure, "run_images", _refuse)
         _compare(tmp_path, rs=[6], limit=20, fresh=True)
     assert (tmp_path / "rows.json").read_bytes() == old, "nothing has taken its place yet"
     calls = _measured(monkeypatch)
@@ -437,8 +441,14 @@ def test_images_left_out_are_named_also_when_nothing_is_run_again(tmp_path: Path
 
 
 def test_a_model_that_is_no_classifier(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the model returns \(24, 50, 10\), not \[B, classes\]: it is no classifier"):
-        _compare(tmp_path, tiny_vit(img_size=28, in_chans=1, depth=1, global_pool=""), rs=[4])
+    found = _compare(tmp_path, tiny_vit(img_size=28, in_chans=1, depth=1, global_pool=""), rs=[4], restore="dense")
+    unmerged, merged = found.rows
+    assert unmerged["top-1 %"] is unmerged["KL"] is merged["top-1 %"] is None and found.has_numbers
+    assert (unmerged["error %"], unmerged["cosine"]) == (0.0, 1.0)
+    assert 0 < merged["error %"] < 100 and 0 < merged["cosine"] < 1
+    assert "top-1 %" not in found.table[0] and "error %" in found.table[0]
+    assert any(fact.startswith("No accuracy: VisionTransformer answers with 50 x 10 numbers") for fact in found.facts)
+    assert "error %" in (tmp_path / "index.html").read_text()
 
 
 def test_a_model_that_is_not_described(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tokenmerge.tools.data import Folder, open_data
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 
 CLASSES = 7
-COLUMNS = ["r", "top-1 %", "top-5 %", "agreement %", "images/s", "speed-up", "GMACs", "tokens"]
+COLUMNS = ["r", "top-1 %", "top-1 ±", "top-5 %", "agreement %", "images/s", "speed-up", "GMACs", "tokens"]
 
 
 def _model(num_classes: int = CLASSES) -> nn.Module:
@@ -207,8 +207,22 @@ def test_images_the_model_does_not_take() -> None:
 def test_a_model_that_is_no_classifier(folder: Path) -> None:
     model = tiny_vit(num_classes=CLASSES, global_pool="")
     model.pretrained_cfg = _model().pretrained_cfg
-    with pytest.raises(DataError, match=r"the model returns \(8, \d+, 7\), not \[B, classes\]: it is no classifier"):
-        evaluate(model, _data(folder, model), rs=(4,))
+    result = evaluate(model, _data(folder, model), rs=(4,), restore="dense")
+    unmerged, merged = result.rows
+    assert "top-1 %" not in unmerged and (unmerged["error %"], unmerged["cosine"]) == (0.0, 1.0)
+    ((x, _),) = list(_data(folder, model, batch_size=21))
+    with torch.no_grad():
+        plain = model(x).flatten(1)
+        with tokenmerge.patched(model, r=4, restore="dense"):
+            got = model(x).flatten(1)
+    error = ((got - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()
+    assert merged["error %"] == pytest.approx(100 * error, rel=1e-3) and error > 1e-3
+    assert merged["cosine"] == pytest.approx(torch.cosine_similarity(got, plain).mean().item(), abs=2e-5)
+    assert result.notes[-1].startswith("No accuracy: VisionTransformer answers with 65 x 7 numbers for an image")
+    with pytest.raises(
+        DataError, match=r"merged, the model answers with \(8, 49, 7\), unmerged with \(8, 65, 7\).*--r"
+    ):
+        evaluate(model, _data(folder, model), rs=(4,), restore="merged")
 
 
 @pytest.mark.parametrize(

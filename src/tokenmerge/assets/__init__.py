@@ -117,4 +117,6 @@ def reference_model(pretrained: bool = True) -> VisionTransformer:
 
         # weights stored in half precision are widened here: copying into the model's own parameters casts them
         model.load_state_dict(load_file(_ASSETS / "reference_vit.safetensors"))
+    # as timm's own models say how their images are prepared
+    model.pretrained_cfg = {"input_size": (1, 28, 28), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
     return model.eval()

@@ -8,38 +8,39 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tokenmerge import __version__
 from tokenmerge.cli import train
+from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
+from tokenmerge.cli.options import calibration_of, method_of, model_and_data, preparation_of, preparing_arguments
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns the exit code: 0, 1 where a check failed, 2 for a mistake in what was asked."""
+    """Run one sub-command and return the exit code, see `ended`."""
     # silences kineto's start-up lines on stderr; read by torch when it loads
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     given = sys.argv[1:] if argv is None else list(argv)
     # what `train` starts again in several processes
-    arguments = _parser().parse_args(given, argparse.Namespace(given=given))
-    from tokenmerge.errors import TokenMergeError
+    arguments = argparse.Namespace(given=given)
 
-    try:
+    def run() -> int:
+        _parser().parse_args(given, arguments)
         return int(arguments.run(arguments))
-    except TokenMergeError as error:
-        print(f"tokenmerge: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"tokenmerge: interrupted, {getattr(arguments, 'left', 'nothing more was written')}.", file=sys.stderr)
-        return 130
+
+    return ended(run, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenmerge", description="Make vision transformers faster by merging similar tokens, and see what it did."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "the bundled model on the bundled images, for several r")
     demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
@@ -58,9 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(
         commands, "doctor", _doctor, "examine a model: described, right, how fast, what could not be done"
     )
-    doctor.add_argument("model", help=_MODEL_HELP)
+    _model_argument(doctor)
     doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
+    doctor.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
 
     _export_parser(commands)
     train.add(_command(commands, "train", train.run, "train by a recipe, tokens merged; cut off, it goes on"))
@@ -70,12 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 
 _R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 _MODEL_HELP = (
-    "a timm name, a file of torch.save(model) (a pickle: trust it), a folder of `tokenmerge train`, or 'reference'"
+    "a timm name, a file of torch.save(model) (with --trust-pickle), a folder of `tokenmerge train`, or 'reference'"
 )
+_TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
 _METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
     "`tokenmerge train`, or auto"
 )
+_RESTORE_HELP = "dense: every token in its place wherever the model hands tokens out; merged: the merged ones"
 _CALIBRATE_HELP = "what auto chooses by, 64 images: 'fashion-mnist' (for training) or a folder; without it auto is tome"
 
 
@@ -103,7 +107,7 @@ def _bench_parser(commands: Any) -> None:
 
 def _export_parser(commands: Any) -> None:
     export = _command(commands, "export", _export, "write a merged model for another engine, checked in that engine")
-    export.add_argument("model", help=_MODEL_HELP)
+    _model_argument(export)
     export.add_argument("-r", type=_r, help=f"{_R_HELP} (that of a saved method, else 8)")
     export.add_argument("--to", required=True, help="onnx, openvino or torch-export")
     export.add_argument("--out", help="the file to write (the model's name, in this folder)")
@@ -115,14 +119,20 @@ def _export_parser(commands: Any) -> None:
     export.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
     parser.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (that of a saved method, else 0 8 16)")
     _method_arguments(parser)
 
 
 def _method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="tome", help=f"{_METHOD_HELP} (%(default)s)")
+    parser.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
     parser.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
 
 
@@ -132,17 +142,19 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
     parser.add_argument("--limit", type=int, help="use only LIMIT images, spread over the classes")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+    preparing_arguments(parser)
 
 
 def _compare_parser(commands: Any) -> None:
     compare = _command(commands, "compare", _compare, "methods on one model side by side: a table, a plot and a page")
-    compare.add_argument("model", help=_MODEL_HELP)
+    _model_argument(compare)
     compare.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or each {_METHOD_HELP}")
     amounts = compare.add_mutually_exclusive_group()
     amounts.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (8 13 16)")
     text = "instead of -r: for each method the smallest r that leaves at most this share of the MACs, e.g. 0.75 0.5"
     amounts.add_argument("--macs", type=float, nargs="+", metavar="SHARE", help=text)
     _data_arguments(compare)
+    compare.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
     compare.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
     compare.add_argument("--rounds", type=int, default=10, help="timed rounds per row (%(default)s)")
     compare.add_argument(
@@ -190,14 +202,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
-    method, own = _method(arguments)
-    model = open_model(arguments.model)
+    method, own = method_of(arguments)
+    model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
     with Progress("rounds") as progress:
         result = bench(
             model,
             rs=arguments.r or ([0, 8, 16] if own is None else [own]),
             batches=arguments.batch,
             method=method,
+            restore=arguments.restore,
             device=arguments.device,
             dtype=arguments.dtype,
             compiled=arguments.compile,
@@ -207,7 +220,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             input_size=arguments.input_size,
             label=arguments.model,
             progress=progress,
-            **_calibration(arguments, model),
+            **calibration_of(arguments, model),
         )
     _print(
         arguments,
@@ -225,23 +238,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.results import Progress
 
     out = _out(arguments.out)
-    method, own = _method(arguments)
-    model, data = _model_and_data(arguments)
+    method, own = method_of(arguments)
+    model, data = model_and_data(arguments)
     with Progress("images") as progress:
         result = evaluate(
             model,
             data,
+            restore=arguments.restore,
             rs=arguments.r or ([0, 8, 16] if own is None else [own]),
             method=method,
             device=arguments.device,
             bound=arguments.bound,
             progress=progress,
-            **_calibration(arguments, model),
+            **calibration_of(arguments, model),
         )
     notes = (
         [f"{len(result.corrupt)} of {len(data)} images could not be read and were left out:"] if result.corrupt else []
     )
-    notes += [*(f"  {line}" for line in result.corrupt), *result.choices]
+    notes = [*result.notes, *notes, *(f"  {line}" for line in result.corrupt), *result.choices]
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
     _print(arguments, result.rows, title, result.environment, notes, out)
     return 0
@@ -251,7 +265,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.compare import compare
     from tokenmerge.tools.results import Progress, show
 
-    model, data = _model_and_data(arguments)
+    model, data = model_and_data(arguments)
     with Progress("rows") as progress:
         found = compare(
             model,
@@ -260,12 +274,13 @@ def _compare(arguments: argparse.Namespace) -> int:
             rs=arguments.r,
             macs=arguments.macs,
             folder=arguments.out,
+            restore=arguments.restore,
             device=arguments.device,
             rounds=arguments.rounds,
             fresh=arguments.fresh,
             label=arguments.model,
             progress=progress,
-            **_calibration(arguments, model),
+            **calibration_of(arguments, model),
         )
     if arguments.json:
         content = {"title": found.title, "environment": found.environment, "rows": found.rows, "notes": found.facts}
@@ -282,14 +297,23 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.doctor import examine
 
-    diagnosis = examine(open_model(arguments.model), r=arguments.r, device=arguments.device, batch=arguments.batch_size)
+    model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
+    diagnosis = examine(
+        model,
+        r=arguments.r,
+        restore=arguments.restore,
+        device=arguments.device,
+        batch=arguments.batch_size,
+        preprocessing=preparation_of(arguments, model),
+    )
     if arguments.json:
         print(json.dumps(diagnosis.as_dict(), indent=2))
     else:
         marks = {True: "ok  ", False: "FAIL", None: "    "}
         for name, good, sentence in diagnosis.findings:
             print(f"{marks[good]} {name:<18} {sentence}")
-        print("Measured on: " + ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items()))
+        if diagnosis.is_healthy:
+            print("Measured on: " + ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items()))
     return 0 if diagnosis.is_healthy else 1
 
 
@@ -297,23 +321,25 @@ def _export(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.export import export, find_target
     from tokenmerge.tools.results import check_writable
 
-    method, own = _method(arguments)
+    method, own = method_of(arguments)
     r = arguments.r if arguments.r is not None else 8 if own is None else own
     suffix = find_target(arguments.to).suffix
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
-    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
+    model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
     found = export(
         model,
         out,
         r=r,
         to=arguments.to,
         method=method,
+        restore=arguments.restore,
+        preprocessing=preparation_of(arguments, model),
         input_size=arguments.input_size,
         batch=arguments.batch,
         matmul=arguments.matmul,
         opset=arguments.opset,
-        **_calibration(arguments, model),
+        **calibration_of(arguments, model),
     )
     print(json.dumps(found.as_dict(), indent=2) if arguments.json else found)
     return 0
@@ -337,38 +363,6 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _method(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the method that was named and the r it was saved with, if it was."""
-    from tokenmerge.errors import DataError
-    from tokenmerge.tools.data import check_source
-    from tokenmerge.tools.models import AUTO, own_r, read_method
-
-    method = read_method(arguments.method)
-    if arguments.calibrate is not None:
-        if method != AUTO:
-            raise DataError(f"--calibrate goes with --method {AUTO}, not with {arguments.method}.")
-        check_source(arguments.calibrate, "--calibrate")
-    return method, own_r(method)
-
-
-def _calibration(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """Return the images for auto as the option that takes them, where they were asked for."""
-    from tokenmerge.tools.data import calibration_images
-
-    return {} if arguments.calibrate is None else {"calibrate": calibration_images(arguments.calibrate, model)}
-
-
-def _model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from tokenmerge.tools.data import check_source, open_data
-
-    check_source(arguments.data)
-    if arguments.calibrate is not None:
-        check_source(arguments.calibrate, "--calibrate")
-    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
-    options = {"batch_size": arguments.batch_size, "workers": arguments.workers, "limit": arguments.limit}
-    return model, open_data(arguments.data, model, **options)
-
-
 def _out(path: str | None) -> Path | None:
     from tokenmerge.tools.results import check_writable
 
@@ -385,12 +379,14 @@ def _print(
 ) -> None:
     from tokenmerge.tools.results import save_rows, show
 
-    if out is not None:
-        save_rows(out, rows, about, notes)
-    if arguments.json:
-        print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
-        return
-    show(rows, title)
-    for note in notes:
-        print(note)
-    print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))
+    with ExitStack() as after:
+        if out is not None:
+            # at the end, whatever becomes of the other: a disk that is full, or a reader who has left
+            after.callback(save_rows, out, rows, about, notes)
+        if arguments.json:
+            print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
+            return
+        show(rows, title)
+        for note in notes:
+            print(note)
+        print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))

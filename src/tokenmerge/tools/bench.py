@@ -16,7 +16,16 @@ from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.flops import count
 from tokenmerge.tools.models import Method, apply_method, choices_of, find_device, known_size, run_images, shared_copy
-from tokenmerge.tools.timing import Timing, attention_kernel, environment, interleave, peak_memory, training_memory
+from tokenmerge.tools.timing import (
+    ENOUGH_ROUNDS,
+    NOISY,
+    Timing,
+    attention_kernel,
+    environment,
+    interleave,
+    peak_memory,
+    training_memory,
+)
 
 __all__ = ["Bench", "bench"]
 
@@ -40,6 +49,7 @@ def bench(
     batches: Sequence[int] = (1, 8),
     method: Method = "tome",
     calibrate: torch.Tensor | None = None,
+    restore: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     compiled: bool | str = False,
@@ -53,24 +63,28 @@ def bench(
     """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
 
     The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. `method` is
-    anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses, once for each `r`. With
-    `compiled` (True, or a mode of `torch.compile`) all variants are compiled. `compare` adds the merged model on the
-    reference kernels, `training` the peak memory of a training step. The model itself is not changed. Raises
-    `UnsupportedError` for a device or dtype that is not there, `DataError` for an input size the model does not take.
+    anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses, once for each `r`.
+    With `compiled` (True, or a mode of `torch.compile`) all variants are compiled. `restore` is that of `patch`.
+    `compare` adds the merged model on the reference kernels, `training` the peak memory of a training step. The
+    model itself is not changed. Raises `UnsupportedError` for a device or dtype that is not there, `DataError` for
+    an input size the model does not take.
     """
     where = find_device(device)
     if dtype not in DTYPES:
         raise UnsupportedError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
     if rounds < 1 or any(batch < 1 for batch in batches) or not batches or not rs:
         raise DataError("bench needs at least one r, one batch size >= 1 and one round.")
+    if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
+        raise DataError(f"input_size is {tuple(input_size)}; give channels, height and width of 1 or more.")
     # a copy: a change of dtype cannot be undone in the caller's model
     model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
     rows = []
-    with tokenmerge.patched(model, r=0) as handle:
+    with tokenmerge.patched(model, r=0, restore=restore) as handle:
         size = tuple(input_size or known_size(handle))
     if training:
         model.requires_grad_(True)
-    merged = [_merged(model, method, r, calibrate) for r in rs]
+    merged = [_merged(model, method, r, restore, calibrate) for r in rs]
+    bounds = [_merged(model, "drop", r, restore) for r in rs]
     steps = len(batches) * len(rs)
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
@@ -78,7 +92,7 @@ def bench(
             run_images(model, x[:1])
         for j, r in enumerate(rs):
             inner = _inner_progress(progress, i * len(rs) + j, steps)
-            row = _row(model, merged[j], r, x, rounds, compiled, compare, inner)
+            row = _row(model, merged[j], bounds[j], r, x, rounds, compiled, compare, inner)
             rows.append({"model": label, **row, **(_training(model, merged[j], x) if training else {})})
     about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
     return Bench(rows, about, choices_of(zip(rs, merged, strict=True)) + _verdicts(rows))
@@ -87,6 +101,7 @@ def bench(
 def _row(
     model: nn.Module,
     merged: nn.Module,
+    bound: nn.Module,
     r: R,
     x: torch.Tensor,
     rounds: int,
@@ -94,7 +109,6 @@ def _row(
     compare: bool,
     progress: OnProgress | None,
 ) -> dict[str, Any]:
-    bound = _merged(model, "drop", r)
     variants: dict[str, Any] = {"unmerged": model, "merged": merged, "bound": bound}
     if compare:
         variants["reference"] = shared_copy(merged)
@@ -124,9 +138,11 @@ def _training(model: nn.Module, merged: nn.Module, x: torch.Tensor) -> dict[str,
     return {name: round(training_memory(variant, x) / 2**20, 1) for name, variant in names.items()}
 
 
-def _merged(model: nn.Module, method: Method, r: R, calibrate: torch.Tensor | None = None) -> nn.Module:
+def _merged(
+    model: nn.Module, method: Method, r: R, restore: str | None, calibrate: torch.Tensor | None = None
+) -> nn.Module:
     twin = shared_copy(model)
-    apply_method(twin, method, r=r, calibrate=calibrate)
+    apply_method(twin, method, r=r, restore=restore, calibrate=calibrate)
     return twin
 
 
@@ -138,6 +154,7 @@ def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float | None]:
         "images/s": round(batch / merged.median, 2),
         "unmerged ms": round(unmerged.median * 1e3, 3),
         "speed-up": round(unmerged.over(merged), 3),
+        "noise %": None if (noise := unmerged.noise(merged)) is None else round(noise * 100, 1),
         "bound ms": round(bound.median * 1e3, 3),
         "over bound": round(merged.over(bound), 3),
     }
@@ -148,33 +165,58 @@ def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float | None]:
 
 
 def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say for every r where merging is slower, where it makes no difference, and from which batch size it pays."""
+    """Say for every r where merging is slower, where no difference shows, and from which batch size it pays.
+
+    A difference counts where it is larger than the noise: how far the speed-up differs from round to round, and what
+    the r = 0 row, which merges nothing, is away from 1.
+    """
+    merging = [row for row in rows if row["r"] != "0"]
+    if merging and any(row["noise %"] is None for row in merging):
+        return [f"Too few rounds to tell faster from slower: at least {ENOUGH_ROUNDS} are needed (--rounds)."]
     said = []
-    for r in dict.fromkeys(row["r"] for row in rows if row["r"] != "0"):
-        of_r = sorted((row for row in rows if row["r"] == r), key=lambda row: row["batch"])
-        gains = [_gain(row) for row in of_r]
-        slower = _cases(row for row, gain in zip(of_r, gains, strict=True) if gain < 0)
-        equal = _cases(row for row, gain in zip(of_r, gains, strict=True) if gain == 0)
+    noises = {(row["r"], row["batch"]): _noise(row, rows) for row in merging}
+    for r in dict.fromkeys(row["r"] for row in merging):
+        of_r = sorted((row for row in merging if row["r"] == r), key=lambda row: row["batch"])
+        gains = [_gain(row, noises[r, row["batch"]]) for row in of_r]
+        slower = _cases((row for row, gain in zip(of_r, gains, strict=True) if gain < 0), noises)
+        equal = _cases((row for row, gain in zip(of_r, gains, strict=True) if gain == 0), noises)
         pays = next((row["batch"] for i, row in enumerate(of_r) if all(gain > 0 for gain in gains[i:])), None)
         parts = [f"SLOWER than the unmerged model at {slower}"] if slower else []
-        parts += [f"no faster, within the spread, at {equal}"] if equal else []
+        parts += [f"no difference measured at {equal}"] if equal else []
         if parts:
             end = f"it pays from batch {pays} on" if pays else "it pays at no batch size up to the largest measured"
-            said.append(f"r = {r} is {'; '.join(parts)}; {end}.")
+            said.append(f"r = {r}: {'; '.join(parts)}; {end}.")
         else:
-            said.append(f"r = {r} is faster at every batch size measured, from batch {of_r[0]['batch']} on.")
-    return said
+            said.append(f"r = {r}: faster at {_cases(of_r, noises)}: at every batch size measured.")
+    return said + _warning(rows, max(noises.values(), default=0.0))
 
 
-def _gain(row: dict[str, Any]) -> int:
-    """1 where merging is faster, -1 where it is slower, 0 where the difference is within the spread of the rounds."""
+def _noise(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
+    """Return the smallest difference from 1 that a speed-up of this row must have to mean anything."""
+    control = next((one for one in rows if one["r"] == "0" and one["batch"] == row["batch"]), None)
+    own = (row["noise %"] or 0.0) / 100
+    return max(own, 0.0 if control is None else abs(control["speed-up"] - 1))
+
+
+def _warning(rows: Sequence[dict[str, Any]], worst: float) -> list[str]:
+    if worst < NOISY:
+        return []
+    busy = [row for row in rows if row["r"] == "0" and abs(row["speed-up"] - 1) >= NOISY]
+    control = f"; the r = 0 row, which merges nothing, says {busy[0]['speed-up']:.2f}x instead of 1" if busy else ""
+    return [f"Noisy ({100 * worst:.0f} %{control}): close other programs, or take more rounds (--rounds)."]
+
+
+def _gain(row: dict[str, Any], noise: float) -> int:
+    """1 where merging is faster, -1 where it is slower, 0 where the difference is within the noise."""
     difference = row["speed-up"] - 1
-    noise = (row["spread %"] or 0.0) / 100
     return 0 if abs(difference) <= noise else (1 if difference > 0 else -1)
 
 
-def _cases(rows: Iterable[dict[str, Any]]) -> str:
-    return ", ".join(f"batch {row['batch']} ({row['speed-up']:.2f}x)" for row in rows)
+def _cases(rows: Iterable[dict[str, Any]], noises: dict[tuple[str, int], float]) -> str:
+    return ", ".join(
+        f"batch {row['batch']} ({row['speed-up']:.2f}x, noise {100 * noises[row['r'], row['batch']]:.1f} %)"
+        for row in rows
+    )
 
 
 def _call(model: Any, x: torch.Tensor, *, is_reference: bool) -> Callable[[], Any]:

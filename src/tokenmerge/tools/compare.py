@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.errors import DataError, TokenMergeError
+from tokenmerge.files import write_file
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.tools.measure import BOUND, FIGURES, Subject
 from tokenmerge.tools.models import AUTO, Method, Trained, find_device, own_r, read_method
-from tokenmerge.tools.results import as_csv, as_html, as_markdown, check_writable, replace_text
+from tokenmerge.tools.results import as_csv, as_html, as_markdown, check_writable
 from tokenmerge.tools.timing import environment
 from tokenmerge.tools.visualize import plot_pareto, require_viz
 
@@ -28,13 +29,15 @@ __all__ = ["ALL", "Comparison", "compare"]
 ALL = "all"
 RS: tuple[R, ...] = (8, 13, 16)
 _UNMERGED = "unmerged"
-_VERSION = 1
+_VERSION = 2
 # a row without numbers has None for its figures and says why in its note
 _COLUMNS = ("method", "asked", "r", *FIGURES, "note")
+_MEASURED = "GMACs"  # a row has it as soon as it has any figures
 _MEANING = (
-    "Agreement and KL divergence are with the unmerged model; GMACs are of one image, those of choosing tokens beside "
-    "them; over bound is the time over the free bound, which drops the same tokens at no cost; tokens are what is left "
-    "after the last block. Times are medians of interleaved rounds on one batch of {batch}."
+    "Agreement and KL divergence are with the unmerged model; ± is the standard error of the accuracy; GMACs are of "
+    "one image, those of choosing tokens beside them; over bound is the time over the free bound, which drops the same "
+    "tokens at no cost; tokens are what is left after the last block. Times are medians of interleaved rounds on one "
+    "batch of {batch}."
 )
 
 
@@ -51,21 +54,24 @@ class Comparison:
     images: int
     batch_size: int
     corrupt: list[str] = field(default_factory=list)
+    about: list[str] = field(default_factory=list)  # how images were prepared, and what the figures cannot say
 
     @property
     def marked(self) -> int:
         """How many rows have no numbers."""
-        return sum(row["top-1 %"] is None for row in self.rows)
+        return sum(row[_MEASURED] is None for row in self.rows)
 
     @property
     def has_numbers(self) -> bool:
         """Whether any method could be measured."""
-        return any(row["top-1 %"] is not None for row in self.rows if row["method"] != _UNMERGED)
+        return any(row[_MEASURED] is not None for row in self.rows if row["method"] != _UNMERGED)
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """The rows without their notes."""
-        return [{name: value for name, value in row.items() if name != "note"} for row in self.rows]
+        """The rows without their notes, and without figures that this model has not."""
+        empty = {name for name in FIGURES if all(row[name] is None for row in self.rows)} | {"note"}
+        empty -= set() if self.has_numbers else {*FIGURES}
+        return [{name: value for name, value in row.items() if name not in empty} for row in self.rows]
 
     @property
     def notes(self) -> list[str]:
@@ -81,7 +87,7 @@ class Comparison:
         """What a reader needs to judge the numbers, in sentences."""
         machines = [", ".join(f"{name} {value}" for name, value in found.items()) for found in self.environment]
         counts = {machine: machines.count(machine) for machine in machines}
-        facts = [_MEANING.format(batch=self.batch_size)]
+        facts = [*self.about, _MEANING.format(batch=self.batch_size)]
         if len(counts) == 1:
             facts.append(f"Measured on: {machines[0]}.")
         else:
@@ -91,17 +97,20 @@ class Comparison:
             facts.append(f"{len(self.corrupt)} images could not be read and were left out: {'; '.join(self.corrupt)}.")
         return facts
 
+    def _shown(self) -> list[dict[str, Any]]:
+        return [{**row, "note": whole["note"]} for row, whole in zip(self.table, self.rows, strict=True)]
+
     def write(self, folder: Path) -> None:
         """Write `table.md`, `table.csv`, `plot.png` and `index.html`."""
         notes = "\n".join(f"- {note}" for note in self.notes)
         parts = [f"# {self.title}", as_markdown(self.table), *([notes] if notes else []), *self.facts]
-        replace_text(folder / "table.md", "\n\n".join(parts) + "\n")
+        write_file(folder / "table.md", "\n\n".join(parts) + "\n")
         places = [", ".join(f"{name} {value}" for name, value in found.items()) for found in self.environment]
         rows = [{**row, "measured on": place} for row, place in zip(self.rows, places, strict=True)]
-        replace_text(folder / "table.csv", as_csv(rows))
-        plot_pareto(folder / "plot.png", [row for row in self.rows if row["top-1 %"] is not None], self.title)
-        page = as_html(self.title, self.rows, self.facts, (folder / "plot.png").read_bytes())
-        replace_text(folder / "index.html", page)
+        write_file(folder / "table.csv", as_csv(rows))
+        plot_pareto(folder / "plot.png", [row for row in self.rows if row[_MEASURED] is not None], self.title)
+        page = as_html(self.title, self._shown(), self.facts, (folder / "plot.png").read_bytes())
+        write_file(folder / "index.html", page)
 
 
 def compare(
@@ -113,6 +122,7 @@ def compare(
     macs: Sequence[float] | None = None,
     folder: str | Path = "tokenmerge-compare",
     calibrate: Tensor | None = None,
+    restore: str | None = None,
     device: str = "cpu",
     rounds: int = 10,
     fresh: bool = False,
@@ -126,39 +136,49 @@ def compare(
     cannot run on this model is a row that says why. Each row is written to `rows.json` in the folder when it is
     finished, and the next call does not measure it again; rows without numbers are tried again, `fresh` starts over
     and keeps the old file as `rows.json.old`. At the end the folder holds a table, a plot and a page of all its rows.
-    Raises `DataError` before any work for a folder that holds another comparison, and where the model is no classifier.
+    Where the model's answers are no classes of these images (embeddings, depth), they are compared with the unmerged
+    model's alone. `restore` is that of `patch`. Raises `DataError` before any work for a folder that holds another
+    comparison.
     """
     require_viz()
     if rounds < 1:
         raise DataError(f"a comparison needs at least 1 timed round; got {rounds}.")
     where = find_device(device)
     tasks = _tasks(methods, rs, macs, has_images=calibrate is not None)
-    ledger = _Ledger(Path(folder), _settings(label, model, data, where, calibrate), fresh)
+    ledger = _Ledger(Path(folder), _settings(label, model, data, where, calibrate, restore), fresh)
     subject: Subject | None = None
     done = sum(task.key in ledger.rows for task in tasks)
     if progress is not None:
         progress(done, len(tasks))
     for task in [task for task in tasks if task.key not in ledger.rows]:
         if subject is None and not task.refusal:
-            subject = Subject(model, data, where, rounds=rounds, images=calibrate)
+            subject = Subject(model, data, where, rounds=rounds, images=calibrate, restore=restore)
         row = _row(subject, task)
         about = {**environment(where), "rounds": str(rounds)}
-        ledger.add(task, row, about, subject.corrupt if subject else [])
+        if subject is not None:
+            ledger.corrupt = subject.corrupt or ledger.corrupt
+            ledger.note = subject.question.note
+        ledger.add(task, row, about)
         done += 1
         if progress is not None:
             progress(done, len(tasks))
-    asked = {task.key: ledger.rows[task.key] for task in tasks}
-    rows = list({**asked, **ledger.rows}.values())
-    found = Comparison(
+    found = _comparison(label, data, ledger, [task.key for task in tasks])
+    found.write(ledger.folder)
+    return found
+
+
+def _comparison(label: str, data: FashionMNIST | Folder, ledger: _Ledger, asked: Sequence[str]) -> Comparison:
+    """Return what the folder holds, the rows that were asked for first."""
+    rows = list({**{key: ledger.rows[key] for key in asked}, **ledger.rows}.values())
+    return Comparison(
         title=f"{label} on {len(data) - len(ledger.corrupt)} images of {data.source}",
         rows=[{name: row[name] for name in _COLUMNS} for row in rows],
         environment=[row["environment"] for row in rows],
         images=len(data) - len(ledger.corrupt),
         batch_size=data.batch_size,
         corrupt=ledger.corrupt,
+        about=[*data.preprocessing.notes, *([ledger.note] if ledger.note else [])],
     )
-    found.write(ledger.folder)
-    return found
 
 
 @dataclass(frozen=True)
@@ -208,7 +228,12 @@ def _tasks(
 
 
 def _settings(
-    label: str, model: nn.Module, data: FashionMNIST | Folder, where: torch.device, calibrate: Tensor | None
+    label: str,
+    model: nn.Module,
+    data: FashionMNIST | Folder,
+    where: torch.device,
+    calibrate: Tensor | None,
+    restore: str | None,
 ) -> dict[str, Any]:
     """Return what all rows of a folder have in common."""
     weights = (part for name, x in model.state_dict().items() for part in (name.encode(), _bytes(x)))
@@ -217,6 +242,8 @@ def _settings(
         "weights": _digest(weights),
         "data": data.source if data.source == FASHION_MNIST else str(Path(data.source).resolve()),
         "images": len(data),
+        "preprocessing": str(data.preprocessing),
+        "restore": str(restore),
         "batch size": data.batch_size,
         "device": str(where),
         "calibrate": "none" if calibrate is None else f"{len(calibrate)} images {_digest([_bytes(calibrate)])}",
@@ -231,6 +258,7 @@ class _Ledger:
         self.path = folder / "rows.json"
         self.rows: dict[str, dict[str, Any]] = {}
         self.corrupt: list[str] = []
+        self.note = ""  # why labels do not count, where they do not
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -243,6 +271,7 @@ class _Ledger:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             seen, self.corrupt = dict(content["settings"]), list(content["corrupt"])
+            self.note = str(content["note"])
             rows = {row["key"]: row for row in content["rows"]}
             is_whole = all({*_COLUMNS, "environment"} <= {*row} for row in rows.values())
             reason = "" if content["version"] == _VERSION and is_whole else "its version or its columns are others"
@@ -256,17 +285,16 @@ class _Ledger:
             different = "; ".join(f"{name}: asked {self.settings.get(name)}, there {seen.get(name)}" for name in names)
             raise DataError(f"{self.folder} holds a comparison with other settings ({different}). {hint}")
         # the others are tried again
-        self.rows = {key: row for key, row in rows.items() if row["top-1 %"] is not None}
+        self.rows = {key: row for key, row in rows.items() if row[_MEASURED] is not None}
 
-    def add(self, task: _Task, row: dict[str, Any], about: dict[str, str], corrupt: list[str]) -> None:
+    def add(self, task: _Task, row: dict[str, Any], about: dict[str, str]) -> None:
         self.rows[task.key] = {"key": task.key, **row, "environment": about}
-        self.corrupt = corrupt or self.corrupt
         if self.fresh and self.path.exists():
             # not before there is a row to take its place
             self.path.replace(self.path.with_name("rows.json.old"))
         self.fresh = False
-        content = {"version": _VERSION, "settings": self.settings, "corrupt": self.corrupt}
-        replace_text(self.path, json.dumps({**content, "rows": list(self.rows.values())}, indent=2) + "\n")
+        content = {"version": _VERSION, "settings": self.settings, "corrupt": self.corrupt, "note": self.note}
+        write_file(self.path, json.dumps({**content, "rows": list(self.rows.values())}, indent=2) + "\n")
 
 
 def _row(subject: Subject | None, task: _Task) -> dict[str, Any]:

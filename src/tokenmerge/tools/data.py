@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import tokenmerge
-from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.models import known_size, run_images
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
+from tokenmerge.tools.models import declared_classes, run_images
+from tokenmerge.tools.prepare import find_preprocessing
+from tokenmerge.tools.preprocessing import Preprocessing
 
 __all__ = [
     "FASHION_MNIST",
@@ -29,12 +30,15 @@ _CALIBRATION = 64  # images that "auto" chooses by
 
 
 class FashionMNIST:
-    """The bundled test set, normalised for the bundled model: batches of `[B, 1, 28, 28]` and labels `[B]`."""
+    """The bundled test set: batches of `[B, 1, 28, 28]` as the bundled model takes them, and labels `[B]`.
+
+    With a `preprocessing` each image goes through that instead.
+    """
 
     corrupt: tuple[str, ...] = ()
     source = FASHION_MNIST
 
-    def __init__(self, batch_size: int, limit: int | None = None) -> None:
+    def __init__(self, batch_size: int, limit: int | None = None, preprocessing: Preprocessing | None = None) -> None:
         from tokenmerge import assets
 
         _check_amounts(batch_size, limit)
@@ -42,13 +46,34 @@ class FashionMNIST:
         self.images, self.labels = images[:limit], labels[:limit]
         self.batch_size = batch_size
         self.classes = list(assets.CLASSES)
+        self.outputs = len(self.classes)
+        self.preprocessing = preprocessing or _bundled()
+        self._own = None if _is_bundled(self.preprocessing) else self.preprocessing
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield normalise(images), labels
+            yield normalise(images) if self._own is None else _prepared(images, self._own), labels
+
+
+def _bundled(source: str = "as the bundled model takes them", is_known: bool = True) -> Preprocessing:
+    from tokenmerge import assets
+
+    return Preprocessing((1, 28, 28), None, False, "bilinear", (assets.MEAN,), (assets.STD,), source, is_known)
+
+
+def _is_bundled(found: Preprocessing) -> bool:
+    """Say whether the images go through what `normalise` does to a whole batch."""
+    plain = _bundled()
+    return (found.size, found.mean, found.std) == (plain.size, plain.mean, plain.std) and found.resize in (None, 28)
+
+
+def _prepared(images: Tensor, preprocessing: Preprocessing) -> Tensor:  # uint8 [B, 28, 28]
+    from PIL import Image
+
+    return torch.stack([preprocessing(Image.fromarray(image.numpy())) for image in images])
 
 
 def normalise(images: Tensor) -> Tensor:  # uint8 [B, 28, 28]
@@ -59,16 +84,28 @@ def normalise(images: Tensor) -> Tensor:  # uint8 [B, 28, 28]
 
 
 class Folder:
-    """A folder of images, one sub-folder per class, decoded in workers with timm's own transforms for the model.
+    """A folder of images, one sub-folder per class, decoded in workers and prepared as the model wants them.
 
-    An image that cannot be decoded is left out; its path and the reason are in `corrupt` after the pass.
+    An image that cannot be decoded is left out; its path and the reason are in `corrupt` after the pass. `outputs` is
+    how many answers a model must have for the labels to count.
     """
 
-    def __init__(self, root: Path, model: nn.Module, batch_size: int, workers: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        model: nn.Module,
+        batch_size: int,
+        workers: int,
+        limit: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         _check_amounts(batch_size, limit, workers)
         self.corrupt: list[str] = []
         self.source, self.batch_size = str(root), batch_size
-        dataset, self.classes = _image_folder(root, model)
+        check_source(str(root))
+        self.preprocessing = preprocessing or find_preprocessing(model)
+        dataset, self.classes = _image_folder(root, model, self.preprocessing)
+        self.outputs = declared_classes(model) or len(self.classes)
         count = len(dataset.samples)
         if limit is not None and limit < count:
             # spread over the classes, which lie one after the other
@@ -83,40 +120,74 @@ class Folder:
         self.corrupt.clear()
         for images, labels, corrupt in self._loader:
             self.corrupt += corrupt
+            if isinstance(images, list):
+                raise DataError(
+                    f"images of one batch have the sizes {', '.join(map(str, images))} after preprocessing "
+                    f"({self.preprocessing}): give --resize HEIGHT WIDTH, or a batch size of 1."
+                )
             if images is not None:
                 yield images, labels
 
 
 def open_data(
-    source: str, model: nn.Module, *, batch_size: int, workers: int = 2, limit: int | None = None
+    source: str,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    workers: int = 2,
+    limit: int | None = None,
+    preprocessing: Any = None,
+    **options: Any,
 ) -> FashionMNIST | Folder:
-    """Open `"fashion-mnist"` or a folder; raises `DataError` for a folder missing, empty or of other classes."""
-    if source == FASHION_MNIST:
-        classes = getattr(model, "num_classes", 10)
-        if classes != 10:
-            raise DataError(
-                f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'."
-            )
-        return FashionMNIST(batch_size, limit)
-    return Folder(Path(source), model, batch_size, workers, limit)
+    """Open `"fashion-mnist"` or a folder; raises `DataError` for a folder missing, empty or of other classes.
+
+    Images are prepared as the model says; `preprocessing` is taken instead: a `Preprocessing`, a Hugging Face image
+    processor, or a function of one PIL image. `options` are those of `find_preprocessing`: `beside`, `mean`, ...
+    """
+    if source != FASHION_MNIST:
+        check_source(source)
+        found = find_preprocessing(model, given=preprocessing, **options)
+        return Folder(Path(source), model, batch_size, workers, limit, found)
+    classes = declared_classes(model)
+    if classes not in (None, 10):
+        raise DataError(f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'.")
+    return FashionMNIST(batch_size, limit, _for_fashion_mnist(model, preprocessing, options))
 
 
-def calibration_images(source: str, model: nn.Module) -> Tensor:
+def _for_fashion_mnist(model: nn.Module, given: Any, options: dict[str, Any]) -> Preprocessing:
+    """Return what a model says of its images; one that says nothing gets what the bundled model's go through."""
+    changes = {name: value for name, value in options.items() if name != "beside"}
+    try:
+        found = find_preprocessing(model, given=given, beside=options.get("beside"))
+    except TokenMergeError:
+        if given is not None:
+            raise
+        found = None
+    if found is None or not found.is_known:
+        found = _bundled("the images' own mean and std", is_known=False)
+    return found.changed(**changes)
+
+
+def calibration_images(source: str, model: nn.Module, preprocessing: Any = None, **options: Any) -> Tensor:
     """Return 64 images for `patch(model, "auto", calibrate=...)`, as the model takes them, `[64, C, H, W]`.
 
     `"fashion-mnist"`: the first of its training images, never those of the test; a folder: spread over its classes.
-    Raises `DataError` where there are none, or the model does not take them.
+    `preprocessing` and `options` are those of `open_data`. Raises `DataError` where there are none, or the model does
+    not take them.
     """
     check_source(source, "--calibrate")
     if source == FASHION_MNIST:
         from tokenmerge import assets
 
         try:
-            images = normalise(assets.fashion_mnist("train")[0][:_CALIBRATION])
+            images = assets.fashion_mnist("train")[0][:_CALIBRATION]
         except FileNotFoundError as error:
             raise DataError(f"the training images are not bundled: {error}. Or give a folder of images.") from error
+        own = _for_fashion_mnist(model, preprocessing, options)
+        images = normalise(images) if _is_bundled(own) else _prepared(images, own)
     else:
-        folder = Folder(Path(source), model, _CALIBRATION, workers=0, limit=_CALIBRATION)
+        found = find_preprocessing(model, given=preprocessing, **options)
+        folder = Folder(Path(source), model, _CALIBRATION, workers=0, limit=_CALIBRATION, preprocessing=found)
         images = torch.cat([torch.empty(0), *(batch for batch, _ in folder)])
         if not len(images):
             raise DataError(f"none of {len(folder)} images of {source} could be read; the first: {folder.corrupt[0]}.")
@@ -132,11 +203,6 @@ def check_source(source: str, option: str = "--data") -> None:
         )
 
 
-def _input_size(model: nn.Module) -> tuple[int, ...]:
-    with tokenmerge.patched(model, r=0) as handle:
-        return known_size(handle)
-
-
 def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None:
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch size and limit must be at least 1; got {batch_size} and {limit}.")
@@ -144,56 +210,61 @@ def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None
         raise DataError(f"the number of workers must be at least 0; got {workers}.")
 
 
-def _image_folder(root: Path, model: nn.Module) -> tuple[Any, list[str]]:
+def _image_folder(root: Path, model: nn.Module, preprocessing: Preprocessing) -> tuple[Any, list[str]]:
     try:
-        from timm.data import create_transform, resolve_data_config
         from torchvision.datasets import ImageFolder
     except ImportError as error:
         raise UnsupportedError('an image folder needs timm and torchvision: pip install "tokenmerge[timm]"') from error
-    check_source(str(root))
-    has_config = bool(getattr(model, "pretrained_cfg", None))
-    given = {} if has_config else {"input_size": _input_size(model)}
-    transform = create_transform(**resolve_data_config(given, model=model))
     try:
-        dataset = ImageFolder(root, transform=transform, loader=_Loader(transform))
+        dataset = ImageFolder(root, loader=_Loader(preprocessing))
     except FileNotFoundError as error:
         raise DataError(f"{root} holds no labelled images: expected {root}/CLASS/IMAGE. {error}.") from error
-    expected = getattr(model, "num_classes", None)
     classes = dataset.classes
+    numbers = _numbers(root, classes, model)
+    dataset.samples = [(path, numbers[label]) for path, label in dataset.samples]
+    return dataset, classes
+
+
+def _numbers(root: Path, classes: list[str], model: nn.Module) -> list[int]:
+    """Return the model's number of each class folder; raises `DataError` where they do not fit its classes."""
+    expected = declared_classes(model)
+    named = getattr(getattr(model, "config", None), "label2id", None) or {}
+    if expected is not None and all(name in named for name in classes):
+        return [int(named[name]) for name in classes]
+    # by number even where all are there: in the order of names, "10" comes before "2"
+    if all(name.isdecimal() for name in classes) and all(int(name) < (expected or len(classes)) for name in classes):
+        return [int(name) for name in classes]
     is_numbered = all(name.isdecimal() for name in classes)
-    if expected is not None and is_numbered and all(int(name) < expected for name in classes):
-        # by index even where all classes are there: in the order of names, "10" comes before "2"
-        dataset.samples = [(path, int(classes[label])) for path, label in dataset.samples]
-    elif expected is not None and (is_numbered or len(classes) != expected):
+    if expected is not None and (is_numbered or len(classes) != expected):
         raise DataError(
             f"{root} has {len(classes)} class folders ({', '.join(classes[:3])}, ...), the model has {expected} "
             "classes. Folders are numbered in the order of their names: give a folder with all classes, or name the "
             f"sub-folders by class index, 0 to {expected - 1}."
         )
-    dataset.transform = None
-    return dataset, classes
+    return list(range(len(classes)))
 
 
 class _Loader:
-    """Decodes and transforms one image; an image that cannot be decoded becomes a sentence."""
+    """Decodes and prepares one image; an image that cannot be decoded becomes a sentence."""
 
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
 
     def __call__(self, path: str) -> Tensor | str:
         from PIL import Image
 
         try:
             with Image.open(path) as image:
-                tensor: Tensor = self.transform(image.convert("RGB"))
-                return tensor
+                return self.preprocessing(image)
         # what PIL raises for broken files, and for those of absurd size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"{path}: {error}"
 
 
-def _collate(samples: list[tuple[Tensor | str, int]]) -> tuple[Tensor | None, Tensor, list[str]]:
+def _collate(samples: list[tuple[Tensor | str, int]]) -> tuple[Any, Tensor, list[str]]:
+    """Return images as one tensor, their labels, and what could not be read; of different sizes, a list of these."""
     good = [(image, label) for image, label in samples if isinstance(image, Tensor)]
     corrupt = [image for image, _ in samples if isinstance(image, str)]
-    images = torch.stack([image for image, _ in good]) if good else None
+    sizes = list(dict.fromkeys(tuple(image.shape) for image, _ in good))
+    images = sizes if len(sizes) > 1 else torch.stack([image for image, _ in good]) if good else None
     return images, torch.tensor([label for _, label in good]), corrupt

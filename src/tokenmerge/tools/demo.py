@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.errors import DataError
+from tokenmerge.files import replacing, write_file
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
@@ -50,11 +51,12 @@ def demo(
     result = evaluate(model, data, rs=rs, device=device, bound=True, progress=progress)
     facts = ", ".join(f"{name} {value}" for name, value in result.environment.items())
     title = f"Bundled ViT on {result.images} Fashion-MNIST test images, batch {batch_size}, fp32, eager"
-    (folder / "table.md").write_text(f"# {title}\n\n{as_markdown(result.rows)}\n\nMeasured on: {facts}.\n")
+    write_file(folder / "table.md", f"# {title}\n\n{as_markdown(result.rows)}\n\nMeasured on: {facts}.\n")
     content = {"title": title, "environment": result.environment, "images": result.images, "rows": result.rows}
-    (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_file(folder / "table.json", json.dumps(content, indent=2) + "\n")
     plot_tradeoff(folder / "plot.png", result.rows, title)
-    pictures(model.cpu(), data, [r for r in rs if r != 0]).save(folder / "merged.png")
+    with replacing(folder / "merged.png") as part:
+        pictures(model.cpu(), data, [r for r in rs if r != 0]).save(part)
     return result
 
 

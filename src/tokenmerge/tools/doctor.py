@@ -13,18 +13,26 @@ import tokenmerge
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.models import answer, find_device, known_size, shared_copy
-from tokenmerge.tools.timing import environment, interleave
+from tokenmerge.tools.prepare import find_preprocessing
+from tokenmerge.tools.preprocessing import Preprocessing
+from tokenmerge.tools.timing import NOISY, environment, interleave
 
 __all__ = ["Diagnosis", "examine"]
 
 TOLERANCE = 1e-4  # of the largest output, in float32
+Finding = tuple[str, bool | None, str]
+_RIGHT = "Merging computes on this model what it should."
+_WRONG = (
+    "Do not merge this model as it is: {names} failed, so its merged answers are not what the method promises. Examine "
+    "a model of the host's own class; what a subclass adds can be patched by names (see docs/your-own-model.md)."
+)
 
 
 @dataclass
 class Diagnosis:
     """The findings, each a name, whether it is as it should be (None: no judgement), and a sentence."""
 
-    findings: list[tuple[str, bool | None, str]]
+    findings: list[Finding]
     environment: dict[str, str]
 
     @property
@@ -36,11 +44,21 @@ class Diagnosis:
 
 
 def examine(
-    model: nn.Module, *, r: R = 8, device: str = "cpu", batch: int = 2, rounds: int = 10, seed: int = 0
+    model: nn.Module,
+    *,
+    r: R = 8,
+    restore: str | None = None,
+    device: str = "cpu",
+    batch: int = 2,
+    rounds: int = 10,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> Diagnosis:
-    """Check a model on random images: adapter, r = 0, equivalence to the group-mean simulation, unpatch, overhead.
+    """Check a model on random images: adapter, r = 0, equivalence to the group-mean simulation, unpatch, speed.
 
-    The model itself is not changed. An unsupported model is a finding, not an error.
+    `restore` is that of `patch`; `preprocessing` is told where it is given, else what is found with the model. The last
+    finding is a conclusion, with advice. The model itself is not changed. An unsupported model is a finding, not an
+    error.
     """
     where = find_device(device)
     if batch < 1 or rounds < 1:
@@ -48,11 +66,11 @@ def examine(
     about = environment(where)
     model = copy.deepcopy(model).to(where).eval()
     try:
-        handle = tokenmerge.patch(model, r=0, track=True)
+        handle = tokenmerge.patch(model, r=0, track=True, restore=restore)
     except TokenMergeError as error:
         return Diagnosis([("adapter", False, str(error))], about)
     report = handle.report()
-    findings: list[tuple[str, bool | None, str]] = [
+    findings: list[Finding] = [
         ("adapter", True, f"{report.adapter}: {report.blocks} blocks, attention seen by {report.attention}"),
         ("blocks", True, f"re-composed, they differ from their own forward by at most {report.parity:.2g}"),
     ]
@@ -67,26 +85,40 @@ def examine(
         handle.remove()
     with torch.inference_mode():
         findings.append(_compare("unpatch", answer(model(x)), unmerged, 0.0, "from the model before"))
-    findings.append(("overhead", None, _overhead(model, x, r, rounds)))
-    limits = "; ".join(report.limits) or "nothing: all of the method is applied"
-    findings.append(("could not be done", None if report.limits else True, limits))
-    return Diagnosis(findings, about)
+    findings.append(("preprocessing", None, _prepared(model, preprocessing)))
+    wrong = [name for name, good, _ in findings if good is False]
+    if wrong:
+        findings.append(("conclusion", False, _WRONG.format(names=" and ".join(wrong))))
+        return Diagnosis(findings, about)
+    findings.append(("limitations", None if report.limits else True, "; ".join(report.limits) or "none"))
+    return Diagnosis([*findings, *_speed(model, x, r, restore, rounds)], about)
 
 
-def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r: R) -> tuple[str, bool | None, str]:
+def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
+    try:
+        found = find_preprocessing(model, given=given)
+    except TokenMergeError as error:
+        return f"unknown: {error}"
+    return found.warning or str(found)
+
+
+def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r: R) -> Finding:
     handle.r = r
     with torch.inference_mode():
-        merged = answer(model(x))
+        try:
+            merged = answer(model(x))
+        except TokenMergeError as error:
+            return "merging", False, f"at r = {r} the model refuses: {error}"
         if not handle.has_merged:
-            return "equivalence", None, f"r = {r} merges nothing in this model"
+            return "equivalence", None, f"not checked: r = {r} merges nothing in this model"
         groups, positions, tokens = handle.groups, handle.positions, handle.tokens[-1]
         if not handle.report().prop_attn:
-            return "equivalence", None, "does not hold without proportional attention"
+            return "equivalence", None, "not checked: it does not hold without proportional attention"
         handle.remove()
         try:
             simulated = answer(tokenmerge.simulate(model, groups, x, positions=positions))
         except UnsupportedError as error:
-            return "equivalence", None, f"not compared: {error}"
+            return "equivalence", None, f"not checked: {error}"
         if merged.shape != simulated.shape:
             # the model hands out its tokens: they are compared in their places
             with tokenmerge.patched(model, r=r, restore="dense"):
@@ -95,9 +127,7 @@ def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r
     return _compare("equivalence", merged, simulated, TOLERANCE, sentence)
 
 
-def _compare(
-    name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str
-) -> tuple[str, bool | None, str]:
+def _compare(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> Finding:
     scale = max(1.0, float(expected.abs().max()))
     if got.dtype not in (torch.float32, torch.float64):
         tolerance *= 1e3
@@ -105,14 +135,30 @@ def _compare(
     return name, difference <= tolerance * scale, f"max |difference| {difference:.2g} {what}"
 
 
-def _overhead(model: nn.Module, x: torch.Tensor, r: R, rounds: int) -> str:
+def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: str | None, rounds: int) -> list[Finding]:
+    """Time merging, and say what follows from all that was found."""
     merged, bound = shared_copy(model), shared_copy(model)
-    tokenmerge.patch(merged, r=r)
-    tokenmerge.patch(bound, "drop", r=r)
-    variants = {"unmerged": model, "merged": merged, "bound": bound}
+    tokenmerge.patch(merged, r=r, restore=restore)
+    tokenmerge.patch(bound, "drop", r=r, restore=restore)
+    # the unmerged model once more tells what difference means nothing
+    variants = {"unmerged": model, "merged": merged, "bound": bound, "again": model}
     timings = interleave({name: _call(variant, x) for name, variant in variants.items()}, x.device, rounds=rounds)
-    over, speed_up = timings["merged"].over(timings["bound"]), timings["unmerged"].over(timings["merged"])
-    return f"{over:.3f} x the free bound, {speed_up:.2f} x the speed of the unmerged model (batch {len(x)}, r = {r})"
+    over, gain = timings["merged"].over(timings["bound"]), timings["unmerged"].over(timings["merged"])
+    spread = timings["unmerged"].noise(timings["merged"])
+    where = f"batch {len(x)}, r = {r}"
+    sentence = f"{gain:.2f} x the unmerged model's ({where}), {over:.3f} x the time of the free bound"
+    if spread is None:
+        return [("speed", None, f"{sentence}; {rounds} rounds are too few to tell"), ("conclusion", True, _RIGHT)]
+    noise = max(spread, abs(timings["unmerged"].over(timings["again"]) - 1))
+    sentence += f"; noise {100 * noise:.1f} %"
+    sentence += ": other programs are running, measure again without them" if noise >= NOISY else ""
+    if abs(gain - 1) <= noise:
+        what = f"No difference in speed was measured ({where}): try a larger r, a larger batch, and tokenmerge bench."
+    elif gain < 1:
+        what = f"It is SLOWER here ({where}): take a larger r or a larger batch; tokenmerge bench finds from where on."
+    else:
+        what = f"It is {gain:.2f} x as fast here ({where}); tokenmerge eval says what it costs on your images."
+    return [("speed", None, sentence), ("conclusion", True, f"{_RIGHT} {what}")]
 
 
 def _call(model: nn.Module, x: torch.Tensor) -> Any:

@@ -15,38 +15,45 @@ from tokenmerge.errors import DataError
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.flops import flops
-from tokenmerge.tools.models import Method, apply_method, choices_of, find_device, run_images, shared_copy
+from tokenmerge.tools.models import Method, answer, apply_method, choices_of, find_device, run_images, shared_copy
+from tokenmerge.tools.quality import Judge, Question
 from tokenmerge.tools.timing import environment
 
 __all__ = ["Evaluation", "evaluate"]
 
+_QUALITY = ("top-1 %", "top-1 ±", "top-5 %", "agreement %", "error %", "cosine")
+
 
 @dataclass
 class Evaluation:
-    """One row per `r` (the unmerged model is r = 0), the images left out, what "auto" chose, and what it ran on."""
+    """One row per `r` (the unmerged model is r = 0), the images left out, what "auto" chose, and what it ran on.
+
+    `notes` say how the images were prepared, and what the figures cannot say.
+    """
 
     rows: list[dict[str, Any]]
     environment: dict[str, str]
     images: int
     corrupt: list[str] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class _Variant:
-    """One model in the pass: its hits, and the seconds of its forwards."""
+    """One model in the pass: how its answers compare, and the seconds of its forwards."""
 
     def __init__(self, model: nn.Module, r: R) -> None:
         self.model, self.r = model, r
-        self.top1 = self.top5 = self.agree = 0
+        self.judge: Judge | None = None
         self.seconds = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         start = time.perf_counter()
-        logits: Tensor = self.model(images)
+        output = self.model(images)
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
         self.seconds += time.perf_counter() - start
-        return logits
+        return answer(output)
 
 
 def evaluate(
@@ -57,14 +64,17 @@ def evaluate(
     method: Method = "tome",
     calibrate: Tensor | None = None,
     prop_attn: bool | str | None = None,
+    restore: str | None = None,
     device: str = "cpu",
     bound: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Classify every image with every `r`, batch by batch in turn, and with the unmerged model.
+    """Run every image with every `r`, batch by batch in turn, and through the unmerged model.
 
-    `method` is anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses. Agreement is
-    the share of images that get the unmerged model's answer. With `bound`, the free bound of each `r` (the same tokens
+    `method` is anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses, `restore`
+    that of `patch`. Agreement is the share of images that get the unmerged model's answer, `top-1 ±` the standard error
+    of the accuracy. Where the answers are no classes of these images (embeddings, depth), they are compared with the
+    unmerged model's alone, and a note says so. With `bound`, the free bound of each `r` (the same tokens
     dropped at no cost) is timed beside it. The first batch also warms up, untimed.
     Raises `DataError` where no image could be read.
     """
@@ -76,18 +86,20 @@ def evaluate(
     for r in rs:
         if r == 0:
             continue
-        variants.append(_Variant(_patched(model, method, r, prop_attn, calibrate), r))
+        variants.append(_Variant(_patched(model, method, r, prop_attn, restore, calibrate), r))
         if bound:
-            bounds[len(variants) - 1] = _Variant(_patched(model, "drop", r, False), r)
+            bounds[len(variants) - 1] = _Variant(_patched(model, "drop", r, False, restore), r)
     everyone = variants + list(bounds.values())
     seen = 0
     shape: tuple[int, ...] | None = None
+    notes = list(data.preprocessing.notes)
     with torch.inference_mode():
         for turn, (images, labels) in enumerate(data):
             images, labels = images.to(where, dtype), labels.to(where)
             if shape is None:
                 shape = tuple(images.shape[1:])
-                _warm_up(everyone, images)
+                question = _warm_up(everyone, images, data)
+                notes += [question.note] if question.note else []
             _one_batch(variants, everyone, images, labels, turn)
             seen += len(images)
             if progress is not None:
@@ -95,46 +107,51 @@ def evaluate(
     if shape is None:
         raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
     rows = [_row(variant, variants[0], bounds.get(i), bound, seen, shape) for i, variant in enumerate(variants)]
+    empty = [name for name in rows[0] if name in _QUALITY and all(row[name] is None for row in rows)]
+    rows = [{name: value for name, value in row.items() if name not in empty} for row in rows]
     choices = choices_of((variant.r, variant.model) for variant in variants[1:])
-    return Evaluation(rows, environment(where), seen, list(data.corrupt), choices)
+    return Evaluation(rows, environment(where), seen, list(data.corrupt), choices, notes)
 
 
 def _patched(
-    model: nn.Module, method: Method, r: R, prop_attn: bool | str | None, calibrate: Tensor | None = None
+    model: nn.Module,
+    method: Method,
+    r: R,
+    prop_attn: bool | str | None,
+    restore: str | None,
+    calibrate: Tensor | None = None,
 ) -> nn.Module:
     twin = shared_copy(model)
-    apply_method(twin, method, r=r, prop_attn=prop_attn, calibrate=calibrate)
+    apply_method(twin, method, r=r, prop_attn=prop_attn, restore=restore, calibrate=calibrate)
     return twin
 
 
-def _warm_up(everyone: list[_Variant], images: Tensor) -> None:
-    """Run the first batch once untimed, and say so where the model cannot take it."""
-    for variant in everyone:
-        logits = run_images(variant.model, images)
-    if logits.dim() != 2:
-        raise DataError(f"the model returns {tuple(logits.shape)}, not [B, classes]: it is no classifier.")
+def _warm_up(everyone: list[_Variant], images: Tensor, data: FashionMNIST | Folder) -> Question:
+    """Run the first batch once untimed, and say what can be asked of the answers."""
+    answers = [run_images(variant.model, images) for variant in everyone]
+    question = Question(everyone[0].model, data, tuple(answers[0].shape))
+    for variant, got in zip(everyone, answers, strict=True):
+        question.check(got, answers[0])
+        variant.judge = Judge(question)
+    return question
 
 
 def _one_batch(variants: list[_Variant], everyone: list[_Variant], images: Tensor, labels: Tensor, turn: int) -> None:
     first = turn % len(everyone)
-    logits = {id(variant): variant(images) for variant in everyone[first:] + everyone[:first]}
-    answers = logits[id(variants[0])].argmax(dim=1)
+    answers = {id(variant): variant(images) for variant in everyone[first:] + everyone[:first]}
     for variant in variants:
-        ranked = logits[id(variant)].topk(min(5, logits[id(variant)].shape[1]), dim=1).indices  # [B, 5]
-        hits = ranked == labels[:, None]
-        variant.top1 += int(hits[:, 0].sum())
-        variant.top5 += int(hits.any(dim=1).sum())
-        variant.agree += int((ranked[:, 0] == answers).sum())
+        assert variant.judge is not None
+        variant.judge.add(answers[id(variant)], answers[id(variants[0])], labels)
 
 
 def _row(
     variant: _Variant, unmerged: _Variant, bound: _Variant | None, with_bound: bool, seen: int, shape: tuple[int, ...]
 ) -> dict[str, Any]:
+    assert variant.judge is not None
+    quality = variant.judge.figures()
     row: dict[str, Any] = {
         "r": str(variant.r),
-        "top-1 %": round(100 * variant.top1 / seen, 2),
-        "top-5 %": round(100 * variant.top5 / seen, 2),
-        "agreement %": round(100 * variant.agree / seen, 2),
+        **{name: quality[name] for name in _QUALITY},
         "images/s": round(seen / variant.seconds, 1),
         "speed-up": round(unmerged.seconds / variant.seconds, 2),
         "GMACs": round(flops(variant.model, shape) / 1e9, 4),

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+import tokenmerge
 from tokenmerge import kernels
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.errors import AlreadyPatchedError, DataError, TokenMergeError, UnsupportedError
 from tokenmerge.schedule import R
+from tokenmerge.tools.engines import INPUT, OUTPUT, TARGETS, Target, find_target
 from tokenmerge.tools.models import Method, answer, apply_method, known_size, run_images
+from tokenmerge.tools.prepare import find_preprocessing
+from tokenmerge.tools.preprocessing import Preprocessing
 from tokenmerge.tools.results import check_writable
 
 __all__ = ["TARGETS", "Exported", "Target", "export", "find_target"]
 
-INPUT, OUTPUT = "images", "answer"
 TOLERANCE = 1e-4  # of the largest output, in float32
 _TRACED = 2  # images in the batch that a graph for any batch is traced with
 _CHECKED = (1, 3)  # and in those that it is checked with
@@ -48,6 +50,9 @@ class Exported:
     size: int  # bytes, with the files beside it
     notes: list[str]  # what could not be done
     choice: str = ""  # what "auto" chose and why
+    answers: tuple[int, ...] = ()  # shape of an image's answer
+    preprocessing: str = ""  # what images go through before
+    deployed: str = ""  # how it differs where its engine chooses the precision
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,25 +61,32 @@ class Exported:
         scatters = ", ".join(_scatters(self.operators)) or "no scatter"
         rows = [
             ("written", f"{self.path}, {self.size / 2**20:.1f} MB"),
-            ("input", f"{INPUT} [{self.batch or 'batch'}, {', '.join(map(str, self.input_size))}]"),
+            ("input", f"{INPUT} [{self.batch or 'batch'}, {', '.join(map(str, self.input_size))}], float32"),
+            ("output", f"{OUTPUT} [{', '.join(map(str, (self.batch or 'batch', *self.answers)))}]"),
+            ("preprocessing", self.preprocessing or "unknown"),
             ("tokens", " ".join(map(str, self.tokens))),
             ("operators", f"{sum(self.operators.values())} of {len(self.operators)} kinds, {scatters}"),
             ("checked in", f"{self.engine}: max |difference| from eager {self.difference:.2g} of {self.scale:.3g}"),
-            ("could not be done", "; ".join(self.notes) or "-"),
+            ("limitations", "; ".join(self.notes) or "none"),
         ]
+        if self.deployed:
+            rows.insert(-1, ("deployed", self.deployed))
         if self.choice:
             rows.insert(1, ("chosen", self.choice))
-        return "\n".join(f"{name:<18} {value}" for name, value in rows)
+        code = TARGETS[self.format].snippet.format(file=self.path)
+        return "\n".join([*(f"{name:<18} {value}" for name, value in rows), "", "To run it:", "", code])
 
 
 def export(
     model: nn.Module,
     path: str | Path,
     *,
-    r: R | None,
+    r: R | None = None,
     to: str,
-    method: Method = "tome",
+    method: Method | None = None,
     calibrate: Tensor | None = None,
+    restore: str | None = None,
+    preprocessing: Preprocessing | None = None,
     input_size: Sequence[int] | None = None,
     batch: int | None = None,
     matmul: bool = False,
@@ -82,11 +94,14 @@ def export(
 ) -> Exported:
     """Write a copy of the model that removes `r` tokens per block; `to` is one of `TARGETS`. The model is not changed.
 
+    A model that is patched already is written as it is: leave out `r` and `method`.
+
     The file takes `images` `[batch, *input_size]` in float32, of any batch size or only of `batch`, and gives `answer`,
     the first tensor of what the model returns. It is run in its engine on random images before it is put in place: it
     answers as eager does, or `UnsupportedError` is raised and nothing is left. `matmul` merges without a scatter.
     `method` is anything `read_method` takes or returns (a saved one has an `r` of its own, used where `r` is None),
-    `calibrate` the images by which `"auto"` chooses.
+    `calibrate` the images by which `"auto"` chooses, `restore` that of `patch`. `preprocessing` is written down in what
+    is returned; without it, what is found with the model.
     Raises `UnsupportedError` also where a package is missing or the model cannot be traced, `UnknownNameError` for an
     unknown target, `DataError` for a path that cannot be written or an input size that is missing or does not fit.
     """
@@ -94,7 +109,7 @@ def export(
     _check_request(model, to, batch, opset)
     path = check_writable(path, (target.suffix,))
     traced = _Answering(copy.deepcopy(model).cpu().eval())
-    handle = apply_method(traced.model, method, r=r, calibrate=calibrate)
+    handle = _patched(traced.model, method, r, calibrate, restore)
     size = tuple(input_size or known_size(handle))
     images, expected = _steady_images(traced, size, batch or max(_CHECKED))
     tokens, report = handle.tokens, handle.report()
@@ -106,6 +121,7 @@ def export(
             operators, pairs = _write(program, file, to, opset, images, [batch] if batch else list(_CHECKED), expected)
             engine = f"{target.engine} {version(target.engine)}"
             difference, scale = _compare(pairs, path, engine)
+            deployed = _deployed(target, file, images, expected, batch or 1)
             if matmul:
                 _check_no_scatter(operators)
             # what lies beside the file is there before the file that refers to it
@@ -117,21 +133,46 @@ def export(
         raise DataError(f"cannot write {path}: {error.strerror}.") from error
     counts = dict(operators.most_common())
     found = (tokens, counts, difference, scale, written, report.limits, report.choice)
-    return Exported(str(path), to, engine, batch, size, *found)
+    prepared = _prepared(model, preprocessing)
+    return Exported(str(path), to, engine, batch, size, *found, tuple(expected.shape[1:]), prepared, deployed)
 
 
-def find_target(to: str) -> Target:
-    """Return the target of that name; raises `UnknownNameError`, or `UnsupportedError` where a package is missing."""
-    if to not in TARGETS:
-        raise unknown_name("export target", to, TARGETS)
-    for package in TARGETS[to].packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UnsupportedError(
-                f'exporting to {to} needs {package}: pip install "tokenmerge[{TARGETS[to].extra}]"'
-            ) from error
-    return TARGETS[to]
+def _patched(
+    model: nn.Module, method: Method | None, r: R | None, calibrate: Tensor | None, restore: str | None
+) -> tokenmerge.Handle:
+    """Patch a copy, unless the original was patched: then it is written with what it has."""
+    if "_tokenmerge_handle" not in model.__dict__:
+        return apply_method(model, method or "tome", r=r, calibrate=calibrate, restore=restore)
+    handle = tokenmerge.handle_of(model)
+    if (method, r, calibrate, restore) != (None, None, None, None):
+        raise AlreadyPatchedError(
+            f"this model is reduced already: {handle!r}. Leave out r, method, calibrate and restore to export it as it "
+            "is, or call tokenmerge.unpatch(model) first."
+        )
+    return handle
+
+
+def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
+    try:
+        found = given or find_preprocessing(model)
+    except TokenMergeError as error:
+        return f"unknown: {error}"
+    return found.warning or str(found)
+
+
+def _deployed(target: Target, file: Path, images: Tensor, expected: Tensor, batch: int) -> str:
+    """Say how far the answers are where the engine chooses the precision itself."""
+    if target.plainly is None:
+        return ""
+    precision, run = target.plainly(file)
+    got = torch.cat([run(part) for part in images.split(batch)])
+    far, scale = (got - expected).abs().max().item(), expected.abs().max().item()
+    if far <= TOLERANCE * max(1.0, scale):
+        return f"without a hint {target.engine} runs it in {precision} here: max |difference| {far:.2g} of {scale:.3g}"
+    return (
+        f"WARNING: without a hint {target.engine} runs it in {precision} on this processor: max |difference| from "
+        f"eager {far:.2g} of {scale:.3g}. Load it with the hint below for the answers that were checked."
+    )
 
 
 def _check_request(model: nn.Module, to: str, batch: int | None, opset: int | None) -> None:
@@ -248,108 +289,3 @@ def _scatters(operators: Mapping[str, int]) -> list[str]:
     """Return how many there are of each operator that writes rows at indices, whatever its format calls it."""
     kinds = ("scatter", "index_add", "index_put", "index_reduce")
     return [f"{count} {name}" for name, count in operators.items() if any(kind in name.lower() for kind in kinds)]
-
-
-def _write_onnx(program: ExportedProgram, file: Path, opset: int | None) -> Counter[str]:
-    onnx = importlib.import_module("onnx")
-    # with gradients attention is decomposed to other strides than it was traced with, and some models' views fail
-    with torch.no_grad():
-        written = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes={INPUT: {0: "batch"}} if program.range_constraints else None,
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
-        )
-    assert written is not None
-    # weights of more than 2 GB go to a file beside it
-    written.save(file)
-    graph = onnx.load(file, load_external_data=False)
-    given = graph.opset_import[0].version
-    if opset not in (None, given):
-        raise UnsupportedError(
-            f"opset {opset} was asked for and torch wrote {given}; leave opset out, or ask for less."
-        )
-    return Counter(_onnx_name(node) for node in graph.graph.node)
-
-
-def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """Sort in ONNX, whose TopK takes the first of equal values; torch translates only the sort that may not."""
-    op = importlib.import_module("onnxscript").opset18
-    count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
-    return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
-
-
-def _onnx_name(node: Any) -> str:
-    reductions = [attribute.s.decode() for attribute in node.attribute if attribute.name == "reduction"]
-    return " ".join([node.op_type, *(name for name in reductions if name != "none")])
-
-
-def _load_onnx(file: Path) -> Callable[[Tensor], Tensor]:
-    onnxruntime = importlib.import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would take cores from whatever runs next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
-
-
-def _write_openvino(program: ExportedProgram, file: Path, opset: int | None) -> Counter[str]:
-    openvino = importlib.import_module("openvino")
-    # by way of ONNX: of torch's own operators OpenVINO reads fewer
-    with TemporaryDirectory() as folder:
-        onnx_file = Path(folder) / "model.onnx"
-        _write_onnx(program, onnx_file, opset)
-        model = openvino.Core().read_model(onnx_file)
-        for operator in model.get_ops():
-            if operator.get_type_name() == "TopK":
-                # OpenVINO forgets that ONNX takes the first of equal values
-                operator.set_attribute("stable", True)
-        openvino.save_model(model, file, compress_to_fp16=False)
-    return Counter(operator.get_type_name() for operator in model.get_ops())
-
-
-def _load_openvino(file: Path) -> Callable[[Tensor], Tensor]:
-    openvino = importlib.import_module("openvino")
-    # the default precision is the processor's fastest
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(file, "CPU", settings)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
-
-
-def _write_program(program: ExportedProgram, file: Path, opset: int | None) -> Counter[str]:
-    torch.export.save(program, file)
-    return Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
-
-
-def _load_program(file: Path) -> Callable[[Tensor], Tensor]:
-    module = torch.export.load(file).module()
-
-    def run(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module(images)  # type: ignore[no-any-return]
-
-    return run
-
-
-class Target(NamedTuple):
-    """A format: what files of it end in, what it needs, and how it is written and run."""
-
-    suffix: str
-    engine: str  # the package that runs it
-    packages: tuple[str, ...]
-    extra: str  # what installs them
-    write: Callable[[ExportedProgram, Path, int | None], Counter[str]]
-    load: Callable[[Path], Callable[[Tensor], Tensor]]
-
-
-_ONNX = ("onnx", "onnxscript")
-TARGETS = {
-    "onnx": Target(".onnx", "onnxruntime", (*_ONNX, "onnxruntime"), "onnx", _write_onnx, _load_onnx),
-    "openvino": Target(".xml", "openvino", (*_ONNX, "openvino"), "openvino", _write_openvino, _load_openvino),
-    "torch-export": Target(".pt2", "torch", (), "", _write_program, _load_program),
-}

@@ -16,16 +16,20 @@ from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.flops import Count, count
 from tokenmerge.tools.models import AUTO, Method, answer, apply_method, run_images, shared_copy
+from tokenmerge.tools.quality import Judge, Question
 from tokenmerge.tools.timing import interleave
 
 __all__ = ["BOUND", "FIGURES", "Subject"]
 
 BOUND = "drop"  # the method that removes tokens at no cost
-# what is measured, in the order of the table
+# what is measured, in the order of the table; which of the first apply depends on what the model answers
 FIGURES = (
     "top-1 %",
+    "top-1 ±",
     "agreement %",
     "KL",
+    "error %",
+    "cosine",
     "GMACs",
     "MACs share",
     "matching GMACs",
@@ -40,8 +44,8 @@ class Subject:
     """A model that methods are measured on, its images, and what the unmerged model makes of them.
 
     `images` are what `"auto"` chooses by. The caller's model moves to the device, and is not changed beyond that.
-    Raises `DataError` for images that cannot be read or do not fit, and where the model is no classifier;
-    `UnsupportedModelError` for a model that no adapter describes.
+    `note` says why labels do not count, where they do not. Raises `DataError` for images that cannot be read or do not
+    fit; `UnsupportedModelError` for a model that no adapter describes.
     """
 
     def __init__(
@@ -52,18 +56,18 @@ class Subject:
         *,
         rounds: int = 10,
         images: Tensor | None = None,
+        restore: str | None = None,
     ) -> None:
         self.model = shared_copy(model.to(device)).eval()  # the caller's may be in training
         self.data, self.device, self.rounds, self.images = data, device, rounds, images
+        self.restore = restore
         self.dtype = next(model.parameters()).dtype
         self.corrupt: list[str] = []  # the images left out, as soon as all were read
         batch = next((images for images, _ in data), None)
         if batch is None:
             raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
         self.batch = batch.to(device, self.dtype)
-        shape = tuple(run_images(self.model, self.batch).shape)
-        if len(shape) != 2:
-            raise DataError(f"the model returns {shape}, not [B, classes]: it is no classifier.")
+        self.question = Question(self.model, data, tuple(run_images(self.model, self.batch).shape))
         self.size = tuple(batch.shape[1:])
         with tokenmerge.patched(self.model, r=0) as handle:
             run_images(self.model, self.batch[:1])
@@ -74,10 +78,11 @@ class Subject:
 
     def unmerged(self) -> dict[str, Any]:
         """Return the figures of the unmerged model."""
-        seen = sum(len(labels) for _, labels in self._answers)
-        hits = sum(int((logits.argmax(dim=1) == labels).sum()) for logits, labels in self._answers)
+        judge = Judge(self.question)
+        for answers, labels in self._answers:
+            judge.add(answers, answers, labels)
         timing = interleave({"unmerged": partial(self.model, self.batch)}, self.device, rounds=self.rounds)["unmerged"]
-        figures = {"r": "0", "top-1 %": round(100 * hits / seen, 2), "agreement %": 100.0, "KL": 0.0}
+        figures: dict[str, Any] = {"r": "0", **_of_table(judge)}
         figures |= {"GMACs": round(self.macs / 1e9, 4), "MACs share": 1.0, "matching GMACs": 0.0}
         figures |= {"images/s": round(len(self.batch) / timing.median, 2), "speed-up": 1.0, "over bound": None}
         return {**figures, "tokens": self.tokens[-1]}
@@ -101,7 +106,7 @@ class Subject:
 
     def _reduced(self, method: Method, r: R | None) -> nn.Module:
         twin = shared_copy(self.model)
-        apply_method(twin, method, r=r, calibrate=self.images)
+        apply_method(twin, method, r=r, calibrate=self.images, restore=self.restore)
         return twin
 
     def _run(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ class Subject:
 
     @cached_property
     def _answers(self) -> list[tuple[Tensor, Tensor]]:
-        """The unmerged model's logits and the labels, batch by batch."""
+        """The unmerged model's answers and the labels, batch by batch."""
         found = [(self._run(self.model, images), labels.to(self.device)) for images, labels in self.data]
         self.corrupt = list(self.data.corrupt)
         return found
@@ -118,26 +123,14 @@ class Subject:
     def _judge(self, model: nn.Module) -> tuple[dict[str, Any], list[float]]:
         """Return how the answers compare, and the mean tokens left after each block."""
         handle = tokenmerge.handle_of(model)
-        seen = hits = agreeing = 0
-        divergence, tokens = 0.0, [0.0] * len(self.tokens)
+        judge, tokens = Judge(self.question), [0.0] * len(self.tokens)
         answers = self._answers
         for i, (images, labels) in enumerate(self.data):
             if i >= len(answers) or len(images) != len(answers[i][0]):
                 raise DataError("the images changed since the unmerged model saw them: run the comparison again.")
-            logits, expected = self._run(model, images), answers[i][0]
-            given = logits.argmax(dim=1)
-            hits += int((given == labels.to(self.device)).sum())
-            agreeing += int((given == expected.argmax(dim=1)).sum())
-            got, wanted = logits.log_softmax(dim=1), expected.log_softmax(dim=1)
-            divergence += nn.functional.kl_div(got, wanted, log_target=True, reduction="sum").item()
+            judge.add(self._run(model, images), answers[i][0], labels.to(self.device))
             tokens = [total + left * len(images) for total, left in zip(tokens, handle.tokens, strict=True)]
-            seen += len(images)
-        figures = {
-            "top-1 %": round(100 * hits / seen, 2),
-            "agreement %": round(100 * agreeing / seen, 2),
-            "KL": float(f"{max(0.0, divergence / seen):.4g}"),
-        }
-        return figures, [total / seen for total in tokens]
+        return _of_table(judge), [total / judge.seen for total in tokens]
 
     def _time(self, model: nn.Module) -> dict[str, float]:
         """Time the first batch: unmerged, merged, and at the free bound with the very same tokens per block."""
@@ -208,3 +201,7 @@ class Subject:
                 self._run(twin, self.batch)
             self._counted[key] = self._count(twin, tokenmerge.handle_of(twin).tokens).model
         return self._counted[key]
+
+
+def _of_table(judge: Judge) -> dict[str, Any]:
+    return {name: value for name, value in judge.figures().items() if name in FIGURES}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "answer",
     "apply_method",
     "choices_of",
+    "declared_classes",
     "find_device",
     "import_timm",
     "known_size",
@@ -91,11 +93,12 @@ def read_method(text: str) -> Method:
     path = Path(text)
     if path.suffix == ".json":
         return MergeConfig.load(path)
-    if (text and path.is_dir()) or ("/" in text and "(" not in text):
+    if (text and is_dir(path)) or ("/" in text and "(" not in text):
         config, weights = MergeConfig.load(path / "merge.json"), path / "model.safetensors"
         return Trained(config, weights) if weights.is_file() else config
     if "(" not in text:
-        raise unknown_name("method", text, tokenmerge.list_methods())
+        shown = text if len(text) < 200 else f"{text[:200]} ..."
+        raise unknown_name("method", shown, tokenmerge.list_methods())
     return _with_options(text)
 
 
@@ -127,11 +130,16 @@ def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
     return [f"r = {r}: {choice}" for r, choice in found if choice]
 
 
-def load_model(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
-    """Return a model in eval mode: `"reference"` (bundled), a path that `torch.save(model)` wrote, or a timm name.
+def load_model(
+    name: str, *, pretrained: bool = False, num_classes: int | None = None, trust_pickle: bool = False
+) -> nn.Module:
+    """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
 
-    A saved module is a pickle: load only files you trust. Raises `UnknownNameError` for a name timm does not have (with
-    the nearest), `DataError` for a file that holds no module, `UnsupportedError` where timm cannot build it.
+    A file is what `torch.save(model)` wrote, a pickle: loading it runs the code it holds, so it has to be trusted by
+    name (`trust_pickle`). A folder is what `save_pretrained` of a Hugging Face model wrote (config.json and
+    safetensors; nothing of it is executed). Raises `UnknownNameError` for a
+    name timm does not have (with the nearest), `DataError` for a file that holds no module, `UnsupportedError` where
+    timm cannot build it.
     """
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
@@ -139,16 +147,18 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
-    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).is_file() or "/" in name
+    if is_file(Path(name) / "config.json"):
+        return _load_folder(Path(name))
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or is_file(name) or "/" in name
     if is_path and ":" not in name:
-        return _load_file(Path(name))
+        return _load_file(Path(name), trust_pickle)
     timm = import_timm()
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models() and ":" not in name:
         raise unknown_name("timm model", name, [BUNDLED, *timm.list_models("*vit*"), *timm.list_models("*deit*")])
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         what = "pretrained weights of" if pretrained else "model"
         raise UnsupportedError(
             f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, give "
@@ -198,19 +208,82 @@ def run_images(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+# what hosts call their answer; the first of these that an output holds is meant, else its first tensor
+_ANSWERS = ("logits", "predicted_depth", "image_embeds", "last_hidden_state")
+
+
 def answer(output: Any) -> Tensor:
-    """Return the tensor that a model's answer is about: itself, or the first that a host's output object holds."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+    """Return the tensor that a model's answer is about: itself, or the one in a tuple, a dict or a host's output.
+
+    Raises `DataError` where there is none.
+    """
+    found = _tensor_in(output)
+    if found is None:
+        raise DataError(f"the model returns a {type(output).__name__} without a tensor: there is no answer to look at.")
+    return found
 
 
-def _load_file(path: Path) -> nn.Module:
-    if not path.is_file():
-        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).")
+def _tensor_in(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = [output[name] for name in (*(name for name in _ANSWERS if name in output), *output)]
+    if not isinstance(output, (list, tuple)):
+        return None
+    return next((found for part in output if (found := _tensor_in(part)) is not None), None)
+
+
+def declared_classes(model: nn.Module) -> int | None:
+    """Return how many classes a model says it tells apart; None for one that says nothing of classes."""
+    count = getattr(model, "num_classes", None)
+    if isinstance(count, int):
+        return count or None  # timm's 0: the features themselves
+    config = getattr(model, "config", None)
+    # others have such a number too, and no classifier
+    is_classifier = "ForImageClassification" in type(model).__name__
+    return int(config.num_labels) if config is not None and is_classifier else None
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    """Load what `save_pretrained` wrote, by the class that its configuration names."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
+        import transformers
+    except ImportError as error:
+        raise UnsupportedError(f"{folder} is a Hugging Face model: pip install transformers") from error
+    try:
+        options = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        name = next(iter(config.architectures or ()), "")
+        kind = getattr(transformers, name, transformers.AutoModelForImageClassification)
+        bars = transformers.utils.logging
+        shows = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
+        try:
+            model: nn.Module = kind.from_pretrained(folder, config=config, use_safetensors=True, **options)
+        finally:
+            if shows:
+                bars.enable_progress_bar()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        raise DataError(
+            f"{folder} cannot be read as a Hugging Face model: {' '.join(str(error).split()).rstrip('.')}. It needs "
+            "config.json and model.safetensors, as model.save_pretrained(folder) writes them."
+        ) from error
+    return model.eval()
+
+
+def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
+    if not is_file(path):
+        hint = " A device or a pipe is none." if path.exists() and not path.is_dir() else ""
+        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).{hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # a pickle can raise anything at all
+        if not trust_pickle and _is_pickle(path):
+            raise DataError(
+                f"{path} is a pickle, and loading it would run whatever code it holds. Where you trust who made it, "
+                "say so: --trust-pickle on the command line, trust_pickle=True in Python. Folders of `tokenmerge "
+                "train` and of save_pretrained need no trust."
+            ) from error
         raise DataError(f"{path} cannot be read as a saved module: {type(error).__name__}: {error}.") from error
     if not isinstance(content, nn.Module):
         raise DataError(
@@ -218,6 +291,12 @@ def _load_file(path: Path) -> nn.Module:
             "path); a state dict alone does not say what to build."
         )
     return content.eval()
+
+
+def _is_pickle(path: Path) -> bool:
+    """Say whether a file is what torch.save writes, or another pickle."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def known_size(handle: Handle) -> tuple[int, ...]:
@@ -239,36 +318,16 @@ def _with_options(text: str) -> Reduction:
         if call.args or None in names or len(set(names)) < len(names):
             raise ValueError
         given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        shown = text if len(text) < 200 else f"{text[:200]} ..."
         raise ConfigError(
-            f"{text!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each once, "
-            "by its name and with a plain value, a saved configuration (.json), or a folder that "
+            f"{shown!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each "
+            "once, by its name and with a plain value, a saved configuration (.json), or a folder that "
             "`tokenmerge train` wrote."
         ) from error
     method = type(MergeConfig(name).method)
     options = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    hints = get_type_hints(method)
-    for option, value in given.items():
+    for option in given:
         if option not in options:
             raise unknown_name(f"option of {name}", option, options)
-        # methods are hashable: what is a list elsewhere is a tuple in them
-        given[option] = value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, hints[option]):
-            raise ConfigError(
-                f"option {option} of {name} is {value!r}; it takes {options[option].type}, e.g. its default "
-                f"{options[option].default!r}."
-            )
     return method(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value is of an annotated type: a plain one, a union, or a tuple of them."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    return type(value) in ((int, float) if hint is float else (hint,))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tokenmerge.tools.models import answer, find_device, shared_copy
 
 __all__ = [
+    "ENOUGH_ROUNDS",
+    "NOISY",
     "Timing",
     "attention_kernel",
     "environment",
@@ -26,6 +28,9 @@ __all__ = [
     "throughput",
     "training_memory",
 ]
+
+ENOUGH_ROUNDS = 5  # with fewer nobody can tell a difference from chance
+NOISY = 0.1  # from this on it pays to look for what else runs
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,16 @@ class Timing:
     def over(self, other: Timing) -> float:
         """Return how many times longer this variant took: the median over rounds, which cancels slow drift."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def noise(self, other: Timing) -> float | None:
+        """Return how far `over` differs from round to round: half the distance between the quartiles, as a share.
+
+        None for fewer rounds than say anything.
+        """
+        if len(self.seconds) < ENOUGH_ROUNDS:
+            return None
+        low, middle, high = statistics.quantiles((a / b for a, b in zip(self.seconds, other.seconds, strict=True)), n=4)
+        return (high - low) / 2 / middle
 
 
 def interleave(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.files import replacing
 
 __all__ = ["draw_clip", "draw_features", "draw_groups", "plot_pareto", "plot_tradeoff", "require_viz", "sheet"]
 
@@ -126,7 +127,8 @@ def plot_tradeoff(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None
     axes.set(xlabel="images per second", ylabel="top-1 accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
     pyplot.close(figure)
 
 
@@ -167,7 +169,8 @@ def plot_pareto(path: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
     for axes, points, (column, sign) in zip(panels, drawn, columns, strict=True):
         front = [row for row in _front(rows, column, sign) if row is not rows[0]]
         _name_points(axes, front, column, _move_apart(axes, points, [rows.index(row) for row in front]))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110)
     pyplot.close(figure)
 
 
@@ -250,8 +253,8 @@ def _name_points(
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading a formula."""
-    return text.replace("$", r"\$")
+    """Keep matplotlib from reading a formula, and from failing at names of files that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def require_viz() -> None:

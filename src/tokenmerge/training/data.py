@@ -7,6 +7,7 @@ processes and workers share the work, and where a run was cut off, changes nothi
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -225,6 +226,11 @@ class _Work(IterableDataset[Any]):
         return Batch(stacked, torch.tensor(labels, dtype=torch.long), position, unreadable)
 
 
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C goes to every process of a terminal: the one that trains decides when the workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _run(work: _Work, workers: int) -> Iterator[Batch]:
     # a generator of its own: without one, starting workers draws from the caller's
     loader = DataLoader(
@@ -234,6 +240,7 @@ def _run(work: _Work, workers: int) -> Iterator[Batch]:
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupts,
     )
     for batch in loader:
         if isinstance(batch, DataError):

@@ -12,6 +12,7 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge.errors import DataError, NotPatchedError
+from tokenmerge.tools.preprocessing import Preprocessing
 from tokenmerge.training.data import Batch, evaluation, open_source, reseed, seed_of
 from tokenmerge.training.objective import Objective
 from tokenmerge.training.recipe import Recipe
@@ -19,7 +20,7 @@ from tokenmerge.training.sources import Source, Stream
 from tokenmerge.training.transforms import eval_transform
 from tokenmerge.training.world import World
 
-__all__ = ["HeldOut", "autocast", "mean_tokens", "pixel_statistics", "shown"]
+__all__ = ["HeldOut", "autocast", "mean_tokens", "shown"]
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,9 +29,14 @@ class HeldOut:
     """The validation and test splits of a recipe, as far as they are there; `notes` says which are not."""
 
     def __init__(
-        self, recipe: Recipe, size: tuple[int, ...], classes: tuple[str, ...], pixels: dict[str, Any], world: World
+        self,
+        recipe: Recipe,
+        size: tuple[int, ...],
+        classes: tuple[str, ...],
+        prepared: Preprocessing | None,
+        world: World,
     ) -> None:
-        self.recipe, self.size, self.pixels, self.world = recipe, size, dict(pixels), world
+        self.recipe, self.size, self.prepared, self.world = recipe, size, prepared, world
         self.sources, self.notes = dict[str, Source | Stream](), list[str]()
         data = recipe.data
         for split in ("valid", "test"):
@@ -71,7 +77,7 @@ class HeldOut:
         start = time.perf_counter()
         for batch in evaluation(
             source,
-            eval_transform(source.kind, self.size, **self.pixels),
+            self.prepared or eval_transform(source.kind, self.size),
             batch_size=max(1, recipe.batch_size // recipe.accumulate // self.world.size),
             rank=rank,
             world=world,
@@ -93,12 +99,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     """Return the context a forward of this precision runs in."""
     dtype = _PRECISIONS.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def pixel_statistics(model: nn.Module) -> dict[str, Any]:
-    """Return what a model of timm says of the pixels it was trained on: mean, std and crop_pct; {} for others."""
-    about = getattr(model, "pretrained_cfg", None) or {}
-    return {name: about[name] for name in ("mean", "std", "crop_pct") if about.get(name)}
 
 
 def shown(r: Any) -> Any:

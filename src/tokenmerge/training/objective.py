@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenmerge import Handle
 from tokenmerge.methods import Learned
+from tokenmerge.tools.models import answer
 from tokenmerge.training.recipe import Augment, Recipe
 
 __all__ = ["Classify", "Objective", "Predict"]
@@ -65,21 +66,21 @@ class Classify(Objective):
         return model if self.adding is None else _Adding(model, self.adding)
 
     def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
-        answer, added = net(inputs) if self.adding else (net(inputs), 0.0)
-        logits = answer.float()
+        output, added = net(inputs) if self.adding else (net(inputs), 0.0)
+        logits = answer(output).float()
         # mixed targets are smoothed already
         smoothing = 0.0 if self.mixup is not None else self.smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is not None:
             T = self.distill.temperature
             with torch.no_grad():
-                wanted = (self.teacher(inputs).float() / T).softmax(-1)
+                wanted = (answer(self.teacher(inputs)).float() / T).softmax(-1)
             divergence = F.kl_div((logits / T).log_softmax(-1), wanted, reduction="batchmean")
             loss = loss + self.distill.weight * T * T * divergence
         return loss + added
 
     def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        logits = net(inputs).float()
+        logits = answer(net(inputs)).float()
         return torch.stack((F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()))
 
 
@@ -94,7 +95,7 @@ class _Adding(nn.Module):
         self.model, self.handle = model, handle
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model(inputs), self.handle.loss()
+        return answer(self.model(inputs)), self.handle.loss()
 
 
 class Predict(Objective):

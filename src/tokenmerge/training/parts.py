@@ -36,7 +36,7 @@ class Parts:
 
 def build_parts(recipe: Recipe, size: tuple[int, ...], classes: int, device: torch.device) -> Parts:
     """Build what a recipe names, on a device; raises what its parts raise."""
-    core = build(recipe.model, size, classes)
+    core = build(recipe.model, size, classes, trust_pickle=True)  # `train` has asked before
     notes = [load_weights(core, recipe.model.weights)] if recipe.model.weights else []
     if recipe.model.checkpointing:
         _checkpoint_blocks(core)

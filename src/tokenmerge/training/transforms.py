@@ -12,7 +12,7 @@ from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.training.recipe import Augment
 from tokenmerge.training.sources import needed
 
-__all__ = ["eval_transform", "train_transform"]
+__all__ = ["eval_transform", "statistics", "train_transform"]
 
 
 def train_transform(
@@ -22,6 +22,7 @@ def train_transform(
     *,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    interpolation: str = "bicubic",
     flippable: bool = True,
 ) -> Callable[[Any], Tensor]:
     """Return what makes a sample of a source of this kind a tensor of this size, augmented.
@@ -37,8 +38,8 @@ def train_transform(
     flip = augment.flip if flippable else 0.0
     with needed("augmentation"):
         if kind == "clip":
-            return _Clip(augment, flip, size, *_statistics(size[0], mean, std))
-        return _Image(augment, flip, size, *_statistics(size[0], mean, std))
+            return _Clip(augment, flip, size, *statistics(size[0], mean, std))
+        return _Image(augment, flip, size, *statistics(size[0], mean, std), interpolation=interpolation)
 
 
 def eval_transform(
@@ -56,8 +57,8 @@ def eval_transform(
     plain = Augment(crop="none", flip=0.0)
     with needed("evaluation"):
         if kind == "clip":
-            return _Clip(plain, 0.0, size, *_statistics(size[0], mean, std), crop_pct)
-        return _Image(plain, 0.0, size, *_statistics(size[0], mean, std), crop_pct)
+            return _Clip(plain, 0.0, size, *statistics(size[0], mean, std), crop_pct)
+        return _Image(plain, 0.0, size, *statistics(size[0], mean, std), crop_pct)
 
 
 def _check_size(kind: str, size: Sequence[int]) -> None:
@@ -67,7 +68,8 @@ def _check_size(kind: str, size: Sequence[int]) -> None:
         raise ConfigError(f"data.size is {tuple(size)}; {kind}s take {form}, C {' or '.join(map(str, channels))}.")
 
 
-def _statistics(channels: int, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+def statistics(channels: int, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return mean and std of pixels: those given, else ImageNet's or, for one channel, Fashion-MNIST's."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     from tokenmerge import assets
@@ -97,6 +99,7 @@ class _Image:
         mean: list[float],
         std: list[float],
         crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
     ) -> None:
         from timm.data import create_transform
         from torchvision import transforms
@@ -111,7 +114,7 @@ class _Image:
                 hflip=0.0,
                 color_jitter=None,
                 auto_augment=augment.auto,
-                interpolation="bicubic",
+                interpolation=interpolation,
                 mean=tuple(mean),
                 std=tuple(std),
                 re_prob=augment.erase,
@@ -121,7 +124,8 @@ class _Image:
         except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
             raise ConfigError(f"augment.auto is {augment.auto!r}, no policy timm knows: {error}.") from error
         # the shorter side resized and the middle cut out, without making it a tensor
-        middle = create_transform((C, H, W), interpolation="bicubic", crop_pct=crop_pct, normalize=False).transforms[:2]
+        middle = create_transform((C, H, W), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
+        middle = middle.transforms[:2]
         shift = [transforms.RandomCrop((H, W), padding=augment.shift)] if augment.crop == "shift" else []
         flips = [transforms.RandomHorizontalFlip(flip)] if flip else []
         crop = [area] if augment.crop == "resize" else [*middle, *shift]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,7 +42,8 @@ class World:
         name = device or ("cuda" if has_gpu else "cpu")
         self.device = find_device(f"cuda:{local}" if name == "cuda" else name)
         self.asked_to_stop = False
-        self._handler: Any = None
+        self.signal = "SIGTERM"  # by which it was asked
+        self._handlers: dict[signal.Signals, Any] = {}
         self._stop = threading.Event()
         if self.size > 1:
             if has_gpu:
@@ -69,20 +71,29 @@ class World:
     def __enter__(self) -> World:
         # where this is not the main thread, signals are somebody else's business
         with suppress(ValueError):
-            self._handler = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        """SIGTERM: a scheduler takes the machine away, or torchrun ends the others when one process has failed."""
-        self.asked_to_stop = True
+        """SIGTERM: a scheduler takes the machine away, or torchrun ends the others when one process has failed.
+
+        SIGINT: Ctrl-C. A second one is not waited for.
+        """
+        if number == signal.SIGINT:
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
+            if self.is_first:
+                print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        self.asked_to_stop, self.signal = True, signal.Signals(number).name
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             if self.size > 1:
                 self._part(error)
         finally:
-            if self._handler is not None:
-                signal.signal(signal.SIGTERM, self._handler)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
     def _part(self, error: BaseException | None) -> None:
         """Leave the others; raises `LostRankError` where the error comes from one of them being gone."""

@@ -1,0 +1,194 @@
+"""What happens to an image before a model sees it: done, changed by options, and said in every output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from textwrap import shorten
+from typing import Any
+
+from torch import Tensor
+
+from tokenmerge.errors import DataError, UnsupportedError
+
+__all__ = ["MODES", "Preprocessing", "Processor"]
+
+MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's numbers
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image (PIL) becomes the tensor `[C, H, W]` that a model takes; call it to do so.
+
+    The image is resized (both sides to `resize`, or the shorter one), its middle is cut out where `crops`, pixels are
+    scaled to 0..1, less `mean`, over `std`. `own` is the model's own code for that; it is used as it is where nothing
+    was changed. `is_known` is False where part of this is an assumption: `warning` says so.
+    """
+
+    size: tuple[int, ...]  # C, H, W; () where nobody says
+    resize: int | tuple[int, int] | None
+    crops: bool
+    interpolation: str
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    source: str
+    is_known: bool = True
+    extra: str = ""  # what the fields cannot say
+    own: Callable[[Any], Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def __call__(self, image: Any) -> Tensor:
+        if isinstance(self.own, Processor):
+            from PIL import ImageOps
+
+            image = ImageOps.exif_transpose(image)  # as Hugging Face's pipelines do
+        mode = "L" if self.size[:1] == (1,) else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
+        tensor: Tensor = (self.own or self._built())(image)
+        return tensor
+
+    def __str__(self) -> str:
+        return f"{self._steps()} ({self.source})"
+
+    @property
+    def warning(self) -> str:
+        """What to do where nobody says how images are prepared; "" where it is known."""
+        if self.is_known:
+            return ""
+        return (
+            f"WARNING: the model does not say how its images are prepared ({self.source}). Assumed: {self._steps()}. "
+            "If that is wrong, so is every accuracy here: put the model's preprocessor_config.json beside it, or give "
+            "--mean and --std (and --resize, --crop-pct, --interpolation); in Python preprocessing=."
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """The lines that every output carries."""
+        return [f"Preprocessing: {self}", *([self.warning] if self.warning else [])]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for files."""
+        return {name: value for name, value in asdict(replace(self, own=None)).items() if name != "own"}
+
+    def changed(
+        self,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        resize: Sequence[int] | int | None = None,
+        crop_pct: float | None = None,
+        interpolation: str | None = None,
+    ) -> Preprocessing:
+        """Return this with what is given changed: `resize` is the shorter side, or height and width.
+
+        `crop_pct` resizes the shorter side to the model's size over it and cuts out the middle. Raises `DataError` for
+        values that no images can have.
+        """
+        given = {"mean": mean, "std": std, "resize": resize, "crop_pct": crop_pct, "interpolation": interpolation}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            return self
+        if resize is not None and crop_pct is not None:
+            raise DataError("give either resize (--resize) or crop_pct (--crop-pct): both say how large images become.")
+        if self._is_opaque:
+            raise DataError(f"{', '.join(names)} cannot be changed in {self.source}: change that transform itself.")
+        values: dict[str, Any] = {name: self._pixels(name, given[name]) for name in ("mean", "std") if name in names}
+        if interpolation is not None:
+            if interpolation not in MODES:
+                raise DataError(f"no interpolation {interpolation!r}; there are: {', '.join(MODES)}.")
+            values["interpolation"] = interpolation
+        if resize is not None or crop_pct is not None:
+            values |= self._sides(resize, crop_pct)
+        own = self.own.changed(values) if isinstance(self.own, Processor) else None
+        if own is None and self.extra and "resize" not in values:
+            raise DataError(
+                f"{', '.join(names)} cannot be changed alone: this model's images are also prepared by {self.extra} "
+                f"({self.source}). Give --resize too, or change the model's own file."
+            )
+        extra = self.extra if own is not None else ""
+        is_known = self.is_known or (mean is not None and std is not None)
+        source = f"{self.source}; as given: {', '.join(names)}"
+        return replace(self, **values, own=own, extra=extra, is_known=is_known, source=source)
+
+    @property
+    def _is_opaque(self) -> bool:
+        return self.own is not None and not self.interpolation
+
+    def _pixels(self, name: str, given: Any) -> tuple[float, ...]:
+        channels = self.size[0] if self.size else 3
+        values = tuple(float(value) for value in (given if isinstance(given, Sequence) else (given,)))
+        values = values * channels if len(values) == 1 else values
+        if len(values) != channels or min(values) < 0 or max(values) > 1 or (name == "std" and 0 in values):
+            raise DataError(
+                f"{name} is {' '.join(map(str, given if isinstance(given, Sequence) else (given,)))}: give 1 or "
+                f"{channels} numbers on the scale 0 to 1 (a mean of 127.5 is 0.5 there)."
+            )
+        return values
+
+    def _sides(self, resize: Any, crop_pct: float | None) -> dict[str, Any]:
+        if not self.size:
+            raise DataError("the model does not say which input size it takes: resize cannot be given.")
+        H, W = self.size[1:]
+        if crop_pct is not None:
+            if not 0 < crop_pct <= 1:
+                raise DataError(f"crop_pct (--crop-pct) is a share above 0 and up to 1; got {crop_pct}.")
+            return {"resize": int(min(H, W) / crop_pct), "crops": True}
+        sides = tuple(resize) if isinstance(resize, Sequence) else (resize,)
+        if len(sides) not in (1, 2) or any(side < 1 for side in sides):
+            raise DataError(f"resize (--resize) takes the shorter side, or height and width; got {sides}.")
+        return {"resize": sides[0] if len(sides) == 1 else sides, "crops": sides != (H, W)}
+
+    def _steps(self) -> str:
+        if self._is_opaque:
+            return shorten(repr(self.own), 200, placeholder=" ...")
+        parts = ["not resized"] if self.resize is None else []
+        if isinstance(self.resize, tuple):
+            parts = [f"resize {self.resize[0]} x {self.resize[1]}"]
+        elif self.resize is not None:
+            parts = [f"shorter side {self.resize}"]
+        parts += [f"middle {self.size[1]} x {self.size[2]}"] if self.crops and self.size else []
+        parts += [self.interpolation] if self.resize is not None else []
+        parts += [self.extra] if self.extra else []
+        parts += [f"mean {_short(self.mean)}", f"std {_short(self.std)}"] if self.mean else ["pixels not normalised"]
+        return ", ".join(parts)
+
+    def _built(self) -> Callable[[Any], Tensor]:
+        try:
+            from torchvision import transforms
+        except ImportError as error:
+            raise UnsupportedError('images need torchvision: pip install "tokenmerge[timm]"') from error
+        mode = transforms.InterpolationMode(self.interpolation)
+        side = list(self.resize) if isinstance(self.resize, tuple) else self.resize
+        steps: list[Any] = [] if side is None else [transforms.Resize(side, interpolation=mode)]
+        steps += [transforms.CenterCrop(self.size[1:])] if self.crops else []
+        steps += [transforms.ToTensor()]
+        steps += [transforms.Normalize(self.mean, self.std)] if self.mean else []
+        made: Callable[[Any], Tensor] = transforms.Compose(steps)
+        return made
+
+
+class Processor:
+    """A Hugging Face image processor as a function of one image."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> Tensor:
+        tensor: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return tensor
+
+    def changed(self, values: dict[str, Any]) -> Processor | None:
+        """Return it with other constants; None where more than these is to change."""
+        if not values.keys() <= {"mean", "std"}:
+            return None
+        processor = copy.copy(self.processor)
+        processor.do_normalize = True
+        for name, value in values.items():
+            setattr(processor, f"image_{name}", list(value))
+        return Processor(processor)
+
+
+def _short(values: tuple[float, ...] | None) -> str:
+    """Return numbers without repeating what is the same for all channels."""
+    values = values or ()
+    return " ".join(f"{value:.4g}" for value in (values[:1] if len(set(values)) == 1 else values))

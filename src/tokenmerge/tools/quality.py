@@ -1,0 +1,109 @@
+"""How the answers of a reduced model compare with the labels, and with those of the unmerged model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.errors import DataError
+from tokenmerge.tools.data import FashionMNIST, Folder
+from tokenmerge.tools.models import declared_classes
+
+__all__ = ["Judge", "Question", "standard_error"]
+
+
+class Question:
+    """What can be asked of a model's answers: hits among labelled classes, or nearness to the unmerged answers alone.
+
+    `note` says why labels do not count, "" where they do.
+    """
+
+    def __init__(self, model: nn.Module, data: FashionMNIST | Folder, shape: tuple[int, ...]) -> None:
+        self.shape = shape[1:]
+        classes, outputs = declared_classes(model), data.outputs
+        self.has_classes = len(shape) == 2 and shape[1] == outputs
+        # a map of classes, pixel by pixel
+        self.has_pixels = len(shape) == 4 and classes is None and shape[1] > 1 and _is_segmentation(model)
+        self.note = "" if self.has_classes else self._why(type(model).__qualname__, outputs)
+
+    def _why(self, name: str, outputs: int) -> str:
+        shown = " x ".join(map(str, self.shape)) or "1"
+        reason = f"{name} answers with {shown} numbers for an image, the data has {outputs} classes"
+        return (
+            f"No accuracy: {reason}: these answers are no classes of these images. They are compared with the unmerged "
+            "model's: error % is the distance relative to their length, cosine the mean similarity."
+        )
+
+    def check(self, got: Tensor, expected: Tensor) -> None:
+        """Raise `DataError` where merged answers cannot be compared with unmerged ones."""
+        if got.shape != expected.shape:
+            raise DataError(
+                f"merged, the model answers with {tuple(got.shape)}, unmerged with {tuple(expected.shape)}: it hands "
+                "out its tokens. Have them put back in their places: restore='dense' (--restore dense)."
+            )
+
+
+class Judge:
+    """Sums of one reduced model's answers over batches; `figures` are their means."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.seen = self.pixels = 0
+        self.top1 = self.top5 = self.agree = 0
+        self.divergence = self.error = self.cosine = 0.0
+
+    def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
+        """Take in one batch: a model's answers, the unmerged model's, and the labels."""
+        self.question.check(got, expected)
+        got, expected = got.float(), expected.float()
+        self.seen += len(got)
+        if self.question.has_classes:
+            ranked = got.topk(min(5, got.shape[1]), dim=1).indices  # [B, 5]
+            hits = ranked == labels[:, None]
+            self.top1 += int(hits[:, 0].sum())
+            self.top5 += int(hits.any(dim=1).sum())
+            self.agree += int((ranked[:, 0] == expected.argmax(dim=1)).sum())
+            self.pixels += len(got)
+            logs = got.log_softmax(dim=1), expected.log_softmax(dim=1)
+            self.divergence += nn.functional.kl_div(*logs, log_target=True, reduction="sum").item()
+            return
+        if self.question.has_pixels:
+            same = got.argmax(dim=1) == expected.argmax(dim=1)
+            self.agree, self.pixels = self.agree + int(same.sum()), self.pixels + same.numel()
+        flat, wanted = got.flatten(1), expected.flatten(1)
+        length = wanted.norm(dim=1).clamp_min(1e-12)
+        self.error += float(((flat - wanted).norm(dim=1) / length).sum())
+        self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the means; None for what was not asked."""
+        found: dict[str, Any] = dict.fromkeys(
+            ("top-1 %", "top-1 ±", "top-5 %", "agreement %", "KL", "error %", "cosine")
+        )
+        if self.pixels:
+            found["agreement %"] = round(100 * self.agree / self.pixels, 2)
+        if self.question.has_classes:
+            found["top-1 %"] = round(100 * self.top1 / self.seen, 2)
+            found["top-1 ±"] = standard_error(self.top1, self.seen)
+            found["top-5 %"] = round(100 * self.top5 / self.seen, 2)
+            found["KL"] = float(f"{max(0.0, self.divergence / self.seen):.4g}")
+        else:
+            found["error %"] = float(f"{100 * self.error / self.seen:.4g}")
+            found["cosine"] = round(self.cosine / self.seen, 5)
+        return found
+
+
+def standard_error(hits: int, seen: int) -> float:
+    """Return the standard error, in points, of an accuracy measured on so many images.
+
+    All right, or none, is no certainty: half an image is then counted as the other case.
+    """
+    share = (hits + 0.5) / (seen + 1) if hits in (0, seen) else hits / seen
+    return round(100 * math.sqrt(share * (1 - share) / seen), 2)
+
+
+def _is_segmentation(model: nn.Module) -> bool:
+    return "Segmentation" in type(model).__name__
