@@ -115,13 +115,18 @@ class _MaskTap(InterfaceTap):
 
     def __init__(self, block: Any) -> None:
         super().__init__(block.attention)
-        self.table, self.patch_size = block.relative_position_bias, block.patch_size
+        self.block = block
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         height, width = given.pop("resolution")
         given.pop("interpolate_pos_encoding", None)
-        if self.table is not None:
-            own = self.table((height // self.patch_size, width // self.patch_size))  # [1, H, N, N]
+        table, patch_size = self.block.relative_position_bias, self.block.patch_size
+        if table is not None:
+            # strict export names what a module makes of numbers by the way to that module, and that leads through this
+            # object, which is no module; without hooks, forward is all that a call does
+            is_plain = not (table._forward_hooks or table._forward_pre_hooks)
+            look_up = table.forward if is_plain and torch.compiler.is_compiling() else table
+            own = look_up((height // patch_size, width // patch_size))  # [1, H, N, N]
             own = own if kept is None else pairs(own, kept)
             given["attention_mask"] = own + given.get("attention_mask", 0)
         return super().__call__(x, bias, kept, **given)
