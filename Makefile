@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check asan bench ablation auto zoo train training support hosts clean
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.venv/ready: pyproject.toml
+.PHONY: demo test check asan bench ablation auto zoo train training support hosts latest clean
+
+# what an editable install builds or writes down; the rest of the package is used from where it is
+INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
+
+.venv/ready: $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision timm
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: .venv/ready
@@ -49,14 +53,22 @@ support: .venv/ready
 
 # the same promises on the oldest host versions that are supported, in an environment of their own
 OLD := .venv-hosts/bin
-.venv-hosts/ready: pyproject.toml
+.venv-hosts/ready: $(INSTALLED)
 	$(PYTHON) -m venv .venv-hosts
-	$(OLD)/python -m pip install --quiet --disable-pip-version-check torch torchvision timm==1.0.16 "transformers==4.57.*"
-	$(OLD)/python -m pip install --quiet --disable-pip-version-check --editable ".[viz,cli]" pytest pytest-timeout pytest-xdist
+	$(OLD)/python $(PIP) torch torchvision timm==1.0.16 "transformers==4.57.*"
+	$(OLD)/python $(PIP) --editable ".[viz,cli]" pytest pytest-timeout pytest-xdist
 	touch $@
 
 hosts: .venv-hosts/ready
 	$(OLD)/python -m pytest --numprocesses auto tests/adapters tests/conformance/test_timm_registry.py
 
+# the whole suite on the newest of everything, in an environment of its own: what the next constraints.txt has to pass
+NEW := .venv-latest/bin
+latest:
+	$(PYTHON) -m venv .venv-latest
+	$(NEW)/python $(PIP) --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(NEW)/python -m pip freeze --exclude-editable
+	$(NEW)/python -m pytest --numprocesses auto
+
 clean:
-	rm -rf .venv .venv-hosts tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-hosts .venv-latest tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from tokenmerge.tools.models import answer
 
-__all__ = ["TOLERANCE", "answer", "assert_close", "bound_attributes", "randomised", "run_in_threads", "tiny_vit"]
+__all__ = [
+    "TOLERANCE",
+    "answer",
+    "assert_close",
+    "bound_attributes",
+    "randomised",
+    "run_in_threads",
+    "shortened",
+    "tiny_vit",
+]
 
 # rounding of one forward, relative to the largest value
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -37,6 +46,22 @@ def randomised(model: nn.Module) -> nn.Module:
             else:
                 # twice the usual width: attention that is not flat, so that it matters which tokens are there
                 parameter.normal_(0.0, 2 * parameter[0].numel() ** -0.5)
+    return model
+
+
+def shortened(model: nn.Module, adapter: Any) -> nn.Module:
+    """Leave out all blocks but two: one that merges tokens of size 1, and one that is handed sizes by another.
+
+    A trace takes time for every block, and finds nothing in a third one.
+    """
+    gone = {block for _, block in adapter.blocks(model)[2:]}
+    assert gone
+    for module in list(model.modules()):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            for place in reversed(range(len(module))):
+                if module[place] in gone:
+                    del module[place]
+    assert len(adapter.blocks(model)) == 2
     return model
 
 

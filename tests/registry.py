@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 MODULES = (
     "vision_transformer",
@@ -23,7 +27,10 @@ MODULES = (
 )
 # what a name's own settings need beside a small depth and width
 _EXTRA: dict[str, dict[str, Any]] = {"sapiens2": {"num_kv_heads": 4}, "samvit": {"global_attn_indexes": (1,)}}
-_WIDTHS: tuple[dict[str, Any], ...] = ({"embed_dim": 64, "num_heads": 4}, {})
+# 96: where a gated MLP would be of an odd width otherwise
+_WIDTHS: tuple[dict[str, Any], ...] = ({"embed_dim": 64, "num_heads": 4}, {"embed_dim": 96, "num_heads": 4}, {})
+# the ways in which models draw their first weights
+_DRAWS = {"erfinv_", "kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"}
 
 
 def names() -> dict[str, str]:
@@ -35,7 +42,45 @@ def names() -> dict[str, str]:
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return a small model of this name and an input size with few tokens; raises what timm raises where none works."""
+    """Return a small model of this name and an input size with few tokens; raises what timm raises where none works.
+
+    Its parameters hold anything: they are to be drawn. A stem of convolutions is computed once for each input.
+    """
+    with undrawn():
+        model, size = _build(name)
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(getattr(embed, "backbone", None), nn.Module):
+        embed.backbone = _Once(embed.backbone)  # type: ignore[union-attr]
+    return model, size
+
+
+def undrawn() -> AbstractContextManager[Any]:
+    """Build models without drawing their weights, which takes longer than all that is tested with them."""
+    return _Undrawn()
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = args[0] if args else (kwargs or {}).get("tensor")
+        return drawn if getattr(func, "__name__", "") in _DRAWS else func(*args, **(kwargs or {}))
+
+
+class _Once(nn.Module):
+    """A stem that remembers the last input and its features: the stem is the host's, and no part of what is tested."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.seen: tuple[Tensor, Any] | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.seen is None or self.seen[0].dtype != x.dtype or not torch.equal(self.seen[0], x):
+            self.seen = x.clone(), self.stem(x)
+        features = self.seen[1]
+        return [part.clone() for part in features] if isinstance(features, (list, tuple)) else features.clone()
+
+
+def _build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     import timm
 
     extra = next((options for part, options in _EXTRA.items() if part in name), {})

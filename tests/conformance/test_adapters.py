@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
-from helpers import answer, assert_close, bound_attributes, randomised, run_in_threads, tiny_vit
+from helpers import answer, assert_close, bound_attributes, randomised, run_in_threads, shortened, tiny_vit
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.standins import MAEStandIn, SwagStandIn
@@ -75,6 +75,8 @@ VARIANTS: dict[str, Make] = {
     "swag-gap-prefix0": lambda: randomised(SwagStandIn(patch_size=4, classifier="gap")).eval(),
 }
 FAMILIES: dict[str, Family] = {adapter.name: lambda adapter=adapter: _family(adapter) for adapter in ADAPTERS}
+# for captures
+SHORT: dict[str, Family] = {adapter.name: lambda adapter=adapter: _short(adapter) for adapter in ADAPTERS}
 
 
 def _family(adapter: Adapter) -> tuple[nn.Module, Tensor]:
@@ -84,8 +86,14 @@ def _family(adapter: Adapter) -> tuple[nn.Module, Tensor]:
     return randomised(model), torch.randn(2, *x.shape[1:])
 
 
+def _short(adapter: Adapter) -> tuple[nn.Module, Tensor]:
+    model, x = _family(adapter)
+    return shortened(model, adapter), x
+
+
 every_variant = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
 every_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+every_short_family = pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
 X = (3, 3, 32, 32)
 
 
@@ -163,7 +171,7 @@ COMPILED = [(name, True, True) for name in FAMILIES] + [
 @pytest.mark.parametrize(("name", "dynamic", "track"), COMPILED)
 def test_compile_in_one_graph(name: str, dynamic: bool, track: bool) -> None:
     torch._dynamo.reset()
-    model, x = FAMILIES[name]()
+    model, x = SHORT[name]()
     handle = tokenmerge.patch(model, r=2, track=track)
     expected, sizes = _run(model, x), handle.sizes
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -182,7 +190,7 @@ def test_compile_in_one_graph(name: str, dynamic: bool, track: bool) -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compile_with_inductor(mode: str) -> None:
     torch._dynamo.reset()
-    model, x = ADAPTERS[0].tiny()
+    model, x = SHORT["timm_vit"]()
     tokenmerge.patch(model, r=2)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
     inputs = [x, torch.cat((x, x.flip(0)))]
@@ -194,7 +202,7 @@ def test_compile_with_inductor(mode: str) -> None:
             assert_close(_run(compiled, batch), _run(model, batch), 1e-4)
 
 
-@every_family
+@every_short_family
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 # strict export warns that the forward writes its sizes to the handle; the graph does not need them
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")

@@ -44,7 +44,7 @@ REFUSED = {"resnet18": "no adapter for", "swin_tiny_patch4_window7_224": "window
 def test_a_registered_model_patches_merges_and_counts(name: str) -> None:
     assert model_entrypoint(name).__module__.startswith("timm.models.")
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, depth=4)  # of full width and size; counting takes time for every block
     size = model.pretrained_cfg["input_size"]
     unmerged = tokenmerge.flops(model, size)
     handle = tokenmerge.patch(model, r=2)

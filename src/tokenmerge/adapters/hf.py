@@ -115,7 +115,7 @@ class HFAdapter(Adapter):
         raise UnsupportedModelError(
             f"blocks of class {type(block).__module__}.{type(block).__qualname__} with the children "
             f"{[name for name, _ in block.named_children()]} are not described. This was written for transformers "
-            f"{_OLDEST[0]}.{_OLDEST[1]} to 5.23."
+            f"{_OLDEST[0]}.{_OLDEST[1]} to 5.24."
         )
 
     def layout(self, model: Any) -> TokenLayout:

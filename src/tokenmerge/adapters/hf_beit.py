@@ -14,6 +14,7 @@ from tokenmerge.adapters.heads import OutputMean
 from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, follow_mask, no_change
 from tokenmerge.adapters.hf_video import TINY
 from tokenmerge.adapters.taps import AttentionTap
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["HFBeit"]
 
@@ -120,8 +121,13 @@ class _MaskTap(InterfaceTap):
         height, width = given.pop("resolution")
         given.pop("interpolate_pos_encoding", None)
         block: Any = self.block
-        if block.relative_position_bias is not None:
-            own = block.relative_position_bias((height // block.patch_size, width // block.patch_size))  # [1, H, N, N]
+        table, patch_size = block.relative_position_bias, block.patch_size
+        if table is not None:
+            # strict export names what a module makes of numbers by the way to that module, and that leads through this
+            # object, which is no module; without hooks, forward is all that a call does
+            is_plain = not (table._forward_hooks or table._forward_pre_hooks)
+            look_up = table.forward if is_plain and is_compiling() else table
+            own = look_up((height // patch_size, width // patch_size))  # [1, H, N, N]
             own = own if kept is None else pairs(own, kept)
             given["attention_mask"] = own + given.get("attention_mask", 0)
         return super().__call__(x, bias, kept, **given)

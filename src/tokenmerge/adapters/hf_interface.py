@@ -171,7 +171,7 @@ def _eager(core: nn.Module) -> Callable[..., Any]:
     if eager is None:
         raise UnsupportedModelError(
             f"{type(core).__module__} has no eager_attention_forward, which attn_implementation='eager' stands "
-            "for. Use a transformers version between 4.57 and 5.23."
+            "for. Use a transformers version between 4.57 and 5.24."
         )
     return eager
 
