@@ -86,6 +86,8 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+    if name not in ("doctor", "export", "list"):
+        parser.add_argument("--wide", action="store_true", help="print every column, however wide the terminal is")
     if name not in ("export", "list", "train"):
         parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
@@ -186,7 +188,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     title = f"Bundled ViT, {result.images} Fashion-MNIST test images"
-    _print(arguments, result.rows, title, result.environment, [])
+    _print(arguments, result.rows, title, result.environment, result.notes)
     print(f"Written to {arguments.out}: table.md, table.json, plot.png, merged.png", file=sys.stderr)
     return 0
 
@@ -216,14 +218,9 @@ def _bench(arguments: argparse.Namespace) -> int:
             progress=progress,
             **calibration_of(arguments, model),
         )
-    _print(
-        arguments,
-        result.rows,
-        f"{arguments.model}, medians of interleaved rounds",
-        result.environment,
-        result.verdicts,
-        out,
-    )
+    about = [] if arguments.calibrate is None else getattr(preparation_of(arguments, model), "notes", [])
+    title = f"{arguments.model}, medians of interleaved rounds"
+    _print(arguments, result.rows, title, result.environment, [*about, *result.verdicts], out)
     return 0
 
 
@@ -280,11 +277,14 @@ def _compare(arguments: argparse.Namespace) -> int:
         content = {"title": found.title, "environment": found.environment, "rows": found.rows, "notes": found.facts}
         print(json.dumps(content, indent=2))
     else:
-        show(found.table, found.title)
+        show(found.table, found.title, wide=arguments.wide)
         print("\n".join([*found.notes, "", *found.facts]))
     if found.marked:
         print(f"{found.marked} of {len(found.rows)} rows have no numbers; their notes say why.", file=sys.stderr)
-    print(f"Written to {arguments.out}: index.html, table.md, table.csv, plot.png, rows.json", file=sys.stderr)
+    print(
+        f"Written to {arguments.out}: index.html, table.md, table.csv, table.tex, plot.png, .svg, .pdf, rows.json",
+        file=sys.stderr,
+    )
     return 0 if found.has_numbers else 1
 
 
@@ -321,6 +321,8 @@ def _export(arguments: argparse.Namespace) -> int:
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
     model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
+    if "_tokenmerge_handle" in model.__dict__ and arguments.r is None and arguments.method == "tome":
+        r = method = None  # it has its own
     found = export(
         model,
         out,
@@ -378,7 +380,7 @@ def _print(
     if arguments.json:
         print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
         return
-    show(rows, title)
+    show(rows, title, wide=arguments.wide)
     for note in notes:
         print(note)
     print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))
