@@ -153,7 +153,8 @@ SLOWER = "r = 8: SLOWER than the unmerged model at"
         ({1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x, noise 3.0 %); {NEVER}"),
         (
             {8: 1.5, 1: 1.1},
-            "r = 8: faster at batch 1 (1.10x, noise 3.0 %), batch 8 (1.50x, noise 3.0 %): at every batch size measured.",
+            "r = 8: faster at batch 1 (1.10x, noise 3.0 %), batch 8 (1.50x, noise 3.0 %): at every batch size "
+            "measured.",
         ),
         (
             {1: 1.02, 8: 1.5},
@@ -178,8 +179,8 @@ def test_the_row_that_merges_nothing_tells_the_noise_of_its_batch() -> None:
     rows = [{"r": "8", "batch": b, "speed-up": 1.2, "noise %": 2.0} for b in (1, 4)]
     assert _verdicts([control, *rows]) == [
         "r = 8: no difference measured at batch 1 (1.20x, noise 27.0 %); it pays from batch 4 on.",
-        "Noisy (27 %; the r = 0 row, which merges nothing, says 0.73x instead of 1): close other programs, or take more "
-        "rounds (--rounds).",
+        "Noisy (27 %; the r = 0 row, which merges nothing, says 0.73x instead of 1): close other programs, or take "
+        "more rounds (--rounds).",
     ]
 
 
@@ -213,7 +214,7 @@ def test_the_model_given_is_not_changed(training: bool) -> None:
 def test_dtype_and_input_size_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs: list[torch.Tensor] = []
     row = module._row
-    monkeypatch.setattr(module, "_row", lambda *args: inputs.append(args[3]) or row(*args))
+    monkeypatch.setattr(module, "_row", lambda *args: inputs.append(args[4]) or row(*args))
     model = tiny_vit(dynamic_img_size=True)
     result = bench(model, rs=(4,), batches=(2,), rounds=1, dtype="bfloat16", input_size=(3, 48, 48))
     assert [(x.shape, x.dtype) for x in inputs] == [((2, 3, 48, 48), torch.bfloat16)]
