@@ -57,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     _compare_parser(commands)
 
     doctor = _command(
-        commands, "doctor", _doctor, "examine a model: described, right, how fast, what could not be done"
+        commands,
+        "doctor",
+        _doctor,
+        "check a model: is it supported, are the results exact, is it faster, what is limited",
     )
     doctor.add_argument("model", help=_MODEL_HELP)
     doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
@@ -72,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 _R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 _MODEL_HELP = (
-    "a timm name, a file of torch.save(model) (a pickle: trust it), a folder of `tokenmerge train`, or 'reference'"
+    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (a pickle: trust "
+    "it), a folder of `tokenmerge train`, or 'reference'"
 )
 _METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
