@@ -209,13 +209,16 @@ def _dense(folder: Path) -> Path:
 
 
 def _steady(model: nn.Module) -> nn.Module:
-    """Parameters that hide nothing, and no depth that the last ReLU makes 0."""
-    randomised(model).eval()
+    """A tower that hides nothing, and a neck and a head that keep what it says: no ReLU of the head cuts it off."""
+    randomised(model.dpt)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("head"):
-                parameter.abs_()
-    return model
+        for part in (model.neck, model.head):
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+                else:
+                    parameter.fill_(8.0 if part is model.head else 0.0)
+    return model.eval()
 
 
 OTHERS = {
