@@ -223,7 +223,7 @@ def _steady(model: nn.Module) -> nn.Module:
 
 OTHERS = {
     "clip": (_clip, "24", "shorter side 32, middle 32 x 32, bicubic, mean 0.4 0.5 0.6, std 0.2", ()),
-    "dense": (_dense, "32 x 32", "resize 32 x 32, bicubic, mean 0.5, std 0.5", ("--restore", "dense")),
+    "dense": (_dense, "64 x 64", "resize 32 x 32, bicubic, mean 0.5, std 0.5", ("--restore", "dense")),
 }
 
 
