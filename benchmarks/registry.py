@@ -117,6 +117,10 @@ def _models() -> list[ModelCase]:
             group, bars = "gpu-graphs", (Bar("speed-up", ">=", 1.0),)
             given = (f"{group}-{name}-b{few}", group, name, side, few, r, "bfloat16", "cuda", "reduce-overhead", bars)
             rows.append(ModelCase(*given))
+        bars = (Bar("merged / unmerged", "<=", 1.0),)
+        rows.append(
+            ModelCase(f"gpu-memory-{name}", "gpu-memory", name, side, batch // 4, r, "bfloat16", "cuda", bars=bars)
+        )
     return rows
 
 
@@ -165,11 +169,13 @@ def unpack(data: dict[str, Any]) -> Case:
 
 
 def build_model(case: ModelCase) -> torch.nn.Module:
-    """Build the unmerged model with random weights, in eval mode on the CPU."""
+    """Build the unmerged model with random weights, in eval mode, on the case's device."""
     import timm
 
     torch.manual_seed(0)
-    model: torch.nn.Module = timm.create_model(case.model).eval()
+    # drawing the weights of a large model takes a CPU half a minute
+    with torch.device(case.device):
+        model: torch.nn.Module = timm.create_model(case.model).eval()
     return model
 
 

@@ -89,10 +89,22 @@ def measure(cases: Sequence[Case], *, rounds: int, out: Path | None, about: dict
                 rows.append(_unmeasured(case))
                 notes = [f"Not measured: {absent}."]
                 continue
-            with Progress(case.name) as progress:
-                row, seen = _MEASURES[_kind(case)](case, rounds, progress)
-            rows.append({"case": case.name, **row, **judge(case, row)})
+            row, seen = measure_case(case, rounds)
+            rows.append(row)
         _finish(rows, group, {**seen, "commit": describe(ROOT), **(about or {})}, notes, out)
+
+
+def measure_case(case: Case, rounds: int, *, others: bool = False) -> tuple[Row, dict[str, str]]:
+    """Measure a case by the kernels that are chosen or forced; returns its row, judged, and what it was measured on.
+
+    With `others` an operation is timed by every version that takes its input too, in the same rounds.
+    """
+    with Progress(case.name) as progress:
+        if others and _kind(case) == "op":
+            row, seen = _operation(case, rounds, progress, others=True)
+        else:
+            row, seen = _MEASURES[_kind(case)](case, rounds, progress)
+    return {"case": case.name, **row, **judge(case, row)}, seen
 
 
 def judge(case: Case, row: Row) -> Row:
@@ -155,7 +167,7 @@ def _model(case: Any, rounds: int, progress: Progress) -> tuple[Row, dict[str, s
     return found.rows[0], found.environment
 
 
-def _operation(case: Any, rounds: int, progress: Progress) -> tuple[Row, dict[str, str]]:
+def _operation(case: Any, rounds: int, progress: Progress, others: bool = False) -> tuple[Row, dict[str, str]]:
     run, given = registry.operation(case), registry.arguments(case)
     torch._dynamo.reset()
     compiled = torch.compile(getattr(kernels.reference, case.op))
@@ -163,6 +175,8 @@ def _operation(case: Any, rounds: int, progress: Progress) -> tuple[Row, dict[st
     calls: dict[str, Callable[[], Any]] = {name: _bind(variant, given) for name, variant in variants.items()}
     if case.op == "attend":
         calls["no bias"] = lambda: F.scaled_dot_product_attention(*given[:3])
+    further = _others(case.op, given) if others else {}
+    calls |= {name: call for name, call in further.items() if callable(call)}
     where = given[0].device
     once = interleave({"ours": calls["ours"]}, where, rounds=3)["ours"].median
     timings = interleave(calls, where, rounds=rounds, number=repeats(once), progress=progress)
@@ -175,7 +189,26 @@ def _operation(case: Any, rounds: int, progress: Progress) -> tuple[Row, dict[st
     row["reference / ours"] = round(timings["reference"].over(ours), 3)
     row["compiled / ours"] = round(timings["compiled"].over(ours), 3)
     row["over no bias"] = round(ours.over(timings["no bias"]), 3) if "no bias" in timings else None
+    for name, call in further.items():
+        row[f"{name} ms"] = _ms(timings[name].median) if callable(call) else call
     return row, {**environment(where), "dtype": case.dtype, "rounds": str(rounds)}
+
+
+def _others(op: str, given: tuple[Any, ...]) -> dict[str, Callable[[], Any] | str]:
+    """Return by name every other version that takes the input, as a call, or why it does not run."""
+    found: dict[str, Callable[[], Any] | str] = {}
+    for kernel in kernels.TABLE[op][:-1]:
+        if kernel.name != kernels.select(op, given[0]).name and kernel.device in ("", given[0].device.type):
+            call = _bind(kernel.run, given)
+            try:
+                if not kernel.supports(given[0]):
+                    raise UnsupportedError(f"it needs {kernel.needs}")
+                with torch.inference_mode():
+                    call()
+                found[kernel.name] = call
+            except Exception as error:  # of a compiler, say: the other versions are measured all the same
+                found[kernel.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:100]}"
+    return found
 
 
 def _memory(case: Case, rounds: int, progress: Progress) -> tuple[Row, dict[str, str]]:

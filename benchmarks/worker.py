@@ -74,6 +74,8 @@ def install(tree: Path, folder: Path) -> Path:
 
 def describe(root: Path) -> str:
     """Return the commit of a working tree, `-dirty` where tracked files differ from it."""
+    if shutil.which("git") is None:
+        return "unknown"
     found = _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*")
     return found.stdout.strip() or "unknown"
 

@@ -62,7 +62,7 @@ def test_groups_and_their_bars() -> None:
         "gpu-graphs": {"speed-up >= 1"},
         "ops": {"reference / ours >= 1"},
         "gpu-ops": {"reference / ours >= 1", "over no bias <= 1.05"},
-        "gpu-memory": {"peak MB <= 64"},
+        "gpu-memory": {"peak MB <= 64", "merged / unmerged <= 1"},
     }
     assert (
         len(CASES)
@@ -203,7 +203,7 @@ def test_arguments_reach_the_measurement(monkeypatch: pytest.MonkeyPatch, capsys
     assert [case.name for case in single] == ["ops-merge-b8-h12-n197"]
     assert unwritten["out"] is None, "a selection must not replace the rows of its group"
     assert written == {"rounds": 20, "out": run.RESULTS, "about": {"kernels": "chosen"}}
-    assert run.main(["--list", "--group", "gpu-memory"]) == 0
+    assert run.main(["--list", "--cases", "gpu-memory-bipartite-b2-h1-n16384"]) == 0
     assert capsys.readouterr().out == "gpu-memory-bipartite-b2-h1-n16384  peak MB <= 64\n"
     assert run.main(["--kernels", "refrence"]) == 2
     assert "Did you mean 'reference'" in capsys.readouterr().err

@@ -117,8 +117,11 @@ def test_a_model_of_features_stays_as_it_was() -> None:
         (torch.randn(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
         ([1, 2], r"one tensor.*got list"),
         (torch.randn(4), r"got \(4,\)"),
+        (torch.randn(2, 3, 20, 32), r"does not take \[3, 20, 32\] in a batch: AssertionError"),
+        (torch.randn(3, 32, 32), r"does not take \[32, 32\] in a batch"),
+        (torch.stack((torch.randn(3, 32, 32), torch.full((3, 32, 32), torch.nan))), r"1 of 2 images .* first image 1"),
     ],
-    ids=["none", "list", "flat"],
+    ids=["none", "list", "flat", "size", "one", "nan"],
 )
 def test_images_that_cannot_be_used(images: Any, message: str) -> None:
     model = tiny_vit()

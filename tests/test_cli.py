@@ -290,7 +290,7 @@ def test_doctor_json(capsys: Capture, models: Path) -> None:
 def test_doctor_on_an_unsupported_model(capsys: Capture, flags: list[str]) -> None:
     assert main(["doctor", "resnet18", *flags]) == 1
     out = capsys.readouterr().out
-    assert "no adapter for timm.models.resnet.ResNet; tried: timm_vit, " in out and "Patch it by names" in out
+    assert "no adapter for timm.models.resnet.ResNet; tried: timm_vit, " in out and "It has no attention" in out
     if flags:
         content = json.loads(out)
         assert content["is_healthy"] is False and content["findings"][0][:2] == ["adapter", False]

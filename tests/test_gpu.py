@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import tokenmerge
 from helpers import assert_close, run_in_threads, tiny_vit
+from tokenmerge import kernels
 
 pytestmark = pytest.mark.gpu
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -43,6 +45,26 @@ def test_compiled_replays_give_fresh_answers(mode: str) -> None:
         for seed in range(4):
             x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).cuda()
             assert_close(compiled(x).clone(), model(x), 1e-3)
+
+
+@pytest.mark.parametrize("version", ["chosen", "triton"])
+def test_a_captured_graph_gives_fresh_answers(version: str) -> None:
+    model = tiny_vit().cuda()
+    tokenmerge.patch(model, r=8)
+    x = X.cuda()
+    with torch.inference_mode(), kernels.force("triton") if version == "triton" else nullcontext():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        for seed in range(3):
+            x.copy_(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            assert_close(out, model(x), 1e-4)
 
 
 def test_checkpointed_gradients_from_the_autograd_thread() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers import assert_close
 from third_opinion import bipartite as slow_bipartite
 from third_opinion import weighted_mean
-from tokenmerge import matching
+from tokenmerge import kernels, matching
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnknownNameError
 
@@ -21,6 +21,26 @@ sizes = pytest.mark.parametrize(("n", "prefix", "r"), SIZES, ids=lambda value: s
 def _groups(plan: plans.Plan, image: int) -> list[list[int]]:
     keep, src, dst = (t[image].tolist() for t in (plan.keep, plan.src, plan.dst))
     return [[token] + [s for s, d in zip(src, dst, strict=True) if d == slot] for slot, token in enumerate(keep)]
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-13, 1e19, 1e30, 1e38])
+def test_cosines_of_rows_of_any_magnitude(scale: float) -> None:
+    rows = torch.rand(2, 14, 8) * 0.9 + 0.1
+    scaled = (rows.double() * scale).float()
+    # denormal numbers have few digits
+    assert_close(matching.unit(scaled), matching.unit(rows), 1e-3 if scale < 1e-37 else 1e-6)
+    assert torch.equal(matching.unit(rows), rows / rows.norm(dim=-1, keepdim=True))
+    with kernels.force("reference"):
+        got, expected = matching.bipartite(scaled, 4, prefix=1), matching.bipartite(rows, 4, prefix=1)
+    if scale > 1e-37:
+        assert torch.equal(got.keep, expected.keep) and torch.equal(got.dst, expected.dst)
+
+
+def test_rows_that_have_no_direction() -> None:
+    rows = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [3.0, 4.0]])[None]
+    unit = matching.unit(rows)[0]
+    assert unit[0].tolist() == [0.0, 0.0] and unit[3].tolist() == pytest.approx([0.6, 0.8])
+    assert unit[1].isnan().all() and unit[2].isnan().any()
 
 
 @sizes

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tokenmerge import adapters, kernels
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.generic import Generic
-from tokenmerge.attach import MODULES, attach
+from tokenmerge.attach import MODULES, attach, is_copied_part
+from tokenmerge.bindings import is_bound, undo
 from tokenmerge.calibrate import Calibration
 from tokenmerge.calibrate import calibrate as run_trials
 from tokenmerge.config import MergeConfig
@@ -39,6 +40,9 @@ from tokenmerge.state import ForwardState, Frame
 __all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
 
 AUTO = "auto"
+_LOOSE = (
+    "blocks were called by code that is not the model's own: after each of those, tokens are put back in their places"
+)
 _ATTRIBUTE = "_tokenmerge_handle"
 _KEYWORDS = (
     "r",
@@ -66,9 +70,10 @@ class Handle:
         self.calibration: Calibration | None = None  # what "auto" tried
         self._choice = ""
         self._actions: list[Callable[[], None]] = []
+        self.followers: list[Callable[[], None]] = []  # called when `r` or `track` was set
         depth = len(adapter.blocks(model))
         self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
-        self._state.track = config.track
+        self._state.track, self._state.tokens, self._state.model = config.track, self._layout.tokens, model
         self._attachment = attach(
             model, adapter, config.method, self._state, self._layout, config.prop_attn, config.restore
         )
@@ -83,6 +88,8 @@ class Handle:
         schedule = Schedule.of(value, self._state.depth, self._config.multiple_of, self._config.method.largest_r)
         self._config = dataclasses.replace(self._config, r=value)
         self._state.schedule = schedule
+        for follow in self.followers:
+            follow()
 
     @property
     def track(self) -> bool:
@@ -93,6 +100,8 @@ class Handle:
     def track(self, value: bool) -> None:
         self._config = dataclasses.replace(self._config, track=bool(value))
         self._state.track = bool(value)
+        for follow in self.followers:
+            follow()
 
     @property
     def runners(self) -> list[BlockRunner]:
@@ -111,7 +120,7 @@ class Handle:
         Where tokens are merged inside windows, for the attention only: those of a window that each attention saw.
         """
         frame = self._state.last()
-        if frame is None or frame.shape[-1] is None:
+        if frame is None or not frame.last:
             if self._layout.tokens is None:
                 raise NotTrackedError("how many tokens this model has is known after a forward; run the model first.")
             return self._state.schedule.tokens(self._layout.tokens, self._layout.prefix)
@@ -122,17 +131,17 @@ class Handle:
     def sizes(self) -> Tensor:
         """How many input tokens each output token of the last forward stands for, `[B, M]` float."""
         frame = self._last()
-        size = frame.size[-1]
+        size = frame.size[frame.last]
         if size is not None:
             return size
         device = next((parameter.device for parameter in self.model.parameters()), None)
-        return torch.ones(frame.shape[-1], device=device)  # type: ignore[arg-type]
+        return torch.ones(frame.shape[frame.last], device=device)  # type: ignore[arg-type]
 
     @property
     def has_merged(self) -> bool:
         """Whether the last forward merged anything."""
         frame = self._last()
-        return frame.size[-1] is not None or any(inside and inside[1] < inside[0] for inside in frame.inside)
+        return frame.size[frame.last] is not None or any(inside and inside[1] < inside[0] for inside in frame.inside)
 
     @property
     def prefix(self) -> int:
@@ -161,17 +170,19 @@ class Handle:
             raise NotTrackedError(
                 "groups are recorded only while tracking; patch(..., track=True) or handle.track = True."
             )
-        groups = [assign for assign in self._last().assign[1:] if assign is not None]
-        if len(groups) < self._state.depth:
+        frame = self._last()
+        if not frame.is_tracked:
             raise NotTrackedError("the last forward ran before tracking was switched on; run the model again.")
-        return groups
+        return [assign for assign in frame.assign[1:] if assign is not None]
 
     @property
     def positions(self) -> list[Tensor]:
         """After each block, the input token whose place each token keeps, `[B, M]`; needs `track=True`."""
         B, n = self.groups[-1].shape
         everyone = torch.arange(n, device=self.groups[-1].device).expand(B, -1)
-        return [everyone if kept is None else kept for kept in self._last().kept[1:]]
+        frame = self._last()
+        ran = [layer for layer, shape in enumerate(frame.shape) if shape is not None]
+        return [everyone if frame.kept[layer] is None else frame.kept[layer] for layer in ran]  # type: ignore[misc]
 
     def dense(self, y: Tensor) -> Tensor:  # [B, M, C]
         """Give every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.
@@ -179,7 +190,8 @@ class Handle:
         Raises `ValueError` where `y` is not what the last forward put out.
         """
         groups = self.groups[-1]
-        expected = (groups.shape[0], self._last().shape[-1][1])  # type: ignore[index]
+        frame = self._last()
+        expected = (groups.shape[0], frame.shape[frame.last][1])  # type: ignore[index]
         if y.dim() != 3 or y.shape[:2] != expected:
             raise ValueError(
                 f"dense() takes the last forward's tokens, [{expected[0]}, {expected[1]}, C]; got {tuple(y.shape)}."
@@ -190,7 +202,7 @@ class Handle:
         """Return what was found, what runs, the tokens per block, and what could not be done."""
         runner = self._attachment.runners[0]
         frame = self._state.last()
-        planned = frame is None or frame.shape[-1] is None
+        planned = frame is None or not frame.last
         # stand for the keys [B, H, N, D] and the tokens [B, N, C] of a forward without gradients
         parameter = next(self.model.parameters(), torch.empty(0))
         keys = torch.empty(1, 2, 2, 64, device=parameter.device, dtype=parameter.dtype)
@@ -208,7 +220,7 @@ class Handle:
             kernels={op: kernels.select(op, x).name for op, x in seen.items()},
             fallbacks=[line for op, x in seen.items() for line in kernels.fallbacks(op, x)],
             parity=self._attachment.parity,
-            limits=list(self._attachment.limits),
+            limits=[*self._attachment.limits, *([_LOOSE] if self._state.ran_loose else [])],
             choice=self._choice,
         )
 
@@ -240,18 +252,28 @@ class Handle:
 
     def remove(self) -> None:
         """Take the reduction out: the model is what it was, bit for bit. A second call raises `NotPatchedError`."""
+        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+            raise NotPatchedError(
+                f"this handle's reduction was taken out of the {type(self.model).__qualname__} already"
+                + (", which was patched again since" if _ATTRIBUTE in self.model.__dict__ else "")
+                + "."
+            )
         unpatch(self.model)
 
     def on_remove(self, action: Callable[[], None]) -> None:
         """Call `action` when the reduction is taken out: for surfaces that add something of their own."""
         self._actions.append(action)
 
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        self._state.model = self.model  # copied or loaded together
+
     def __repr__(self) -> str:
         return f"<tokenmerge {self._config.method!r}, r={self._config.r!r}, in {type(self.model).__qualname__}>"
 
     def _last(self) -> Frame:
         frame = self._state.last()
-        if frame is None or frame.shape[-1] is None:
+        if frame is None or not frame.last:
             raise NotTrackedError("no forward has run since the model was patched; run the model first.")
         return frame
 
@@ -333,19 +355,31 @@ def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, An
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give the original model back, bit for bit, with no attribute left; raises `NotPatchedError`."""
+    """Give the original model back, bit for bit, with no attribute left; raises `NotPatchedError`.
+
+    Takes a patched model, a copy of one, or a copy of a part of one.
+    """
+    if _ATTRIBUTE not in model.__dict__ and is_copied_part(model):
+        undo(model.modules())
+        return
     handle = handle_of(model)
+    del model.__dict__[_ATTRIBUTE]
     handle._attachment.undo()
     for action in handle._actions:
         action()
-    del model.__dict__[_ATTRIBUTE]
 
 
 def handle_of(model: nn.Module) -> Handle:
     """Return the handle of a patched model, e.g. of a copy or a loaded one; raises `NotPatchedError`."""
     handle = model.__dict__.get(_ATTRIBUTE)
     if handle is None:
-        raise NotPatchedError(f"this {type(model).__qualname__} is not patched by tokenmerge: nothing to take back.")
+        part = any(is_bound(module) for module in model.modules())
+        raise NotPatchedError(
+            f"this {type(model).__qualname__} is a part of a patched model, or of a copy of one, and has no handle "
+            "of its own: ask that of the whole model. unpatch() takes the reduction out of a copied part."
+            if part
+            else f"this {type(model).__qualname__} is not patched by tokenmerge: nothing to take back."
+        )
     assert isinstance(handle, Handle)
     return handle
 

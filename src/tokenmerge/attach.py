@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
 from operator import attrgetter
 from typing import Any
@@ -15,44 +16,46 @@ from tokenmerge.adapters.base import (
     Adapter,
     BlockSpec,
     HookSpec,
-    Original,
     Replacement,
     TokenLayout,
     WindowSpec,
-    check_parity,
-    token_width,
 )
+from tokenmerge.adapters.proof import Parity, Probe, called_children, check_parity, token_width
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
+from tokenmerge.bindings import bind, is_bound, notes, undo
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
-from tokenmerge.guards import guard_methods
+from tokenmerge.grids import Grids, Listener
+from tokenmerge.guards import entries
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import ModelShape, Reduction
+from tokenmerge.outputs import decide
 from tokenmerge.runner import SEEN, BlockRunner
 from tokenmerge.state import ForwardState
 from tokenmerge.windows import WindowRunner
 
-__all__ = ["MODULES", "Attachment", "attach"]
+__all__ = ["MODULES", "Attachment", "attach", "is_copied_part"]
 
 MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
+# packages whose blocks are described by their class; of torch's own only the encoder's layer is a block
+_HOSTS = ("timm.", "transformers.", "torchvision.", "open_clip.", "vit_pytorch.", "torch.nn.modules.transformer")
 _RUNNERS: dict[type, type[BlockRunner]] = {BlockSpec: BlockRunner, HookSpec: HookRunner, WindowSpec: WindowRunner}
 
 
 class Attachment:
     """All that was bound to one model; undoing it leaves no attribute behind."""
 
-    def __init__(self, limits: list[str]) -> None:
-        self.limits = limits
+    def __init__(self, limits: list[str], state: ForwardState) -> None:
+        self.limits, self.state = limits, state
         self.runners: list[BlockRunner] = []
         self.parity = 0.0
         self._learning: nn.Module | None = None  # the model that holds what is learned
-        self._bound: list[tuple[nn.Module, str, bool, Any]] = []
+        self._owners: list[nn.Module] = []  # also those that somebody takes out of the model later
 
     def bind(self, *replacements: Replacement) -> None:
-        for owner, attribute, value in replacements:
-            self._bound.append((owner, attribute, attribute in owner.__dict__, owner.__dict__.get(attribute)))
-            if isinstance(value, Original) and value.owner is owner:
-                value.previous = owner.__dict__.get(attribute)  # several may be made before the first is bound
-            owner.__dict__[attribute] = value
+        for replacement in replacements:
+            bind(replacement)
+            if all(replacement.owner is not owner for owner in self._owners):
+                self._owners.append(replacement.owner)
 
     def learn(self, model: nn.Module, modules: nn.ModuleDict | None) -> None:
         """Put what is learned into the model, where it moves, trains and is saved, and give it to its layers."""
@@ -67,15 +70,14 @@ class Attachment:
             runner.module = by_layer.get(str(runner.layer))
 
     def undo(self) -> None:
+        for runner in self.runners:
+            runner.tap.release()
         if self._learning is not None:
             del self._learning._modules[MODULES]
             self._learning = None
-        for owner, attribute, existed, previous in reversed(self._bound):
-            if existed:
-                owner.__dict__[attribute] = previous
-            else:
-                owner.__dict__.pop(attribute, None)
-        self._bound.clear()
+        self.state.is_removed = True  # somebody may hold what was bound, and put it back
+        undo(reversed(self._owners))
+        self._owners.clear()
 
 
 def attach(
@@ -93,18 +95,22 @@ def attach(
     `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
     _check_unsharded(model)
+    _check_loaded(model)
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
     specs = [adapter.spec(block) for _, block in blocks]
-    for layer, ((_, block), spec) in enumerate(zip(blocks, specs, strict=True)):
+    for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
         _check_children(block, layer, spec)
+        if isinstance(spec, BlockSpec):
+            _check_forward(block, name)
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
     if "q" in method.needs and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
-    method = _seeing(method, adapter, taps, limits)
-    attachment = Attachment(limits)
+    method, remarks = _seeing(method, adapter, model, taps, layout)
+    limits += remarks
+    attachment = Attachment(limits, state)
     state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
     try:
         attachment.bind(*adapter.wiring(model))
@@ -115,14 +121,19 @@ def attach(
         limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
             attachment.bind(*tap.seams(method.needs & SEEN))
+        cutter = adapter.cutter(model) if "places" in method.needs and layout.grid else None
+        if cutter is not None:
+            grids = runners[0].grids = Grids()
+            attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         for runner in runners:
             attachment.bind(*runner.seams())
-        attachment.parity = _prove(model, adapter, blocks, runners)
+        _settle(attachment, _prove(model, adapter, blocks, runners), blocks, prop_attn)
         attachment.learn(model, method.build(_shape(layout, state, blocks)))
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
-        attachment.bind(*adapter.finish(model, state.is_merging, restore))
+        attachment.bind(*adapter.finish(model, state.is_merging, "dense" if state.restore == "every" else restore))
+        attachment.bind(*entries(model, adapter, state, restore is None and state.restore != "every"))
     except BaseException:
         attachment.undo()
         raise
@@ -157,11 +168,17 @@ def _free_blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Modul
         raise UnsupportedModelError(
             f"{type(model).__qualname__} matches {adapter.name!r} but has no blocks: nothing to patch."
         )
-    if any(_is_patched(block) for _, block in blocks):
+    bound = next((block for _, block in blocks if is_bound(block)), None)
+    if bound is not None:
         raise AlreadyPatchedError(
-            f"blocks of this {type(model).__qualname__} are reduced already, by way of a model around or inside it; "
-            "call unpatch on that one first."
+            f"blocks of this {type(model).__qualname__} are reduced already, "
+            + (
+                "as a copy of a part of a patched model; call tokenmerge.unpatch(...) on it first."
+                if is_copied_part(bound)
+                else "by way of a model around or inside it, or one that shares them; call unpatch on that one first."
+            )
         )
+    _check_shared(model, blocks)
     return blocks
 
 
@@ -180,28 +197,42 @@ def _bind_outputs(
     attachment: Attachment, model: nn.Module, adapter: Adapter, state: ForwardState, restore: str | None
 ) -> None:
     """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
-    reason = adapter.grid_head(model)
-    if restore == "dense":
-        state.restore = "every"
-        return
+    state.hands_out_merged = restore == "merged"
+    runner = attachment.runners[-1]
+    state.restore, reason = decide(model, adapter, runner.layout, runner.rest, restore)
     if reason:
-        state.restore = "last"
-        attachment.limits.append(f"tokens are put back in their places after the last block: {reason}")
-    else:
+        which = "every block" if state.restore == "every" else "the last block"
+        attachment.limits.append(f"tokens are put back in their places after {which}: {reason}")
+    if not state.restore:
         head, limits = adapter.head(model, state.final_size)
         attachment.limits += limits
+        handed_out = adapter.hands_out(model)
+        if handed_out:
+            attachment.limits.append(f"merged tokens are handed out, weigh them with handle.sizes: {handed_out}")
         for replacement in head:
             attachment.bind(replacement)
-    if restore is None:
-        for replacement in guard_methods(model, adapter.token_methods, state) + adapter.guards(model, state.is_merging):
-            attachment.bind(replacement)
+    if restore is None and not state.restore:
+        attachment.bind(*adapter.guards(model, state.is_merging))
 
 
-def _is_patched(block: nn.Module) -> bool:
-    bound = block.__dict__.get("forward")
-    while isinstance(bound, Original) and not isinstance(bound, BlockRunner):
-        bound = bound.previous
-    return isinstance(bound, BlockRunner)
+def _check_shared(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, _ in blocks):
+        listed = list(model.get_submodule(path)._modules.values())
+        for layer, (_, block) in enumerate(blocks):
+            count = sum(other is block for other in listed)
+            if count > 1:
+                raise UnsupportedModelError(
+                    f"block {layer} of this {type(model).__qualname__} is used by {count} layers of {path!r}: which of "
+                    "them runs cannot be told, nor what it merged. Give each layer a block of its own "
+                    "(copy.deepcopy), which may share its parameters."
+                )
+
+
+def is_copied_part(module: nn.Module) -> bool:
+    """Say whether a module was copied out of a patched model, which merges by itself since."""
+    bound = (note.value for inner in module.modules() for note in notes(inner))
+    states = [value.state for value in bound if isinstance(value, BlockRunner)]
+    return bool(states) and states[0].model is None
 
 
 def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | WindowSpec) -> None:
@@ -220,17 +251,54 @@ def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | W
         )
 
 
-def _seeing(method: Reduction, adapter: Adapter, taps: list[AttentionTap], limits: list[str]) -> Reduction:
-    """Return the method, made to match by features where the adapter allows it and the attention shows no keys."""
-    if not adapter.may_match_features or "metric" not in getattr(method, "__dataclass_fields__", {}):
-        return method
+def _check_forward(block: nn.Module, name: str) -> None:
+    """Refuse to re-compose a block of a host's class with a forward of somebody else: what that adds can be hidden."""
+    own = [(cls.__module__, cls.__qualname__) for cls in type(block).__mro__ if cls.__module__.startswith(_HOSTS)]
+    module = str(getattr(type(block).forward, "__module__", ""))
+    if own and module.partition(".")[0] != own[0][0].partition(".")[0]:
+        raise AdapterMismatchError(
+            f"{name} ({type(block).__module__}.{type(block).__qualname__}) is a {'.'.join(own[0])} with a forward of "
+            "its own, and blocks of that class are re-composed from their children: what it adds would be left "
+            "out, and a path that starts at zero is not seen by comparing. Patch the model by names, which runs the "
+            "blocks' own forward: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
+        )
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Refuse weights that somebody else brings in at each call: they are not there to be proved."""
+    for name, module in model.named_modules():
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise UnsupportedError(
+                f"weights of this {type(model).__qualname__} are offloaded (accelerate's {type(hook).__qualname__} on "
+                f"{name or 'the model'!r} brings them in at each call), so that its blocks cannot be proved: patch the "
+                "model first, then offload it."
+            )
+
+
+def _seeing(
+    method: Reduction, adapter: Adapter, model: nn.Module, taps: list[AttentionTap], layout: TokenLayout
+) -> tuple[Reduction, list[str]]:
+    """Return the method, made to match by features where the adapter allows it and the attention shows no keys.
+
+    Where nothing but its names is known of a block, children that its attention does not call are no projections.
+    """
+    if not adapter.may_match_features:
+        return method, []
+    for tap in taps:
+        if isinstance(tap, SeamTap):
+            tap.unused = frozenset(tap.children()) - called_children(
+                tap.block, tap.attn, adapter.sample(model, tap.block, layout), layout
+            )
+    if "metric" not in getattr(method, "__dataclass_fields__", {}):
+        return method, []
     try:
         for tap in taps:
             tap.seams(method.needs & SEEN)
     except UnsupportedError:
-        limits.append("matched by features: the attention has no queries, keys or values that could be listened to")
-        return dataclasses.replace(method, metric="x")  # type: ignore[type-var]
-    return method
+        remark = "matched by features: the attention has no queries, keys or values that could be listened to"
+        return dataclasses.replace(method, metric="x"), [remark]  # type: ignore[type-var]
+    return method, []
 
 
 def _check_needs(
@@ -277,22 +345,49 @@ def _proportional(
     return True, [doubt] if doubt else []
 
 
+def _settle(attachment: Attachment, proved: Parity, blocks: list[tuple[str, nn.Module]], prop_attn: bool | str) -> None:
+    """Go by what was proved."""
+    runners = attachment.runners
+    attachment.parity = proved.difference
+    if math.isnan(proved.difference):
+        attachment.limits.append("nothing was proved: the weights are on the meta device, where there are no numbers")
+    if runners[0].is_proportional and not proved.counts:
+        attachment.limits.append(_uncounted(runners[0].tap, prop_attn))
+        for runner in runners:
+            runner.is_proportional = False
+    for (name, _), runner in zip(blocks, runners, strict=True):
+        runner.tap.settle(name)
+
+
+def _uncounted(tap: AttentionTap, prop_attn: bool | str) -> str:
+    """Return what the report says of an attention in which a token of size n does not count as n tokens."""
+    what = (
+        f"log(size) added to the mask of this attention ({type(tap.attn).__qualname__}) does not make a token count as "
+        "the tokens it stands for: it may read masks as true and false, multiply by them, or take another shape"
+    )
+    if prop_attn is True:
+        raise UnsupportedError(f"prop_attn=True, but {what}. Use prop_attn='auto' or False.")
+    return f"no proportional attention: {what}"
+
+
 def _prove(
     model: nn.Module, adapter: Adapter, blocks: list[tuple[str, nn.Module]], runners: list[BlockRunner]
-) -> float:
-    """Probe one block of each make; returns the largest difference from the block's own forward."""
-    worst = 0.0
+) -> Parity:
+    """Probe one block of each make; returns the largest difference, and whether tokens count by size in all of them."""
+    found: list[Parity] = []
     seen: dict[Any, BlockRunner] = {}
     for (name, block), runner in zip(blocks, runners, strict=True):
         make = (type(block), tuple((child, type(module)) for child, module in block.named_modules()))
         if make in seen:
-            runner.rest = seen[make].rest
+            runner.rest, runner.tap.rest = seen[make].rest, seen[make].tap.rest
             continue
         seen[make] = runner
         label = f"{name} ({type(block).__module__}.{type(block).__qualname__})"
-        sample = adapter.sample(model, block, runner.layout)
-        worst = max(
-            worst,
-            check_parity(block, runner.parity, runner.probe, runner.layout, label, sample, adapter.is_positional),
-        )
-    return worst
+        tokens, given = adapter.sample(model, block, runner.layout)
+        has_places = adapter.is_positional or any(value is not None for value in given.values())
+        probe = Probe(tokens, given, runner.layout, label, has_places)
+        counted = None if isinstance(runner, WindowRunner) else runner.counted
+        found.append(check_parity(block, runner.probe, runner.parity, probe, counted))
+    # NaN, where nothing could be computed, is not to get lost
+    worst = max((parity.difference for parity in found), key=lambda value: (math.isnan(value), value))
+    return Parity(worst, all(parity.counts for parity in found))

@@ -133,7 +133,7 @@ class _Trial:
         self.model, self.patched = model, patched
         self.batches = images.to(parameter.device, parameter.dtype).split(_BATCH)
         self.size = tuple(images.shape[1:])
-        self.expected = self._answers()
+        self.expected = self._unmerged()
         self.found = Calibration(len(images))
         with patched(model, r=0) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
@@ -190,6 +190,23 @@ class _Trial:
 
         with self.patched(self.model, r=r):
             return flops(self.model, self.size)
+
+    def _unmerged(self) -> Tensor:
+        """Return the answers to compare with; raises `ConfigError` where the model gives none that can be."""
+        try:
+            expected = self._answers()
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"calibrate takes a batch of the model's inputs, and this model does not take {list(self.size)} in a "
+                f"batch: {type(error).__name__}: {error}"
+            ) from error
+        is_bad = ~expected.flatten(1).isfinite().all(dim=1)
+        if is_bad.any():
+            raise ConfigError(
+                f"the unmerged model answers {int(is_bad.sum())} of {len(is_bad)} images of calibrate with NaN or "
+                f"infinity, first image {int(is_bad.nonzero()[0])}: nothing can be compared with that. Leave them out."
+            )
+        return expected
 
     def _answers(self) -> Tensor:
         from tokenmerge.tools.models import answer

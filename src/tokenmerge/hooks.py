@@ -24,6 +24,7 @@ from tokenmerge.errors import AdapterMismatchError
 from tokenmerge.plan import AnyPlan, assignment
 from tokenmerge.runner import BlockRunner
 from tokenmerge.state import Frame
+from tokenmerge.tracing import in_pieces, outside_graph
 
 __all__ = ["HookRunner"]
 
@@ -52,7 +53,7 @@ class HookRunner(BlockRunner):
         self.slot = Slot()
 
     def seams(self) -> list[Replacement]:
-        children = {_Attention: self.spec.attn, _Norm: self.spec.norm, _Mlp: self.spec.mlp}
+        children = {_Norm: self.spec.norm, _Mlp: self.spec.mlp}
         listeners = [cls(self.block.get_submodule(name), self) for cls, name in children.items()]
         return [Replacement(listener.owner, "forward", listener) for listener in listeners]
 
@@ -72,7 +73,7 @@ class HookRunner(BlockRunner):
     ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         self._follow(call, None)
         turn = _Turn(x, self._bias(size, frame.has_padding), size, r, kept, frame)
-        out = self._run(turn, call)
+        out = outside_graph(self._run, turn, call) if in_pieces() else self._run(turn, call)
         if turn.plan is None or turn.mid is None or turn.merged is None:
             return out, size, None
         tokens = turn.merged + (rows(out, turn.plan.keep) - rows(turn.mid, turn.plan.keep))
@@ -93,13 +94,19 @@ class HookRunner(BlockRunner):
             )
         return self._mirror(out)
 
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+        self._follow(call, None)
+        return self._run(_Turn(x, self._bias(size, False), size, 0, kept, Frame(0)), call)
+
     def _run(self, turn: _Turn, call: Mapping[str, Any]) -> Tensor:
         x = turn.x_pre
         self.slot.put({"turn": turn})
+        self.tap.expect(turn.bias, None)
         try:
             out = first_of(self.original(x if self.layout.batch_first else x.transpose(0, 1), **call))
         finally:
             self.slot.take()
+            self.tap.forget()
         if turn.mid is None:
             raise AdapterMismatchError(
                 f"block {self.layer} ({type(self.block).__qualname__}) did not call {self.spec.norm!r} before "
@@ -110,6 +117,7 @@ class HookRunner(BlockRunner):
 
     def reduce(self, turn: _Turn, mid: Tensor) -> Tensor:
         """Take what enters the norm, `[B, N, C]`, and return what shall, `[B, M, C]`."""
+        self.tap.check()
         seen = self.tap.take()
         turn.mid = turn.merged = mid
         if not turn.r:
@@ -121,19 +129,11 @@ class HookRunner(BlockRunner):
         return turn.merged
 
 
-class _Attention(Original):
+class _Norm(Original):
     def __init__(self, owner: torch.nn.Module, runner: HookRunner) -> None:
         super().__init__(owner)
         self.runner = runner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        turn = self.runner.turn()
-        if turn is None:
-            return self.original(*args, **kwargs)
-        return self.runner.tap.intercept(turn.bias, args, kwargs)
-
-
-class _Norm(_Attention):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         turn = self.runner.turn()
         if turn is None:
@@ -143,7 +143,7 @@ class _Norm(_Attention):
         return self.original(tokens if is_first else tokens.transpose(0, 1), *args, **kwargs)
 
 
-class _Mlp(_Attention):
+class _Mlp(_Norm):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         turn = self.runner.turn()
         out = self.original(x, *args, **kwargs)

@@ -133,9 +133,7 @@ def absorb(src: Tensor, into: Tensor, n: int, gone: Tensor | None = None) -> Pla
 def unit(metric: Tensor) -> Tensor:  # [B, N, D] or [B, H, N, D]
     """Return the metric as unit rows in full precision, heads averaged, `[B, N, D]`."""
     metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
-    metric = metric.mean(dim=1) if metric.dim() == 4 else metric
-    rows: Tensor = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return rows
+    return kernels.unit(metric.mean(dim=1) if metric.dim() == 4 else metric)
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

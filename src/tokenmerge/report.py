@@ -22,7 +22,7 @@ class Report:
     attention: str  # how the tap sees the attention
     kernels: dict[str, str]
     fallbacks: list[str]  # operations without the fused version for this device, and what that needs
-    parity: float  # largest difference of a re-composed block from its own forward, when attaching
+    parity: float  # largest difference of a re-composed block from its own forward, when attaching; NaN: not proved
     limits: list[str]  # what could not be done
     choice: str = ""  # what "auto" chose and why
 
@@ -39,7 +39,10 @@ class Report:
             ),
             ("proportional attention", "on" if self.prop_attn else "off"),
             ("kernels", "; ".join((used, *self.fallbacks))),
-            ("parity when attached", f"max |difference| {self.parity:.2g}"),
+            (
+                "parity when attached",
+                "not proved" if self.parity != self.parity else f"max |difference| {self.parity:.2g}",
+            ),
             ("could not be done", "; ".join(self.limits) or "-"),
         ]
         if self.choice:

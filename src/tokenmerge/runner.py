@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import kernels
-from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout
+from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout, first_of
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.grids import Grids
 from tokenmerge.keybias import key_bias
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import AnyPlan, lead_by_real
 from tokenmerge.state import ForwardState, Frame
+from tokenmerge.tracing import in_pieces, is_compiling, outside_graph
 
 __all__ = ["SEEN", "BlockRunner"]
 
@@ -53,31 +55,36 @@ class BlockRunner(Original):
         self.method, self.state, self.layout = method, state, layout
         self.is_proportional = is_proportional
         self.module: nn.Module | None = None  # what a learned method has for this layer
+        self.grids: Grids | None = None  # where the image's rows and columns are noted, for methods by place
         self.scale = _scale(getattr(tap, "attn", None))
         self.names = list(inspect.signature(type(block).forward).parameters)[2:]
         self.rest: tuple[None, ...] | None = None  # what the block returns behind its tokens; None: no tuple at all
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state, layer = self.state, self.layer
-        frame = state.begin(layer, x)
-        size, kept = (frame.size[layer], frame.kept[layer]) if layer else (None, None)
         tokens = x if self.layout.batch_first else x.transpose(0, 1)  # [B, N, C]
-        if kept is not None and state.restore == "every":
+        frame, slot = state.begin(layer, x, tokens.shape[1], bool(self.block._forward_pre_hooks))
+        size, kept = frame.size[slot], frame.kept[slot]
+        if kept is not None and frame.restored[slot]:
             # every member of a group holds its features: the one whose place it keeps stands for all
             tokens = rows(tokens, kept)
-        r = state.schedule.at(layer, tokens.shape[1], self.layout.prefix) if state.enabled else 0
+        if layer == 0 and self.grids is not None and frame.grid is None:
+            frame.grid = self.grids.take(tokens.shape[1] - self.layout.prefix)
+        r = state.schedule.at(layer, tokens.shape[1], self.layout.prefix) if state.is_merging() else 0
         if r == 0 and size is None:
             out = self.original(x, *args, **kwargs)
             self.tap.take()
-            state.record(frame, layer, tokens, None, None)
-            return out
-        self._check_device(x)
-        call = self.by_name(args, kwargs)
-        if size is None:
-            size = self._begin_sizes(frame, call, tokens.shape[0])
-        tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
-        state.record(frame, layer, tokens, size, plan)
-        return self._hand_out(tokens, frame)
+            state.record(frame, slot, layer, tokens, None, None)
+        else:
+            self._check_device(x)
+            call = self.by_name(args, kwargs)
+            if size is None:
+                size = self._begin_sizes(frame, call, tokens.shape[0])
+            tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
+            state.record(frame, slot, layer, tokens, size, plan)
+            out = self._hand_out(tokens, frame)
+        state.put_out(frame, layer, first_of(out), bool(self.block._forward_hooks))
+        return out
 
     def compose(
         self,
@@ -89,6 +96,19 @@ class BlockRunner(Original):
         frame: Frame,
     ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
+        if in_pieces():
+            x, size, plan = outside_graph(self._merge, x, size, r, kept, call, frame)
+        else:
+            x, size, plan = self._merge(x, size, r, kept, call, frame)
+        if not self.method.follows_mlp:
+            return self._apply_mlp(x), size, plan
+        after = self._apply_mlp(x)
+        return self.method.after_mlp(after, x, self.layer, self.state.depth, frame.memory), size, plan
+
+    def _merge(
+        self, x: Tensor, size: Tensor | None, r: int, kept: Tensor | None, call: Mapping[str, Any], frame: Frame
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        """Run attention and reduction."""
         x_pre, bias = x, self._bias(size, frame.has_padding)
         x, branch, seen = self._attend(x, bias, kept, self._follow(call, kept))
         if r and branch is not None and self.method.reads_sum:
@@ -100,19 +120,18 @@ class BlockRunner(Original):
             x, size = self.method.merge(plan, x, size, branch)
         elif branch is not None:
             x = x + branch
-        del branch
-        if not self.method.follows_mlp:
-            return self._apply_mlp(x), size, plan
-        after = self._apply_mlp(x)
-        return self.method.after_mlp(after, x, self.layer, self.state.depth, frame.memory), size, plan
+        return x, size, plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
-        call = self.by_name(args, kwargs)
-        tokens, branch, seen = self._attend(tokens, None, None, self._follow(call, None))
-        self._check_seen(seen, tokens.shape[1])
-        return self._mirror(self._apply_mlp(tokens if branch is None else tokens + branch))
+        return self._mirror(self.counted(tokens, None, None, self.by_name(args, kwargs)))
+
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+        """Run the composition on tokens `[B, N, C]` that count `size` times, at their places, with nothing merged."""
+        x, branch, seen = self._attend(x, self._bias(size, False), kept, self._follow(call, kept))
+        self._check_seen(seen, x.shape[1])
+        return self._apply_mlp(x if branch is None else x + branch)
 
     def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
         for name in sorted(self.method.needs & SEEN):
@@ -146,7 +165,7 @@ class BlockRunner(Original):
         q, k, v = (cut(seen.get(name)) for name in ("q", "k", "v"))
         valid = size > 0 if frame.has_padding and size is not None else None
         view = TokenView(
-            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, self.layout.grid, self.layer, valid, cut(branch)),
+            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, frame.grid, self.layer, valid, cut(branch)),
             depth=self.state.depth,
             scale=self.scale,
             bias=bias,
@@ -206,7 +225,7 @@ class BlockRunner(Original):
 
     def _hand_out(self, tokens: Tensor, frame: Frame) -> Any:
         groups = frame.assign[self.layer + 1]
-        if self.state.restores(self.layer) and groups is not None:
+        if frame.restored[self.layer + 1] and groups is not None:
             tokens = kernels.unmerge(tokens, groups)
         return self._mirror(tokens)
 
@@ -238,9 +257,12 @@ class BlockRunner(Original):
             )
 
     def _check_device(self, x: Tensor) -> None:
-        if self.layer == 0 and not torch.compiler.is_compiling():
+        if self.layer == 0 and not is_compiling():
             parameter = next(self.block.parameters(), None)
-            if parameter is not None and parameter.device != x.device:
+            if parameter is None or parameter.device == x.device:
+                return
+            # accelerate keeps weights that it offloads on meta, and brings them in when a module is called
+            if not any("_hf_hook" in module.__dict__ for module in self.block.modules()):
                 raise UnsupportedError(
                     f"tokens are on {x.device}, the patched block's weights on {parameter.device}. nn.DataParallel "
                     "copies modules without their runners and is not supported: use DistributedDataParallel."

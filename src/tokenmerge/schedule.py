@@ -50,6 +50,11 @@ class Schedule:
             )
         return Schedule(_amounts(r, depth), int(multiple_of), largest)
 
+    @property
+    def is_merging(self) -> bool:
+        """Whether any layer may remove tokens."""
+        return any(amount != 0 for amount in self.amounts)
+
     def at(self, layer: int, tokens: int, prefix: int) -> int:
         """Return how many of `tokens` (prefix included) the layer removes, at most what the method can."""
         amount = self.amounts[layer]

@@ -1,163 +1,384 @@
-"""What one forward pass knows about its tokens, one slot per layer."""
+"""What one forward pass knows about its tokens, and how a layer finds what is known about those it is given."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from typing import Any
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, nn
 
+from tokenmerge.errors import UnsupportedError
+from tokenmerge.memory import recall, remember
 from tokenmerge.plan import AnyPlan, compose
 from tokenmerge.schedule import Schedule
+from tokenmerge.tracing import fail, is_compiling, is_exporting, is_tracing, outside_graph, trace_number
 
 __all__ = ["ForwardState", "Frame"]
 
+_REMEDY = (
+    "Unpatch the model and patch it as it is now, or patch with restore='dense', which puts every token back in its "
+    "place after every block."
+)
+
 
 class Frame:
-    """The record of one forward: entry i is what enters layer i, the last one what leaves the model.
+    """The record of one forward: entry i of a list is of the tokens that enter layer i, the last one of what is left.
 
-    Layers read by index and never consume, so a layer that runs twice (gradient checkpointing) sees the same again.
+    Layers read and never consume, so a layer that runs twice (gradient checkpointing) sees the same again. `last` is
+    the newest entry: where a layer is left out, the next one goes on from there.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, restore: str = "", trace: int = 0) -> None:
         self.size: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i]; None while all sizes are 1
-        self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept only while tracking
+        self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept while tracking or restoring
         self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] places in the input; None while all are there
         self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
         # tokens before and after merging in a window, where they are merged for the attention only
         self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
-        # the memory of the tokens that entered each layer, where a backward may follow
-        self.entered: list[tuple[StorageWeakRef, ...]] = [()] * depth
+        self.restored = [False] * (depth + 1)  # every input token was handed out
+        self.last = 0
+        self.is_tracked = False
+        self.restore = restore  # after which layers every input token is handed out: "every", the "last", none
+        self.trace = trace  # number of the trace whose graph it belongs to; 0: eager mode
+        self.out: Any = None  # what was put out last: device and dtype, and whether hooks may have changed it since
         self.has_padding = False  # some tokens are none: their size is 0
         self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
+        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
+
+
+class _Known(NamedTuple):
+    """What is known of tokens by the memory they lie in: the entry of a frame."""
+
+    frame: Frame
+    slot: int
+
+
+class _Own(threading.local):
+    """What one thread does with the model."""
+
+    def __init__(self) -> None:
+        self.forwards = 0  # of the model itself, one inside the other
+        self.loops = 0  # of parts of it that run the blocks and hand tokens out
+        self.current: Frame | None = None  # of the innermost of these
+        self.loose: Frame | None = None  # of blocks that other code calls
+        self.newest: Frame | None = None
 
 
 class ForwardState:
-    """The settings all runners of a model share, and the frame of the forward that runs.
+    """The settings all runners of a model share, and the frames of its forwards.
 
-    In eager mode every thread has its own frame, so one model can serve several threads. A checkpointed layer that is
-    run again in a backward finds the frame of its forward, of the last few, by the memory of its input, which the
-    checkpoint has kept; the layers that are run again behind it follow it. Tracers get one plain frame, since
-    thread-local storage cannot be captured.
+    Sizes belong to tokens. Each layer notes its frame with the memory of what it puts out, and a layer looks there for
+    the tokens it is given, in whichever thread, order or copy of the model it runs. Tokens that no layer put out start
+    afresh where that is right, and are refused elsewhere. A forward that is traced as a whole has its frame in the
+    graph. Where a compiler has a piece of a forward only, this runs outside of its graphs.
     """
 
     def __init__(self, depth: int, schedule: Schedule) -> None:
         self.depth = depth
         self.schedule = schedule
         self.enabled = True
+        self.is_removed = False
         self.track = False
-        self.restore = ""  # after which layers every input token is handed out: "every", the "last", none
+        self.restore = ""  # in forwards of the model itself, as `Frame.restore`
+        self.hands_out_merged = False  # the user asked for merged tokens, whoever calls the blocks
         self.needs_places = False
+        self.tokens: int | None = None  # of an input, where the model says how many
+        self._model: weakref.ref[nn.Module] | None = None
         self.latest: Frame | None = None
+        self._traced: Frame | None = None
+        self._traced_out: Tensor | None = None
+        self._trace, self._trace_loops = 0, False  # the trace in which the model's own forward, or a part's, runs
         self._forget()
 
-    def begin(self, layer: int, x: Tensor) -> Frame:
-        """Return the frame that this layer, given `x`, belongs to; the first layer of a forward opens a new one."""
-        if torch.compiler.is_compiling():
-            if layer == 0:
-                self._traced.memory = {}
-            return self._traced
-        if _is_in_backward():
-            return self._begin_again(layer, x)
-        frame = getattr(self._own, "frame", None)
-        has_backward = torch.is_grad_enabled() or x.requires_grad
-        if layer == 0:
-            frame = self._own.frame = self.latest = Frame(self.depth)
-            if has_backward:
-                self._recent.append(frame)
-        frame = frame or self.latest or self._traced
-        if has_backward:
-            frame.entered[layer] = _memory(x)
-        return frame
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that was patched; None in a copy of a part of it, or where it is gone."""
+        return None if self._model is None else self._model()
 
-    def _begin_again(self, layer: int, x: Tensor) -> Frame:
-        """Return the frame for a layer that a checkpoint runs again."""
-        memory = _memory(x)
-        if layer == 0:
-            frame = Frame(self.depth)
-        else:
-            known = (frame for frame in list(self._recent) if memory and frame.entered[layer] == memory)
-            frame = next(known, None) or self._again() or self.latest or self._traced
-        self._own.again = torch._C._current_graph_task_id(), frame
-        return frame
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
-    def _again(self) -> Frame | None:
-        """Return the frame of the layer that the backward in progress ran again last."""
-        task, frame = getattr(self._own, "again", (-1, None))
-        return frame if task != -1 and task == torch._C._current_graph_task_id() else None
+    def begin(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
+        """Return the frame of the `n` tokens `x` that a layer is given, and their entry in it.
 
-    def record(self, frame: Frame, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
-        """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, while tracking, its groups."""
+        `has_hooks`: hooks may have changed what the layer before put out. Raises `UnsupportedError` for tokens that are
+        merged, and nobody knows how.
+        """
+        if not is_compiling():
+            return self._begin(layer, x, n, has_hooks)
+        if is_tracing():
+            return self._begin_traced(layer, x)
+        found: tuple[Frame, int] = outside_graph(self._begin, layer, x, n, has_hooks)
+        return found
+
+    def record(self, frame: Frame, slot: int, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
+        """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, where they are needed, groups."""
         frame.size[layer + 1] = size
         frame.shape[layer + 1] = (x.shape[0], x.shape[1])
-        kept = frame.kept[layer] if layer else None
-        if plan is not None and (self.track or self.restore or self.needs_places):
+        kept, needs_groups = frame.kept[slot], frame.is_tracked or bool(frame.restore)
+        if plan is not None and (needs_groups or self.needs_places):
             kept = plan.keep if kept is None else kept.gather(1, plan.keep)
         frame.kept[layer + 1] = kept
-        if self.track or self.restore:
-            previous = frame.assign[layer] if layer else None
+        if needs_groups:
+            previous = frame.assign[slot]
             if plan is not None:
                 previous = compose(previous, plan)
             elif previous is None:
                 previous = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
             frame.assign[layer + 1] = previous
-        if torch.compiler.is_compiling() and not _is_exporting():
+        is_last = layer == self.depth - 1
+        frame.restored[layer + 1] = frame.restore == "every" or (frame.restore == "last" and is_last)
+        frame.last = max(frame.last, layer + 1)  # a backward may run an earlier layer again
+
+    def put_out(self, frame: Frame, layer: int, out: Tensor, has_hooks: bool) -> None:
+        """Note what a layer ends with, as the host gets it; `has_hooks`: hooks may change it then."""
+        if not is_compiling():
+            self._put_out(frame, layer, out, has_hooks)
+        elif not is_tracing():
+            outside_graph(self._put_out, frame, layer, out, has_hooks)
+        elif is_exporting():
+            self._traced_out = out
+        else:
             self.latest = frame
 
-    def restores(self, layer: int) -> bool:
-        """Say whether every input token is handed out after this layer."""
-        return self.restore == "every" or (self.restore == "last" and layer == self.depth - 1)
+    def final_size(self, x: Tensor, cut: int = 0) -> Tensor | None:
+        """Return the sizes `[B, M]` of tokens that left the last block, None where all are 1.
+
+        `x` `[B, M - cut, C]` is what is pooled: `cut` tokens in front have been left out. Raises `UnsupportedError`
+        for tokens that are merged, and nobody knows how.
+        """
+        if not is_compiling():
+            return self._final_size(x, cut)
+        if is_tracing():
+            frame = self._traced
+            return None if frame is None or frame.restored[frame.last] else frame.size[frame.last]
+        size: Tensor | None = outside_graph(self._final_size, x, cut)
+        return size
 
     def is_merging(self) -> bool:
         """Say whether a forward could remove tokens now."""
-        return self.enabled and any(amount != 0 for amount in self.schedule.amounts)
+        return self.enabled and not self.is_removed and self.schedule.is_merging
+
+    def is_inside(self) -> bool:
+        """Say whether the model's own forward, or a part's, is running: it knows what to do with merged tokens."""
+        if not is_compiling():
+            return self._own.forwards > 0 or self._own.loops > 0
+        if is_tracing():
+            is_there: bool = self._trace == trace_number()
+            return is_there
+        found: bool = outside_graph(self.is_inside)
+        return found
 
     def last(self) -> Frame | None:
         """Return the last forward of this thread, else the last of any; a compiled one belongs to no thread."""
-        if self.latest is self._traced:
+        if self.latest is not None and self.latest.trace:
             return self.latest
-        return getattr(self._own, "frame", None) or self.latest
+        return self._own.newest or self.latest
 
-    def final_size(self) -> Tensor | None:
-        """Return the sizes `[B, M]` that the forward in progress ended with; None while all are 1."""
-        if torch.compiler.is_compiling():
-            return self._traced.size[self.depth]
-        frame = self._again() or self.last()
-        return frame.size[self.depth] if frame else None
+    @contextmanager
+    def running(self, is_loop: bool) -> Iterator[None]:
+        """Mark the time that the model's own forward runs in this thread, or (`is_loop`) that of a part of it."""
+        own, before = self._own, self._own.current
+        is_outermost = not (own.forwards or own.loops)
+        own.loops, own.forwards = own.loops + is_loop, own.forwards + (not is_loop)
+        if is_outermost or not is_loop:
+            own.current = None
+        try:
+            yield
+            self._check_restored(own.current)
+        finally:
+            own.loops, own.forwards = own.loops - is_loop, own.forwards - (not is_loop)
+            # what comes behind a part of the model asks for its sizes
+            if is_outermost or not is_loop:
+                own.current = before
+
+    def trace_running(self, number: int, is_loop: bool) -> tuple[int, bool, Frame | None]:
+        """Mark in a graph what `running` marks in eager mode; returns what `trace_left` has to be given."""
+        before = (self._trace, self._trace_loops, self._traced)
+        if self._trace != number:
+            self._trace, self._trace_loops, self._traced = number, is_loop, None
+        elif not is_loop:
+            self._trace_loops = False
+        return before
+
+    def trace_left(self, before: tuple[int, bool, Frame | None]) -> None:
+        """Undo `trace_running`; the frame stays within the forward that surrounds it."""
+        frame = self._traced
+        self._trace, self._trace_loops, self._traced = before
+        if self._trace:
+            self._traced = frame
+
+    def tag(self, tokens: Tensor) -> None:
+        """Note the forward in progress with tokens that it hands out."""
+        frame = self._own.current
+        if frame is not None and frame.last and recall(tokens)[0] is None:
+            remember(tokens, _Known(frame, frame.last))
+
+    def _begin(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
+        own, (known, is_same), in_backward = self._own, recall(x), _is_in_backward()
+        if known is not None and len(known.frame.size) != self.depth + 1:
+            known = None  # of another model
+        if not self.is_merging():
+            goes_on = is_same and known is not None and 0 < known.slot <= layer
+            if known is not None and goes_on and known.frame.size[known.slot] is None:
+                return known.frame, known.slot
+            return self._open(x, in_backward), 0
+        if known is not None and (known.slot or in_backward):
+            slot = self._check_known(known, layer, is_same)
+            if slot is not None:
+                own.current = known.frame if own.forwards or own.loops else own.current
+                return known.frame, slot
+        current = own.current
+        if in_backward and (layer or current is None) and not (layer == 0 and (own.forwards or own.loops)):
+            raise UnsupportedError(
+                f"block {layer} is run again in a backward (gradient checkpointing) on tokens whose forward is "
+                "not known: their memory was copied meanwhile. Checkpoint without moving what is saved, or set "
+                "handle.r = 0."
+            )
+        if layer and current is not None and current.last and current.restore != "every":
+            slot = current.last
+            if current.size[slot] is not None:
+                self._check_changed(current, layer, x, n, has_hooks)
+                return current, slot
+            if slot <= layer and current.shape[slot] == (_batch(x, n), n):
+                return current, slot
+        if layer and not (own.forwards or own.loops):
+            self._check_whole(layer, n)
+        return self._open(x, in_backward), 0
+
+    def _check_known(self, known: _Known, layer: int, is_same: bool) -> int | None:
+        """Return the entry of tokens that a layer put out, None where nothing has been merged in them."""
+        frame, slot = known.frame, known.slot
+        if slot <= layer and (layer or slot == 0) and is_same:
+            return slot
+        if slot == 0 or frame.size[slot] is None or frame.restored[slot]:
+            return None
+        what = "the tokens" if is_same else "a part of the tokens, or a rearrangement of them,"
+        raise UnsupportedError(
+            f"block {layer} was given {what} that block {slot - 1} put out, merged already: blocks run in their order, "
+            f"each on all tokens of the one before. {_REMEDY}"
+        )
+
+    def _check_changed(self, frame: Frame, layer: int, x: Tensor, n: int, has_hooks: bool) -> None:
+        """Refuse tokens that are not those the layer before put out, unless a hook, a cast or a move explains it."""
+        device, dtype, could_change = frame.out
+        is_explained = has_hooks or could_change or x.device != device or x.dtype != dtype
+        if frame.last == layer and frame.shape[layer] == (_batch(x, n), n) and is_explained:
+            return
+        raise UnsupportedError(
+            f"block {layer} was given tokens that the block before, {frame.last - 1}, did not put out, while tokens "
+            "are merged: how many each one stands for is not known. Something between the blocks replaces tokens, or a "
+            f"block there was replaced or left out since the model was patched. {_REMEDY}"
+        )
+
+    def _check_whole(self, layer: int, n: int) -> None:
+        """Refuse, outside of a forward, what looks like merged tokens of another process or of a copy."""
+        loose = self._own.loose
+        is_next = loose is not None and loose.last == layer and not loose.restored[layer]
+        merged = (
+            is_next and loose is not None and loose.size[layer] is not None and (loose.shape[layer] or (0, 0))[1] == n
+        )
+        if merged or (self.tokens is not None and n != self.tokens):
+            raise UnsupportedError(
+                f"block {layer} was called by itself on {n} tokens that no block of this model put out here; an "
+                f"input has {self.tokens or 'another number'}. If they are merged, how many each one stands for is not "
+                "known. Run the blocks before it in the same process, or `with handle.disabled():` for it alone."
+            )
+
+    def _open(self, x: Tensor, in_backward: bool) -> Frame:
+        own = self._own
+        frame = Frame(self.depth, self._mode(own.forwards > 0, own.loops > 0))
+        frame.is_tracked = self.track
+        if not in_backward:
+            own.newest = self.latest = frame
+        if own.forwards or own.loops:
+            own.current = frame
+        elif self.is_merging():
+            own.loose, self.ran_loose = frame, True
+        remember(x, _Known(frame, 0))  # a checkpoint may give them to the layer again
+        return frame
+
+    def _mode(self, is_forward: bool, is_loop: bool) -> str:
+        """Return after which layers every token is put back: whoever runs the blocks must know of merged tokens."""
+        if self.restore == "every" or is_forward or self.hands_out_merged:
+            return self.restore
+        return "last" if is_loop else "every"
+
+    def _put_out(self, frame: Frame, layer: int, out: Tensor, has_hooks: bool) -> None:
+        if isinstance(out, Tensor):
+            remember(out, _Known(frame, layer + 1))
+            frame.out = (out.device, out.dtype, has_hooks)
+
+    def _begin_traced(self, layer: int, x: Tensor) -> tuple[Frame, int]:
+        number, frame = trace_number(), self._traced
+        is_inside = self._trace == number
+        goes_on = layer > 0 and frame is not None and frame.trace == number and (is_inside or x is self._traced_out)
+        if frame is None or not goes_on:
+            frame = self._traced = Frame(self.depth, self._mode(is_inside and not self._trace_loops, is_inside), number)
+            frame.is_tracked = self.track
+        if frame.last > layer:
+            fail(f"block {layer} was called behind block {frame.last - 1} in one forward, on merged tokens. {_REMEDY}")
+        return frame, frame.last
+
+    def _final_size(self, x: Tensor, cut: int) -> Tensor | None:
+        own, known = self._own, recall(x)[0]
+        if known is not None and known.slot and len(known.frame.size) == self.depth + 1:
+            frame, slot = known.frame, known.slot
+        elif own.current is not None:
+            frame, slot = own.current, own.current.last
+        else:
+            if self.is_merging() and self.tokens is not None and x.shape[1] + cut != self.tokens:
+                raise UnsupportedError(
+                    f"{x.shape[1] + cut} tokens are to be pooled that no forward of this model handed out; an input "
+                    f"has {self.tokens}. If they are merged, how many each one stands for is not known. Give what "
+                    "forward_features() returned, as it is."
+                )
+            return None
+        size = None if frame.restored[slot] else frame.size[slot]
+        if size is not None and size.shape != (x.shape[0], x.shape[1] + cut):
+            raise UnsupportedError(
+                f"tokens {tuple(x.shape)} are to be pooled, and the forward they are of ended with "
+                f"{tuple(size.shape)}: how many each one stands for is not known. Give all of them, as they "
+                "were put out."
+            )
+        return size
+
+    def _check_restored(self, frame: Frame | None) -> None:
+        if frame is None or frame.restore != "last" or frame.last in (0, self.depth):
+            return
+        if frame.size[frame.last] is not None:
+            raise UnsupportedError(
+                f"the forward ended after block {frame.last - 1} of {self.depth}, and tokens are put back in their "
+                f"places after the last one: they are merged still. {_REMEDY}"
+            )
 
     def _forget(self) -> None:
-        self._own = threading.local()
-        self._recent: deque[Frame] = deque(maxlen=4)
-        self._traced = Frame(self.depth)
-        self.latest = None
+        self._own = _Own()
+        self.latest = self._traced = self._traced_out = None
+        self._trace, self._trace_loops = 0, False
+        self.ran_loose = False  # blocks were called by code that is not the model's
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the settings, never a forward."""
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_own", "_recent", "_traced", "latest")
-        }
+        """Copies and pickles carry the settings, never a forward; a `disabled()` block is not theirs."""
+        fresh = ForwardState(self.depth, self.schedule).__dict__
+        runtime = ("_own", "latest", "ran_loose", "_trace", "_trace_loops", "_traced", "_traced_out", "_model")
+        return {key: self.__dict__[key] for key in fresh if key not in runtime} | {"enabled": True}
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__dict__.update(settings)
+        self._model = None  # whoever copies a whole model says so
         self._forget()
 
 
-def _memory(x: Tensor) -> tuple[StorageWeakRef, ...]:
-    """Return what memory `x` lies in, if in any: as long as this is held, no other tensor's compares equal."""
-    try:
-        # torch.fx traces with objects that only look like tensors
-        return (StorageWeakRef(x.untyped_storage()),) if isinstance(x, Tensor) else ()
-    except RuntimeError:  # a wrapper of functorch
-        return ()
+def _batch(x: Tensor, n: int) -> int:
+    """Return how many images tokens `[B, n, C]` or `[n, B, C]` are of."""
+    return int(x.shape[0] if x.shape[1] == n else x.shape[1])
 
 
 def _is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _is_exporting() -> bool:
-    # torch 2.6 has no is_exporting
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())

@@ -8,6 +8,7 @@ Shapes: B batch, W windows of all images, N tokens of a window, M tokens left of
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from tokenmerge.adapters.taps import Slot
 from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import assignment
 from tokenmerge.runner import SEEN, BlockRunner
+from tokenmerge.state import Frame
+from tokenmerge.tracing import in_pieces, outside_graph
 
 __all__ = ["WindowRunner"]
 
@@ -34,27 +37,34 @@ class WindowRunner(BlockRunner):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # [B, rows, columns, C]
         state, layer = self.state, self.layer
-        frame = state.begin(layer, x)
+        frame, slot = state.begin(layer, x, x.shape[1], bool(self.block._forward_pre_hooks))
         side, (rows, columns) = getattr(self.block, self.spec.window), x.shape[1:3]
         n = side * side if side else rows * columns
-        r = state.schedule.at(layer, n, 0) if state.enabled else 0
+        r = state.schedule.at(layer, n, 0) if state.is_merging() else 0
         if r:
             self._check_device(x)
         has_padding = bool(side) and (rows % side > 0 or columns % side > 0)
-        out = self.run(x, r, has_padding, *args, **kwargs) if r else self.original(x, *args, **kwargs)
-        state.record(frame, layer, x.flatten(1, 2), None, None)
-        frame.inside[layer + 1] = (n, n - r)
+        frame.inside[layer + 1] = (n, n)
+        out = self.run(x, r, has_padding, frame, *args, **kwargs) if r else self.original(x, *args, **kwargs)
+        state.record(frame, slot, layer, x.flatten(1, 2), None, None)
+        state.put_out(frame, layer, out, bool(self.block._forward_hooks))
         return out
 
-    def run(self, x: Tensor, r: int, has_padding: bool, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, r: int, has_padding: bool, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """Run the block while its attention removes `r` tokens of each window; 0: composed, with nothing merged."""
-        self.slot.put({"turn": (r, has_padding)})
+        if in_pieces():
+            return outside_graph(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
+        self.slot.put({"turn": (r, has_padding, frame)})
+        self.tap.expect(None, None)
         try:
-            return self.original(x, *args, **kwargs)
+            out = self.original(x, *args, **kwargs)
+            self.tap.check()
+            return out
         finally:
             self.slot.take()
+            self.tap.forget()
 
-    def attend(self, x: Tensor, r: int, has_padding: bool) -> Tensor:  # [W, rows, columns, C]
+    def attend(self, x: Tensor, r: int, has_padding: bool, frame: Frame) -> Tensor:  # [W, rows, columns, C]
         """Stand in for the attention: merge what it projects, attend, spread the answers over their groups."""
         grid = (x.shape[1], x.shape[2])
         qkv = self.tap.project(x.flatten(1, 2))
@@ -70,6 +80,8 @@ class WindowRunner(BlockRunner):
                 scale=self.scale,
             )
             plan = self.method.plan(view, r)
+            # an adaptive method may remove fewer than `r`
+            frame.inside[self.layer + 1] = (plan.n, plan.keep.shape[1])
             qkv, size = self.method.merge(plan, qkv, None)
             bias, kept = size.log() if self.is_proportional and size is not None else None, plan.keep
         out = self.tap(qkv, bias, kept, grid=grid)  # [W, M, C]
@@ -81,7 +93,7 @@ class WindowRunner(BlockRunner):
         return [Replacement(attn, "forward", _Attention(attn, self))]
 
     def parity(self, x: Tensor, *args: Any, **given: Any) -> Any:
-        return self.run(x.view(x.shape[0], *given["grid"], -1), 0, False)
+        return self.run(x.view(x.shape[0], *given["grid"], -1), 0, False, Frame(0))
 
     def probe(self, x: Tensor, **given: Any) -> Any:
         return self.original(x.view(x.shape[0], *given["grid"], -1))
@@ -94,5 +106,8 @@ class _Attention(Original):
 
     def __call__(self, x: Tensor) -> Tensor:
         turn = self.runner.slot.peek().get("turn")
-        out: Tensor = self.original(x) if turn is None else self.runner.attend(x, *turn)
-        return out
+        if turn is None:
+            out: Tensor = self.original(x)
+            return out
+        self.runner.tap.forget()
+        return self.runner.attend(x, *turn)

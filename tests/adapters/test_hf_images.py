@@ -68,21 +68,16 @@ def test_what_needs_the_tokens_of_several_blocks_gets_them_restored(name: str) -
     case = {**DENSE_CASES, **CASES}[name]
     model = case.make()
     unmerged = _run(model, case)
-    if name in DENSE_CASES:
-        for restore in (None, "merged"):
-            with (
-                tokenmerge.patched(model, r=3, restore=restore),
-                pytest.raises(UnsupportedError, match=r"one token per place, .* Patch with restore='dense'"),
-            ):
-                _run(model, case)
     with tokenmerge.patched(model, r=0):
         assert torch.equal(_run(model, case), unmerged)
-    restore = "dense" if name in DENSE_CASES else None
-    with tokenmerge.patched(model, r=3, prop_attn=True, track=True, restore=restore) as handle:
-        restored, groups = _run(model, case), handle.groups
-    assert torch.equal(_run(model, case), unmerged)
-    assert_close(restored, case.output(_simulated(model, case, groups)), 1e-6)
-    assert (restored - unmerged).abs().max() > 1e-3
+    for restore in (None, "merged", "dense"):
+        with tokenmerge.patched(model, r=3, prop_attn=True, track=True, restore=restore) as handle:
+            restored, groups, limits = _run(model, case), handle.groups, handle.report().limits
+        assert torch.equal(_run(model, case), unmerged)
+        assert_close(restored, case.output(_simulated(model, case, groups)), 1e-6)
+        assert (restored - unmerged).abs().max() > 1e-3
+        if name in DENSE_CASES:
+            assert any("in their places after every block" in limit for limit in limits) == (restore != "dense")
 
 
 @pytest.mark.parametrize("name", ["vit", "vit-classifier", "dinov2", "clip-vision", "siglip-vision", "aimv2-vision"])
@@ -348,13 +343,17 @@ def test_a_plain_tower_says_what_it_hands_out() -> None:
     case = CASES["dinov2-registers"]
     model = case.make()
     signature = inspect.signature(model.forward)
-    with tokenmerge.patched(model, r=3) as handle, torch.no_grad():
+    with tokenmerge.patched(model, r=3, restore="merged") as handle, torch.no_grad():
         assert model(**case.inputs()).last_hidden_state.shape[1] == handle.tokens[-1] == 9
         assert handle.prefix == 5 and handle.grid == (4, 4) and handle.input_size == (3, 32, 32)
-        assert any("restore='dense' hands out every token" in limit for limit in handle.report().limits)
+        assert handle.report().limits == [
+            "merged tokens are handed out, weigh them with handle.sizes: last_hidden_state holds one token per place"
+        ]
         assert inspect.signature(model.forward) == signature
-    with tokenmerge.patched(model, r=3, restore="dense"), torch.no_grad():
-        assert model(**case.inputs()).last_hidden_state.shape[1] == 21
+    for restore in (None, "dense"):
+        with tokenmerge.patched(model, r=3, restore=restore) as handle, torch.no_grad():
+            assert model(**case.inputs()).last_hidden_state.shape[1] == 21 > handle.tokens[-1]
+            assert any("after the last block" in limit for limit in handle.report().limits) == (restore is None)
     with tokenmerge.patched(CASES["dinov2-classifier"].make(), r=3) as handle:
         assert any("not known to use the class token alone" in limit for limit in handle.report().limits)
 
@@ -478,6 +477,79 @@ def test_a_subclass_with_a_step_of_its_own_is_caught() -> None:
 
     model = CASES["vit"].make()
     (model.layers if IS_5 else model.encoder.layer)[1].__class__ = Doubled
-    with pytest.raises(tokenmerge.TokenMergeError, match="does not behave as its adapter describes"):
+    with pytest.raises(tokenmerge.TokenMergeError, match=r"is a transformers.*ViTLayer with a forward of its own"):
         tokenmerge.patch(model, r=3)
     assert VISION["hidden_size"] == model.config.hidden_size
+
+
+BARE = {
+    **{name: CASES[name] for name in ("vit", "deit", "ijepa", "vit-mae", "dinov2", "dinov2-registers", "clip-vision")},
+    **{name: CASES[name] for name in ("siglip-vision", "blip2-vision", "internvl-vision", "aimv2-vision")},
+    **{name: CASES[name] for name in ("aimv2-pooled", "clip-projection", "janus-vision")},
+}
+
+
+@pytest.mark.parametrize("name", sorted(BARE.keys() - set(ASKS)))
+def test_bare_models_hand_out_every_token(name: str) -> None:
+    case = BARE[name]
+    model = case.make()
+    with torch.no_grad():
+        shape = model(**case.inputs()).last_hidden_state.shape
+    with tokenmerge.patched(model, r=3, prop_attn=True, track=True) as handle, torch.no_grad():
+        torch.manual_seed(0)
+        out, groups, left = model(**case.inputs()), handle.groups, handle.tokens[-1]
+        assert any("after the last block" in limit for limit in handle.report().limits)
+    expected = _simulated(model, case, groups)
+    assert out.last_hidden_state.shape == shape and left < shape[1]
+    assert_close(out.last_hidden_state, expected.last_hidden_state, 1e-6)
+    assert_close(case.output(out), case.output(expected), 1e-6)
+    with tokenmerge.patched(model, r=3, prop_attn=True, track=True, restore="merged") as handle, torch.no_grad():
+        torch.manual_seed(0)
+        merged = model(**case.inputs()).last_hidden_state
+        # a pool that looks at every token has them put back all the same, and the report says so
+        is_pooled = any("after the last block" in limit for limit in handle.report().limits)
+        assert_close(merged if is_pooled else handle.dense(merged), out.last_hidden_state, 1e-9)
+        assert is_pooled == (name in ("siglip-vision", "aimv2-vision", "aimv2-pooled", "janus-vision"))
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "deit-distilled", "vit-msn"])
+def test_the_inside_of_a_classifier_hands_out_every_token(name: str) -> None:
+    case = CASES[name]
+    model = case.make()
+    inside = getattr(model, model.base_model_prefix)
+    with tokenmerge.patched(model, r=3, track=True, prop_attn=True) as handle, torch.no_grad():
+        assert not any("put back" in limit for limit in handle.report().limits)
+        model(**case.inputs())
+        got, groups = inside(**case.inputs()).last_hidden_state, handle.groups
+        assert handle.tokens[-1] < got.shape[1]
+    assert_close(got, tokenmerge.simulate(inside, groups, **case.inputs()).last_hidden_state, 1e-6)
+    for restore, tokens in (("dense", got.shape[1]), ("merged", got.shape[1] - 12)):
+        with tokenmerge.patched(model, r=3, restore=restore) as handle, torch.no_grad():
+            assert inside(**case.inputs()).last_hidden_state.shape[1] == max(tokens, handle.tokens[-1])
+
+
+def test_the_inside_of_a_wrapped_timm_classifier_is_guarded_too() -> None:
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=settings, num_labels=10)
+    model = randomised(transformers.TimmWrapperForImageClassification(config)).eval().double()
+    x = torch.randn(3, 3, 32, 32)
+    with tokenmerge.patched(model, r=3), torch.no_grad():
+        assert model(x).logits.shape == (3, 10) and model.timm_model(x).shape == (3, 10)
+        with pytest.raises(UnsupportedError, match=r"forward_features\(\) hands out"):
+            model.timm_model.forward_features(x)
+
+
+def test_a_wrapped_timm_model_hands_out_every_token() -> None:
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "global_pool": "avg"}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=settings)
+    model = randomised(transformers.TimmWrapperModel(config)).eval().double()
+    x = torch.randn(3, 3, 32, 32)
+    outs = {}
+    for restore in (None, "dense", "merged"):
+        with tokenmerge.patched(model, r=3, restore=restore, track=True) as handle, torch.no_grad():
+            out = model(x)
+            tokens = handle.dense(out.last_hidden_state) if restore == "merged" else out.last_hidden_state
+            outs[restore] = (tokens, out.pooler_output)
+    for restore in (None, "merged"):
+        for got, expected in zip(outs[restore], outs["dense"], strict=True):
+            assert_close(got, expected, 1e-9)

@@ -128,17 +128,13 @@ def test_promises(name: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("name", DENSE_CASES)
-def test_feature_maps_are_restored_or_refused(name: str) -> None:
+def test_what_reads_the_tokens_of_several_blocks_gets_them_restored_by_itself(name: str) -> None:
     model, given = _make(DENSE_CASES[name]), DENSE_CASES[name][2]
     with torch.no_grad():
         unmerged = _output(model(**given))
-    with (
-        tokenmerge.patched(model, r=3),
-        pytest.raises(UnsupportedError, match=r"output_hidden_states: .*restore='dens"),
-    ):
-        model(**given)
-    with tokenmerge.patched(model, r=3, restore="dense", prop_attn=True, track=True) as handle, torch.no_grad():
+    with tokenmerge.patched(model, r=3, prop_attn=True, track=True) as handle, torch.no_grad():
         restored, groups, positions = _output(model(**given)), handle.groups, handle.positions
+        assert any("in their places after every block" in limit for limit in handle.report().limits)
     assert_close(restored, _output(tokenmerge.simulate(model, groups, positions=positions, **given)), 1e-6)
     assert (restored - unmerged).abs().max() > 1e-3
     with torch.no_grad():
@@ -316,3 +312,29 @@ def test_whole_blocks_skipped_at_random_are_refused() -> None:
 def test_an_encoder_alone() -> None:
     model = _make(CASES["whisper"])
     check_promises(model.encoder, **MEL, output=_output, tolerance=1e-6)
+
+
+BARE = ("beit", "data2vec", "dinov3", "videomae", "vivit", "vjepa2", "ast")
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_bare_models_hand_out_every_token(name: str) -> None:
+    model, given = _make(CASES[name]), CASES[name][2]
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+    with tokenmerge.patched(model, r=3, prop_attn=True, track=True) as handle, torch.no_grad():
+        restored, groups, positions = model(**given).last_hidden_state, handle.groups, handle.positions
+        left = handle.tokens[-1]
+        assert any("after the last block" in limit for limit in handle.report().limits)
+    assert restored.shape == expected.shape and left < expected.shape[1]
+    simulated = tokenmerge.simulate(model, groups, positions=positions, **given).last_hidden_state
+    assert_close(restored, simulated, 1e-6)
+    with tokenmerge.patched(model, r=3, prop_attn=True, restore="merged", track=True) as handle, torch.no_grad():
+        merged, limits = model(**given).last_hidden_state, handle.report().limits
+        if name in ("beit", "data2vec", "vjepa2"):
+            # what follows looks at every token
+            assert_close(merged, restored, 1e-9)
+            assert any("after the last block" in limit for limit in limits)
+        else:
+            assert_close(handle.dense(merged), restored, 1e-9)
+            assert any("merged tokens are handed out" in limit for limit in limits)

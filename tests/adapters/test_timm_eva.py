@@ -98,15 +98,14 @@ def test_a_variant_keeps_the_promises(options: dict[str, Any]) -> None:
 
 
 def test_rows_follow_the_tokens_whatever_the_shape_of_the_table() -> None:
-    attn = _eva(**ROPE).blocks[0].attn
-    tap = RopeTap(attn)
+    turn = RopeTap(_eva(**ROPE).blocks[0], "attn").turned
     kept = torch.tensor([[0, 1, 5, 3], [0, 4, 2, 1]])  # a prefix of one
     table = torch.randn(9, 16)
     expected = torch.stack([table[[0, 4, 2]], table[[3, 1, 0]]])
-    assert torch.equal(tap.turned(table, kept), expected[:, None])
+    assert torch.equal(turn(table, kept), expected[:, None])
     by_image = torch.stack([table, -table])
-    assert torch.equal(tap.turned(by_image[:, None], kept), torch.stack([expected[0], -expected[1]])[:, None])
-    turned = tap.turned(by_image, kept)
+    assert torch.equal(turn(by_image[:, None], kept), torch.stack([expected[0], -expected[1]])[:, None])
+    turned = turn(by_image, kept)
     if hasattr(timm.layers, "RotaryEmbeddingMixed"):
         assert torch.equal(turned, torch.stack([expected, -expected], dim=1))
     else:
@@ -235,12 +234,11 @@ def test_tokens_by_their_place_are_refused_or_restored() -> None:
 
 def test_a_model_that_puts_out_tokens_says_so() -> None:
     model, x = _eva(**VARIANTS["pool-none"]), _images()
-    handle = tokenmerge.patch(model, r=4)
-    assert _run(model, x).shape[1] == 65 - 16
-    assert "global_pool='' hands out the merged tokens" in handle.report().limits[0]
-    handle.remove()
-    with tokenmerge.patched(model, r=4, restore="dense"):
-        assert _run(model, x).shape[1] == 65
+    for restore in (None, "merged", "dense"):
+        with tokenmerge.patched(model, r=4, restore=restore) as handle:
+            assert _run(model, x).shape[1] == (65 - 16 if restore == "merged" else 65)
+            said = [limit for limit in handle.report().limits if "global_pool='' hands out every token" in limit]
+            assert len(said) == (restore != "dense")
 
 
 def test_blocks_of_another_class_are_refused() -> None:

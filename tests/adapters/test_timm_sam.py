@@ -124,6 +124,19 @@ def test_the_handle_tells_what_attention_saw_and_that_blocks_end_complete() -> N
     assert handle.tokens == [9, 64, 9] and not handle.has_merged
 
 
+def test_the_handle_counts_what_an_adaptive_method_really_removed() -> None:
+    from tokenmerge.methods import ATM
+
+    model, x = _model(), torch.randn(2, 3, 32, 32).double()
+    unmerged = run(model, x)
+    with tokenmerge.patched(model, ATM(alpha=2.0, floor=2.0), r=3) as handle:  # no cosine is above 2
+        assert_close(run(model, x), unmerged)
+        assert handle.tokens == [9, 64, 9] and not handle.has_merged
+    with tokenmerge.patched(model, ATM(alpha=-2.0, floor=-2.0), r=3) as handle:
+        run(model, x)
+        assert handle.tokens == [6, 61, 6] and handle.has_merged
+
+
 @pytest.mark.parametrize("restore", [None, "dense", "merged"])
 def test_neck_and_intermediates_are_complete_without_any_option(restore: str | None) -> None:
     model, x = _model(), torch.randn(2, 3, 32, 32).double()

@@ -115,8 +115,6 @@ def test_keys_of_all_parallel_attentions_count() -> None:
     with torch.no_grad():
         tap(torch.randn(2, 5, 32, dtype=torch.float64), None)
     assert tap.take()["k"].shape == (2, 8, 5, 8)
-    with pytest.raises(UnsupportedError, match=r"attentions side by side are called by their block's description"):
-        tap.intercept(None, (), {})
 
 
 @pytest.mark.parametrize("name", PARALLEL)

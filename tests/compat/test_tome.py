@@ -33,6 +33,33 @@ def test_the_readme_script() -> None:
         assert_close(handle.model(x), merged, 1e-6)
 
 
+def test_of_two_ways_to_set_r_the_last_counts() -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    handle = tome.patch.timm(model)
+    for who, r in ((handle, 4), (model, 8), (handle, 2), (model, 2), (handle, 0), (model, [3, 3])):
+        who.r = r
+        model(x)
+        left = 59 if isinstance(r, list) else 65 - 4 * r
+        assert handle.r == r and model.r == r and handle.sizes.shape[1] == left
+        assert model._tome_info["r"] == tome.utils.parse_r(4, r)
+    handle.r, model.r = 4, 8
+    model(x)
+    assert handle.sizes.shape[1] == 33
+    model.r, handle.r = 8, 4
+    assert model.r == 4
+    model(x)
+    assert handle.sizes.shape[1] == 49
+    handle.track = True
+    model(x)
+    assert model._tome_info["trace_source"] and model._tome_info["source"].shape == (2, 49, 65)
+    model._tome_info["trace_source"] = False
+    model(x)
+    assert not handle.track and model._tome_info["source"] is None
+    other = copy.deepcopy(model)
+    tokenmerge.handle_of(other).r = 1
+    assert other.r == 1 and model.r == 4
+
+
 def test_sources_are_traced_and_drawn() -> None:
     from PIL import Image
 

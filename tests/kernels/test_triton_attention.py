@@ -115,6 +115,18 @@ def test_reads_any_strides(device: str) -> None:
         assert_close(got, wanted)
 
 
+def test_gradients_do_not_depend_on_how_the_forward_was_kept(device: str) -> None:
+    q, k, v = (part.detach() for part in qkv((2, 3, 17, 16), torch.float32, device))
+    bias, seed = torch.randn(2, 17, device=device), torch.randn(2, 3, 17, 16, device=device)
+    out, lse = torch.ops.tokenmerge.triton_attend(q, k, v, bias, 0.25)
+    expected = torch.ops.tokenmerge.triton_attend_grad(seed, q, k, v, bias, out, lse, 0.25)
+    kept = out.contiguous(), lse.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for got, wanted in zip(
+        torch.ops.tokenmerge.triton_attend_grad(seed, q, k, v, bias, *kept, 0.25), expected, strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
 def test_under_autocast_as_torch_does_it(device: str) -> None:
     q, k, v = qkv((1, 2, 17, 16), torch.float32, device)
     bias = torch.zeros(1, 17, device=device)

@@ -260,7 +260,7 @@ def test_atm_merges_nothing_below_its_threshold_and_no_two_large_tokens() -> Non
 def test_mame_rows_are_means(tau: float, is_exact: bool, N: int, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(N=N, prefix=prefix)
     if is_exact:
-        monkeypatch.setattr(mame, "batch_count", lambda wanted, r: r)
+        monkeypatch.setattr(mame, "batch_count", lambda wanted, r, seen: r)
     method = MaMe(tau=tau)
     wanted = min(len({i for i, _ in loops.mame_weights(view, image, tau)}) for image in range(3))
     assert (wanted == 0) == (tau == 0.9)

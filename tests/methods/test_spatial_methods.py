@@ -278,7 +278,7 @@ def test_mpm_searches_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("r", [4, 12, 17])
 def test_mpm_removes_exactly_r_in_a_graph(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(N=36)
-    monkeypatch.setattr(mpm, "batch_count", lambda wanted, r: r)  # as in a captured graph
+    monkeypatch.setattr(mpm, "batch_count", lambda wanted, r, seen: r)  # as in a captured graph
     plan = MPM().plan(view, r)
     assert plan.src.shape[1] == r
     for image in range(3):
@@ -362,7 +362,7 @@ def _drawn(grid: tuple[int, int], seed: int) -> dict[tuple[int, int], int]:
 def test_methods_by_place_say_what_they_lack(method: Reduction) -> None:
     with pytest.raises(UnsupportedError, match="this model says no grid of patches"):
         method.plan(replace(view_of(), grid=None), 3)
-    with pytest.raises(UnsupportedError, match="build the model for the size of its images"):
+    with pytest.raises(UnsupportedError, match="Build the model for the size of its images"):
         method.plan(replace(view_of(), grid=(3, 4)), 3)
 
 

@@ -100,16 +100,17 @@ def _no_mlp(self: Any, x: Tensor) -> Tensor:
     return x + self.attn(self.norm1(x))
 
 
-def test_a_head_that_does_not_weigh_the_tokens() -> None:
+def test_a_head_that_does_not_weigh_the_tokens_gets_them_all() -> None:
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x[:, 1:].mean(dim=1))
 
-    found = _found(examine(_subclass(forward_head=forward_head), rounds=1))
-    assert [name for name, (good, _) in found.items() if good is False] == ["equivalence", "conclusion"]
-    # nothing is said of the speed of a wrong answer, nor that nothing is amiss
-    assert list(found) == [*CHECKS, "preprocessing", "conclusion"]
-    assert found["conclusion"][1].startswith("Do not merge this model as it is: equivalence failed")
-    assert found["equivalence"][1].startswith("max |difference| ")
+    diagnosis = examine(_subclass(forward_head=forward_head), rounds=1)
+    found = _found(diagnosis)
+    assert diagnosis.is_healthy and found["equivalence"][0] is True
+    good, sentence = found["limitations"]
+    assert good is None and sentence.startswith(
+        "tokens are put back in their places after the last block: forward_head"
+    )
 
 
 def test_a_model_that_is_random() -> None:
@@ -123,6 +124,11 @@ def test_a_model_that_is_random() -> None:
         "unpatch",
         "conclusion",
     ]
+    # nothing is said of the speed of a wrong answer, nor that nothing is amiss
+    assert list(found) == [*CHECKS, "preprocessing", "conclusion"]
+    assert found["conclusion"][1].startswith(
+        "Do not merge this model as it is: r = 0 and equivalence and unpatch failed"
+    )
 
 
 def test_a_model_that_computes_nan() -> None:

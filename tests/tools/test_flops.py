@@ -16,6 +16,15 @@ from tokenmerge import flops
 from tokenmerge.tools.flops import count
 
 
+@pytest.mark.parametrize("name", ["cpu", "triton", "columns"])
+def test_counts_the_same_whatever_kernels_are_forced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit()
+    tokenmerge.patch(model, r=8)
+    expected = count(model, (3, 32, 32))
+    monkeypatch.setenv("TOKENMERGE_KERNELS", name)
+    assert count(model, (3, 32, 32)) == expected
+
+
 # GMACs of the ToMe paper and of timm's results for the same models
 @pytest.mark.parametrize(
     ("name", "r", "published"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from tokenmerge.adapters.base import Adapter
@@ -86,6 +87,11 @@ def find(model: nn.Module) -> Adapter:
             f"{type(model).__qualname__} wraps a {type(inner).__qualname__}: patch that one, before it is compiled or "
             "wrapped."
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"this {type(model).__qualname__} was made by torch.jit: its code is compiled, and nothing can be put into "
+            "it. Patch the nn.Module that it was made from, then trace that (torch.jit.script takes no patched model)."
+        )
     for adapter in ADAPTERS:
         if adapter.matches(model):
             return adapter.resolve(model)
@@ -94,6 +100,12 @@ def find(model: nn.Module) -> Adapter:
         raise UnsupportedModelError(
             f"tokens cannot be merged in {type(model).__module__}.{type(model).__qualname__}: {reason}. Take a model "
             "that keeps one plain sequence of tokens through its blocks; `tokenmerge list` names the families."
+        )
+    path = _part(model)
+    if path is not None:
+        raise UnsupportedModelError(
+            f"patch(model.{path}, ...) instead: that {type(model.get_submodule(path)).__qualname__} inside this "
+            f"{type(model).__module__}.{type(model).__qualname__} can be patched."
         )
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
     nearest = max(ADAPTERS, key=lambda adapter: len(present.intersection(adapter.landmarks)) / len(adapter.landmarks))
@@ -105,8 +117,40 @@ def find(model: nn.Module) -> Adapter:
         if shared
         else "None is near: no child of any family was found."
     )
+    hint = (
+        "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
+        if _attends(model)
+        else "It has no attention that could be found (no nn.MultiheadAttention, no child called attention, attn or "
+        "qkv), and tokens are merged for what attends to them: choose a vision transformer. One whose attention has "
+        "another name is told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
+    )
     cls = type(model)
     raise UnsupportedModelError(
-        f"no adapter for {cls.__module__}.{cls.__qualname__}; tried: {', '.join(list_adapters())}. {near} "
-        "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
+        f"no adapter for {cls.__module__}.{cls.__qualname__}; tried: {', '.join(list_adapters())}. {near} {hint}"
     )
+
+
+def _part(model: nn.Module, depth: int = 4) -> str | None:
+    """Return the path of the part of a model, not deeper than `depth`, that an adapter describes."""
+    parts: list[tuple[str, nn.Module]] = sorted(model.named_modules(), key=lambda item: item[0].count("."))
+    shallow = (item for item in parts if item[0] and item[0].count(".") < depth and any(item[1].children()))
+    return next((path for path, part in shallow if _describes(part)), None)
+
+
+def _describes(part: nn.Module) -> bool:
+    for adapter in ADAPTERS:
+        if adapter.matches(part):
+            try:
+                return bool(adapter.resolve(part).blocks(part))
+            except UnsupportedModelError:
+                return False
+    return False
+
+
+def _attends(model: nn.Module) -> bool:
+    """Say whether anything in the model looks like attention, by its class or its name."""
+    for path, module in model.named_modules():
+        kind, name = type(module).__name__.lower(), path.rpartition(".")[2].lower()
+        if "attn" in kind + name or "attention" in kind + name or name in ("qkv", "to_qkv", "query", "q_proj", "to_q"):
+            return True
+    return False

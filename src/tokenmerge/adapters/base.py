@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.follow import Follow
 from tokenmerge.adapters.heads import Sizes
 from tokenmerge.adapters.original import Original, Replacement
 from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.errors import AdapterMismatchError
+from tokenmerge.adapters.trust import methods_of
 
 __all__ = [
+    "PROBED",
     "Adapter",
     "BlockSpec",
     "Follow",
@@ -28,11 +26,11 @@ __all__ = [
     "Sizes",
     "TokenLayout",
     "WindowSpec",
-    "check_parity",
     "class_names",
     "first_of",
-    "token_width",
 ]
+
+PROBED = 17  # tokens behind the prefix that a block is proved with: too many to be all that it looks at, and cheap
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,15 @@ class Adapter(ABC):
     may_match_features: ClassVar[bool] = False
     # nothing reads what a block returns behind its tokens (attention weights): None may stand for it
     ignores_rest: ClassVar[bool] = False
+    # path of the module that cuts images into patches, whose call says their rows and columns; none where it is found
+    # in another way, or no module is known to
+    cut_by: ClassVar[str] = ""
+    # the host's package, whose classes are known by name; "" where a model is known by its parts alone
+    package: ClassVar[str] = ""
+    # methods that run the blocks, and those that make an answer of what leaves them: trusted where they are the
+    # package's own. Dotted names are methods of parts
+    loops: ClassVar[tuple[str, ...]] = ("forward",)
+    heads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -124,6 +131,14 @@ class Adapter(ABC):
 
     def wiring(self, model: nn.Module) -> list[Replacement]:
         """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
+        return []
+
+    def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
+        """Return the parts of the model, besides itself, that run the blocks and pool by themselves. Default: none."""
+        return []
+
+    def looping_parts(self, model: nn.Module) -> list[nn.Module]:
+        """Return the parts of the model that run the blocks and hand out tokens. Default: none."""
         return []
 
     @abstractmethod
@@ -138,6 +153,25 @@ class Adapter(ABC):
     def layout(self, model: nn.Module) -> TokenLayout:
         """Return where the tokens lie, for the input size the model was built with."""
 
+    def cutter(self, model: nn.Module) -> nn.Module | None:
+        """Return the module that cuts each image into patches, by `cut_by`; None where there is none."""
+        found: Any = model
+        for name in filter(None, self.cut_by.split(".")):
+            found = getattr(found, name, None)
+        return found if isinstance(found, nn.Module) and found is not model else None
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        """Return the rows and columns of the patches that the cutter has made, from a call of it; None: not known.
+
+        By default what timm's say of an image of its size, else those of the map `[B, C, rows, columns]` it puts out.
+        """
+        if hasattr(cutter, "dynamic_feat_size"):
+            rows, columns = cutter.dynamic_feat_size(tuple(image.shape[-2:]))
+            return rows, columns
+        if not isinstance(out, Tensor) or out.dim() != 4:
+            return None
+        return out.shape[-2], out.shape[-1]
+
     @abstractmethod
     def tap(self, block: nn.Module) -> AttentionTap:
         """Build the tap of the block's attention, not attached yet."""
@@ -150,10 +184,26 @@ class Adapter(ABC):
         """Say why what follows the last block needs every token in its place; they are then put back there."""
         return None
 
-    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
-        """Return what refuses, while tokens are merged, the calls of this model that need them all. Default: none.
+    def hands_out(self, model: nn.Module) -> str | None:
+        """Say which tokens the model hands out; they are put back in their places unless merged ones are asked for."""
+        return None
 
-        `token_methods` are guarded without it.
+    def collects(self, model: nn.Module) -> str | None:
+        """Say why what leaves every block is needed with every token in its place."""
+        return None
+
+    def core(self, model: nn.Module) -> tuple[Adapter, nn.Module]:
+        """Return the part of the model that makes an answer of its tokens, and the adapter of that part."""
+        return self, model
+
+    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Return the methods of `loops` that this model has, each as a module and a name."""
+        return methods_of(model, self.loops)
+
+    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
+        """Return what refuses, while tokens are merged, outputs that were changed since patching. Default: none.
+
+        It is asked for where merged tokens leave the blocks and nobody has asked for them.
         """
         return []
 
@@ -163,7 +213,7 @@ class Adapter(ABC):
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         """Return how many tokens to probe a block with, and the further arguments the model would call it with."""
-        return layout.prefix + 5, {}
+        return layout.prefix + PROBED, {}
 
     def placed(self, block: nn.Module, places: Tensor) -> list[Replacement]:
         """Return what makes the unpatched block's attention take token n for one that stands at `places` `[B, N]`.
@@ -193,119 +243,3 @@ def class_names(module: nn.Module) -> list[str]:
 def first_of(output: Any) -> Any:
     """Return the tokens of what a block or an attention put out: the first entry of a tuple, else all of it."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def check_parity(
-    block: nn.Module,
-    composed: Callable[..., Any],
-    original: Callable[..., Any],
-    layout: TokenLayout,
-    label: str,
-    sample: tuple[int, dict[str, Any]],
-    is_positional: bool = False,
-) -> float:
-    """Compare a block with its description on random tokens, nothing merged, in eval and train mode.
-
-    Returns the largest absolute difference; raises `AdapterMismatchError` where it is more than rounding, or where the
-    block knows the places of its tokens and its description does not say so. The model's random state, buffers and
-    mode are left as they were.
-    """
-    found = _parameters(block)
-    if not found:
-        return 0.0
-    parameter = found[0]
-    # tokens have the precision of the matrices: CLIP keeps float32 norms beside them
-    dtype = next((p.dtype for p in found if p.dim() > 1), parameter.dtype)
-    worst = 0.0
-    buffers = [buffer.detach().clone() for buffer in block.buffers()]
-    modes = [(module, module.training) for module in block.modules()]
-    devices = [parameter.device] if parameter.device.type == "cuda" else []
-    n, given = sample
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _steady_dropout(block):
-        x = torch.randn(2, n, token_width(block), device=parameter.device, dtype=dtype)
-        x = x if layout.batch_first else x.transpose(0, 1)
-        try:
-            for training in (False, True):
-                block.train(training)
-                results = []
-                for forward in (original, composed):
-                    torch.manual_seed(0)
-                    results.append(forward(x, **given))
-                worst = max(worst, _difference(results[0], results[1], label))
-            block.eval()
-            if not is_positional and all(value is None for value in given.values()):
-                _check_places(partial(composed, **given), x, 1 if layout.batch_first else 0, label)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for buffer, saved in zip(block.buffers(), buffers, strict=True):
-                buffer.copy_(saved)
-    return worst
-
-
-def token_width(block: nn.Module) -> int:
-    """Return the channels of the tokens that a block takes."""
-    return int(_parameters(block)[0].shape[-1])  # norm weight [C] or projection [3C, C]
-
-
-def _parameters(block: nn.Module) -> list[nn.Parameter]:
-    # of a module without children first: what a block or an attention holds itself may be of any inner width
-    leaves = (module for module in block.modules() if next(module.children(), None) is None)
-    return [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
-
-
-@contextmanager
-def _steady_dropout(block: nn.Module) -> Iterator[None]:
-    """Let dropout scale instead of drawing: it draws in the order of memory, which a composition may change."""
-    dropouts = [m for m in block.modules() if isinstance(m, nn.Dropout) and "forward" not in m.__dict__]
-    for module in dropouts:
-        module.__dict__["forward"] = _Scaling(module)
-    try:
-        yield
-    finally:
-        for module in dropouts:
-            del module.__dict__["forward"]
-
-
-class _Scaling(Original):
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * (1 - 0.5 * self.owner.p) if self.owner.training else x  # type: ignore[operator]
-
-
-def _difference(original: Any, composed: Any, label: str) -> float:
-    if type(original) is not type(composed) or not isinstance(first_of(original), Tensor):
-        raise AdapterMismatchError(
-            f"{label} returns {type(original).__name__}, its description {type(composed).__name__}; expected are "
-            "tokens, or a tuple that starts with them. No adapter describes that."
-        )
-    original, composed = first_of(original), first_of(composed)
-    if original.is_meta:
-        return 0.0
-    difference = (original - composed).abs().max().item()
-    if not difference <= _tolerance(original):  # NaN fails too
-        raise AdapterMismatchError(
-            f"{label} does not behave as its adapter describes: max |difference| {difference:.2g} with nothing merged. "
-            "The host library's block has probably changed, or a subclass adds a step of its own; the model was left "
-            "as it was. Describe the block in an adapter of its own (CONTRIBUTING.md, 'a new family')."
-        )
-    return float(difference)
-
-
-def _check_places(composed: Callable[..., Any], x: Tensor, axis: int, label: str) -> None:
-    """Fail where tokens in another order do not come out as the same tokens in that order."""
-    n = x.shape[axis]
-    order = torch.tensor([*range(0, n, 2), *range(1, n, 2)], device=x.device)  # no rotation: a convolution follows one
-    turned = first_of(composed(x.index_select(axis, order)))
-    expected = first_of(composed(x)).index_select(axis, order)
-    if expected.is_meta or (turned - expected).abs().max().item() <= _tolerance(expected):
-        return
-    raise AdapterMismatchError(
-        f"{label} treats a token by its place in the sequence (relative or rotary positions, a convolution, a causal "
-        "mask), which its adapter does not describe: with tokens merged, places would be wrong. The model was left as "
-        "it was."
-    )
-
-
-def _tolerance(expected: Tensor) -> float:
-    relative = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 4e-2
-    return relative * max(1.0, expected.abs().max().item())

@@ -5,13 +5,14 @@ Shapes: B batch, N tokens of the input, M tokens left, H heads; `kept` `[B, M]` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.follow import add_bias
-from tokenmerge.adapters.original import Original, Replacement
+from tokenmerge.adapters.original import Following, Replacement
 from tokenmerge.adapters.taps import SeamTap, Slot
 
 __all__ = ["PairTap", "pairs", "placed_pairs", "sample_pairs"]
@@ -22,65 +23,70 @@ def pairs(table: Tensor, kept: Tensor) -> Tensor:
     B, M = kept.shape
     N = table.shape[-1]
     index = kept[:, :, None] * N + kept[:, None, :]  # [B, M, M]
-    return table.reshape(-1, N * N).index_select(1, index.flatten()).view(-1, B, M, M).transpose(0, 1)
+    taken: Tensor = table.reshape(-1, N * N).index_select(1, index.flatten()).unflatten(1, (B, M, M))
+    return taken.transpose(0, 1)
 
 
 class PairTap(SeamTap):
-    """Calls an attention that has its bias from a method of `owner` without arguments, or from an argument.
+    """Has an attention run that has its bias from a method of a module `table` of the block, or from an argument.
 
-    Without `owner` it has none of its own. `argument` is how the attention is given a bias that blocks share.
+    `table` is a path in the block; without it there is none. `argument` is how the attention is given a bias that
+    blocks share.
     """
 
-    def __init__(self, attn: nn.Module, owner: nn.Module | None, method: str, argument: str) -> None:
-        super().__init__(attn)
-        self.owner, self.method, self.argument = owner, method, argument
-        self.turn = Slot()
+    def __init__(self, block: nn.Module, path: str, table: str | None, method: str, argument: str) -> None:
+        super().__init__(block, path)
+        self.table, self.method, self.argument = table, method, argument
+        self.pair = Slot()
         self.takes_bias = True
 
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        if self.owner is None:
-            given[self.argument] = add_bias(given.get(self.argument), bias, x.dtype)
-            return self._attend(x, given)
-        self.turn.put({"bias": bias, "kept": kept})
+    def attend(
+        self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        if self.table is None:
+            given = add_bias(kwargs.get(self.argument), bias, args[0].dtype)
+            return run(*args, **{**kwargs, self.argument: given})
+        self.pair.put({"bias": bias, "kept": kept})
         try:
-            return self._attend(x, given)
+            return run(*args, **kwargs)
         finally:
-            self.turn.take()
-
-    def _attend(self, x: Tensor, given: dict[str, Any]) -> Tensor:
-        out = self.attn(x, **given)
-        tokens: Tensor = out[0] if isinstance(out, tuple) else out
-        return tokens
+            self.pair.take()
 
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
         found = super().seams(needs)
-        if self.owner is not None:
-            found.append(Replacement(self.owner, self.method, _Pairs(self.owner, self.method, self.turn)))
+        if self.table is not None:
+            parent, _, child = self.table.rpartition(".")
+            table = _Pairs(self.block.get_submodule(parent), child, self.method, self.pair)
+            if table.owner is not self.attn:  # which may be wrapped
+                self.following.append(table)
+            found.append(Replacement(table.owner, self.method, table))
         return found
 
 
-class _Pairs(Original):
+class _Pairs(Following):
     """A method that returns the bias of all pairs of places: while a tap is at work, that of the tokens left."""
 
-    def __init__(self, owner: nn.Module, method: str, turn: Slot) -> None:
-        super().__init__(owner, method)
-        self.turn = turn
+    def __init__(self, parent: nn.Module, child: str, method: str, pair: Slot) -> None:
+        super().__init__(parent, child, method)
+        self.pair = pair
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         table: Tensor = self.original(*args, **kwargs)
-        turn = self.turn.peek()
-        bias, kept = turn.get("bias"), turn.get("kept")
+        pair = self.pair.peek()
+        bias, kept = pair.get("bias"), pair.get("kept")
         table = table if kept is None else pairs(table, kept)
         return table if bias is None else table + bias.to(table.dtype)[:, None, None, :]
 
 
-def placed_pairs(owner: nn.Module | None, method: str, places: Tensor) -> list[Replacement]:
+def placed_pairs(block: nn.Module, table: str | None, method: str, places: Tensor) -> list[Replacement]:
     """Return what makes an unpatched attention take token n for one that stands at `places` `[B, N]`."""
-    if owner is None:
+    if table is None:
         return []
-    turn = Slot()
-    turn.put({"kept": places})
-    return [Replacement(owner, method, _Pairs(owner, method, turn))]
+    pair = Slot()
+    pair.put({"kept": places})
+    parent, _, child = table.rpartition(".")
+    bound = _Pairs(block.get_submodule(parent), child, method, pair)
+    return [Replacement(bound.owner, method, bound)]
 
 
 def sample_pairs(heads: int, n: int, like: Tensor) -> Tensor:

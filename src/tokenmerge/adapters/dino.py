@@ -22,6 +22,7 @@ class Dino(Adapter):
     name = "dino"
     families = "DINO ViTs of their own repository"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "pos_drop")
+    cut_by = "patch_embed.proj"
     token_methods = ("get_intermediate_layers", "get_last_selfattention")
 
     def matches(self, model: Any) -> bool:
@@ -39,7 +40,7 @@ class Dino(Adapter):
         return _square(model, prefix=1)
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn)
+        return ProjectionTap(block, "attn")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.adapters.standins_dino import DinoStandIn
@@ -51,6 +52,7 @@ class DinoV2(Adapter):
     name = "dinov2"
     families = "DINOv2 ViTs of their own repository (with registers, in chunks), alone or as a `backbone`"
     landmarks = ("blocks", "norm1", "attn", "qkv", "ls1", "norm2", "mlp", "ls2", "patch_embed")
+    cut_by = "patch_embed.proj"
     token_methods = ("get_intermediate_layers",)
 
     def matches(self, model: Any) -> bool:
@@ -78,9 +80,9 @@ class DinoV2(Adapter):
         return _square(model, prefix=1 if registers is None else 1 + registers.shape[1])
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn)
+        return ProjectionTap(block, "attn")
 
-    def grid_head(self, model: Any) -> str:
+    def hands_out(self, model: Any) -> str:
         return "forward_features and forward(is_training=True) hand every token out"
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
@@ -104,7 +106,9 @@ class _OneTensor(Original):
 
 def _square(model: Any, prefix: int) -> TokenLayout:
     """The layout for the input size that the position embeddings, with one for the class token, were made for."""
-    conv = model.patch_embed.proj
+    conv = getattr(model.patch_embed, "proj", None)
+    if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
+        return TokenLayout(prefix, None, None, None)
     side = int((model.pos_embed.shape[1] - 1) ** 0.5)
     height, width = side * conv.stride[0], side * conv.stride[1]
     return TokenLayout(prefix, (side, side), prefix + side**2, (conv.in_channels, height, width))

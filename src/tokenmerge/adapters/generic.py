@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, HookSpec, TokenLayout
-from tokenmerge.adapters.original import Original
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
-from tokenmerge.errors import UnknownNameError, UnsupportedModelError
+from tokenmerge.adapters.base import PROBED, Adapter, HookSpec, Original, Replacement, TokenLayout
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap, SeamTap
+from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedError, UnsupportedModelError
 
 __all__ = ["Generic", "count_prefix"]
 
@@ -25,6 +26,8 @@ class Generic(Adapter):
     may_match_features = True
 
     def __init__(self, blocks: str, attn: str, norm: str, mlp: str, prefix: int | None = None) -> None:
+        if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
+            raise ConfigError(f"prefix={prefix!r}: how many tokens in front are protected is a whole number from 0 on.")
         self.path, self.names, self.prefix = blocks, HookSpec(attn, norm, mlp), prefix
 
     def matches(self, model: Any) -> bool:
@@ -46,24 +49,32 @@ class Generic(Adapter):
         return self.names
 
     def layout(self, model: Any) -> TokenLayout:
-        attns = [block.get_submodule(self.spec(block).attn) for _, block in self.blocks(model)]
-        batch_first = not any(isinstance(attn, nn.MultiheadAttention) and not attn.batch_first for attn in attns)
+        attns = [multihead(block.get_submodule(self.spec(block).attn)) for _, block in self.blocks(model)]
+        batch_first = not any(attn is not None and not attn.batch_first for attn in attns)
         prefix = count_prefix(model) if self.prefix is None else self.prefix
         return TokenLayout(prefix, None, None, None, batch_first)
 
+    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
+        if self.prefix is None:
+            return []
+        first = self.blocks(model)[0][1]
+        return [Replacement(first, "forward", _Prefixed(first, self.prefix, self.layout(model).batch_first))]
+
     def tap(self, block: Any) -> AttentionTap:
-        attn = block.get_submodule(self.names.attn)
-        if isinstance(attn, nn.MultiheadAttention):
-            return MultiheadTap(attn)
-        return SeamTap(attn, Original(attn).original)
+        is_multihead = multihead(block.get_submodule(self.names.attn)) is not None
+        return (MultiheadTap if is_multihead else SeamTap)(block, self.names.attn)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         behind = list(inspect.signature(type(block).forward).parameters.values())[2:]
         plain = [p for p in behind if p.kind is p.POSITIONAL_OR_KEYWORD]
-        return layout.prefix + 5, {p.name: None for p in plain if p.default is p.empty}
+        return PROBED, {p.name: None for p in plain if p.default is p.empty}
 
-    def grid_head(self, model: Any) -> str | None:
-        return "what a model that is only known by names does with its tokens is not known"
+    def collects(self, model: Any) -> str:
+        prefix = self.layout(model).prefix
+        return (
+            "what a model that is only known by names does with its tokens is not known (in front, "
+            f"{prefix} {'is' if prefix == 1 else 'are'} protected)"
+        )
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.adapters.standins import PlainStandIn
@@ -71,15 +82,41 @@ class Generic(Adapter):
         return PlainStandIn().eval(), torch.randn(2, 3, 32, 32)
 
 
+class _Prefixed(Original):
+    """The instance `forward` of the first block: refuses fewer tokens than the user said stand in front."""
+
+    def __init__(self, block: nn.Module, prefix: int, batch_first: bool) -> None:
+        super().__init__(block)
+        self.prefix, self.axis = prefix, 1 if batch_first else 0
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.shape[self.axis] < self.prefix:
+            raise UnsupportedError(
+                f"prefix={self.prefix} tokens in front are to be protected, and the first block was given "
+                f"{x.shape[self.axis]} in all, {tuple(x.shape)}."
+            )
+        return self.original(x, *args, **kwargs)
+
+
+# [1, n, C] or [C] parameters
+_TOKENS = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token")
+_REGISTERS = ("reg_token", "reg_tokens", "register_tokens", "registers")
+
+
 def count_prefix(model: nn.Module) -> int:
-    """Return how many tokens a model that is not known puts in front of its patches, by the usual names for them."""
+    """Return how many tokens a model that is not known puts in front of its patches, by the usual names for them.
+
+    They are looked for in the whole model; of one name, the one that is least deep counts.
+    """
     declared = getattr(model, "num_prefix_tokens", None)
     if isinstance(declared, int):
         return declared
-    # [1, n, C] parameters
-    names = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
-    tokens = [getattr(model, name, None) for name in names]
-    return sum(token.shape[-2] if token.dim() == 3 else 1 for token in tokens if isinstance(token, Tensor))
+    found: dict[str, Tensor] = {}
+    for path, parameter in sorted(model.named_parameters(), key=lambda item: item[0].count(".")):
+        name = path.rpartition(".")[2]
+        if name in (*_TOKENS, *_REGISTERS):
+            found.setdefault(name, parameter)
+    return sum(token.shape[-2] if token.dim() == 3 else 1 for token in found.values())
 
 
 def _find(module: nn.Module, path: str, option: str, where: str) -> nn.Module:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.original import Original
+from tokenmerge.errors import UnsupportedError
 
-__all__ = ["BiasedPool", "HeadMean", "InputMean", "OutputMean", "Sizes", "weigh"]
+__all__ = ["BiasedPool", "HeadMean", "InputMean", "LastMean", "OutputMean", "PoolGuard", "Sizes", "weigh"]
 
-Sizes = Callable[[], "Tensor | None"]  # the final sizes [B, M] of the forward in progress
+# the sizes [B, M] of tokens [B, M - cut, C] that left the last block, by the tokens and `cut`
+Sizes = Callable[[Tensor, int], "Tensor | None"]
 
 
 def weigh(x: Tensor, size: Tensor | None, start: int) -> Tensor:  # [B, M, C], [B, M]
@@ -38,37 +40,78 @@ class OutputMean(Original):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.original(*args, **kwargs)
         if self.batch_first:
-            return weigh(out, self.sizes(), self.start)
-        return weigh(out.transpose(0, 1), self.sizes(), self.start).transpose(0, 1)
+            return weigh(out, self.sizes(out, 0), self.start)
+        out = out.transpose(0, 1)
+        return weigh(out, self.sizes(out, 0), self.start).transpose(0, 1)
+
+
+class LastMean(OutputMean):
+    """A block: where it is the last of the model's, which may have been cut since, the host averages its output."""
+
+    def __init__(self, owner: nn.Module, sizes: Sizes, start: int, model: nn.Module) -> None:
+        super().__init__(owner, sizes, start)
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.model.blocks[-1] is self.owner:  # type: ignore[index]
+            return super().__call__(*args, **kwargs)
+        out: Tensor = self.original(*args, **kwargs)
+        return out
 
 
 class InputMean(Original):
     """timm's `pool(x, pool_type)`: weighs what goes into its mean, leaves its other kinds alone."""
 
-    def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
+    def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
         super().__init__(owner, "pool")
-        self.sizes, self.start = sizes, start
+        self.sizes = sizes
 
     def __call__(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.owner.global_pool if pool_type is None else pool_type
-        if kind not in ("avg", "avgmax"):
+        if kind not in ("avg", "avgmax") or getattr(self.owner, "attn_pool", None) is not None:
             pooled: Tensor = self.original(x, pool_type)
             return pooled
-        mean: Tensor = self.original(weigh(x, self.sizes(), self.start), "avg")
+        mean: Tensor = self.original(weigh(x, self.sizes(x, 0), _first(self.owner)), "avg")
         return mean if kind == "avg" else 0.5 * (self.original(x, "max") + mean)
 
 
 class HeadMean(Original):
-    """timm's `forward_head(x, ...)`: where `global_pool` is "avg", its mean over the tokens from `start` on weighs."""
+    """timm's `forward_head(x, ...)`: where `global_pool` is "avg", its mean weighs."""
 
-    def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
+    def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
         super().__init__(owner, "forward_head")
-        self.sizes, self.start = sizes, start
+        self.sizes = sizes
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weighed = weigh(x, self.sizes(), self.start) if self.owner.global_pool == "avg" else x
+        weighed = weigh(x, self.sizes(x, 0), _first(self.owner)) if self.owner.global_pool == "avg" else x
         out: Tensor = self.original(weighed, *args, **kwargs)
         return out
+
+
+def _first(model: Any) -> int:
+    """Return the first token that timm averages."""
+    return 0 if getattr(model, "pool_include_prefix", False) else int(model.num_prefix_tokens)
+
+
+class PoolGuard(Original):
+    """A timm model's method that pools: refuses, while tokens are merged, kinds that were not there to be prepared."""
+
+    def __init__(self, owner: nn.Module, attribute: str, is_merging: Callable[[], bool]) -> None:
+        super().__init__(owner, attribute)
+        self.is_merging, self.pool = is_merging, getattr(owner, "attn_pool", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        pool = getattr(self.owner, "attn_pool", None)
+        if pool is None:
+            changed = "" if self.owner.global_pool else "hands out its tokens (global_pool='')"
+        else:
+            changed = "" if pool is self.pool else "has another attn_pool"
+        if changed and self.is_merging():
+            raise UnsupportedError(
+                f"this {type(self.owner).__qualname__} {changed} since it was patched, and tokens are merged (r is not "
+                "0): call handle.remove() and patch it again, or patch it with restore='dense'."
+            )
+        return self.original(*args, **kwargs)
 
 
 class BiasedPool(Original):
@@ -79,7 +122,7 @@ class BiasedPool(Original):
         self.sizes, self.start = sizes, start
 
     def __call__(self, x: Tensor) -> Tensor:
-        size = self.sizes()
+        size = self.sizes(x, self.start)
         mask = None if size is None else size[:, self.start :].log().to(x.dtype)[:, None, None, :]
         pooled: Tensor = self.original(x) if mask is None else self.original(x, attn_mask=mask)
         return pooled

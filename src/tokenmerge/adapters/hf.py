@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, Replacement, Sizes, TokenLayout
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, HookSpec, Replacement, TokenLayout
 from tokenmerge.adapters.hf_interface import InterfaceTap, hf_tap
 from tokenmerge.adapters.hf_options import Checkpointed, RefusedOptions
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = [
-    "MERGED_TOKENS",
     "TINY",
     "TOWERS",
     "HFAdapter",
@@ -34,12 +33,14 @@ __all__ = [
 ]
 
 _OLDEST = (4, 57)
+_POOLS = ("pooler", "head", "predictor")  # parts of a tower that make something of its tokens
+# the ends of names of models that read the tokens of several blocks
+_DENSE = ("ForDepthEstimation", "ForSemanticSegmentation", "ForImageSegmentation", "ForUniversalSegmentation")
 _PREFIXES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # parameters of the embeddings
 
 # a configuration for tiny models
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 TINY |= {"image_size": 32, "patch_size": 8}
-MERGED_TOKENS = "last_hidden_state holds the merged tokens; restore='dense' hands out every token in its place"
 
 
 def follow_mask(value: Any, kept: Tensor) -> Tensor:
@@ -76,7 +77,10 @@ class HFAdapter(Adapter):
     # class of the module whose forward runs the blocks -> where its list of blocks can be, tried in order
     towers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     specs: ClassVar[tuple[BlockSpec, ...]]  # the first whose children a block has describes it
-    # models that use nothing but the class token of what the blocks put out (or only hand it on)
+    package = "transformers"
+    # models that put out nothing but what they make of class tokens (or of a mean that is known)
+    class_models: ClassVar[frozenset[str]] = frozenset()
+    # models that put out all tokens, and besides nothing but what they make of class tokens
     token_models: ClassVar[frozenset[str]] = frozenset()
     # further options of the tower's call that are refused while tokens are merged; `_REASONS` says why
     refused: ClassVar[tuple[str, ...]] = ()
@@ -95,6 +99,9 @@ class HFAdapter(Adapter):
     def tower(self, model: Any) -> tuple[str, Any, str]:
         """Return the module that runs the blocks: its name, itself, the path from it to its list of blocks."""
         return find_towers(model, self.towers)[0]
+
+    def looping_parts(self, model: Any) -> list[nn.Module]:
+        return [self.tower(model)[1]]
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         name, tower, path = self.tower(model)
@@ -126,47 +133,73 @@ class HFAdapter(Adapter):
         given = (getattr(tower.embeddings, name, None) for name in _PREFIXES)
         return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
 
+    def cutter(self, model: Any) -> nn.Module | None:
+        # a tower, or what is around it, holds what embeds
+        holders = (getattr(owner, "embeddings", None) for owner in reversed(_path(model, self.tower(model)[0])))
+        embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
+        return next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None)
+
     def tap(self, block: Any) -> AttentionTap:
-        return hf_tap(attrgetter(self.spec(block).attn)(block))
+        return hf_tap(block, self.spec(block).attn)
+
+    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        name, tower, path = self.tower(model)
+        # what is around the tower may be somebody's own module, which calls it; a class made from a host's may be more
+        around = [module for module in _path(model, name) if hf_names(module)]
+        inside = [tower.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == "."]
+        return [(module, "forward") for module in (*around, *inside)]
 
     def grid_head(self, model: Any) -> str | None:
-        # a subclass with a forward of its own may do anything
-        if self.token_models.intersection(hf_names(model)[:1]) and _is_hosts(type(model).forward):
+        if self.is_plain(model):
             return None
         return f"{type(model).__qualname__} is not known to use the class token alone"
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        if type(model).__name__.endswith(("Classification", "ForImageClassificationWithTeacher")):
-            return [], []
-        return [], [MERGED_TOKENS]
+    def is_plain(self, model: Any) -> bool:
+        """Say whether the model makes nothing of its tokens but to take class tokens and hand all of them out."""
+        if (self.class_models | self.token_models).intersection(hf_names(model)[:1]):
+            return True
+        name = self.tower(model)[0]
+        is_tower = bool(self.towers.keys() & hf_names(model)) and not is_backbone(model)
+        pools = (getattr(module, pool, None) for module in _path(model, name) for pool in _POOLS)
+        return is_tower and not any(isinstance(pool, nn.Module) for pool in pools)
+
+    def hands_out(self, model: Any) -> str | None:
+        if self.class_models.intersection(hf_names(model)[:1]):
+            return None
+        return "last_hidden_state holds one token per place"
+
+    def collects(self, model: Any) -> str | None:
+        for module in _path(model, self.tower(model)[0]):
+            why = _collects(module)
+            if why:
+                return f"{type(module).__qualname__} {why}"
+        return None
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         # masks that a block has no default for
         parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
         asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        return layout.prefix + 5, dict.fromkeys(asked)
+        return layout.prefix + PROBED, dict.fromkeys(asked)
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:
         mask = given.get("attention_mask")
         return None if mask is None else follow.keys_of_mask(_tensor_mask(mask))
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
-        name, tower, _ = self.tower(model)
+        name = self.tower(model)[0]
         needs = ["output_attentions", *self.refused]
-        is_backbone = type(tower).__name__.endswith("Backbone")
         # merged hidden states are for those who asked for them, not for a model that goes on computing with them
         is_tower = bool(self.towers.keys() & hf_names(model))  # or a thin shell around it
-        goes_on = is_backbone or (self.grid_head(model) is not None and not is_tower)
+        goes_on = self.grid_head(model) is not None and not is_tower
         if restore is None or (restore == "merged" and goes_on):
             needs.append("output_hidden_states")
         depth = len(self.blocks(model))
-        right = {0, -depth - 1} | ({depth, -1} if self.grid_head(model) else set())
+        is_restored = self.grid_head(model) or (restore is None and self.hands_out(model))
+        right = {0, -depth - 1} | ({depth, -1} if is_restored else set())
         guards = [
-            Replacement(owner, "forward", RefusedOptions(owner, is_merging, tuple(needs), right, always))
+            Replacement(owner, "forward", RefusedOptions(owner, is_merging, tuple(needs), right))
             for owner in _path(model, name)
             if hasattr(owner, "config")
-            # a backbone is there for its hidden states: it hands them out unasked
-            for always in ("output_hidden_states" if is_backbone and owner is tower else "",)
         ]
         checkpointed = [
             Replacement(block, "forward", Checkpointed(block, is_merging))
@@ -184,6 +217,22 @@ def hf_names(module: nn.Module) -> list[str]:
 
 def _is_hosts(thing: Any) -> bool:
     return str(thing.__module__).startswith("transformers.")
+
+
+def is_backbone(module: nn.Module) -> bool:
+    """Say whether the module is there for feature maps: it hands out hidden states unasked."""
+    return any(name.endswith("Backbone") for name in hf_names(module))
+
+
+def _collects(module: Any) -> str | None:
+    """Say why a module of transformers reads what leaves several blocks, or a block before the last."""
+    config = getattr(module, "config", None)
+    if is_backbone(module) or any(name.endswith(_DENSE) for name in hf_names(module)):
+        return "reads the tokens of several blocks"
+    if getattr(config, "use_weighted_layer_sum", False):
+        return "takes a weighted sum over what leaves its blocks (use_weighted_layer_sum)"
+    layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    return None if layers in (None, -1, [-1], (-1,)) else f"takes its tokens after layer {layers}"
 
 
 def pair(size: int | Iterable[int]) -> tuple[int, int]:

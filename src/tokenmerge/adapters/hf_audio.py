@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import HookSpec, Original, TokenLayout
+from tokenmerge.adapters.base import HookSpec, TokenLayout
 from tokenmerge.adapters.hf import HFAdapter, InterfaceTap
 from tokenmerge.adapters.hf_video import TINY
 from tokenmerge.adapters.hf_vit import HFViT
@@ -23,7 +23,7 @@ class HFAST(HFAdapter):
     landmarks = ("audio_spectrogram_transformer", *HFViT.landmarks)
     towers: ClassVar = {"ASTModel": ("layers", "encoder.layer")}
     specs = HFViT.specs
-    token_models = frozenset(("ASTForAudioClassification",))
+    class_models = frozenset(("ASTForAudioClassification",))
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]
@@ -65,7 +65,7 @@ class HFWhisper(HFAdapter):
         return TokenLayout(0, None, tokens, size)
 
     def tap(self, block: Any) -> AttentionTap:
-        return InterfaceTap(block.self_attn, Original(block.self_attn).original)
+        return InterfaceTap(block, "self_attn")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import WhisperConfig, WhisperForAudioClassification

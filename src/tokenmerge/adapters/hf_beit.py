@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenmerge.adapters.base import BlockSpec, Original, Replacement, Sizes, TokenLayout
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
 from tokenmerge.adapters.heads import OutputMean
-from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, follow_mask, hf_names, no_change
+from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, follow_mask, no_change
 from tokenmerge.adapters.hf_video import TINY
 from tokenmerge.adapters.taps import AttentionTap
 
@@ -41,6 +41,7 @@ class HFBeit(HFAdapter):
         "resolution": no_change,
     }
     refused = ("attention_mask",)
+    class_models = frozenset(("BeitForImageClassification", "Data2VecVisionForImageClassification"))
     is_positional = True
 
     def prefix(self, tower: Any) -> int:
@@ -69,26 +70,25 @@ class HFBeit(HFAdapter):
     def tap(self, block: Any) -> AttentionTap:
         if _has_interface(block):
             return _MaskTap(block)
-        return PairTap(block.attention.attention, _table(block), "forward", "relative_position_bias")
+        return PairTap(block, "attention.attention", _table(block), "forward", "relative_position_bias")
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
-        return placed_pairs(_table(block), "forward", places)
+        return placed_pairs(block, _table(block), "forward", places)
 
     def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         config = self.tower(model)[1].config
-        given: dict[str, Any] = {"resolution": (2 * config.patch_size, 3 * config.patch_size)}
+        given: dict[str, Any] = {"resolution": (3 * config.patch_size, 6 * config.patch_size)}
         if config.use_shared_relative_position_bias:
             name = "attention_mask" if _has_interface(block) else "relative_position_bias"
-            given[name] = sample_pairs(config.num_attention_heads, 7, block.layernorm_before.weight)
-        return 7, given
+            given[name] = sample_pairs(config.num_attention_heads, 19, block.layernorm_before.weight)
+        return 19, given
 
     def valid(self, given: Any) -> Tensor | None:
         return None  # what comes as a mask is the shared bias
 
-    def grid_head(self, model: Any) -> str | None:
-        return None if _is_classifier(model) else super().grid_head(model)
-
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        if self.hands_out(model):
+            return [], []
         # the pooler averages the patches that leave this norm, an identity then
         norm = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layernorm")
         found = (
@@ -114,14 +114,14 @@ class _MaskTap(InterfaceTap):
     """Adds the bias of a block's own table, which the block looks up itself, to the mask of its attention."""
 
     def __init__(self, block: Any) -> None:
-        super().__init__(block.attention)
-        self.table, self.patch_size = block.relative_position_bias, block.patch_size
+        super().__init__(block, "attention")
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         height, width = given.pop("resolution")
         given.pop("interpolate_pos_encoding", None)
-        if self.table is not None:
-            own = self.table((height // self.patch_size, width // self.patch_size))  # [1, H, N, N]
+        block: Any = self.block
+        if block.relative_position_bias is not None:
+            own = block.relative_position_bias((height // block.patch_size, width // block.patch_size))  # [1, H, N, N]
             own = own if kept is None else pairs(own, kept)
             given["attention_mask"] = own + given.get("attention_mask", 0)
         return super().__call__(x, bias, kept, **given)
@@ -140,11 +140,8 @@ def _has_interface(block: Any) -> bool:
     return not hasattr(block.attention, "attention")
 
 
-def _table(block: Any) -> Any:
-    """Return the module of the block's own bias, if it has one."""
-    owner = block if _has_interface(block) else block.attention.attention
-    return getattr(owner, "relative_position_bias", None)
-
-
-def _is_classifier(model: Any) -> bool:
-    return bool({"BeitForImageClassification", "Data2VecVisionForImageClassification"}.intersection(hf_names(model)))
+def _table(block: Any) -> str | None:
+    """Return the path of the block's own bias, if it has one."""
+    path = "relative_position_bias" if _has_interface(block) else "attention.attention.relative_position_bias"
+    parent, _, child = path.rpartition(".")
+    return path if getattr(block.get_submodule(parent), child, None) is not None else None

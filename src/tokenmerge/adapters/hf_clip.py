@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import BlockSpec
-from tokenmerge.adapters.hf import TINY, HFAdapter
+from tokenmerge.adapters.hf import TINY, HFAdapter, hf_names
 
 __all__ = ["HFCLIP"]
 
@@ -33,6 +33,10 @@ class HFCLIP(HFAdapter):
         for host in _BY_CLASS_TOKEN
         for part in ("Model", "VisionModel", "VisionTransformer", "VisionModelWithProjection")
     ) | {"BlipVisionModel", "Blip2VisionModel", "InstructBlipVisionModel"}
+
+    def is_plain(self, model: nn.Module) -> bool:
+        # Janus takes the first of its tokens, though it has no class token
+        return "JanusVisionModel" not in hf_names(model) and super().is_plain(model)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

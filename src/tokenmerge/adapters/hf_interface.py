@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import Replacement, first_of
+from tokenmerge.adapters.base import Replacement
 from tokenmerge.adapters.projections import ProjectionTap
-from tokenmerge.adapters.taps import AttentionTap, SeamTap, Slot
+from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = ["InterfaceTap", "MaskedTap", "hf_tap"]
@@ -27,7 +27,7 @@ _TAP = "_tokenmerge_tap"
 _BIASED = ("eager", "sdpa", "flex_attention")  # implementations that add a mask to the scores
 
 
-class InterfaceTap:
+class InterfaceTap(AttentionTap):
     """Sees an attention that asks transformers' `AttentionInterface` for its implementation.
 
     The attention module is given a configuration of its own that names our function; that one notes queries, keys and
@@ -36,15 +36,14 @@ class InterfaceTap:
 
     kind = "AttentionInterface"
 
-    def __init__(self, attn: nn.Module, original: Callable[..., Any] | None = None) -> None:
-        self.attn = attn
-        self.original = original or attn
-        self.core = _core(attn)
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
+        self.core = _core(self.attn)
         self.config: Any = self.core.config
         self.eager = _eager(self.core)
         self.eager_adds = _adds_mask(self.eager, self.core)
         self.takes_bias = self.implementation in _BIASED
-        self.slot = Slot()
+        self.needs = ("q",)  # that it ran at all
         _register()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -57,31 +56,15 @@ class InterfaceTap:
         name: str = getattr(self.config, "_attn_implementation", None) or "eager"
         return name
 
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        tokens: Tensor = first_of(self.intercept(bias, (x,), given))
-        return tokens
-
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if bias is not None:
-            self.slot.put({"bias": bias})
-        try:
-            return self.original(*args, **kwargs)
-        except BaseException:
-            self.slot.take()  # a bias that was not used would be added in the next call
-            raise
-
-    def take(self) -> dict[str, Tensor]:
-        return self.slot.take()
-
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
         # the model's configuration may be shared with other models: only this module's view of it changes
         config: Any = copy.copy(self.config)
         config._attn_implementation_internal = _NAME
         return [Replacement(self.core, "config", config), Replacement(self.core, _TAP, self)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
         """Run the implementation that the user chose, on `[B, H, N, D]`, with the bias of this call in its mask."""
-        bias = self.slot.take().get("bias")
+        bias = self.turn.take().get("bias")
         self.slot.put({"q": q, "k": k, "v": v})
         name = self.implementation
         if bias is not None:
@@ -108,26 +91,29 @@ class InterfaceTap:
 class MaskedTap(SeamTap):
     """Listens on the projections of an attention that computes all itself, from a mask `[B, 1, N, N]`."""
 
-    def __init__(self, attn: nn.Module) -> None:
-        super().__init__(attn)
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
         self.takes_bias = True
 
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def attend(
+        self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
         if bias is not None:
             x = args[0]
             mask = follow.add_bias(kwargs.get("attention_mask"), bias, x.dtype)
             kwargs = {**kwargs, "attention_mask": mask.expand(-1, -1, x.shape[1], -1)}  # type: ignore[union-attr]
-        return self.original(*args, **kwargs)
+        return run(*args, **kwargs)
 
 
-def hf_tap(attn: nn.Module) -> AttentionTap:
+def hf_tap(block: nn.Module, path: str) -> AttentionTap:
     """Build the tap of an attention; raises `UnsupportedModelError` for one of a kind that is not known."""
+    attn = block.get_submodule(path)
     names = inspect.signature(type(attn).forward).parameters
     if _asking(attn) is None and "attention_mask" in names and hasattr(attn, "k_proj"):
-        return MaskedTap(attn)  # OWL-ViT in transformers 4
+        return MaskedTap(block, path)  # OWL-ViT in transformers 4
     if _asking(attn) is None and hasattr(attn, "qkv") and hasattr(attn, "projection"):
-        return ProjectionTap(attn, after=("projection",), drop="dropout")  # BLIP
-    return InterfaceTap(attn)
+        return ProjectionTap(block, path, after=("projection",), drop="dropout")  # BLIP
+    return InterfaceTap(block, path)
 
 
 class _Plain:
@@ -145,7 +131,7 @@ def _attend(
 ) -> Any:
     """The function among transformers' attention implementations that stands for all our taps."""
     tap: InterfaceTap = getattr(module, _TAP)
-    return tap.attend(query, key, value, attention_mask, options)
+    return tap.answer(query, key, value, attention_mask, options)
 
 
 def _register() -> None:

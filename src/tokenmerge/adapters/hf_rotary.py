@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import BlockSpec, Original, Replacement, TokenLayout
+from tokenmerge.adapters.base import PROBED, BlockSpec, Original, Replacement, TokenLayout
 from tokenmerge.adapters.hf import HFAdapter, InterfaceTap, no_change
 from tokenmerge.adapters.hf_video import TINY, clip_layout
 
@@ -40,11 +40,11 @@ class HFDINOv3(HFAdapter):
 
     def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         weight, width = block.norm1.weight, block.attention.head_dim
-        angles = torch.arange(5 * width, device=weight.device, dtype=weight.dtype).view(5, width)
-        return layout.prefix + 5, {"position_embeddings": (angles.cos(), angles.sin())}
+        angles = torch.arange(PROBED * width, device=weight.device, dtype=weight.dtype).view(PROBED, width)
+        return layout.prefix + PROBED, {"position_embeddings": (angles.cos(), angles.sin())}
 
     def tap(self, block: Any) -> InterfaceTap:
-        return _PlacedTap(block.attention, "position_embeddings", _Tables(self.prefix(block.attention)))
+        return _PlacedTap(block, "attention", "position_embeddings", _Tables(self.prefix(block.attention)))
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
         tables = _Tables(self.prefix(block.attention))
@@ -78,7 +78,7 @@ class HFVJEPA2(HFAdapter):
         return clip_layout(0, config.frames_per_clip, config.in_chans, (config.crop_size, config.crop_size), tubelet)
 
     def tap(self, block: Any) -> InterfaceTap:
-        return _PlacedTap(block.attention, "position_mask", _places)
+        return _PlacedTap(block, "attention", "position_mask", _places)
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
         return [Replacement(block.attention, "forward", _Placed(block.attention, "position_mask", _places, places))]
@@ -112,8 +112,8 @@ def _places(given: None, kept: Tensor) -> Tensor:
 class _PlacedTap(InterfaceTap):
     """Tells the attention where the tokens that are left stand, in the argument that it reads places from."""
 
-    def __init__(self, attn: nn.Module, argument: str, move: Move) -> None:
-        super().__init__(attn)
+    def __init__(self, block: nn.Module, path: str, argument: str, move: Move) -> None:
+        super().__init__(block, path)
         self.argument, self.move = argument, move
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, Replacement, Sizes
-from tokenmerge.adapters.hf import MERGED_TOKENS, TOWERS, RefusedOptions, check_host, find_towers, hf_names
+from tokenmerge.adapters.base import Adapter, Replacement
+from tokenmerge.adapters.hf import TOWERS, RefusedOptions, check_host, find_towers, hf_names
 from tokenmerge.adapters.timm_vit import TimmViT
 from tokenmerge.adapters.within import Within
 
@@ -25,10 +25,12 @@ class HFTimm(Within):
     name = "hf_timm"
     families = "transformers' TimmWrapperModel and TimmWrapperForImageClassification, alone or inside a larger model"
 
-    def __init__(self, path: str = "timm_model", inner: Adapter | None = None) -> None:
+    def __init__(self, path: str = "timm_model", inner: Adapter | None = None, hands_tokens_out: bool = True) -> None:
         super().__init__(path, inner or TimmViT())
         vars(self).update(name=HFTimm.name, families=HFTimm.families)
-        # the wrapper's own forward may call them: what it hands out is guarded by its options
+        if not hands_tokens_out:
+            return
+        # the wrapper's own forward calls them
         self.token_methods = ()  # type: ignore[misc]
 
     def matches(self, model: nn.Module) -> bool:
@@ -40,17 +42,21 @@ class HFTimm(Within):
         check_host(model)
         wrapper, _, inside = find_towers(model, _WRAPPERS)[0]
         path = f"{wrapper}.{inside}".lstrip(".")
-        return HFTimm(path, find(model.get_submodule(path)))
+        hands_tokens_out = "TimmWrapperForImageClassification" not in hf_names(model)
+        return HFTimm(path, find(model.get_submodule(path)), hands_tokens_out)
+
+    def looping_parts(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule(self.path.rpartition(".")[0]), *super().looping_parts(model)]
 
     def grid_head(self, model: nn.Module) -> str | None:
         if _WRAPPERS.keys() & hf_names(model):
-            return super().grid_head(model)
+            return self.inner.grid_head(self.part(model))
         return f"{type(model).__qualname__} is not known to use the class token alone"
 
-    def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        replacements, limits = super().head(model, sizes)
-        hands_out = "TimmWrapperModel" in hf_names(model)
-        return replacements, [*limits, MERGED_TOKENS] if hands_out else limits
+    def hands_out(self, model: nn.Module) -> str | None:
+        if "TimmWrapperModel" in hf_names(model):
+            return "last_hidden_state holds one token per place"
+        return self.inner.hands_out(self.part(model))
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
         found = super().finish(model, is_merging, restore)

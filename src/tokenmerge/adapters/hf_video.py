@@ -43,7 +43,8 @@ class HFVivit(HFAdapter):
     landmarks = ("vivit", *HFViT.landmarks)
     towers: ClassVar = {"VivitModel": ("layers", "encoder.layer")}
     specs = HFViT.specs
-    token_models = frozenset(("VivitForVideoClassification",))
+    class_models = frozenset(("VivitForVideoClassification",))
+    token_models = frozenset(("VivitModel",))
 
     def layout(self, model: Any) -> TokenLayout:
         config = self.tower(model)[1].config

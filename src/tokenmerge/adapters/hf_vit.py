@@ -42,13 +42,13 @@ class HFViT(HFAdapter):
             closes="output",
         ),
     )
-    token_models = frozenset(
+    class_models = frozenset(
         (
-            *("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"),
-            *("DeiTForImageClassificationWithTeacher", "ViTMAEModel", "ViTMSNModel", "ViTMSNForImageClassification"),
-            "PixioModel",
+            *("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+            "ViTMSNForImageClassification",
         )
     )
+    token_models = frozenset(("ViTModel", "DeiTModel", "ViTMAEModel", "ViTMSNModel", "DPTModel", "PixioModel"))
 
     def layout(self, model: Any) -> TokenLayout:
         layout, tower = super().layout(model), self.tower(model)[1]

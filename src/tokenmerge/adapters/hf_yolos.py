@@ -15,6 +15,8 @@ from tokenmerge.adapters.base import Original, Replacement, TokenLayout, first_o
 from tokenmerge.adapters.hf import TINY, HFAdapter
 from tokenmerge.adapters.hf_vit import HFViT
 from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.memory import carry
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["HFYolos"]
 
@@ -74,8 +76,15 @@ class _Turned(Original):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_merging():
             return self.original(x, *args, **kwargs)
-        out = first_of(self.original(_turn(x, -self.count), *args, **kwargs))
-        return _turn(out, self.count)
+        turned = _turn(x, -self.count)
+        if not is_compiling():
+            carry(x, turned)
+        out = first_of(self.original(turned, *args, **kwargs))
+        back = _turn(out, self.count)
+        if not is_compiling():
+            carry(turned, x)  # a checkpoint gives these again
+            carry(out, back)
+        return back
 
 
 def _turn(x: Tensor, by: int) -> Tensor:  # [B, N, C]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout
-from tokenmerge.adapters.heads import OutputMean
+from tokenmerge.adapters.heads import LastMean
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.timm_vit import timm_blocks
 from tokenmerge.errors import UnsupportedModelError
@@ -26,6 +26,7 @@ class MAE(Adapter):
     name = "mae"
     families = "MAE fine-tuning models of their own repository (class token or global pool)"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    cut_by = "patch_embed.proj"
 
     def matches(self, model: Any) -> bool:
         children = dict(model.named_children())
@@ -46,21 +47,23 @@ class MAE(Adapter):
         )
 
     def layout(self, model: Any) -> TokenLayout:
-        conv = model.patch_embed.proj
+        conv = getattr(model.patch_embed, "proj", None)
+        if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
+            return TokenLayout(1, None, None, None)
         tokens = int(model.pos_embed.shape[1])
         side = int((tokens - 1) ** 0.5)
         pixels = side * conv.stride[0]
         return TokenLayout(1, (side, side), tokens, (conv.in_channels, pixels, pixels))
 
     def tap(self, block: Any) -> AttentionTap:
-        return SeamTap(block.attn)
+        return SeamTap(block, "attn")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         if not model.global_pool:
             return [], []
         # forward_features averages the last block's patches before fc_norm
-        last = self.blocks(model)[-1][1]
-        return [Replacement(last, "forward", OutputMean(last, sizes, start=1))], []
+        blocks = (block for _, block in self.blocks(model))
+        return [Replacement(block, "forward", LastMean(block, sizes, 1, model)) for block in blocks], []
 
     def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
         return False, (

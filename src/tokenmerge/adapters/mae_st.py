@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout
-from tokenmerge.adapters.heads import OutputMean
+from tokenmerge.adapters.heads import LastMean
 from tokenmerge.adapters.projections import ProjectionTap
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_vit import timm_blocks
@@ -27,7 +27,8 @@ class MAEst(Adapter):
     def matches(self, model: Any) -> bool:
         conv = getattr(getattr(model, "patch_embed", None), "proj", None)
         has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
-        return has_parts and isinstance(conv, nn.Conv3d)
+        # VideoMAE's own models have these as well, and one projection for q, k and v
+        return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         return timm_blocks(model)
@@ -52,12 +53,12 @@ class MAEst(Adapter):
         return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
 
     def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block.attn, qkv=("q", "k", "v"))
+        return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         # what leaves the last block is averaged, without the class token, and normalised then
-        last = self.blocks(model)[-1][1]
-        return [Replacement(last, "forward", OutputMean(last, sizes, start=_prefix(model)))], []
+        blocks, start = (block for _, block in self.blocks(model)), _prefix(model)
+        return [Replacement(block, "forward", LastMean(block, sizes, start, model)) for block in blocks], []
 
     def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
         return False, (

@@ -5,6 +5,7 @@ Shapes: B batch, M tokens, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Original, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.heads import weigh
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap, SeamTap
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.within import Within
-from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = ["OpenClip"]
 
@@ -26,6 +28,10 @@ class OpenClip(Adapter):
     families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
     token_methods = ("forward_intermediates",)
+    # OpenAI's repository is known by its parts: it is tried
+    package = "open_clip"
+    loops = ("forward", "transformer.forward")
+    heads = ("_pool", "_global_pool")
 
     def matches(self, model: Any) -> bool:
         return any(_is_ours(part) for part in (model, getattr(model, "visual", None)))
@@ -63,31 +69,37 @@ class OpenClip(Adapter):
         return BlockSpec(attention=("ln_1", "attn", *scaled), attn="attn", mlp=mlp)
 
     def layout(self, model: Any) -> TokenLayout:
-        attn = self.blocks(model)[0][1].attn
+        attn: Any = self.blocks(model)[0][1].attn
         tokens = int(model.positional_embedding.shape[0])
         side = int((tokens - 1) ** 0.5)
         rows, columns = getattr(model, "grid_size", (side, side))
         conv: nn.Conv2d = model.conv1
         pixels = (int(rows * conv.stride[0]), int(columns * conv.stride[1]))
-        batch_first = not isinstance(attn, nn.MultiheadAttention) or attn.batch_first
+        batch_first = multihead(attn) is None or attn.batch_first
         return TokenLayout(1, (int(rows), int(columns)), tokens, (conv.in_channels, *pixels), batch_first)
 
     def tap(self, block: Any) -> AttentionTap:
-        return MultiheadTap(block.attn) if isinstance(block.attn, nn.MultiheadAttention) else SeamTap(block.attn)
+        return (SeamTap if multihead(block.attn) is None else MultiheadTap)(block, "attn")
 
     def grid_head(self, model: Any) -> str | None:
         if getattr(model, "attn_pool", None) is not None:
             return "its attention pool looks at every token"
-        if getattr(model, "output_tokens", False) or getattr(model, "pool_type", "tok") not in ("tok", "avg"):
-            return "the tower hands its tokens out (output_tokens, or pool_type='none')"
         if getattr(model, "global_average_pool", False):
             return "versions of open_clip before pool_type average all tokens, the class token too"
         return None
 
+    def hands_out(self, model: Any) -> str | None:
+        return "the tower hands its tokens out (output_tokens, or pool_type='none')" if _is_open(model) else None
+
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        if getattr(model, "pool_type", "tok") != "avg":
+        if not hasattr(model, "_global_pool"):
             return [], []
         return [Replacement(model, "_global_pool", _PatchMean(model, sizes))], []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        if not hasattr(model, "_global_pool"):
+            return []
+        return [Replacement(model, "_global_pool", _Unchanged(model, is_merging))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.adapters.standins_clip import ClipTowerStandIn
@@ -96,14 +108,39 @@ class OpenClip(Adapter):
 
 
 class _PatchMean(Original):
-    """open_clip's `_global_pool(x)`, which averages the tokens behind the class token: each weighs as its size."""
+    """open_clip's `_global_pool(x)`: where it averages the tokens behind the class token, each weighs as its size."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
         super().__init__(owner, "_global_pool")
         self.sizes = sizes
 
     def __call__(self, x: Tensor) -> Any:  # [B, M, C]
-        return self.original(weigh(x, self.sizes(), 1))
+        pooled, tokens = self.original(x)
+        if getattr(self.owner, "pool_type", "tok") == "avg":
+            pooled = self.original(weigh(x, self.sizes(x, 0), 1))[0]
+        return pooled, tokens
+
+
+class _Unchanged(Original):
+    """The same method: refuses, while tokens are merged, outputs that were not there to be prepared."""
+
+    def __init__(self, owner: nn.Module, is_merging: Callable[[], bool]) -> None:
+        super().__init__(owner, "_global_pool")
+        self.is_merging = is_merging
+
+    def __call__(self, x: Tensor) -> Any:
+        tower: Any = self.owner
+        if (_is_open(tower) or tower.attn_pool is not None) and self.is_merging():
+            raise UnsupportedError(
+                f"this {type(tower).__qualname__} was given another pooling since it was patched (output_tokens, "
+                "pool_type, attn_pool), and tokens are merged (r is not 0): call handle.remove() and patch it again."
+            )
+        return self.original(x)
+
+
+def _is_open(tower: Any) -> bool:
+    """Say whether the tower puts out tokens."""
+    return getattr(tower, "output_tokens", False) or getattr(tower, "pool_type", "tok") not in ("tok", "avg")
 
 
 def _is_ours(part: Any) -> bool:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["Original", "Replacement"]
+from tokenmerge.errors import UnsupportedError
+
+__all__ = ["Following", "Original", "Replacement"]
 
 
 class Replacement(NamedTuple):
@@ -38,3 +40,46 @@ class Original:
         """Return the arguments of a call by their names."""
         # not by zip: the dynamo of torch 2.6 takes its strict=False for True
         return {**{name: args[i] for i, name in enumerate(self.names[: len(args)])}, **kwargs}
+
+
+class Following(Original):
+    """A callable bound on the child `child` of `parent`, which notices that another was put in its place.
+
+    It goes on where the other one wraps its own; `move` says what happens else.
+    """
+
+    def __init__(self, parent: nn.Module, child: str, attribute: str = "forward") -> None:
+        super().__init__(getattr(parent, child), attribute)
+        self.parent, self.child = parent, child
+        self.around: Any = None  # what stands there now, once it was seen to be right
+
+    def follow(self) -> None:
+        """Look at the child; raises `UnsupportedError` for another one that is not right."""
+        found = getattr(self.parent, self.child, None)
+        if found is not self.owner and found is not self.around:
+            self.move(found)
+
+    def move(self, found: Any) -> None:
+        """Take `found` for the child from now on. Default: where it wraps the one that this is bound on."""
+        self.check_wraps(found)
+        self.around = found
+
+    def check_wraps(self, found: Any) -> None:
+        """Raise `UnsupportedError` where `found` does not hold the module that this is bound on."""
+        if not isinstance(found, nn.Module) or all(module is not self.owner for module in found.modules()):
+            raise UnsupportedError(
+                f"since the model was patched, {self.child!r} of a {type(self.parent).__qualname__} was replaced: it "
+                f"was a {type(self.owner).__qualname__}, and the {type(found).__qualname__} there now does not run it. "
+                "Call handle.remove() and patch the model as it is now."
+            )
+
+    def release(self) -> None:
+        """Take off what `move` has bound elsewhere. Default: nothing."""
+
+    def unbind(self) -> None:
+        """Take this off the module it is bound on, if it still is."""
+        bound = self.owner.__dict__
+        if bound.get(self.attribute) is self:
+            del bound[self.attribute]
+            if self.previous is not None:
+                bound[self.attribute] = self.previous

@@ -5,39 +5,36 @@ Shapes: B batch, N tokens, C channels, H heads, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.original import Original, Replacement
-from tokenmerge.adapters.taps import SeamTap, Slot
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.adapters.original import Following, Replacement
+from tokenmerge.adapters.taps import Attending, AttentionTap, SeamTap, Slot
 
 __all__ = ["BranchesTap", "ScalingTap"]
 
 
-class BranchesTap:
+class BranchesTap(AttentionTap):
     """Runs a list of branches, each a sequence with a child `attn`, and sums them; the heads of all are seen."""
 
     kind = "seam"
 
-    def __init__(self, branches: nn.ModuleList) -> None:
-        self.branches = branches
-        self.taps = [SeamTap(branch.attn) for branch in branches]  # type: ignore[arg-type]
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
+        self.taps = [SeamTap(block, f"{path}.{name}.attn") for name, _ in self.attn.named_children()]
         self.takes_bias = all(tap.takes_bias for tap in self.taps)
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         outs = []
-        for branch, tap in zip(self.branches, self.taps, strict=True):
+        for branch, tap in zip(self.found(), self.taps, strict=True):
             out = x
             for name, child in branch.named_children():
                 out = tap(out, bias, kept, **given) if name == "attn" else child(out)
             outs.append(out)
         return torch.stack(outs).sum(dim=0)
-
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise UnsupportedError("attentions side by side are called by their block's description, not one by one.")
 
     def take(self) -> dict[str, Tensor]:
         seen = [tap.take() for tap in self.taps]
@@ -45,6 +42,14 @@ class BranchesTap:
 
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
         return [replacement for tap in self.taps for replacement in tap.seams(needs)]
+
+    def settle(self, where: str) -> None:
+        for tap in self.taps:
+            tap.settle(where)
+
+    def release(self) -> None:
+        for tap in self.taps:
+            tap.release()
 
 
 class ScalingTap(SeamTap):
@@ -54,30 +59,36 @@ class ScalingTap(SeamTap):
     """
 
     def __init__(self, block: nn.Module, has_heads_last: bool) -> None:
-        super().__init__(block, Original(block).original)
+        super().__init__(block, "")
         self.has_heads_last = has_heads_last
+        self.own = Attending(block, self)
+
+    def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
+        # the block itself is in its call already
+        return self.own(x, **given)
 
     def take(self) -> dict[str, Tensor]:
         seen = super().take()
         return {name: x.transpose(1, 2) if self.has_heads_last and name != "v" else x for name, x in seen.items()}
 
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
-        block: Any = self.attn
-        found = super().seams(needs - {"v"})
+        found = super().seams(needs - {"v"})[1:]
+        self.needs = tuple(sorted(needs))
         if "v" in needs:
-            found.append(Replacement(block.in_proj, "forward", _Values(block, self.slot)))
+            values = _Values(self.block, self.slot)
+            self.following.append(values)
+            found.append(Replacement(values.owner, "forward", values))
         return found
 
 
-class _Values(Original):
+class _Values(Following):
     """The instance `forward` of a block's `in_proj`: keeps the values, which come last."""
 
     def __init__(self, block: Any, slot: Slot) -> None:
-        super().__init__(block.in_proj)
+        super().__init__(block, "in_proj")
         self.slot, self.heads, self.width = slot, block.num_heads, block.in_split[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self.original(x)
-        B, N, _ = out.shape
-        self.slot.put({"v": out[..., -self.width :].view(B, N, self.heads, -1).transpose(1, 2)})  # [B, H, N, D]
+        self.slot.put({"v": out[..., -self.width :].unflatten(-1, (self.heads, -1)).transpose(1, 2)})  # [B, H, N, D]
         return out

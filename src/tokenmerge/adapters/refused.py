@@ -24,6 +24,14 @@ _FEATURE_MAP = (
     "its tokens are a two-dimensional feature map that convolutions work on beside or before the attention; merged "
     "tokens are no map"
 )
+_DIVIDED = (
+    "each of its blocks attends over the frames of one place and then over the places of one frame: tokens must stand "
+    "at every place of every frame"
+)
+_SAM = (
+    "its image encoder attends inside windows of a full grid, with relative positions per row and column. timm's "
+    "encoders of the same kind (samvit_*) are supported, merged inside windows for the attention only"
+)
 _NEIGHBOURS = "each query attends to a fixed neighbourhood on the full grid; merged tokens have no neighbours"
 _NO_ATTENTION = (
     "it has no attention over tokens: they are mixed by pooling, modulation or a matrix of fixed size, where a merged "
@@ -53,7 +61,17 @@ REFUSED = {
     "EdgeNeXt": "its attention is between channels, so that no token has a key or a score of its own, and its blocks "
     "are convolutions on a feature map",
     "Hiera": _MASK_UNITS,
+    "Timesformer": _DIVIDED,
+    "Vilt": "text and patches go through its blocks as one sequence, and places of both are read from it: patches "
+    "cannot be merged among themselves alone",
+    "VitPose": "its heatmaps are read from a full grid of tokens by convolutions, and its blocks choose among several "
+    "MLPs by the data set: neither is described yet",
+    "VitDet": f"its blocks cut a feature map into windows, with convolutions between them: {_FEATURE_MAP}",
+    "Pixtral": "several images of any size stand in one sequence, kept apart by a mask that is made once for all "
+    "places",
     "Sam2": f"its image encoder is a Hiera: {_MASK_UNITS}",
+    "Sam": _SAM,
+    "ImageEncoderViT": _SAM,
     "MultiScaleVit": _REDUCED_KEYS,
     "MViT": _REDUCED_KEYS,
     "PyramidVisionTransformer": _REDUCED_KEYS,

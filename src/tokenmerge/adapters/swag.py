@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout
 from tokenmerge.adapters.heads import OutputMean
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["Swag"]
@@ -21,6 +22,7 @@ class Swag(Adapter):
     name = "swag"
     families = "SWAG ViTs of their own repository (class token or average pool)"
     landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj")
+    cut_by = "conv_proj"
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)
@@ -31,8 +33,8 @@ class Swag(Adapter):
         return [(f"encoder.layers.{name}", block) for name, block in model.encoder.layers.named_children()]
 
     def spec(self, block: Any) -> BlockSpec:
-        attention = getattr(block, "self_attention", None)
-        if not isinstance(attention, nn.MultiheadAttention) or attention.batch_first:
+        attention: Any = getattr(block, "self_attention", None)
+        if multihead(attention) is None or attention.batch_first:
             raise UnsupportedModelError("the block's self_attention is no sequence-first nn.MultiheadAttention.")
         return _SPEC
 
@@ -45,7 +47,7 @@ class Swag(Adapter):
         return TokenLayout(prefix, (side, side), tokens, (conv.in_channels, pixels, pixels), batch_first=False)
 
     def tap(self, block: Any) -> AttentionTap:
-        return MultiheadTap(block.self_attention)
+        return MultiheadTap(block, "self_attention")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         if self.layout(model).prefix:

@@ -8,17 +8,16 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge.adapters.follow import add_bias
-from tokenmerge.adapters.original import Original, Replacement
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.adapters.original import Following, Original, Replacement
+from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.tracing import is_compiling, is_tracing
 
-__all__ = ["AttentionTap", "MultiheadTap", "SeamTap", "Slot"]
+__all__ = ["AttentionTap", "Attending", "Listener", "SeamTap", "Slot"]
 
 Captured = dict[str, Tensor]
 
@@ -28,33 +27,6 @@ _NORMS = ("{0}_norm", "ln_{0}", "norm_{0}")
 _PROJECTIONS = ("{0}_proj", "{1}", "to_{0}", "{0}")
 _FUSED = ("qkv", "to_qkv")
 _HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
-
-
-class AttentionTap(Protocol):
-    """Stands in for a block's attention: calls it with a bias, and hands over what it saw."""
-
-    kind: str
-    takes_bias: bool
-
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        """Run the attention on the tokens `[B, N, C]` with a bias per key `[B, N]`; returns `[B, N, C]`.
-
-        `kept` `[B, N]` holds the places of these tokens among those of the input, None while all are there; `given`
-        what the block was called with besides, for the tokens that are left.
-        """
-        ...
-
-    def take(self) -> Captured:
-        """Return `q`, `k`, `v` (those seen, `[B, H, N, D]`) of the last call in this thread, and forget them."""
-        ...
-
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stand in for a call that the host makes itself: the same arguments with a bias, the same kind of output."""
-        ...
-
-    def seams(self, needs: frozenset[str]) -> list[Replacement]:
-        """Return what is bound while the model is patched, so that those are seen."""
-        ...
 
 
 class Slot:
@@ -69,146 +41,257 @@ class Slot:
         return Slot, ()
 
     def put(self, captured: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if not is_compiling():
+            self._local.captured = {**self.peek(), **captured}
+        elif is_tracing():
             self._traced = {**self._traced, **captured}
-        else:
-            self._local.captured = {**getattr(self._local, "captured", {}), **captured}
+        # of a block that is compiled by itself, what merges runs outside of the graph: here nobody would take it
 
     def peek(self) -> dict[str, Any]:
         """Return what is held, and keep it."""
-        if torch.compiler.is_compiling():
-            return self._traced
+        if is_compiling():
+            return self._traced if is_tracing() else {}
         held: dict[str, Any] = getattr(self._local, "captured", {})
         return held
 
     def take(self) -> dict[str, Any]:
-        if torch.compiler.is_compiling():
-            captured, self._traced = self._traced, {}
-        else:
-            captured, self._local.captured = getattr(self._local, "captured", {}), {}
-        return captured
+        held = self.peek()
+        if not is_compiling():
+            self._local.captured = {}
+        elif is_tracing():
+            self._traced = {}
+        return held
 
 
-class Listener(Original):
-    """The instance `forward` of a module whose output is captured: calls the class's own and keeps the result.
+class AttentionTap:
+    """Has a block's attention run with a bias, inside its own call, and hands over what it saw.
+
+    The attention is looked up in the block at each call, since people wrap and replace it. `attn` is the one that was
+    there when the model was patched: it has to run in that call, whatever is around it by then.
+    """
+
+    kind = ""
+    takes_bias = True
+    where = "a block"  # the block's name in the model, for errors
+    is_proved = False  # whether the attention has been seen to run
+    rest: tuple[None, ...] | None = None  # what the attention returns behind its tokens; None: no tuple, or not known
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        self.block, self.path = block, path
+        self.parts = tuple(filter(None, path.split(".")))
+        self.attn: Any = self.found()
+        self.slot, self.turn = Slot(), Slot()
+        self.needs: tuple[str, ...] = ()  # what must have been seen when the attention has run
+        self.following: list[Following] = []
+
+    def found(self) -> Any:
+        """Return what stands where the attention was when the model was patched."""
+        module: Any = self.block
+        for part in self.parts:
+            module = getattr(module, part)
+        return module
+
+    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+        """Run the attention on the tokens `[B, N, C]` with a bias per key `[B, N]`; returns `[B, N, C]`.
+
+        `kept` `[B, N]` holds the places of these tokens among those of the input, None while all are there; `given`
+        what the block was called with besides, for the tokens that are left. Raises `UnsupportedError` where the
+        attention that was there when the model was patched does not run.
+        """
+        self.expect(bias, kept)
+        try:
+            out = self.call(self.found(), x, given)
+        except BaseException:
+            self.forget()
+            raise
+        self.check()
+        tokens: Tensor = out[0] if isinstance(out, tuple) else out
+        return tokens
+
+    def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
+        """Call the attention, or what is around it, as its block does."""
+        return attention(x, **given)
+
+    def expect(self, bias: Tensor | None, kept: Tensor | None) -> None:
+        """Let the next call of the attention in this thread have the bias."""
+        for bound in self.following:
+            bound.follow()
+        self.turn.put({"bias": bias, "kept": kept})
+
+    def check(self) -> None:
+        """Raise `UnsupportedError` where the call that was expected did not come, or showed less than is needed."""
+        seen = self.slot.peek()
+        missing = [name for name in self.needs if name not in seen]
+        if not missing and "bias" not in self.turn.peek():
+            return
+        self.forget()
+        old, new = type(self.attn), type(self.found())
+        if not self.is_proved:
+            raise AdapterMismatchError(
+                f"the attention of a {type(self.block).__qualname__} hands over nothing for "
+                f"{', '.join(map(repr, missing)) or 'its call'}: it is not computed where the tap listens. Choose "
+                "another metric, e.g. ToMe(metric='x')."
+            )
+        what = f"is a {new.__module__}.{new.__qualname__} that does not run it"
+        if self.found() is self.attn:
+            what = f"does not show its {', '.join(missing)}" if missing else "does not run"
+        raise UnsupportedError(
+            f"{self.where} had a {old.__module__}.{old.__qualname__} as its attention {self.path!r} when the model was "
+            f"patched; what is there now {what}. Call handle.remove() and "
+            "patch the model as it is now, or set handle.r = 0."
+        )
+
+    def settle(self, where: str) -> None:
+        """Note the block's name, and that the attention was seen to do what is expected of it."""
+        self.where, self.is_proved = where, True
+
+    def forget(self) -> None:
+        """Drop what was expected and seen in this thread: after an error."""
+        self.turn.take()
+        self.slot.take()
+
+    def attend(
+        self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Stand in for one call of the attention: the host's arguments, its kind of output, and a bias.
+
+        `run` is the attention's own forward.
+        """
+        return run(*args, **kwargs)
+
+    def take(self) -> Captured:
+        """Return `q`, `k`, `v` (those seen, `[B, H, N, D]`) of the last call in this thread, and forget them."""
+        return self.slot.take()
+
+    def seams(self, needs: frozenset[str]) -> list[Replacement]:
+        """Return what is bound while the model is patched, so that those are seen."""
+        self.needs = tuple(sorted(needs))
+        return [Replacement(self.attn, "forward", Attending(self.attn, self))]
+
+    def release(self) -> None:
+        """Take off what moved to another module than the one it was bound on."""
+        for bound in self.following:
+            bound.release()
+
+
+class Attending(Original):
+    """The instance `forward` of an attention: stood in for where its tap expects the call, else as it always was."""
+
+    def __init__(self, attn: nn.Module, tap: AttentionTap) -> None:
+        super().__init__(attn)
+        self.tap = tap
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tap = self.tap
+        if not tap.turn.peek():
+            for bound in tap.following:
+                bound.follow()
+            return self.original(*args, **kwargs)
+        turn = tap.turn.take()
+        return tap.attend(self.original, turn["bias"], turn["kept"], args, kwargs)
+
+
+class Listener(Following):
+    """The instance `forward` of a child whose output is captured: calls the class's own and keeps the result.
 
     The output is one of q, k, v as `[B, H, N, D]`, one as `[B, N, H * D]`, or all three as `[B, N, 3 * H * D]`.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, names: tuple[str, ...], heads: int, parts: int) -> None:
-        super().__init__(module)
-        self.slot, self.names, self.heads, self.parts = slot, names, heads, parts
+    names: tuple[str, ...]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self.original(x)
+    def __init__(
+        self, parent: nn.Module, child: str, slot: Slot, names: tuple[str, ...], heads: int, parts: int
+    ) -> None:
+        super().__init__(parent, child)
+        self.slot, self.names, self.heads, self.parts = slot, names, heads, parts
+        self.moved: Listener | None = None  # bound on what stands in the child's place now
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.original(x, *args, **kwargs)
         if out.dim() == 4:
             self.slot.put({self.names[0]: out})
         else:
-            B, N, _ = out.shape
-            split = out.view(B, N, self.parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            split = out.unflatten(-1, (self.parts, self.heads, -1))
             order = "qkv" if self.parts == 3 else self.names
-            self.slot.put({name: part for name, part in zip(order, split, strict=True) if name in self.names})
+            parts = split.permute(2, 0, 3, 1, 4).unbind(0)
+            self.slot.put({name: part for name, part in zip(order, parts, strict=True) if name in self.names})
         return out
 
+    def move(self, found: Any) -> None:
+        if not isinstance(found, nn.Module):
+            self.check_wraps(found)
+        if is_compiling():
+            raise UnsupportedError(
+                f"{self.child!r} of a {type(self.parent).__qualname__} was replaced by a {type(found).__qualname__} "
+                "since the model was patched: run it once without compiling, or patch it again."
+            )
+        self.release()
+        # where it wraps the old child, both listen, and the outer one has the last word
+        self.moved = Listener(self.parent, self.child, self.slot, self.names, self.heads, self.parts)
+        found.__dict__["forward"] = self.moved
+        self.around = found
 
-class SeamTap:
+    def release(self) -> None:
+        moved, self.moved, self.around = self.moved, None, None
+        if moved is not None:
+            moved.unbind()
+
+
+class SeamTap(AttentionTap):
     """Listens on children of the attention: `q_norm` and `k_norm` where they exist, else its projections.
 
-    The bias goes in as the `attn_mask` keyword, where the attention has one. `original` is what the tap calls: the
-    attention, unless that is intercepted.
+    The bias goes in as the `attn_mask` keyword, where the attention has one.
     """
 
     kind = "seam"
 
-    def __init__(self, attn: nn.Module, original: Callable[..., Any] | None = None) -> None:
-        self.attn = attn
-        self.original = original or attn
-        self.slot = Slot()
-        self.takes_bias = "attn_mask" in inspect.signature(type(attn).forward).parameters
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
+        self.takes_bias = "attn_mask" in inspect.signature(type(self.attn).forward).parameters
+        self.unused: frozenset[str] = frozenset()  # children that are known not to give what their names say
 
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        out = self.intercept(bias, (x,), given)
-        tokens: Tensor = out[0] if isinstance(out, tuple) else out
-        return tokens
-
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def attend(
+        self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
         if bias is None:
-            return self.original(*args, **kwargs)
+            return run(*args, **kwargs)
         dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return self.original(*args, **{**kwargs, "attn_mask": add_bias(kwargs.get("attn_mask"), bias, dtype)})
-
-    def take(self) -> Captured:
-        return self.slot.take()
+        return run(*args, **{**kwargs, "attn_mask": add_bias(kwargs.get("attn_mask"), bias, dtype)})
 
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
-        found, fused = [], []
+        bound = super().seams(needs)
+        self.following = self.listeners(needs)
+        return bound + [Replacement(listener.owner, "forward", listener) for listener in self.following]
+
+    def listeners(self, needs: frozenset[str]) -> list[Following]:
+        """Return what listens for those of q, k and v; raises `UnsupportedError` where nothing can be listened to."""
+        found: list[Following] = []
+        fused = []
         heads = next((n for n in (getattr(self.attn, name, None) for name in _HEADS) if isinstance(n, int)), 0)
         for name in sorted(needs):
-            module = _child(self.attn, *(spelling.format(name, _WORDS[name]) for spelling in _NORMS))
-            if module is None and heads:
-                module = _child(self.attn, *(spelling.format(name, _WORDS[name]) for spelling in _PROJECTIONS))
-            if module is None:
+            child = self._child(*(spelling.format(name, _WORDS[name]) for spelling in _NORMS))
+            if child is None and heads:
+                child = self._child(*(spelling.format(name, _WORDS[name]) for spelling in _PROJECTIONS))
+            if child is None:
                 fused.append(name)
             else:
                 count = heads if name == "q" else getattr(self.attn, "num_kv_heads", None) or heads
-                found.append(Replacement(module, "forward", Listener(module, self.slot, (name,), count, 1)))
+                found.append(Listener(self.attn, child, self.slot, (name,), count, 1))
         if fused:
-            qkv = _child(self.attn, *_FUSED)
-            if qkv is None or not heads:
+            child = self._child(*_FUSED)
+            if child is None or not heads:
                 raise UnsupportedError(
                     f"the method needs {', '.join(fused)}, but {type(self.attn).__name__} has neither "
                     f"{fused[0]}_norm nor a fused qkv projection with num_heads to listen on. Choose another metric."
                 )
-            found.append(Replacement(qkv, "forward", Listener(qkv, self.slot, tuple(fused), heads, 3)))
+            found.append(Listener(self.attn, child, self.slot, tuple(fused), heads, 3))
         return found
 
+    def children(self) -> list[str]:
+        """Return the names of those children that q, k and v could be listened for on."""
+        spellings = (s.format(name, word) for name, word in _WORDS.items() for s in (*_NORMS, *_PROJECTIONS))
+        return [name for name in dict.fromkeys((*spellings, *_FUSED)) if self._child(name)]
 
-def _child(module: nn.Module, *names: str) -> nn.Module | None:
-    children = (getattr(module, name, None) for name in names)
-    return next((child for child in children if isinstance(child, nn.Module)), None)
-
-
-class MultiheadTap:
-    """Computes `nn.MultiheadAttention` from its parameters, whose layout is torch's public contract.
-
-    Its own forward hides q, k and v from hooks and wants a mask of B * H * N * N entries.
-    """
-
-    kind = "nn.MultiheadAttention"
-    takes_bias = True
-
-    def __init__(self, attn: nn.MultiheadAttention) -> None:
-        if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
-            raise UnsupportedError(
-                "this nn.MultiheadAttention has separate key/value widths, bias_k or add_zero_attn; only the plain "
-                "self-attention form (one in_proj_weight) can be reduced."
-            )
-        self.attn = attn
-        self.slot = Slot()
-
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        attn = self.attn
-        B, N, C = x.shape
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # [B, N, 3C]
-        q, k, v = qkv.view(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-        self.slot.put({"q": q, "k": k, "v": v})
-        mask = add_bias(given.get("attn_mask"), bias, q.dtype)
-        dropout = attn.dropout if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        projected: Tensor = attn.out_proj(out.transpose(1, 2).reshape(B, N, C))
-        return projected
-
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        query, key, value, *more = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
-        masks = [*more, kwargs.get("key_padding_mask"), kwargs.get("attn_mask")]
-        if key is not query or value is not query or any(isinstance(mask, Tensor) for mask in masks):
-            raise UnsupportedError("only self-attention without masks of its own can be merged in.")
-        if self.attn.batch_first:
-            return self(query, bias), None
-        return self(query.transpose(0, 1), bias).transpose(0, 1), None
-
-    def take(self) -> Captured:
-        return self.slot.take()
-
-    def seams(self, needs: frozenset[str]) -> list[Replacement]:
-        return []
+    def _child(self, *names: str) -> str | None:
+        names = tuple(name for name in names if name not in self.unused)
+        return next((name for name in names if isinstance(getattr(self.attn, name, None), nn.Module)), None)

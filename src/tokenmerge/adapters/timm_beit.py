@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
-from tokenmerge.adapters.heads import HeadMean
-from tokenmerge.adapters.projections import biased_projection
+from tokenmerge.adapters.heads import HeadMean, PoolGuard
+from tokenmerge.adapters.projections import listen_with_biases
 from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout
+from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout, timm_tokens
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmBeit"]
@@ -27,9 +27,13 @@ class TimmBeit(Adapter):
     name = "timm_beit"
     families = "timm BEiT, BEiT v2"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos_bias")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos_bias": pairs}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
+    heads = ("forward_head",)
 
     def matches(self, model: Any) -> bool:
         return "timm.models.beit.Beit" in class_names(model)
@@ -46,10 +50,16 @@ class TimmBeit(Adapter):
         return timm_layout(model, int(model.num_prefix_tokens))
 
     def tap(self, block: Any) -> AttentionTap:
-        return _BeitTap(block.attn, _table(block), "_get_rel_pos_bias", "shared_rel_pos_bias")
+        return _BeitTap(block, "attn", _table(block), "_get_rel_pos_bias", "shared_rel_pos_bias")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        return [Replacement(model, "forward_head", HeadMean(model, sizes, start=1))], []
+        return [Replacement(model, "forward_head", HeadMean(model, sizes))], []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "forward_head", PoolGuard(model, "forward_head", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         n = super().sample(model, block, layout)[0] if _table(block) is None else layout.tokens or 0
@@ -58,7 +68,7 @@ class TimmBeit(Adapter):
         return n, {"shared_rel_pos_bias": sample_pairs(block.attn.num_heads, n, block.attn.proj.weight)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
-        return placed_pairs(_table(block), "_get_rel_pos_bias", places)
+        return placed_pairs(block, _table(block), "_get_rel_pos_bias", places)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.beit import Beit
@@ -77,10 +87,9 @@ class TimmBeit(Adapter):
         return model.eval(), torch.randn(2, 3, 32, 32)
 
 
-def _table(block: Any) -> nn.Module | None:
-    """Return what holds the block's own bias, if it has one."""
-    attn: nn.Module = block.attn
-    return None if attn.relative_position_bias_table is None else attn
+def _table(block: Any) -> str | None:
+    """Return the path of what holds the block's own bias, if it has one."""
+    return None if block.attn.relative_position_bias_table is None else "attn"
 
 
 class _BeitTap(PairTap):
@@ -91,4 +100,4 @@ class _BeitTap(PairTap):
         found = super().seams(needs)
         if not needs or attn.q_bias is None:
             return found
-        return [r for r in found if r.owner is not attn.qkv] + biased_projection(attn, self.slot, needs)
+        return [r for r in found if r.owner is not attn.qkv] + listen_with_biases(self, needs)

@@ -5,13 +5,14 @@ Shapes: B batch, N queries, M keys, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, TokenLayout, class_names
-from tokenmerge.adapters.original import Original
+from tokenmerge.adapters.original import Following
 from tokenmerge.adapters.taps import AttentionTap, SeamTap, Slot
 from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout
 from tokenmerge.errors import UnsupportedModelError
@@ -28,7 +29,10 @@ class TimmCait(Adapter):
     name = "timm_cait"
     families = "timm CaiT (its patch stage)"
     landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
+    cut_by = "patch_embed"
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
 
     def matches(self, model: Any) -> bool:
         return f"{_MODULE}.Cait" in class_names(model)
@@ -50,7 +54,7 @@ class TimmCait(Adapter):
         return timm_layout(model, prefix=0)
 
     def tap(self, block: Any) -> AttentionTap:
-        return _TalkingTap(block.attn)
+        return _TalkingTap(block, "attn")
 
     def grid_head(self, model: Any) -> str | None:
         return "the class token attends to every patch"
@@ -65,35 +69,37 @@ class TimmCait(Adapter):
 class _TalkingTap(SeamTap):
     """Lets n merged tokens count as n where heads are mixed, before the softmax and after it."""
 
-    def __init__(self, attn: nn.Module) -> None:
-        super().__init__(attn)
-        self.turn = Slot()
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
+        self.counts = Slot()
         self.takes_bias = True
 
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        self.turn.put({} if bias is None else {"bias": bias})
+    def attend(
+        self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        self.counts.put({} if bias is None else {"bias": bias})
         try:
-            out: Tensor = self.attn(x, **given)
+            return run(*args, **kwargs)
         finally:
-            self.turn.take()
-        return out
+            self.counts.take()
 
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
-        attn: Any = self.attn
-        scores, weights = _Scores(attn.proj_l, self.turn), _Weights(attn.proj_w, self.turn)
-        return [*super().seams(needs), *(Replacement(mix.owner, "forward", mix) for mix in (scores, weights))]
+        found = super().seams(needs)
+        mixes = [_Scores(self.attn, "proj_l", self.counts), _Weights(self.attn, "proj_w", self.counts)]
+        self.following += mixes
+        return [*found, *(Replacement(mix.owner, "forward", mix) for mix in mixes)]
 
 
-class _Scores(Original):
+class _Scores(Following):
     """The mix of heads before the softmax, `[B, N, M, H]`: log(size) is added to what it gives for each key."""
 
-    def __init__(self, owner: nn.Module, turn: Slot) -> None:
-        super().__init__(owner)
-        self.turn = turn
+    def __init__(self, attn: nn.Module, child: str, counts: Slot) -> None:
+        super().__init__(attn, child)
+        self.counts = counts
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self.original(x)
-        bias = self.turn.peek().get("bias")  # [B, M]
+        bias = self.counts.peek().get("bias")  # [B, M]
         return out if bias is None else self.counted(out, bias.to(out.dtype)[:, None, :, None])
 
     def counted(self, out: Tensor, bias: Tensor) -> Tensor:

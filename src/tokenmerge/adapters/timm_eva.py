@@ -5,19 +5,19 @@ Shapes: B batch, N tokens, M tokens left, C channels, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.follow import rows
-from tokenmerge.adapters.heads import BiasedPool, InputMean
+from tokenmerge.adapters.heads import BiasedPool, InputMean, PoolGuard
 from tokenmerge.adapters.original import Original
-from tokenmerge.adapters.projections import biased_projection
+from tokenmerge.adapters.projections import listen_with_biases
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.timm_vit import timm_blocks
+from tokenmerge.adapters.timm_vit import TimmViT, timm_blocks, timm_tokens
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["EVA_SPECS", "RopeTap", "TimmEva", "moved_by_tap", "placed_by_rope", "sample_rope"]
@@ -46,12 +46,10 @@ class RopeTap(SeamTap):
     Keys are listened to before they are turned: tokens are compared by what they show, not by where they are.
     """
 
-    def __init__(self, attn: nn.Module) -> None:
-        from timm import layers
-
-        super().__init__(attn)
-        # what three dimensions mean: timm 1.0.16 has tables per image, later ones per head
-        self.is_by_head = hasattr(layers, "RotaryEmbeddingMixed")
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
+        attn = self.attn
+        self.is_by_head = _is_by_head()
         if not getattr(attn, "fused_attn", True) and "maybe_add_mask" not in type(attn).forward.__globals__:
             self.takes_bias = False  # before timm 1.0.20 an unfused EvaAttention reads masks as true and false
 
@@ -60,19 +58,33 @@ class RopeTap(SeamTap):
             given["rope"] = self.turned(given["rope"], kept)
         return super().__call__(x, bias, kept, **given)
 
+    def turned(self, table: Tensor, kept: Tensor) -> Tensor:
+        """Return the table's rows for the tokens behind the prefix, `[B, 1 or H, M, 2D]`."""
+        return _turned(self.attn, table, kept, self.is_by_head)
+
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
         attn: Any = self.attn
         found = super().seams(needs)
         if "v" not in needs or getattr(attn, "q_bias", None) is None:
             return found
-        return [r for r in found if r.owner is not attn.qkv] + biased_projection(attn, self.slot, frozenset({"v"}))
+        return [r for r in found if r.owner is not attn.qkv] + listen_with_biases(self, frozenset({"v"}))
 
-    def turned(self, table: Tensor, kept: Tensor) -> Tensor:  # [N, 2D], [H, N, 2D] or [B, 1 or H, N, 2D]; [B, M]
-        """Return the table's rows for the tokens behind the prefix, `[B, 1 or H, M, 2D]`."""
-        prefix: int = self.attn.num_prefix_tokens  # type: ignore[assignment]
-        table = table[None] if table.dim() == 3 and self.is_by_head else table
-        turned = rows(table, kept[:, prefix:] - prefix)
-        return turned if turned.dim() == 4 else turned[:, None]
+
+def _is_by_head() -> bool:
+    """Say what three dimensions of a table mean: timm 1.0.16 has tables per image, later ones per head."""
+    from timm import layers
+
+    return hasattr(layers, "RotaryEmbeddingMixed")
+
+
+def _turned(attn: Any, table: Tensor, kept: Tensor, is_by_head: bool) -> Tensor:
+    """Return the rows of a table `[N, 2D]`, `[H, N, 2D]` or `[B, 1 or H, N, 2D]` at `kept` `[B, M]`, for the tokens
+    behind the prefix: `[B, 1 or H, M, 2D]`.
+    """
+    prefix: int = attn.num_prefix_tokens
+    table = table[None] if table.dim() == 3 and is_by_head else table
+    turned = rows(table, kept[:, prefix:] - prefix)
+    return turned if turned.dim() == 4 else turned[:, None]
 
 
 def placed_by_rope(attn: nn.Module, places: Tensor) -> list[Replacement]:
@@ -83,10 +95,11 @@ def placed_by_rope(attn: nn.Module, places: Tensor) -> list[Replacement]:
 class _Placed(Original):
     def __init__(self, attn: nn.Module, places: Tensor) -> None:
         super().__init__(attn)
-        self.tap, self.places = RopeTap(attn), places
+        self.is_by_head, self.places = _is_by_head(), places
 
     def __call__(self, x: Tensor, rope: Tensor | None = None, **given: Any) -> Any:
-        return self.original(x, rope=None if rope is None else self.tap.turned(rope, self.places), **given)
+        moved = None if rope is None else _turned(self.owner, rope, self.places, self.is_by_head)
+        return self.original(x, rope=moved, **given)
 
 
 def sample_rope(attn: Any, n: int) -> Tensor:
@@ -100,9 +113,12 @@ class TimmEva(Adapter):
     name = "timm_eva"
     families = "timm EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, LingBot-Vision, Sapiens2"
     landmarks = ("blocks", "norm1", "attn", "norm2", "mlp", "patch_embed", "rope", "fc_norm")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"rope": moved_by_tap}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops, heads = TimmViT.loops, TimmViT.heads
 
     def matches(self, model: Any) -> bool:
         return "timm.models.eva.Eva" in class_names(model)
@@ -121,30 +137,37 @@ class TimmEva(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
+        has_class = model.cls_token is not None
+        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
+            return TokenLayout(prefix, None, None, None, has_class=has_class)
         height, width = embed.grid_size
         channels = embed.proj.in_channels
-        has_class = model.cls_token is not None
         return TokenLayout(
             prefix, (height, width), prefix + height * width, (channels, *embed.img_size), has_class=has_class
         )
 
     def tap(self, block: Any) -> AttentionTap:
-        return RopeTap(block.attn)
+        return RopeTap(block, "attn")
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
-        return layout.prefix + 5, {} if model.rope is None else {"rope": sample_rope(block.attn, 5)}
+        return layout.prefix + PROBED, {} if model.rope is None else {"rope": sample_rope(block.attn, PROBED)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
         return placed_by_rope(block.attn, places)
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+        # both: an attention pool may be taken out later
+        found = [Replacement(model, "pool", InputMean(model, sizes))]
         if isinstance(model.attn_pool, nn.Module):
             # it attends to prefix tokens too
-            return [Replacement(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start=0))], []
-        limits = []
-        if not model.global_pool:
-            limits.append("global_pool='' hands out the merged tokens; restore='dense' gives one per place")
-        return [Replacement(model, "pool", InputMean(model, sizes, int(model.num_prefix_tokens)))], limits
+            found.append(Replacement(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start=0)))
+        return found, []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "pool", PoolGuard(model, "pool", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.eva import Eva

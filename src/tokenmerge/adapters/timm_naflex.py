@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters import follow
-from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, TokenLayout, class_names
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Replacement, TokenLayout, class_names
 from tokenmerge.adapters.original import Original
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_eva import EVA_SPECS, RopeTap, moved_by_tap, placed_by_rope, sample_rope
-from tokenmerge.adapters.timm_vit import TimmViT, timm_blocks, timm_spec
+from tokenmerge.adapters.timm_vit import TimmViT, timm_blocks, timm_spec, timm_tokens
 from tokenmerge.errors import UnsupportedError
 
 __all__ = ["TimmNaFlex"]
@@ -36,7 +36,10 @@ class TimmNaFlex(Adapter):
     name = "timm_naflex"
     families = "timm NaFlexViT and C-RADIO, images or dictionaries of padded patches; use_naflex=True of ViT and EVA"
     landmarks = ("embeds", "blocks", "norm1", "attn", "norm2", "mlp", "fc_norm", "attn_pool")
+    cut_by = "embeds"
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
     followers: ClassVar[Mapping[str, follow.Follow]] = {"rope": moved_by_tap, "attn_mask": _mask}
     is_positional = True  # where rotary tables are given
 
@@ -52,6 +55,8 @@ class TimmNaFlex(Adapter):
     def layout(self, model: Any) -> TokenLayout:
         embeds, prefix = model.embeds, int(model.num_prefix_tokens)
         has_class = getattr(embeds, "cls_token", None) is not None
+        if not all(hasattr(embeds, name) for name in ("patch_size", "pos_embed_grid_size", "dynamic_feat_size")):
+            return TokenLayout(prefix, None, None, None, has_class=has_class)
         height, width = embeds.patch_size
         config = getattr(model, "pretrained_cfg", None) or {}
         size = getattr(embeds, "default_img_size", None) or config.get("input_size", (None,))[1:]
@@ -63,12 +68,18 @@ class TimmNaFlex(Adapter):
         channels = embeds.proj.weight[0].numel() // (height * width)
         return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, *size), has_class=has_class)
 
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        # patches come with coordinates, of images of any shapes; an image with the grid it was cut into
+        if isinstance(out, tuple):
+            return out[1] and (out[1][0], out[1][1])
+        return super().grid_of(cutter, image, out) if image.dim() == 4 else None
+
     def tap(self, block: Any) -> AttentionTap:
-        return RopeTap(block.attn) if _eva_spec(block) else TimmViT().tap(block)
+        return RopeTap(block, "attn") if _eva_spec(block) else TimmViT().tap(block)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         rope = getattr(model, "rope", None)  # timm 1.0.16 has none here
-        return layout.prefix + 5, {} if rope is None else {"rope": sample_rope(block.attn, 5)}
+        return layout.prefix + PROBED, {} if rope is None else {"rope": sample_rope(block.attn, PROBED)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
         return placed_by_rope(block.attn, places) if _eva_spec(block) else []
@@ -79,7 +90,10 @@ class TimmNaFlex(Adapter):
         return None if mask is None else follow.keys_of_mask(_by_image(mask).amax(dim=1, keepdim=True))
 
     def grid_head(self, model: Any) -> str | None:
-        return "pooling leaves out padding by a mask that is made for every place"
+        return None if timm_tokens(model) else "pooling leaves out padding by a mask that is made for every place"
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
         return [Replacement(model, name, _Masked(model, name, is_merging)) for name in ("forward", *self.token_methods)]

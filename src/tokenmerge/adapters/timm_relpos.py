@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.bias import PairTap, pairs, placed_pairs, sample_pairs
-from tokenmerge.adapters.heads import HeadMean
+from tokenmerge.adapters.heads import HeadMean, PoolGuard
 from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout, timm_spec
+from tokenmerge.adapters.timm_vit import timm_blocks, timm_layout, timm_spec, timm_tokens
 
 __all__ = ["TimmRelPos"]
 
@@ -21,9 +21,13 @@ class TimmRelPos(Adapter):
     name = "timm_relpos"
     families = "timm ViTs with relative positions (vit_relpos_*, vit_srelpos_*)"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos")
+    cut_by = "patch_embed"
     followers: ClassVar[Mapping[str, Follow]] = {"shared_rel_pos": pairs}
     is_positional = True
     token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
+    heads = ("forward_head",)
 
     def matches(self, model: Any) -> bool:
         return "timm.models.vision_transformer_relpos.VisionTransformerRelPos" in class_names(model)
@@ -38,10 +42,16 @@ class TimmRelPos(Adapter):
         return timm_layout(model, int(model.num_prefix_tokens))
 
     def tap(self, block: Any) -> AttentionTap:
-        return PairTap(block.attn, block.attn.rel_pos, "get_bias", "shared_rel_pos")
+        return PairTap(block, "attn", _table(block), "get_bias", "shared_rel_pos")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        return [Replacement(model, "forward_head", HeadMean(model, sizes, int(model.num_prefix_tokens)))], []
+        return [Replacement(model, "forward_head", HeadMean(model, sizes))], []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "forward_head", PoolGuard(model, "forward_head", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         if model.shared_rel_pos is None:
@@ -50,7 +60,7 @@ class TimmRelPos(Adapter):
         return n, {"shared_rel_pos": sample_pairs(block.attn.num_heads, n, block.attn.proj.weight)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
-        return placed_pairs(block.attn.rel_pos, "get_bias", places)
+        return placed_pairs(block, _table(block), "get_bias", places)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.vision_transformer_relpos import VisionTransformerRelPos
@@ -59,3 +69,8 @@ class TimmRelPos(Adapter):
             img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, rel_pos_dim=16
         )
         return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+def _table(block: Any) -> str | None:
+    """Return the path of what holds the block's own bias, if it has one."""
+    return None if block.attn.rel_pos is None else "attn.rel_pos"

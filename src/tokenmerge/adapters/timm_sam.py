@@ -14,21 +14,17 @@ from torch import Tensor, nn
 from tokenmerge.adapters.base import Adapter, Replacement, TokenLayout, WindowSpec, class_names
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_vit import timm_blocks
-from tokenmerge.errors import UnsupportedError, UnsupportedModelError
+from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmSAM"]
 
 _HOST = "timm.models.vision_transformer_sam"
 
 
-class SAMTap:
+class SAMTap(AttentionTap):
     """Computes SAM's attention from its children, for tokens that stand at any places of their window."""
 
     kind = "its own projection, in each window"
-    takes_bias = True
-
-    def __init__(self, attn: nn.Module) -> None:
-        self.attn: Any = attn
 
     def project(self, x: Tensor) -> Tensor:  # [W, N, C]
         """Return queries, keys and values as one row per token, `[W, N, 3 * C]`: rows that can be merged."""
@@ -75,12 +71,6 @@ class SAMTap:
         turned: Tensor = apply_rot_embed_cat(x, self.attn.rope.get_embed()[kept][:, None])
         return turned
 
-    def take(self) -> dict[str, Tensor]:
-        return {}
-
-    def intercept(self, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise UnsupportedError("an attention in windows is stood in for as a whole.")
-
     def seams(self, needs: frozenset[str]) -> list[Replacement]:
         return []
 
@@ -94,6 +84,8 @@ class TimmSAM(Adapter):
     families = "timm's Segment Anything encoders (samvit), merged inside windows for the attention only"
     landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "neck")
     is_positional = True
+    package = "timm"
+    loops = ()  # every block hands out every token
 
     def matches(self, model: Any) -> bool:
         return f"{_HOST}.VisionTransformerSAM" in class_names(model)
@@ -112,11 +104,13 @@ class TimmSAM(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embed = model.patch_embed
+        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
+            return TokenLayout(0, None, None, None)
         # as many tokens as a window has, and windows differ from block to block
         return TokenLayout(0, tuple(embed.grid_size), None, (embed.proj.in_channels, *embed.img_size))
 
     def tap(self, block: Any) -> AttentionTap:
-        return SAMTap(block.attn)
+        return SAMTap(block, "attn")
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         side = block.window_size

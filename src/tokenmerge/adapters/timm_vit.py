@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout, class_names
-from tokenmerge.adapters.heads import BiasedPool, InputMean
+from tokenmerge.adapters.heads import BiasedPool, InputMean, PoolGuard
 from tokenmerge.adapters.parallel import BranchesTap, ScalingTap
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.errors import UnsupportedModelError
 
-__all__ = ["TimmViT", "timm_blocks", "timm_layout", "timm_spec"]
+__all__ = ["TimmViT", "timm_blocks", "timm_layout", "timm_spec", "timm_tokens"]
 
 _MODEL = "timm.models.vision_transformer.VisionTransformer"
 _PRE_NORM = BlockSpec(
@@ -38,7 +39,11 @@ class TimmViT(Adapter):
     name = "timm_vit"
     families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, hybrids, ViTamin, parallel blocks"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    cut_by = "patch_embed"
     token_methods = ("forward_features", "forward_intermediates", "get_intermediate_layers")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
+    heads = ("forward_head", "pool", "attn_pool.forward")
 
     def matches(self, model: Any) -> bool:
         return _MODEL in class_names(model) and not isinstance(getattr(model, "global_pool", None), bool)
@@ -55,18 +60,25 @@ class TimmViT(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         kind = _kind(block)
         if kind == "ParallelThingsBlock":
-            return BranchesTap(block.attns)
+            return BranchesTap(block, "attns")
         if kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
             return ScalingTap(block, has_heads_last=kind == "ParallelScalingBlock")
-        return SeamTap(block.attn)
+        return SeamTap(block, "attn")
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
-        pool = model.attn_pool
-        if not isinstance(pool, nn.Module):
-            return [Replacement(model, "pool", InputMean(model, sizes, start))], []
-        # `pool` has cut the prefix off before the attention pool sees the tokens
-        return [Replacement(pool, "forward", BiasedPool(pool, sizes, start))], []
+        # both: an attention pool may be taken out later
+        found = [Replacement(model, "pool", InputMean(model, sizes))]
+        if isinstance(model.attn_pool, nn.Module):
+            # `pool` has cut the prefix off before the attention pool sees the tokens
+            start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
+            found.append(Replacement(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start)))
+        return found, []
+
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+        return [Replacement(model, "pool", PoolGuard(model, "pool", is_merging))]
+
+    def hands_out(self, model: Any) -> str | None:
+        return timm_tokens(model)
 
     def grid_head(self, model: Any) -> str | None:
         pool = model.attn_pool
@@ -98,14 +110,23 @@ def timm_blocks(model: Any) -> list[tuple[str, nn.Module]]:
 
 def timm_layout(model: Any, prefix: int) -> TokenLayout:
     """Return where the tokens lie in a model with timm's `patch_embed`."""
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
+    has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
+    if not hasattr(embed, "dynamic_feat_size"):
+        # a stem of the user's own: how many tokens it gives is seen in the forward, and no rows and columns are known
+        return TokenLayout(prefix, None, None, None, has_class=has_class)
     size = tuple(getattr(embed, "img_size", None) or (224, 224))
     grid = embed.dynamic_feat_size(size)
     channels = next((m.in_channels for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
-    has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
     # three axes, of clips, are no grid of rows and columns: a method that needs one is told there is none
     plane = grid if len(grid) == 2 else None
     return TokenLayout(prefix, plane, prefix + math.prod(grid), (channels, *size), has_class=has_class)
+
+
+def timm_tokens(model: Any) -> str | None:
+    """Say whether the model puts out its tokens, where a pool would make one of them."""
+    is_pooled = model.global_pool or getattr(model, "attn_pool", None) is not None
+    return None if is_pooled else "global_pool='' hands out every token"
 
 
 def timm_spec(block: nn.Module) -> BlockSpec:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, BlockSpec, Follow, Replacement, TokenLayout, class_names
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Follow, Replacement, TokenLayout, class_names
 from tokenmerge.adapters.follow import keys_of_mask, mask, rows
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.timm_eva import EVA_SPECS, RopeTap, moved_by_tap, placed_by_rope, sample_rope
@@ -54,6 +54,8 @@ class TimmVLM(Adapter):
     }
     is_positional = True
     token_methods = ("forward_intermediates", "encoder.forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "encoder.forward", "encoder.forward_features", "encoder._encode")
 
     def matches(self, model: Any) -> bool:
         return not _MODELS.isdisjoint(class_names(model))
@@ -71,23 +73,28 @@ class TimmVLM(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         embed = _tower(model).patch_embed
-        if not hasattr(embed, "grid_size"):  # Gemma's holds no image size
+        # Gemma's holds no image size, and a stem of the user's own may hold nothing
+        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):
             return TokenLayout(0, None, None, None)
         height, width = embed.grid_size
         return TokenLayout(0, (height, width), height * width, (embed.proj.in_channels, *embed.img_size))
 
+    def cutter(self, model: Any) -> nn.Module | None:
+        found: Any = _tower(model).patch_embed
+        return found if isinstance(found, nn.Module) else None
+
     def tap(self, block: Any) -> AttentionTap:
-        return _GemmaTap(block.attn) if _GEMMA in class_names(block) else RopeTap(block.attn)
+        return _GemmaTap(block, "attn") if _GEMMA in class_names(block) else RopeTap(block, "attn")
 
     def grid_head(self, model: Any) -> str:
         return "the tower hands its tokens out as a map, or pools them by their places"
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         if _GEMMA not in class_names(block):
-            return 5, {"rope": sample_rope(block.attn, 5)}
+            return PROBED, {"rope": sample_rope(block.attn, PROBED)}
         weight: Tensor = block.norm1.weight
-        table = torch.arange(10 * block.attn.head_dim, device=weight.device).view(2, 5, -1)  # [B, N, D]
-        return 5, {"rope_cos": table.cos().to(weight.dtype), "rope_sin": table.sin().to(weight.dtype)}
+        table = torch.arange(2 * PROBED * block.attn.head_dim, device=weight.device).view(2, PROBED, -1)  # [B, N, D]
+        return PROBED, {"rope_cos": table.cos().to(weight.dtype), "rope_sin": table.sin().to(weight.dtype)}
 
     def placed(self, block: Any, places: Tensor) -> list[Replacement]:
         return [] if _GEMMA in class_names(block) else placed_by_rope(block.attn, places)

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tokenmerge.adapters import follow
 from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
 from tokenmerge.adapters.generic import count_prefix
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap
+from tokenmerge.adapters.multihead import MultiheadTap
+from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = ["TorchEncoder"]
@@ -32,6 +33,7 @@ class TorchEncoder(Adapter):
     landmarks = ("layers", "norm1", "self_attn", "linear1", "linear2", "norm2")
     # True where a token is padding; what the encoder makes of it is added to the scores
     followers: ClassVar[Mapping[str, follow.Follow]] = {"src_key_padding_mask": follow.mask}
+    package = "torch"
 
     def matches(self, model: nn.Module) -> bool:
         return bool(_encoders(model))
@@ -59,11 +61,16 @@ class TorchEncoder(Adapter):
         return TokenLayout(count_prefix(model), None, None, None, first.self_attn.batch_first)
 
     def tap(self, block: Any) -> AttentionTap:
-        return _EncoderTap(block.self_attn)
+        return _EncoderTap(block, "self_attn")
 
-    def grid_head(self, model: nn.Module) -> str:
-        prefix = count_prefix(model)
-        return f"a torch encoder hands out tokens by their place (in front, {prefix} are protected as class tokens)"
+    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        return [(_one_encoder(model)[1], "forward")]
+
+    def grid_head(self, model: nn.Module) -> str | None:
+        return _tokens(model) if _one_encoder(model)[0] else None
+
+    def hands_out(self, model: nn.Module) -> str:
+        return _tokens(model)
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:
         padding = given.get("src_key_padding_mask")
@@ -75,14 +82,24 @@ class TorchEncoder(Adapter):
 
 
 class _EncoderTap(MultiheadTap):
-    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+    """Also hands on which tokens are padding, as its layer does."""
+
+    def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         if x.dim() != 3:
             raise UnsupportedError(
                 f"the encoder was given one sequence without a batch, {tuple(x.shape)}: give it as a batch of one."
             )
         padding = given.get("src_key_padding_mask")
-        mask = None if padding is None else _added(padding)[:, None, None, :]  # [B, 1, 1, N]
-        return super().__call__(x, bias, kept, attn_mask=mask)
+        return super().call(attention, x, {} if padding is None else {"key_padding_mask": padding})
+
+    def masked(self, given: dict[str, Any]) -> Tensor | None:
+        padding = given.get("key_padding_mask")
+        return None if padding is None else _added(padding)[:, None, None, :]  # [B, 1, 1, N]
+
+
+def _tokens(model: nn.Module) -> str:
+    prefix = count_prefix(model)
+    return f"a torch encoder hands out tokens by their place (in front, {prefix} are protected as class tokens)"
 
 
 def _added(padding: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
-from tokenmerge.adapters.taps import AttentionTap, MultiheadTap
+from tokenmerge.adapters.multihead import MultiheadTap, multihead
+from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TorchvisionViT"]
@@ -20,6 +21,10 @@ class TorchvisionViT(Adapter):
     name = "torchvision_vit"
     families = "torchvision VisionTransformer (vit_b_16 to vit_h_14)"
     landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj", "heads")
+    cut_by = "conv_proj"
+
+    package = "torchvision"
+    loops = ("forward", "encoder.forward", "encoder.layers.forward")
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)
@@ -37,8 +42,8 @@ class TorchvisionViT(Adapter):
         return [(f"encoder.layers.{name}", block) for name, block in model.encoder.layers.named_children()]
 
     def spec(self, block: Any) -> BlockSpec:
-        attention = getattr(block, "self_attention", None)
-        if not isinstance(attention, nn.MultiheadAttention) or not attention.batch_first:
+        attention: Any = getattr(block, "self_attention", None)
+        if multihead(attention) is None or not attention.batch_first:
             raise UnsupportedModelError(
                 f"the self_attention of a {type(block).__qualname__} is a {type(attention).__qualname__}, not the "
                 "batch-first nn.MultiheadAttention of torchvision's blocks."
@@ -50,11 +55,11 @@ class TorchvisionViT(Adapter):
         tokens = int(model.encoder.pos_embedding.shape[1])
         side = int((tokens - 1) ** 0.5)
         pixels = int(model.image_size)
-        channels = next(m.in_channels for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d))
+        channels = next((m.in_channels for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d)), 3)
         return TokenLayout(1, (side, side), tokens, (channels, pixels, pixels))
 
     def tap(self, block: Any) -> AttentionTap:
-        return MultiheadTap(block.self_attention)
+        return MultiheadTap(block, "self_attention")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from torchvision.models import VisionTransformer

@@ -16,11 +16,11 @@ from tokenmerge.adapters.base import (
     Replacement,
     Sizes,
     TokenLayout,
-    check_parity,
     class_names,
 )
 from tokenmerge.adapters.heads import OutputMean
 from tokenmerge.adapters.projections import ProjectionTap
+from tokenmerge.adapters.proof import PROBED, Probe, check_parity
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
@@ -33,6 +33,10 @@ class VitPytorch(Adapter):
     name = "vit_pytorch"
     families = "vit-pytorch ViT and SimpleViT (lucidrains)"
     landmarks = ("to_patch_embedding", "transformer", "layers", "to_qkv", "to_latent")
+    cut_by = "to_patch_embedding"
+
+    package = "vit_pytorch"
+    loops = ("forward", "transformer.forward")
 
     def matches(self, model: nn.Module) -> bool:
         return any(name.startswith("vit_pytorch.") for name in class_names(model))
@@ -42,7 +46,8 @@ class VitPytorch(Adapter):
         transformer = model.transformer
         pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
         composed = partial(loop.run, pairs)
-        check_parity(transformer, composed, loop.original, self.layout(model), "transformer", (5, {}))
+        probe = Probe(PROBED, {}, self.layout(model), "transformer", has_places=False)
+        check_parity(transformer, loop.original, composed, probe, None)
         return [Replacement(bound.owner, "forward", bound) for bound in (*pairs, loop)]
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
@@ -69,19 +74,20 @@ class VitPytorch(Adapter):
             return TokenLayout(prefix, None, tokens, None)
         return TokenLayout(prefix, (side, side), tokens, (channels, side * height, side * width))
 
-    def tap(self, block: Any) -> AttentionTap:
-        return ProjectionTap(block[0], qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        # einops cuts it: "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
+        patch = getattr(cutter[0], "axes_lengths", {})
+        return (image.shape[-2] // patch["p1"], image.shape[-1] // patch["p2"]) if {"p1", "p2"} <= set(patch) else None
 
-    def grid_head(self, model: Any) -> str | None:
-        if getattr(model, "mlp_head", getattr(model, "linear_head", None)) is None:
-            return "without a classifier the model hands its tokens out"
-        return None
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block, "0", qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
+
+    def hands_out(self, model: Any) -> str | None:
+        return "without a classifier the model hands its tokens out" if _is_open(model) else None
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
-        if model.pool != "mean":
-            return [], []
         norm = model.transformer.norm
-        return [Replacement(norm, "forward", OutputMean(norm, sizes, start=0))], []
+        return [Replacement(norm, "forward", _NormMean(norm, sizes, model))], []
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from vit_pytorch import ViT
@@ -90,6 +96,24 @@ class VitPytorch(Adapter):
             image_size=32, patch_size=8, num_classes=10, dim=32, depth=4, heads=4, dim_head=8, mlp_dim=64
         )
         return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+def _is_open(model: Any) -> bool:
+    return getattr(model, "mlp_head", getattr(model, "linear_head", None)) is None
+
+
+class _NormMean(OutputMean):
+    """The norm behind the blocks: where the model averages what leaves it, as it may be told after patching."""
+
+    def __init__(self, norm: nn.Module, sizes: Sizes, model: nn.Module) -> None:
+        super().__init__(norm, sizes, start=0)
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.model.pool == "mean" and not _is_open(self.model):
+            return super().__call__(*args, **kwargs)
+        out: Tensor = self.original(*args, **kwargs)
+        return out
 
 
 class _Pair(Original):

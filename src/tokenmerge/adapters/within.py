@@ -38,6 +38,13 @@ class Within(Adapter):
     def wiring(self, model: nn.Module) -> list[Replacement]:
         return self.inner.wiring(self.part(model))
 
+    def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
+        part = self.part(model)
+        return [part, *self.inner.pooling_parts(part)]
+
+    def looping_parts(self, model: nn.Module) -> list[nn.Module]:
+        return self.inner.looping_parts(self.part(model))
+
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return [(f"{self.path}.{name}", block) for name, block in self.inner.blocks(self.part(model))]
 
@@ -47,14 +54,28 @@ class Within(Adapter):
     def layout(self, model: nn.Module) -> TokenLayout:
         return self.inner.layout(self.part(model))
 
+    def cutter(self, model: nn.Module) -> nn.Module | None:
+        return self.inner.cutter(self.part(model))
+
+    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+        return self.inner.grid_of(cutter, image, out)
+
     def tap(self, block: nn.Module) -> AttentionTap:
         return self.inner.tap(block)
+
+    def core(self, model: nn.Module) -> tuple[Adapter, nn.Module]:
+        return self.inner.core(self.part(model))
+
+    def collects(self, model: nn.Module) -> str | None:
+        return self.inner.collects(self.part(model))
 
     def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         return self.inner.head(self.part(model), sizes)
 
     def grid_head(self, model: nn.Module) -> str | None:
-        return self.inner.grid_head(self.part(model))
+        # what the rest of the model does with tokens that its part hands out is not known
+        part = self.part(model)
+        return self.inner.grid_head(part) or self.inner.hands_out(part)
 
     def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
         return self.inner.guards(self.part(model), is_merging)

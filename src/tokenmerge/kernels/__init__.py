@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
-from tokenmerge.kernels.reference import Side, alternating, choose, full_precision
+from tokenmerge.kernels.reference import Side, alternating, choose, full_precision, unit
+from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "Side",
@@ -28,6 +29,7 @@ __all__ = [
     "merge",
     "reduce",
     "select",
+    "unit",
     "unmerge",
 ]
 
@@ -222,7 +224,7 @@ def _wish() -> str:
 
 def _leaves_torch() -> bool:
     """Say whether a graph is made for somewhere else, or by a tracer that knows torch's own operators only."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # torch 2.6 cannot tell export and compilation apart
         is_exporting: bool = getattr(torch.compiler, "is_exporting", lambda: True)()
         return is_exporting

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenmerge.tracing import is_compiling
+
 __all__ = ["columns", "flex", "supports_flex", "values"]
 
 _WIDTH = 8  # what widths are padded to: kernels want multiples of it
@@ -63,7 +65,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = No
     def add(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[image, key]
 
-    out: Tensor = _flex(torch.compiler.is_compiling())(q, k, v, score_mod=add, scale=scale)
+    out: Tensor = _flex(is_compiling())(q, k, v, score_mod=add, scale=scale)
     return out
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.kernels import reference
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
 
@@ -84,7 +85,7 @@ def _supports(x: Tensor) -> bool:
 
 def _is_bare(x: Tensor) -> bool:
     """Say whether nobody watches: no tracer, no gradient, no dispatch mode. An operator of torch costs 3 us more."""
-    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    is_watched = is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return not (is_watched or (x.requires_grad and torch.is_grad_enabled()))
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "merge_backward",
     "merge_context",
     "reduce",
+    "unit",
     "unmerge",
 ]
 
@@ -63,7 +64,7 @@ def match(
         metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
         metric = metric.mean(dim=1) if metric.dim() == 4 else metric
         if distance == "cosine":
-            metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            metric = unit(metric)
         a, b = metric[:, side_a], metric[:, side_b]
         valid_a, valid_b = (None, None) if valid is None else (valid[:, side_a, None], valid[:, None, side_b])
         count = a.shape[1]
@@ -92,6 +93,17 @@ def _best(a: Tensor, b: Tensor, distance: str, valid_a: Tensor | None, valid_b: 
         scores = scores.masked_fill(valid_a ^ valid_b, float("-inf"))
     best, index = scores.max(dim=-1)
     return best, index
+
+
+def unit(metric: Tensor) -> Tensor:  # [B, N, D]
+    """Return the rows at length 1, zeros as they are; of float32 and float64.
+
+    Rows whose squares would overflow or vanish are divided by their largest value first, all others by 1.
+    """
+    most = metric.abs().amax(dim=-1, keepdim=True)
+    metric = metric / torch.where(most.clamp(1e-12, 1e15) == most, 1.0, most.clamp_min(2e-38))
+    rows: Tensor = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return rows
 
 
 def choose(

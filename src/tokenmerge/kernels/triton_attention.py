@@ -72,8 +72,10 @@ def _attend_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, _ = q.shape
     grads: tuple[Tensor, Tensor, Tensor] = _attend_grad_fake(grad, q, k, v, bias, out, lse, scale)
-    delta = torch.empty_like(lse)
     grad, q, k, v, bias = _rows(grad), _rows(q), _rows(k), _rows(v), bias.contiguous()
+    # addressed as the forward wrote them: a compiler may have kept them in another order
+    out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
     blocks, options = _blocks(q)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     sizes = (H, N, scale, *strides, *blocks)

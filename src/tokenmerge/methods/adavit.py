@@ -70,7 +70,7 @@ class AdaViT(Learned):
         else:
             gates, note = (sublayers >= 0).float(), {}
             patches = patches if view.valid is None else patches.masked_fill(~view.valid, float("-inf"))
-            count = batch_count((patches < 0)[:, view.prefix :].sum(dim=1), r)
+            count = batch_count((patches < 0)[:, view.prefix :].sum(dim=1), r, patches)
             plan = matching.prune(patches, count, prefix=view.prefix)
             found = _GatedPlan(plan.keep, plan.src, plan.dst, plan.n, None, gates[:, 0])
         note["gates"] = gates

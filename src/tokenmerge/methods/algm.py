@@ -45,7 +45,7 @@ class ALGM(Reduction):
             return self._local(view, unit, r)
         token, into, best = matching.partners(unit, prefix=view.prefix, valid=view.valid)
         threshold = _threshold(unit, view.prefix, view.valid)
-        count = batch_count((best >= threshold[:, None]).sum(dim=1), r)
+        count = batch_count((best >= threshold[:, None]).sum(dim=1), r, best)
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :count]
         return matching.absorb(token[chosen], into.gather(1, chosen), unit.shape[1])
 
@@ -59,7 +59,7 @@ class ALGM(Reduction):
         squares = tokens.square().sum(dim=(2, 3))
         mean = (tokens.sum(dim=2).square().sum(dim=2) - squares) / 12  # [B, W]
         r = min(r, 3 * windows.shape[0])
-        count = batch_count(3 * (mean >= self.threshold).sum(dim=1), r)
+        count = batch_count(3 * (mean >= self.threshold).sum(dim=1), r, mean)
         # where 3 does not divide it, the last window is merged in part
         chosen = windows[mean.argsort(dim=1, descending=True, stable=True)[:, : (count + 2) // 3]]  # [B, W, 4]
         src = chosen[..., 1:].flatten(1)[:, :count]

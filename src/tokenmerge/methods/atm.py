@@ -53,7 +53,7 @@ class ATM(Reduction):
         if view.valid is not None:
             # padding goes first, into whatever there is: it weighs nothing
             best = best.masked_fill(~view.valid.gather(1, side_a), float("inf"))
-        count = batch_count((best > self.threshold(view.layer)).sum(dim=1), r)
+        count = batch_count((best > self.threshold(view.layer)).sum(dim=1), r, best)
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :count]
         return matching.absorb(side_a.gather(1, chosen), into.gather(1, chosen), metric.shape[-2])
 

@@ -55,7 +55,7 @@ class ATS(Reduction):
         count = n - r if self.samples is None else max(1, int(self.samples * n + 0.5))
         is_drawn = _is_drawn(share, count)
         if self.samples is not None:
-            r = batch_count(n - is_drawn.sum(dim=1), r)
+            r = batch_count(n - is_drawn.sum(dim=1), r, share)
         rank = share + 2 * is_drawn
         if view.valid is not None:
             rank = rank.masked_fill(~view.valid[:, view.prefix :], -1.0)

@@ -75,7 +75,7 @@ class AViT(Learned):
         else:
             wants = halts if view.valid is None else halts | ~view.valid
             order = -total if view.valid is None else (-total).masked_fill(~view.valid, float("-inf"))
-            count = batch_count(wants[:, view.prefix :].sum(dim=1), r)
+            count = batch_count(wants[:, view.prefix :].sum(dim=1), r, order)
             found = matching.prune(order, count, prefix=view.prefix)
             note["sum"] = total.gather(1, found.keep)
         if view.memory is not None:

@@ -14,6 +14,7 @@ from tokenmerge import importance
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.matching import largest_r
 from tokenmerge.plan import AnyPlan, merge_weighted
+from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "METRICS",
@@ -54,7 +55,7 @@ class TokenView:
     v: Tensor | None  # [B, H, N, D]
     size: Tensor | None  # [B, N] input tokens per token; None while all are 1
     prefix: int  # protected tokens at the front
-    grid: tuple[int, int] | None  # rows and columns of the input patches, where the model has a grid
+    grid: tuple[int, int] | None  # rows and columns of the image's patches; only where "places" are needed
     layer: int
     valid: Tensor | None = None  # [B, N] bool: which tokens are real; None: all
     branch: Tensor | None = None  # [B, N, C] what the attention adds to the stream; None: nothing is left to add
@@ -89,18 +90,20 @@ class TokenView:
     def cells(self) -> tuple[Tensor, tuple[int, int]]:
         """Return the place of each unprotected token on the grid, `[B, N - prefix]`, and the grid's rows and columns.
 
-        Needs "places". Raises `UnsupportedError` where the model has no grid, or was given an image of another size.
+        Needs "places". Raises `UnsupportedError` where the grid is not known, or there are more or fewer tokens.
         """
         B, n, _ = self.stream.shape
         if self.grid is None:
             raise UnsupportedError(
-                "this method merges by place, and this model says no grid of patches; use one that does not (tome)."
+                "this method merges by place, and this model says no grid of patches, or no image was cut into patches "
+                "in this forward (blocks that run alone). Run the whole model, or use a method that does not (tome)."
             )
         if self.places is None:
             if n - self.prefix != self.grid[0] * self.grid[1]:
                 raise UnsupportedError(
                     f"this method merges by place on a grid of {self.grid[0]} x {self.grid[1]} patches, and the block "
-                    f"was given {n - self.prefix}: build the model for the size of its images."
+                    f"was given {n - self.prefix}: tokens were dropped or added before it. Build the model for the "
+                    "size of its images, or use a method that does not merge by place (tome)."
                 )
             return torch.arange(n - self.prefix, device=self.stream.device).expand(B, -1), self.grid
         return self.places[:, self.prefix :] - self.prefix, self.grid
@@ -189,11 +192,13 @@ class Reduction(ABC):
         return x
 
 
-def batch_count(wanted: Tensor, r: int) -> int:  # [B]
+def batch_count(wanted: Tensor, r: int, seen: Tensor) -> int:  # [B], [B, ...]
     """Return how many tokens an adaptive method removes: the fewest that any image of the batch allows, at most `r`.
 
-    A captured graph cannot depend on values: there, and for tensors without storage, it is `r`.
+    `seen` is what the method decided by: an image for which it holds NaN is no image, and sets no limit to the others.
+    A captured graph cannot depend on values: there, for tensors without storage and for no images at all it is `r`.
     """
-    if torch.compiler.is_compiling() or wanted.is_meta:
+    if is_compiling() or wanted.is_meta or not wanted.shape[0]:
         return r
+    wanted = wanted.masked_fill(seen.isnan().flatten(1).any(dim=1), r)
     return max(0, min(r, int(wanted.min())))

@@ -22,6 +22,7 @@ from tokenmerge.methods.learned import (
     straight_through,
 )
 from tokenmerge.plan import AnyPlan, Plan
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["LTMP"]
 
@@ -77,16 +78,16 @@ class LTMP(Learned):
         side_a, partner, cosine = pairs
         n = received.shape[1]
         most = min(r, side_a.shape[0])
-        if torch.compiler.is_compiling() or received.is_meta:  # r go then: enough are left untouched to be dropped
+        if is_compiling() or received.is_meta:  # r go then: enough are left untouched to be dropped
             most = min(most, n - view.prefix - r)
-        merges = batch_count((cosine > thresholds.merge.float()).sum(dim=1), most)
+        merges = batch_count((cosine > thresholds.merge.float()).sum(dim=1), most, cosine)
         chosen = cosine.argsort(dim=1, descending=True, stable=True)[:, :merges]
         src, to = side_a[chosen], partner.gather(1, chosen)
         if view.valid is not None:
             received = received.masked_fill(~view.valid, float("-inf"))
         received = received.scatter(1, torch.cat((src, to), dim=1), float("inf"))
         received[:, : view.prefix] = float("inf")
-        prunes = batch_count((received < thresholds.prune.float()).sum(dim=1), r - merges)
+        prunes = batch_count((received < thresholds.prune.float()).sum(dim=1), r - merges, received)
         pruned = received.argsort(dim=1, stable=True)[:, :prunes]
         order = _order(side_a, torch.zeros_like(received).scatter(1, torch.cat((src, pruned), dim=1), 1.0), view.prefix)
         return Plan(order[:, : n - merges - prunes], src, order.argsort(dim=1).gather(1, to), n)

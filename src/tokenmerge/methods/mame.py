@@ -49,7 +49,7 @@ class MaMe(Reduction):
         rank = best + 4 * is_merged
         if view.valid is not None:
             rank = rank.masked_fill(~view.valid[:, side_a], float("inf"))
-        count = batch_count((rank > 2).sum(dim=1), r)
+        count = batch_count((rank > 2).sum(dim=1), r, best)
         order = rank.argsort(dim=1, descending=True, stable=True)
         gone, stays = order[:, :count], order[:, count:].sort(dim=1).values
         is_gone = torch.zeros_like(best).scatter_add(1, gone, torch.ones_like(best[:, :count]))

@@ -47,7 +47,7 @@ class MPM(Reduction):
         if valid is not None:
             follows = follows | (~valid & ~leads)
         rank = torch.where(follows, best, best.clamp(-1, 1) - 4).masked_fill(leads, float("-inf"))
-        count = batch_count(follows.sum(dim=1), r)
+        count = batch_count(follows.sum(dim=1), r, best)
         order = rank.argsort(dim=1, descending=True, stable=True)
         src, stays = order[:, :count] + view.prefix, order[:, count:].sort(dim=1).values + view.prefix
         into = partner.gather(1, order[:, :count]) + view.prefix

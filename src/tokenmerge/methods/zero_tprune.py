@@ -64,7 +64,9 @@ class ZeroTPrune(Reduction):
     def _rank(self, view: TokenView, start: Tensor, bias: Tensor | None) -> Tensor:
         steps = self.iterations[min(2, 3 * view.layer // view.depth)]
         mass = importance.page_rank(view.q, view.k, start, steps, view.scale, bias)  # type: ignore[arg-type]
-        spread = mass[..., view.prefix :].var(dim=2, correction=0)  # [B, H]
+        patches = mass[..., view.prefix :]
+        # not by `var`, which warns of batches without images
+        spread = (patches - patches.mean(dim=2, keepdim=True)).square().mean(dim=2)  # [B, H]
         is_heard = (spread >= self.variance[0]) & (spread <= self.variance[1])
         heard = torch.where(is_heard.any(dim=1, keepdim=True), is_heard, True).float()
         combined: Tensor = (mass.square() * heard[..., None]).sum(dim=1) / heard.sum(dim=1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenmerge import adapters
+from tokenmerge import adapters, kernels
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["Count", "count", "flops"]
@@ -57,8 +57,9 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Count:
         for runner in twin.__dict__["_tokenmerge_handle"].runners:
             runner.method = _Meter(runner.method, counter)
             meters.append(runner.method)
-    # the fused kernels of some devices are not in the counter's table; the plain products always are
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+    # the fused kernels of some devices are not in the counter's table; the plain products always are, also of ours,
+    # and a version that is forced for the model's device has none for this one
+    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), kernels.force("reference"):
         twin(torch.empty(shape, device="meta", dtype=dtype))
     matching = sum(meter.seen for meter in meters)
     return Count((counter.get_total_flops() - matching) // 2, matching // 2)

@@ -182,6 +182,7 @@ def training_memory(model: nn.Module, x: Tensor) -> int:
 
 def _peak(call: Callable[[], Any], device: torch.device) -> int:
     if device.type == "cuda":
+        call()  # the first call of a kind allocates workspaces that stay
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()

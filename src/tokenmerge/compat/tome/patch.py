@@ -39,6 +39,7 @@ def _patcher(*families: str) -> Callable[..., api.Handle]:
             "class_token": prefix >= 1,
             "distill_token": prefix >= 2,
         }
+        handle.followers.append(_Follower(model))
         hooks = [model.register_forward_pre_hook(_read_settings), model.register_forward_hook(_write_info)]
         handle.on_remove(_Cleanup(model, hooks))
         return handle
@@ -66,6 +67,18 @@ def _write_info(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def _source(groups: Tensor, tokens: int) -> Tensor:  # [B, N] -> [B, M, N]
     slots = torch.arange(tokens, device=groups.device)[None, :, None]
     return (groups[:, None, :] == slots).float()
+
+
+class _Follower:
+    """Sets `model.r` and the info to what was set on the handle: of the two surfaces the last word counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> None:
+        handle = api.handle_of(self.model)
+        self.model.__dict__["r"] = handle.r
+        self.model.__dict__["_tome_info"]["trace_source"] = handle.track
 
 
 class _Cleanup:

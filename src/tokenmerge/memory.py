@@ -1,0 +1,46 @@
+"""Remember something about tokens for as long as the memory they lie in is held, whoever holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["carry", "recall", "remember"]
+
+_NAME = "_tokenmerge"
+
+
+def remember(x: Tensor, thing: Any) -> None:
+    """Note `thing` with the memory of `x`: views, detached tensors and what a checkpoint saves share it."""
+    owner = _owner(x)
+    if owner is not None:
+        setattr(owner, _NAME, (thing, _geometry(x)))
+
+
+def recall(x: Tensor) -> tuple[Any, bool]:
+    """Return what was last noted with the memory of `x`, None for nothing, and whether `x` lies there as it did."""
+    thing, geometry = getattr(_owner(x), _NAME, (None, None))
+    return thing, thing is not None and geometry == _geometry(x)
+
+
+def carry(x: Tensor, other: Tensor) -> None:
+    """Note with `other` what is noted with `x`: it holds the same tokens in an order that whoever reads it knows."""
+    thing, is_same = recall(x)
+    if is_same:
+        remember(other, thing)
+
+
+def _owner(x: Tensor) -> Any:
+    # torch keeps the Python object of a storage for as long as the storage lives
+    try:
+        return x.untyped_storage() if isinstance(x, Tensor) else None  # torch.fx traces with proxies
+    except (RuntimeError, NotImplementedError):  # wrappers of functorch have no memory of their own
+        return x
+
+
+def _geometry(x: Tensor) -> tuple[Any, ...]:
+    try:
+        return x.shape, x.stride(), x.storage_offset()
+    except RuntimeError:  # wrappers of functorch
+        return (x.shape,)

@@ -1,0 +1,547 @@
+"""What people do with their models: after each life a patched model is right, or refuses with an error of our own.
+
+A life is one function. It is given a `Model`, lives on it, and returns. `Model.check` runs it and compares the answer
+with the group-mean simulation, or, where there is none, with the model as it is now, patched afresh. Adding a life is
+adding a function with `@life`.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import tokenmerge
+from helpers import answer, assert_close, bound_attributes, randomised, run_in_threads
+from tokenmerge.adapters import ADAPTERS
+from tokenmerge.adapters.base import Adapter
+from tokenmerge.errors import TokenMergeError, UnsupportedError
+
+TOLERANCE = 2e-5
+# blocks that run in windows leave no groups to simulate with
+FAMILIES = {adapter.name: adapter for adapter in ADAPTERS}
+
+
+class Model:
+    """A randomised tiny model of a family, and an input for it."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        torch.manual_seed(0)
+        self.module, self.x = adapter.tiny()
+        randomised(self.module)
+        self.x = torch.cat((self.x, torch.randn_like(self.x)))[:2]
+        self.adapter = tokenmerge.adapters.find(self.module)
+
+    def patch(self, **options: Any) -> tokenmerge.Handle:
+        self.handle = tokenmerge.patch(self.module, **{"r": 2, "track": True, **options})
+        return self.handle
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for _, block in self.adapter.blocks(self.module)]
+
+    @property
+    def attentions(self) -> list[tuple[nn.Module, str]]:
+        """Each block with the name of its attention, where it has one module of it."""
+        specs = [(block, getattr(self.adapter.spec(block), "attn", "")) for block in self.blocks]
+        return [(block, name) for block, name in specs if name and isinstance(getattr(block, name, None), nn.Module)]
+
+    def run(self, x: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            return answer(self.module(self.x if x is None else x)).clone()
+
+    def check(self) -> None:
+        """Compare a forward with what it should be; an error of our own is an answer too."""
+        try:
+            merged = self.run()
+        except TokenMergeError as error:
+            assert len(str(error)) > 40
+            self.handle.remove()
+            return
+        handle = self.handle
+        assert handle.has_merged
+        groups, positions = handle.groups, handle.positions
+        is_proportional, config = handle.report().prop_attn, handle.config
+        handle.remove()
+        assert bound_attributes_of(self.module) == []
+        try:
+            if not is_proportional:
+                raise UnsupportedError("the simulation is of proportional attention")
+            expected = answer(tokenmerge.simulate(self.module, groups, self.x, positions=positions))
+        except UnsupportedError:
+            with tokenmerge.patched(self.module, config):
+                expected = self.run()
+        assert_close(merged, expected, TOLERANCE)
+        assert (expected - self.run()).abs().max() > 1e-6, "merging changed nothing"
+
+
+def bound_attributes_of(module: nn.Module) -> list[str]:
+    return [name for inner in module.modules() for name in inner.__dict__ if "tokenmerge" in name]
+
+
+LIVES: dict[str, Callable[[Model], None]] = {}
+
+
+def life(function: Callable[[Model], None]) -> Callable[[Model], None]:
+    LIVES[function.__name__] = function
+    return function
+
+
+@life
+def plain(model: Model) -> None:
+    model.patch()
+    model.check()
+
+
+@life
+def subclassed_to_do_nothing(model: Model) -> None:
+    class Own(type(model.module)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model.module.__class__ = Own
+    model.patch()
+    model.check()
+
+
+@life
+def subclassed_to_pool_by_itself(model: Model) -> None:
+    """Every token that leaves the last block counts in the answer."""
+    seen: list[Tensor] = []
+    last = model.blocks[-1]
+
+    class Own(type(model.module)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            seen.clear()
+            out = answer(super().forward(*args, **kwargs))
+            return out.flatten(1)[:, :8].sum(1, keepdim=True) + seen[0].flatten(1).mean(1, keepdim=True)
+
+    last.register_forward_hook(lambda module, args, out: seen.append(answer(out)))
+    model.module.__class__ = Own
+    model.patch()
+    model.check()
+
+
+@life
+def attention_wrapped_after(model: Model) -> None:
+    model.patch()
+    for block, name in model.attentions:
+        setattr(block, name, Doubled(getattr(block, name)))
+    model.check()
+
+
+@life
+def attention_wrapped_before(model: Model) -> None:
+    attentions = model.attentions
+    for block, name in attentions:
+        setattr(block, name, Doubled(getattr(block, name)))
+    before = model.run() if attentions else None
+    try:
+        model.patch()
+    except TokenMergeError:
+        assert before is not None and torch.equal(model.run(), before) and bound_attributes_of(model.module) == []
+        return
+    model.check()
+
+
+class Doubled(nn.Module):
+    """An attention whose answer is doubled."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.inner = attn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(*args, **kwargs)
+        return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+
+def _set_block(model: Model, layer: int, block: nn.Module | None) -> None:
+    name = model.adapter.blocks(model.module)[layer][0]
+    parent = model.module.get_submodule(name.rpartition(".")[0])
+    if block is None:
+        del parent._modules[name.rpartition(".")[2]]
+    else:
+        parent._modules[name.rpartition(".")[2]] = block
+
+
+@life
+def a_block_replaced_after(model: Model) -> None:
+    other = copy.deepcopy(model.blocks[1])
+    model.patch()
+    _set_block(model, 1, other)
+    model.check()
+
+
+@life
+def the_last_block_cut_after(model: Model) -> None:
+    model.patch()
+    _set_block(model, -1, None)
+    try:
+        model.run()
+    except TokenMergeError:
+        return
+    except Exception:  # the host may count its blocks
+        model.handle.remove()
+        with pytest.raises(Exception, match=""):
+            model.run()
+        return
+    model.check()
+
+
+@life
+def a_block_replaced_by_nothing_after(model: Model) -> None:
+    model.patch()
+    _set_block(model, 2, _Nothing())
+    model.check()
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+
+@life
+def blocks_swapped_after(model: Model) -> None:
+    first, second = model.blocks[:2]
+    model.patch()
+    _set_block(model, 0, second)
+    _set_block(model, 1, first)
+    model.check()
+
+
+@life
+def linears_with_lora_after(model: Model) -> None:
+    model.patch()
+    _add_lora(model)
+    model.check()
+
+
+@life
+def linears_with_lora_before(model: Model) -> None:
+    _add_lora(model)
+    model.patch()
+    model.check()
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:  # as PEFT's has
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def _add_lora(model: Model) -> None:
+    for block in model.blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                # what torch's own attention holds is a subclass of Linear, and used by its weight
+                if type(child) is nn.Linear and not isinstance(module, LoRA):
+                    setattr(module, name, LoRA(child))
+
+
+@life
+def pruned_before(model: Model) -> None:
+    _prune(model)
+    model.patch()
+    model.check()
+
+
+@life
+def pruned_after(model: Model) -> None:
+    model.patch()
+    _prune(model)
+    model.check()
+
+
+def _prune(model: Model) -> None:
+    for block in model.blocks:
+        for module in list(block.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dim() == 2 and name in ("weight", "in_proj_weight"):
+                    prune.l1_unstructured(module, name, 0.3)
+
+
+@life
+def hooks_that_look(model: Model) -> None:
+    """Every module in a block is called as often as without merging."""
+    calls: dict[str, int] = {}
+    for name, module in model.module.named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    model.run()
+    unmerged = dict(calls)
+    calls.clear()
+    model.patch()
+    assert calls == {}, "patch() runs the hooks of its user"
+    model.run()
+    assert calls == unmerged
+
+
+@life
+def hooks_that_change_what_blocks_put_out(model: Model) -> None:
+    def shift(module: nn.Module, args: Any, out: Any) -> Any:
+        return (out[0] + 0.5, *out[1:]) if isinstance(out, tuple) else out + 0.5
+
+    for block in model.blocks:
+        block.register_forward_hook(shift)
+    model.patch()
+    model.check()
+
+
+@life
+def a_block_alone(model: Model) -> None:
+    """A block that gives an answer gives the same one, whatever else has run."""
+    entered: list[Any] = []
+    hook = model.blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append((args, kwargs)), with_kwargs=True
+    )
+    model.patch()
+    model.run()
+    hook.remove()
+    args, kwargs = entered[0]
+    answers = []
+    for _ in range(2):
+        with torch.no_grad():
+            answers.append(answer(model.blocks[1](*args, **kwargs)).clone())
+        model.run(model.x.flip(0) * 0.5)
+    assert torch.equal(*answers)
+    copied = (args[0].clone(), *args[1:]) if args else args
+    try:
+        with torch.no_grad():
+            alone = answer(model.blocks[1](*copied, **kwargs))
+    except TokenMergeError:
+        return
+    assert alone.shape[1] >= answers[0].shape[1]
+
+
+@life
+def interleaved_halves(model: Model) -> None:
+    """Another forward between the blocks of one changes nothing in it."""
+    model.patch()
+    expected = model.run()
+    other, is_inside = model.x.flip(0) * 0.5, []
+
+    def run_another(module: nn.Module, args: Any) -> None:
+        if not is_inside:
+            is_inside.append(True)
+            model.run(other)
+
+    model.blocks[2].register_forward_pre_hook(run_another)
+    assert_close(model.run(), expected, 1e-6)
+
+
+@life
+def an_empty_batch(model: Model) -> None:
+    try:
+        expected = model.run(model.x[:0])
+    except Exception:
+        return  # the host does not take it
+    model.patch()
+    assert model.run(model.x[:0]).shape == expected.shape
+    model.check()
+
+
+@life
+def another_default_dtype(model: Model) -> None:
+    model.patch()
+    expected = model.run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert_close(model.run(), expected, 1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@life
+def another_dtype_after(model: Model) -> None:
+    model.patch()
+    model.module.double()
+    model.x = model.x.double()
+    model.check()
+
+
+@life
+def copied_while_disabled(model: Model) -> None:
+    model.patch()
+    expected = model.run()
+    with model.handle.disabled():
+        twin = copy.deepcopy(model.module)
+    with torch.no_grad():
+        assert torch.equal(answer(twin(model.x)), expected)
+
+
+@life
+def a_part_copied(model: Model) -> None:
+    """A copy of the blocks has no handle, and can be taken out of merging."""
+    name = model.adapter.blocks(model.module)[0][0].rpartition(".")[0]
+    before = [sorted(module.__dict__) for module in model.module.get_submodule(name).modules()]
+    model.patch()
+    part = copy.deepcopy(model.module.get_submodule(name))
+    with pytest.raises(tokenmerge.errors.NotPatchedError, match="part of a patched model"):
+        tokenmerge.handle_of(part)
+    tokenmerge.unpatch(part)
+    assert [sorted(module.__dict__) for module in part.modules()] == before
+    with pytest.raises(tokenmerge.errors.NotPatchedError, match="part of a patched model"):
+        tokenmerge.unpatch(model.module.get_submodule(name))
+    model.check()
+
+
+@life
+def pickled(model: Model) -> None:
+    model.patch()
+    expected = model.run()
+    file = io.BytesIO()
+    torch.save(model.module, file)
+    file.seek(0)
+    model.module = torch.load(file, weights_only=False)
+    assert torch.equal(model.run(), expected)
+    model.handle = tokenmerge.handle_of(model.module)
+    model.check()
+
+
+@life
+def removed_twice(model: Model) -> None:
+    first = model.patch()
+    first.remove()
+    second = model.patch()
+    with pytest.raises(tokenmerge.errors.NotPatchedError, match="was taken out"):
+        first.remove()
+    assert tokenmerge.handle_of(model.module) is second
+    model.check()
+
+
+@life
+def wrapped_and_unwrapped_by_accelerate(model: Model) -> None:
+    from accelerate import Accelerator
+
+    model.patch()
+    expected = model.run()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = accelerator.prepare(model.module)
+    model.module = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    assert_close(model.run(), expected, 1e-6)
+
+
+@life
+def four_threads_and_their_own_images(model: Model) -> None:
+    model.patch()
+    images = [model.x * (i + 1) for i in range(4)]
+    expected = [model.run(x) for x in images]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            if not torch.equal(model.run(images[i]), expected[i]):
+                wrong.append(i)
+
+    run_in_threads(work, 4)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", LIVES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_life(family: str, name: str) -> None:
+    LIVES[name](Model(FAMILIES[family]))
+
+
+# a trace takes seconds: a family for each way of merging
+COMPILED = ("timm_vit", "hf_vit", "swag", "hf_whisper", "timm_sam")
+
+
+@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("start", [0, 2], ids=["all", "half"])
+def test_blocks_compiled_one_by_one(family: str, start: int) -> None:
+    torch._dynamo.reset()
+    model = Model(FAMILIES[family])
+    model.patch()
+    expected = [model.run(), model.run(model.x.flip(0) * 0.5)]
+    for block in model.blocks[start:]:
+        block.compile(backend="eager")
+    for x, right in zip((model.x, model.x.flip(0) * 0.5, model.x), (*expected, expected[0]), strict=True):
+        assert_close(model.run(x), right, 1e-6)
+
+
+def test_a_graph_that_breaks_and_an_eager_forward_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    model = Model(FAMILIES["timm_vit"])
+    model.patch()
+    expected = model.run()
+    model.run(model.x.flip(0) * 0.5)
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, out: print("a graph cannot hold this"))
+    compiled = torch.compile(model.module, backend="eager")
+    with torch.no_grad():
+        assert_close(compiled(model.x), expected, 1e-6)
+    assert "cannot hold" in capsys.readouterr().out
+
+
+def test_compiled_blocks_in_threads() -> None:
+    torch._dynamo.reset()
+    model = Model(FAMILIES["timm_vit"])
+    model.patch()
+    images = [model.x * (i + 1) for i in range(4)]
+    expected = [model.run(x) for x in images]
+    for block in model.blocks:
+        block.compile(backend="eager", dynamic=False)
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if (model.run(images[i]) - expected[i]).abs().max() > 1e-4:
+                wrong.append(i)
+
+    run_in_threads(work, 4)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("others", [0, 3, 5, 9])
+@pytest.mark.parametrize("family", ["timm_vit", "hf_vit"])
+def test_checkpoints_find_the_sizes_of_their_own_forward(family: str, others: int) -> None:
+    model = Model(FAMILIES[family])
+    model.patch()
+    model.module.train()
+
+    def gradients() -> list[Tensor]:
+        model.module.zero_grad()
+        torch.manual_seed(0)
+        loss = answer(model.module(model.x)).square().sum()
+        for i in range(others):
+            model.module(model.x.flip(0) * (i + 1))
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.module.parameters() if parameter.grad is not None]
+
+    right = gradients()
+    if family == "timm_vit":
+        model.module.set_grad_checkpointing()
+    else:
+        model.module.gradient_checkpointing_enable()
+    for got, expected in zip(gradients(), right, strict=True):
+        assert_close(got, expected, 1e-5)
+
+
+def test_leaves_nothing_behind() -> None:
+    model = Model(FAMILIES["timm_vit"])
+    before = bound_attributes(model.module)
+    model.patch()
+    model.handle.remove()
+    assert bound_attributes(model.module) == before and bound_attributes_of(model.module) == []
