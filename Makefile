@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench ablation auto zoo train training support hosts clean
+.PHONY: demo test check asan bench ablation auto zoo train training support hosts clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ test: .venv/ready
 
 check: .venv/ready
 	scripts/check
+
+# the part in C++ under AddressSanitizer and UBSan
+asan: .venv/ready
+	scripts/asan
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/run.py

@@ -18,7 +18,7 @@ import tokenmerge
 from helpers import tiny_vit
 from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
-from tokenmerge.cli import main
+from tokenmerge.cli import main as run_command
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools import data as data_module
@@ -29,6 +29,12 @@ from tokenmerge.tools.compare import Comparison
 from tokenmerge.tools.data import normalise
 
 Capture = pytest.CaptureFixture[str]
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the saved models of these tests are pickles that it may load."""
+    trust = ["--trust-pickle"] if any(argument.endswith(".pt") for argument in arguments) else []
+    return run_command([*arguments, *trust])
 
 
 @pytest.fixture(scope="module")
@@ -714,3 +720,52 @@ def test_an_interruption_ends_with_130(capsys: Capture, monkeypatch: pytest.Monk
     monkeypatch.setattr(models_module, "load_model", interrupt)
     assert main(["bench", "reference"]) == 130
     assert capsys.readouterr().err == "tokenmerge: interrupted, nothing more was written.\n"
+
+
+def test_the_version_is_said(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0 and capsys.readouterr().out == f"tokenmerge {tokenmerge.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--input-size", "3", "-32", "32"], "input_size is (3, -32, 32); give channels, height and width"),
+        (["-b", "99999999999", "-r", "0", "--rounds", "1"], "the memory is too small for this"),
+        (["--method", "x" * 5000], "no method 'xxx"),
+        (["--method", "tome(seed=" + "(" * 3000], "is no method"),
+    ],
+    ids=["size", "memory", "name", "brackets"],
+)
+def test_mistakes_beyond_all_measure_are_one_sentence(capsys: Capture, arguments: list[str], text: str) -> None:
+    _expect_failure(capsys, ["bench", "reference", *arguments], text)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "local-dir:missing", "/dev/null"])
+def test_names_that_are_no_model_are_one_sentence(capsys: Capture, name: str) -> None:
+    _expect_failure(capsys, ["doctor", name])
+
+
+def test_output_that_cannot_be_written_is_one_sentence_or_none() -> None:
+    command = [sys.executable, "-m", "tokenmerge.cli", "list", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout is not None and done.stderr is not None
+        done.stdout.close()  # who reads it has gone
+        assert done.stderr.read() == b""
+    assert done.returncode == 141
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (ended.returncode, ended.stderr) == (2, "tokenmerge: No space left on device.\n")
+
+
+def test_rows_are_shown_though_they_cannot_be_written(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "rows.csv")
+
+    monkeypatch.setattr("tokenmerge.tools.results.write_file", full)
+    monkeypatch.setattr(bench_module, "bench", lambda *args, **options: Bench([{"r": 0}], {"torch": "2"}))
+    assert main(["bench", "reference", "--out", "rows.csv"]) == 2
+    out, err = capsys.readouterr()
+    assert "| r  |" in out and err.splitlines()[-1] == "tokenmerge: No space left on device (rows.csv)."

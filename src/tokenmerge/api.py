@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Handle:
     @property
     def r(self) -> R:
         """What is removed per block, in any form that `patch` takes; set it at any time, 0 switches merging off."""
-        return self._config.r
+        return list(self._config.r) if isinstance(self._config.r, list) else self._config.r
 
     @r.setter
     def r(self, value: R) -> None:
@@ -98,8 +98,8 @@ class Handle:
 
     @track.setter
     def track(self, value: bool) -> None:
-        self._config = dataclasses.replace(self._config, track=bool(value))
-        self._state.track = bool(value)
+        self._config = dataclasses.replace(self._config, track=value)
+        self._state.track = value
         for follow in self.followers:
             follow()
 
@@ -365,8 +365,9 @@ def unpatch(model: nn.Module) -> None:
     handle = handle_of(model)
     del model.__dict__[_ATTRIBUTE]
     handle._attachment.undo()
-    for action in handle._actions:
-        action()
+    with ExitStack() as actions:  # all of them, in order, though one may raise
+        for action in reversed(handle._actions):
+            actions.callback(action)
 
 
 def handle_of(model: nn.Module) -> Handle:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenmerge.errors import InvalidScheduleError
 
-__all__ = ["Amount", "R", "Schedule", "parse_r"]
+__all__ = ["Amount", "R", "Schedule", "parse_r", "plain"]
 
 Amount = int | float | Callable[[int, int], int]
 R = Amount | Sequence[int | float] | tuple[int | float, float]
@@ -99,6 +99,22 @@ def parse_r(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[int
     return counts
 
 
+def plain(r: R) -> R:
+    """Return any allowed form of `r` as numbers of Python's own, in a list of its own; raises `InvalidScheduleError`.
+
+    >>> plain([8, 0.0])
+    [8, 0]
+    """
+    if callable(r):
+        return r
+    if isinstance(r, tuple):
+        _inflected(r, 1)
+        return int(r[0]), float(r[1])
+    if isinstance(r, Sequence) and not isinstance(r, str):
+        return [_entry(entry) for entry in r]
+    return _amount(r)
+
+
 def _amounts(r: R, depth: int) -> tuple[Amount, ...]:
     if callable(r):
         return (r,) * depth
@@ -107,7 +123,7 @@ def _amounts(r: R, depth: int) -> tuple[Amount, ...]:
     if isinstance(r, Sequence) and not isinstance(r, str):
         if len(r) > depth:
             raise InvalidScheduleError(f"r has {len(r)} entries, the model has {depth} blocks. {_ALLOWED}")
-        return tuple(_amount(entry) for entry in r) + (0,) * (depth - len(r))
+        return tuple(_entry(entry) for entry in r) + (0,) * (depth - len(r))
     return (_amount(r),) * depth
 
 
@@ -125,6 +141,12 @@ def _inflected(pair: tuple[Any, ...], depth: int) -> list[int]:
     last = 2 * r - first
     step = (last - first) / max(1, depth - 1)
     return [int(first + step * layer) for layer in range(depth)]
+
+
+def _entry(value: Any) -> int | float:
+    """In a list of shares, no share is written 0.0."""
+    is_nothing = isinstance(value, Real) and not isinstance(value, bool) and value == 0
+    return 0 if is_nothing else _amount(value)
 
 
 def _amount(value: Any) -> int | float:

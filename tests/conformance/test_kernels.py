@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import flex_attention
 
 import third_opinion
@@ -148,6 +149,77 @@ def test_of_equal_scores_the_first_place_wins(run: Callable[..., Any], prefix: i
         pairs = list(zip(src[image].tolist(), dst[image].tolist(), strict=True))
         groups = [[token] + [i for i, slot in pairs if slot == m] for m, token in enumerate(keep[image].tolist())]
         assert groups == third_opinion.bipartite(metric[image].numpy(), 15, prefix)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("members", [2, 10, 100, 401])
+def test_large_groups_keep_their_mean(members: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(1, 401, 64) + 2).to(dtype)[:, :members]
+    keep, src = torch.tensor([[0]]), torch.arange(1, members)[None]
+    plan = keep, src, torch.zeros_like(src)
+    mean = x.double().mean(dim=1)
+    error = (cpu.merge(x, None, *plan, None)[0][:, 0].double() - mean).abs().max()
+    # halves: one rounding, of the mean itself
+    assert error <= (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * mean.abs().max())
+
+
+@needs_native
+def test_a_view_that_is_negated_later_is_what_it_stands_for() -> None:
+    negated = torch._neg_view(torch.randn(2, 17, 8))
+    plan = kernels.bipartite(negated, 5, 1)
+    assert all(torch.equal(*pair) for pair in zip(plan, reference.bipartite(negated, 5, 1), strict=True))
+    assert_close(kernels.merge(negated, None, *plan)[0], reference.merge(negated, None, *plan)[0])
+
+
+@needs_native
+def test_tokens_that_are_no_numbers_match_as_in_the_reference() -> None:
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
+    for case in range(40):
+        metric = torch.randn(2, 2, 20 + 7 * case, 5 + case)
+        places = [torch.randint(length, (case % 4,)) for length in metric.shape]
+        metric[tuple(places)] = odd[torch.randint(4, (case % 4,))]
+        got, expected = cpu.bipartite(metric, 5 + case, 1), reference.bipartite(metric, 5 + case, 1)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    metric = torch.full((2, 1, 40, 8), float("nan"))
+    got, expected = cpu.bipartite(metric, 9, 2), reference.bipartite(metric, 9, 2)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("tangent_of", ["input", "weight"])
+def test_derivatives_in_forward_mode_are_those_of_the_reference(tangent_of: str, trains: bool) -> None:
+    model, x = tiny_vit().requires_grad_(trains), torch.randn(2, 3, 32, 32)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # torch's fused attention knows no forward mode
+    patch(model, r=8)
+    weight = model.patch_embed.proj.weight
+    direction = torch.randn_like(x if tangent_of == "input" else weight)
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            if tangent_of == "input":
+                out = model(forward_ad.make_dual(x, direction))
+            else:
+                dual = forward_ad.make_dual(weight.detach(), direction)
+                out = torch.nn.utils.stateless._functional_call(model, {"patch_embed.proj.weight": dual}, (x,))
+            found: Tensor = forward_ad.unpack_dual(out).tangent
+            return found.detach()
+
+    got = tangent()
+    with kernels.force("reference"):
+        expected = tangent()
+    assert expected.abs().max() > 1e-3
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_matching_refuses_more_than_half_of_the_others(name: str) -> None:
+    if name == "cpu" and cpu._LIBRARY is None:
+        pytest.skip("the part in C++ was not built: no compiler")
+    for r, prefix in ((9, 0), (8, 2), (-1, 0), (1, -1), (0, 18)):
+        with kernels.force(name), pytest.raises(UnsupportedError, match="removes at most half of the others"):
+            kernels.bipartite(torch.randn(1, 17, 4), r, prefix)
 
 
 @needs_native

@@ -39,7 +39,7 @@ def _model() -> nn.Module:
 
 def test_rows_of_a_saved_model(tmp_path: Path) -> None:
     torch.save(_model(), tmp_path / "tiny.pt")
-    model = load_model(str(tmp_path / "tiny.pt"))
+    model = load_model(str(tmp_path / "tiny.pt"), trust_pickle=True)
     result = bench(model, rs=(0, 32, (16, -1.0)), batches=(1, 2), rounds=1, label="tiny")
     assert [list(row) for row in result.rows] == [COLUMNS] * 6
     assert [(row["batch"], row["r"]) for row in result.rows] == [

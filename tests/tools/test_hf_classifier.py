@@ -165,7 +165,7 @@ def test_where_the_preprocessing_comes_from(files: Files, tmp_path: Path, capsys
         options = ["--mean", 0.5, "--std", 0.5, "--resize", 32, 32] if given == "options" else []
         if given == "beside":
             processor.save_pretrained(tmp_path)
-        content = _json(capsys, "eval", saved, *_data(files), "-r", 0, *options)
+        content = _json(capsys, "eval", saved, "--trust-pickle", *_data(files), "-r", 0, *options)
         rows, notes = content["rows"], content["notes"]
     if given == "nothing":
         assert (
@@ -222,7 +222,7 @@ def _steady(model: nn.Module) -> nn.Module:
 
 
 OTHERS = {
-    "clip": (_clip, "24", "shorter side 32, middle 32 x 32, bicubic, mean 0.4 0.5 0.6, std 0.2", ()),
+    "clip": (_clip, "24", "shorter side 32, middle 32 x 32, bicubic, mean 0.4 0.5 0.6, std 0.2", ("--trust-pickle",)),
     "dense": (_dense, "64 x 64", "resize 32 x 32, bicubic, mean 0.5, std 0.5", ("--restore", "dense")),
 }
 
@@ -300,6 +300,7 @@ def test_the_exported_classifier_counts_as_the_merged_one(files: Files, tmp_path
 def test_train_refuses_what_is_no_classifier(files: Files, tmp_path: Path, capsys: Capture, kind: str) -> None:
     model = OTHERS[kind][0](tmp_path)
     source = [f"model.name={model}", f"data.source=folder:{files.images}", "data.size=[3, 32, 32]", "merge.r=2"]
-    assert main(["train", "finetune", "--out", str(tmp_path / "run"), "--set", *source]) == 2
+    arguments = ["train", "finetune", "--trust-pickle", "--out", str(tmp_path / "run"), "--set", *source]
+    assert main(arguments) == 2
     assert "the data has 10 classes, the model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

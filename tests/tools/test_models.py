@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from torch import nn
 import tokenmerge
 from helpers import tiny_vit
 from tokenmerge import MergeConfig, methods
+from tokenmerge.cli import main
 from tokenmerge.errors import ConfigError, DataError, InvalidScheduleError, UnknownNameError, UnsupportedError
 from tokenmerge.tools.models import Trained, apply_method, find_device, load_model, own_r, read_method, shared_copy
+from tokenmerge.training.loop import train
+from tokenmerge.training.recipe import read_recipe
 
 
 @pytest.mark.parametrize(
@@ -81,14 +86,14 @@ def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*: give a timm name"):
-        load_model(str(tmp_path))
+        load_model(str(tmp_path), trust_pickle=True)
 
 
 def test_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     torch.save(nn.Linear(2, 2).state_dict(), path)
     with pytest.raises(DataError, match=r"state\.pt holds a OrderedDict, not a module.*a state dict alone"):
-        load_model(str(path))
+        load_model(str(path), trust_pickle=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x04cnowhere.module\nThing\n."])
@@ -96,7 +101,54 @@ def test_no_pickle(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.pt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"broken\.pt cannot be read as a saved module: \w+: "):
-        load_model(str(path))
+        load_model(str(path), trust_pickle=True)
+
+
+class _Bomb:
+    """Says that it was unpickled, by a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["torch", "plain"]
+)
+def test_a_pickle_runs_nothing_unless_it_is_trusted(tmp_path: Path, write: Any) -> None:
+    write(_Bomb(tmp_path / "bang"), tmp_path / "model.pt")
+    with pytest.raises(DataError, match=r"model\.pt is a pickle, .* would run .*: --trust-pickle .* trust_pickle=True"):
+        load_model(str(tmp_path / "model.pt"))
+    assert not (tmp_path / "bang").exists()
+    with pytest.raises(DataError, match=r"cannot be read|not a module"):
+        load_model(str(tmp_path / "model.pt"), trust_pickle=True)
+    assert (tmp_path / "bang").exists(), "the test's pickle is one that would have run"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "{run}/model.pt"},
+        {"name": "vit_tiny_patch16_224", "options": {"checkpoint_path": "{run}/model.pt"}},
+        {"name": "vit_tiny_patch16_224", "options": {"pretrained_cfg_overlay": {"file": "{run}/model.pt"}}},
+    ],
+    ids=["name", "checkpoint", "overlay"],
+)
+def test_a_runs_folder_names_no_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(_Bomb(tmp_path / "bang"), run / "model.pt")
+    text = json.dumps({"steps": 1, "model": model}).replace("{run}", str(run))
+    (run / "recipe.json").write_text(text)
+    (run / "model.json").write_text(json.dumps({"size": [3, 224, 224], "classes": ["a", "b"]}))
+    (run / "model.safetensors").write_bytes(b"")
+    assert main(["doctor", str(run)]) == 2
+    assert "--trust-pickle" in capsys.readouterr().err
+    with pytest.raises(DataError, match="trust_pickle=True"):
+        train(read_recipe(run / "recipe.json"), tmp_path / "other")
+    assert not (tmp_path / "bang").exists() and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model"], ids=["suffix", "no-suffix"])
@@ -104,7 +156,7 @@ def test_saved_module(tmp_path: Path, name: str) -> None:
     model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
     expected = model(x)
     torch.save(model.train(), tmp_path / name)
-    loaded = load_model(str(tmp_path / name))
+    loaded = load_model(str(tmp_path / name), trust_pickle=True)
     assert not loaded.training
     assert torch.equal(loaded(x), expected)
 

@@ -8,10 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tokenmerge import __version__
 from tokenmerge.cli import train
+from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
 from tokenmerge.cli.options import calibration_of, method_of, model_and_data, preparation_of, preparing_arguments
 
@@ -19,28 +22,25 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns the exit code: 0, 1 where a check failed, 2 for a mistake in what was asked."""
+    """Run one sub-command and return the exit code, see `ended`."""
     # silences kineto's start-up lines on stderr; read by torch when it loads
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     given = sys.argv[1:] if argv is None else list(argv)
     # what `train` starts again in several processes
-    arguments = _parser().parse_args(given, argparse.Namespace(given=given))
-    from tokenmerge.errors import TokenMergeError
+    arguments = argparse.Namespace(given=given)
 
-    try:
+    def run() -> int:
+        _parser().parse_args(given, arguments)
         return int(arguments.run(arguments))
-    except TokenMergeError as error:
-        print(f"tokenmerge: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"tokenmerge: interrupted, {getattr(arguments, 'left', 'nothing more was written')}.", file=sys.stderr)
-        return 130
+
+    return ended(run, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenmerge", description="Make vision transformers faster by merging similar tokens, and see what it did."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "the bundled model on the bundled images, for several r")
     demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         _doctor,
         "check a model: is it supported, are the results exact, is it faster, what is limited",
     )
-    doctor.add_argument("model", help=_MODEL_HELP)
+    _model_argument(doctor)
     doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
     doctor.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
@@ -75,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 _R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 _MODEL_HELP = (
-    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (a pickle: trust "
-    "it), a folder of `tokenmerge train`, or 'reference'"
+    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (with "
+    "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
 )
+_TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
 _METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
     "`tokenmerge train`, or auto"
@@ -112,7 +113,7 @@ def _bench_parser(commands: Any) -> None:
 
 def _export_parser(commands: Any) -> None:
     export = _command(commands, "export", _export, "write a merged model for another engine, checked in that engine")
-    export.add_argument("model", help=_MODEL_HELP)
+    _model_argument(export)
     export.add_argument("-r", type=_r, help=f"{_R_HELP} (that of a saved method, else 8)")
     export.add_argument("--to", required=True, help="onnx, openvino or torch-export")
     export.add_argument("--out", help="the file to write (the model's name, in this folder)")
@@ -124,8 +125,13 @@ def _export_parser(commands: Any) -> None:
     export.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
     parser.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (that of a saved method, else 0 8 16)")
     _method_arguments(parser)
 
@@ -147,7 +153,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _compare_parser(commands: Any) -> None:
     compare = _command(commands, "compare", _compare, "methods on one model side by side: a table, a plot and a page")
-    compare.add_argument("model", help=_MODEL_HELP)
+    _model_argument(compare)
     compare.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or each {_METHOD_HELP}")
     amounts = compare.add_mutually_exclusive_group()
     amounts.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (8 13 16)")
@@ -203,7 +209,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
-    model = open_model(arguments.model)
+    model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
     with Progress("rounds") as progress:
         result = bench(
             model,
@@ -295,7 +301,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.doctor import examine
 
-    model = open_model(arguments.model)
+    model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
     diagnosis = examine(
         model,
         r=arguments.r,
@@ -324,7 +330,7 @@ def _export(arguments: argparse.Namespace) -> int:
     suffix = find_target(arguments.to).suffix
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
-    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
+    model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
     if "_tokenmerge_handle" in model.__dict__ and arguments.r is None and arguments.method == "tome":
         r = method = None  # it has its own
     found = export(
@@ -379,12 +385,14 @@ def _print(
 ) -> None:
     from tokenmerge.tools.results import save_rows, show
 
-    if out is not None:
-        save_rows(out, rows, about, notes)
-    if arguments.json:
-        print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
-        return
-    show(rows, title, wide=arguments.wide)
-    for note in notes:
-        print(note)
-    print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))
+    with ExitStack() as after:
+        if out is not None:
+            # at the end, whatever becomes of the other: a disk that is full, or a reader who has left
+            after.callback(save_rows, out, rows, about, notes)
+        if arguments.json:
+            print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
+            return
+        show(rows, title, wide=arguments.wide)
+        for note in notes:
+            print(note)
+        print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))

@@ -8,12 +8,14 @@ from typing import Any
 __all__ = ["open_model"]
 
 
-def open_model(name: str, *, pretrained: bool = False) -> Any:
+def open_model(name: str, *, pretrained: bool = False, trust_pickle: bool = False) -> Any:
     """Return the model of a name, nothing merged, in eval mode; raises what `tools.models.load_model` raises."""
-    if (Path(name) / "recipe.json").is_file():
+    from tokenmerge.files import is_file
+
+    if is_file(Path(name) / "recipe.json"):
         from tokenmerge.training.output import load
 
-        return load(name, merged=False)
+        return load(name, merged=False, trust_pickle=trust_pickle)
     from tokenmerge.tools.models import load_model
 
-    return load_model(name, pretrained=pretrained)
+    return load_model(name, pretrained=pretrained, trust_pickle=trust_pickle)

@@ -75,6 +75,6 @@ def model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
     check_source(arguments.data)
     if arguments.calibrate is not None:
         check_source(arguments.calibrate, "--calibrate")
-    model = open_model(arguments.model, pretrained=not arguments.no_pretrained)
+    model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
     options = {"batch_size": arguments.batch_size, "workers": arguments.workers, "limit": arguments.limit}
     return model, open_data(arguments.data, model, **options, **preparing(arguments))

@@ -17,6 +17,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     text = "change settings of the recipe, as merge.r=13 model.name=vit_small_patch16_224 data.source=folder:PATH"
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", dest="changes", help=text)
     parser.add_argument("--out", help="the run's folder: written, and gone on with (runs/RECIPE)")
+    text = "start from a saved module that is a pickle, which runs the code it holds"
+    parser.add_argument("--trust-pickle", action="store_true", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (a GPU where there is one)")
     parser.add_argument("--processes", type=int, help="train in so many processes of this machine, by torchrun")
     parser.add_argument("--port", type=int, help="on which these meet (one that is free)")
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         return launch(arguments.given, arguments.processes, arguments.port)
     is_first = os.environ.get("RANK", "0") == "0"
     with Progress("steps") if is_first else nullcontext() as progress:
-        rows = train(recipe, folder, device=arguments.device, progress=progress)
+        rows = train(recipe, folder, device=arguments.device, progress=progress, trust_pickle=arguments.trust_pickle)
     if not is_first:
         return 0
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
@@ -121,6 +122,12 @@ def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tens
     Keys `[B, H, N, D]`, whose heads are averaged, or one metric `[B, N, D]`, to `keep` `[B, N - r]`, `src` and `dst`
     `[B, r]` of a plan; `0 < r <= (N - prefix) // 2`. Of equal scores the first place wins.
     """
+    # not in a graph: what is symbolic there would be fixed by the comparison
+    if not torch.compiler.is_compiling() and not 0 <= r <= (metric.shape[-2] - prefix) // 2 <= metric.shape[-2] // 2:
+        raise UnsupportedError(
+            f"matching was asked to remove {r} of {metric.shape[-2]} tokens, of which {prefix} are protected; it "
+            "removes at most half of the others."
+        )
     plan: tuple[Tensor, Tensor, Tensor] = select("bipartite", metric).run(metric, r, prefix)
     return plan
 
@@ -223,11 +230,16 @@ def _wish() -> str:
 
 
 def _leaves_torch() -> bool:
-    """Say whether a graph is made for somewhere else, or by a tracer that knows torch's own operators only."""
+    """Say whether a graph is made for somewhere else, or by who knows torch's own operators only.
+
+    These are tracers, and derivatives in forward mode: where a dual level is open, any tensor may carry a tangent.
+    """
     if is_compiling():
         # torch 2.6 cannot tell export and compilation apart
         is_exporting: bool = getattr(torch.compiler, "is_exporting", lambda: True)()
         return is_exporting
+    if forward_ad._current_level >= 0:
+        return True
     return torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 

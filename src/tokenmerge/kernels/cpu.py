@@ -10,40 +10,49 @@ Shapes: B batch, H heads, N tokens in, M tokens out, R absorbed tokens, C channe
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenmerge.errors import UnsupportedError
 from tokenmerge.kernels import reference
 from tokenmerge.tracing import is_compiling
 
 __all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
 
-_INTERFACE = 1  # of native.cpp
+_INTERFACE = 2  # of native.cpp
+_WRONG_INDEX = 1
 _WIDEST = 1024
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _load() -> ctypes.CDLL | None:
-    """Load the build for this processor's vectors; None where it was not built or belongs to another version."""
+    """Load the build for this processor's vectors; None where it was not built or belongs to another version.
+
+    `TOKENMERGE_NATIVE_LIBRARY` names another build, as one with sanitizers: that one is loaded, or it is an error.
+    """
+    named = os.environ.get("TOKENMERGE_NATIVE_LIBRARY", "")
     # ours asks for OpenMP by name only and so shares the threads of torch's, which is loaded by now
     vectors = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "base")
-    path = Path(__file__).with_name(f"native.{vectors}.so")
-    if not path.exists():
+    path = Path(named) if named else Path(__file__).with_name(f"native.{vectors}.so")
+    library, reason = None, "no such file"
+    if path.exists():
+        try:
+            library, reason = ctypes.CDLL(str(path.resolve())), "it is of another version of tokenmerge"
+        except OSError as error:  # another platform's, or a torch without OpenMP
+            reason = str(error)
+    if library is None or library.tokenmerge_interface() != _INTERFACE:
+        if named:
+            raise UnsupportedError(f"TOKENMERGE_NATIVE_LIBRARY is {named}, which cannot be loaded: {reason}.")
         return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # another platform's, or a torch without OpenMP
-        return None
-    if library.tokenmerge_interface() != _INTERFACE:
-        return None
-    count, pointer, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    count, flag = ctypes.c_int64, ctypes.c_int
+    memory: list[Any] = [ctypes.c_void_p, count]
     library.tokenmerge_scratch.argtypes, library.tokenmerge_scratch.restype = [count] * 3, count
-    numbers: list[Any] = [pointer, flag, *[count] * 9, *[pointer] * 4, flag]
-    library.tokenmerge_bipartite.argtypes, library.tokenmerge_bipartite.restype = numbers, None
-    numbers = [*[pointer, count, count] * 2, flag, *[pointer] * 4, *[count] * 5, *[pointer] * 2, flag]
+    library.tokenmerge_bipartite.argtypes = [*memory, flag, *[count] * 9, *memory * 4, flag]
+    numbers = [*[*memory, count, count] * 2, flag, *memory * 4, *[count] * 5, *memory * 2, flag]
     library.tokenmerge_merge.argtypes = numbers
     return library
 
@@ -80,47 +89,72 @@ def merge(
 
 
 def _supports(x: Tensor) -> bool:
-    return _LIBRARY is not None and x.device.type == "cpu" and x.dtype in _DTYPES and type(x) is Tensor
+    is_plain = type(x) is Tensor and x.layout is torch.strided
+    return _LIBRARY is not None and x.is_cpu and x.dtype in _DTYPES and is_plain
 
 
 def _is_bare(x: Tensor) -> bool:
-    """Say whether nobody watches: no tracer, no gradient, no dispatch mode. An operator of torch costs 3 us more."""
+    """Say whether nobody watches (a tracer, a gradient, a dispatch mode) and memory holds the very numbers.
+
+    An operator of torch, which sees to all that, costs 3 us more.
+    """
     is_watched = is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return not (is_watched or (x.requires_grad and torch.is_grad_enabled()))
+    return not (is_watched or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg())
 
 
 def _bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     heads = metric if metric.dim() == 4 else metric[:, None]
     B, H, N, D = heads.shape
-    keep, src, dst = _empty_plan(heads, r, prefix)
-    threads = torch.get_num_threads()
-    scratch = torch.empty(min(B, threads) * _LIBRARY.tokenmerge_scratch(N, D, prefix))  # type: ignore[union-attr]
-    _LIBRARY.tokenmerge_bipartite(  # type: ignore[union-attr]
-        heads.data_ptr(), heads.dtype == torch.bfloat16, B, H, N, D, *heads.stride()[:3], r, prefix,
-        keep.data_ptr(), src.data_ptr(), dst.data_ptr(), scratch.data_ptr(), threads,
-    )  # fmt: skip
-    return keep, src, dst
+    assert _LIBRARY is not None
+    threads, floats = torch.get_num_threads(), max(0, _LIBRARY.tokenmerge_scratch(N, D, prefix))
+    if 0 <= r <= N:  # what else is wrong is for the other side to say
+        keep, src, dst = _empty_plan(heads, r, prefix)
+        scratch = torch.empty(min(B, threads) * floats, dtype=torch.float32, device="cpu")
+        code = _LIBRARY.tokenmerge_bipartite(
+            *_memory(heads, heads.dtype), heads.dtype == torch.bfloat16, B, H, N, D, *heads.stride()[:3], r, prefix,
+            *_memory(keep), *_memory(src), *_memory(dst), *_memory(scratch, torch.float32), threads,
+        )  # fmt: skip
+        if not code:
+            return keep, src, dst
+    raise UnsupportedError(
+        f"matching of {tuple(metric.shape)} tokens was asked for r = {r} and prefix = {prefix}; r lies between 0 and "
+        f"half of the unprotected tokens, and prefix between 0 and the {N} there are."
+    )
 
 
 def _merge(
     x: Tensor, size: Tensor | None, keep: Tensor, src: Tensor, dst: Tensor, branch: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    x, branch = _rows(x), None if branch is None else _rows(branch)
+    (B, N, C), M, R = x.shape, keep.shape[-1], src.shape[-1]
+    x, branch = _rows(x), None if branch is None else _rows(branch if branch.shape == x.shape else branch.expand_as(x))
     keep, src, dst = keep.contiguous(), src.contiguous(), dst.contiguous()
     size = None if size is None else size.float().contiguous()
-    B, N, C = x.shape
-    M, R = keep.shape[1], src.shape[1]
     out, new_size = _empty_merge(x, size, keep)
-    is_wrong = _LIBRARY.tokenmerge_merge(  # type: ignore[union-attr]
-        x.data_ptr(), x.stride(0), x.stride(1),
-        *((None, 0, 0) if branch is None else (branch.data_ptr(), branch.stride(0), branch.stride(1))),
-        x.dtype == torch.bfloat16, None if size is None else size.data_ptr(),
-        keep.data_ptr(), src.data_ptr(), dst.data_ptr(), B, N, M, R, C, out.data_ptr(), new_size.data_ptr(),
-        torch.get_num_threads(),
+    assert _LIBRARY is not None
+    code = _LIBRARY.tokenmerge_merge(
+        *_memory(x, x.dtype), *x.stride()[:2],
+        *((None, 0, 0, 0) if branch is None else (*_memory(branch, x.dtype), *branch.stride()[:2])),
+        x.dtype == torch.bfloat16, *((None, 0) if size is None else _memory(size, torch.float32)),
+        *_memory(keep), *_memory(src), *_memory(dst), B, N, M, R, C,
+        *_memory(out, x.dtype), *_memory(new_size, torch.float32), torch.get_num_threads(),
     )  # fmt: skip
-    if is_wrong:
+    if code == _WRONG_INDEX:
         raise IndexError(f"the plan names tokens beyond the {N} there are, or output slots beyond {M}.")
+    if code:
+        raise UnsupportedError(f"the C++ part does not merge {tuple(x.shape)} tokens to {M} by a plan of {R}.")
     return out, new_size
+
+
+def _memory(x: Tensor, dtype: torch.dtype = torch.long) -> tuple[int, int]:
+    """Return where a tensor lies and how many elements there are from there on: C++ checks sizes and strides by it.
+
+    Raises `UnsupportedError` for another type or device than C++ is told. Each call adds to what a block costs.
+    """
+    if x.dtype != dtype or not x.is_cpu:
+        raise UnsupportedError(f"the C++ part takes {dtype} in the CPU's memory here, not {x.dtype} on {x.device}.")
+    if x.is_contiguous():
+        return x.data_ptr(), x.numel()
+    return x.data_ptr(), int(x.untyped_storage().nbytes() // x.element_size() - x.storage_offset())
 
 
 def _rows(x: Tensor) -> Tensor:

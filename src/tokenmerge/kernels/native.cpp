@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <limits>
+#include <memory>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -19,12 +22,13 @@ namespace {
 typedef int64_t i64;
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
-constexpr i64 LANES = 16, BLOCK = 64;
+constexpr i64 LANES = 16, BLOCK = 64, WIDEST = 1024, PART = 1024;
 #ifdef __AVX512F__
 constexpr i64 ROWS = 8;  // a tile of scores is ROWS x LANES, as many as there are registers for
 #else
 constexpr i64 ROWS = 4;
 #endif
+enum { FINE, WRONG_INDEX, WRONG_SIZES, NO_MEMORY };  // what a call returns
 struct bf16 { uint16_t bits; };
 
 inline float load(float x) { return x; }
@@ -81,6 +85,16 @@ inline vec load_vec(const bf16* p) {
   return (vec)(__builtin_convertvector(bits, word) << 16);
 }
 
+// what brings a token to length 1 whose squares may overflow or vanish; it is divided by its largest value first. Of a
+// token with an entry that is not a number, or infinite, no score is a number: the first entry says so.
+float rescaled(float* row, i64 D) {
+  float most = 0, squares = 0, odd = 0;
+  for (i64 d = 0; d < D; d++) most = std::max(most, std::abs(row[d])), odd += row[d] * 0;
+  if (odd != odd) row[0] = odd;
+  for (i64 d = 0; d < D; d++) row[d] /= std::max(most, 2e-38f), squares += row[d] * row[d];
+  return 1.0f / std::max(std::sqrt(squares), 1e-12f);
+}
+
 // mean over heads of one token, normalised; the one that lies `ahead` is fetched meanwhile (a seventh of the time of all matching)
 template <typename T>
 ALWAYS void normalise(const T* metric, i64 H, i64 D, i64 sH, i64 ahead, float* row) {
@@ -104,13 +118,14 @@ ALWAYS void normalise(const T* metric, i64 H, i64 D, i64 sH, i64 ahead, float* r
   memcpy(part, &squares, sizeof part);
   for (i64 half = LANES / 2; half; half /= 2)  // pairwise: a chain of sixteen additions would be waited for
     for (i64 i = 0; i < half; i++) part[i] += part[i + half];
-  const float scale = 1.0f / std::max(std::sqrt(part[0]), 1e-12f);
+  float norm = std::sqrt(part[0]), scale = 1.0f / std::max(norm, 1e-12f);
+  if (!(norm >= 1e-12f && norm <= 1e15f)) scale = rescaled(row, D);
   for (i64 d = 0; d < up(D, LANES); d++) row[d] *= scale;
 }
 
 template <typename T>
 ALWAYS void lay_out(const T* metric, i64 H, i64 D, i64 sH, i64 sN, const Sides& s, i64 begin, i64 end, float* out) {
-  alignas(64) float row[1024];
+  alignas(64) float row[WIDEST];
   const i64 width = up(D, LANES);
   float* side_b = out + s.floats_a();
   for (i64 i = begin; i < std::min(end, s.a); i++)
@@ -138,21 +153,24 @@ void prepare(const T* metric, i64 H, i64 D, i64 sH, i64 sN, const Sides& s, i64 
 // scores sort as unsigned integers once the sign is folded in; equal scores: the lower place comes first
 inline uint64_t key_of(float score, i64 place) {
   uint32_t bits;
-  score += 0.0f;  // -0 is 0
+  score = score != score ? std::numeric_limits<float>::quiet_NaN() : score + 0.0f;  // above all others; -0 is 0
   memcpy(&bits, &score, 4);
   bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return (uint64_t)bits << 32 | (0xffffffffu - (uint32_t)place);
 }
 
 // best partner of the rows [begin, end) of side A: scores tile by tile, the best so far per lane
-void best_partners(const float* a, const float* b, const Sides& s, i64 begin, i64 end, uint64_t* keys,
-                                i64* partner) {
+void best_partners(const float* a, const float* side_b, const Sides& s, i64 begin, i64 end, uint64_t* keys,
+                   i64* partner) {
+  const float* b = side_b;
   vec best[BLOCK];
   ivec place[BLOCK];
   const float lowest = -std::numeric_limits<float>::infinity();
   for (i64 i = 0; i < BLOCK; i++) best[i] = lowest - vec{}, place[i] = ivec{};
-  ivec column = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  ivec column = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, odd = {};
   for (i64 tile = 0; tile < s.b; tile += LANES, b += s.width * LANES, column += (int32_t)LANES) {
+    const vec firsts = s.width ? load_vec(b) : vec{};
+    odd |= firsts != firsts;
     for (i64 i = 0; i < end - begin; i += ROWS) {
       const float* row = a + (begin + i) * s.width;
       vec score[ROWS] = {};
@@ -170,13 +188,26 @@ void best_partners(const float* a, const float* b, const Sides& s, i64 begin, i6
       }
     }
   }
+  // as in reference.py, a score that is not a number is the best there is, and the first of them wins
+  i64 first_odd = s.b;
+  for (i64 k = 0; k < LANES; k++)
+    if (odd[k])
+      for (i64 i = k; i < first_odd; i += LANES) {
+        const float entry = side_b[(i - k) * s.width + k];
+        if (entry != entry) first_odd = i;
+      }
   for (i64 i = begin; i < end; i++) {
     const vec& scores = best[i - begin];
     const ivec& places = place[i - begin];
     float highest = scores[0];
     for (i64 k = 1; k < LANES; k++) highest = std::max(highest, scores[k]);
-    int32_t first = std::numeric_limits<int32_t>::max();
-    for (i64 k = 0; k < LANES; k++) first = std::min(first, scores[k] == highest ? places[k] : first);
+    i64 first = s.b;
+    if (first_odd < s.b || highest == lowest) {  // the lowest: not one of this row's scores is a number
+      highest = std::numeric_limits<float>::quiet_NaN();
+      first = s.b && a[i * s.width] != a[i * s.width] ? 0 : first_odd;
+    } else {
+      for (i64 k = 0; k < LANES; k++) first = std::min<i64>(first, scores[k] == highest ? places[k] : first);
+    }
     keys[i] = key_of(highest, i);
     partner[i] = first;
   }
@@ -184,7 +215,7 @@ void best_partners(const float* a, const float* b, const Sides& s, i64 begin, i6
 
 // the r best pairs by partial selection, and the plan of one image
 void choose(uint64_t* keys, i64* partner, const Sides& s, i64 r, i64 prefix, i64* keep, i64* src, i64* dst) {
-  std::nth_element(keys, keys + r - 1, keys + s.a, std::greater<uint64_t>());
+  if (r) std::nth_element(keys, keys + r - 1, keys + s.a, std::greater<uint64_t>());
   std::sort(keys, keys + r, std::greater<uint64_t>());
   const i64 unmerged = s.a - r;
   for (i64 i = 0; i < r; i++) {
@@ -194,53 +225,88 @@ void choose(uint64_t* keys, i64* partner, const Sides& s, i64 r, i64 prefix, i64
     partner[place] = -1;
   }
   for (i64 i = 0; i < prefix; i++) keep[i] = i;
-  // the rest of A in order of place; what follows the last of them is overwritten by B
-  for (i64 i = 0, m = prefix; i < s.a; i++) {
-    keep[m] = s.first_a + 2 * i;
-    m += partner[i] >= 0;
-  }
+  for (i64 i = 0, m = prefix; i < s.a; i++)  // the rest of A in order of place
+    if (partner[i] >= 0) keep[m++] = s.first_a + 2 * i;
   for (i64 i = 0; i < s.b; i++) keep[prefix + unmerged + i] = s.first_b + 2 * i;
 }
 
+// rows [begin, end) of one image's output: each is summed up in float and written once
 template <typename T>
-inline void add_row(const T* x, const T* branch, i64 C, T* out) {
-  if (!branch) {
-    memcpy(out, x, C * sizeof(T));
-    return;
-  }
-  for (i64 c = 0; c < C; c++) store(out + c, load(x[c]) + load(branch[c]));
-}
-
-// rows [begin, end) of one image's output: kept rows copied, then their sources added in order
-template <typename T>
-bool merge_rows(const T* x, i64 sN, const T* branch, i64 bN, const float* size, const i64* keep, const i64* src,
-                       const i64* dst, i64 N, i64 M, i64 R, i64 C, i64 begin, i64 end, T* out, float* new_size) {
+int merge_rows(const T* x, i64 sN, const T* branch, i64 bN, const float* size, const i64* keep, const i64* src,
+               const i64* dst, i64 N, i64 M, i64 R, i64 C, i64 begin, i64 end, T* out, float* new_size) {
+  // the sources of each row, chained in their order: the first of all rows, then each one's next
+  const std::unique_ptr<int32_t, void (*)(void*)> chains((int32_t*)malloc((end - begin + R) * sizeof(int32_t)), free);
+  if (!chains) return NO_MEMORY;
+  int32_t *head = chains.get() - begin, *next = chains.get() + (end - begin);
   for (i64 m = begin; m < end; m++) {
-    if (keep[m] < 0 || keep[m] >= N) return false;
-    new_size[m] = size ? size[keep[m]] : 1;
-    add_row(x + keep[m] * sN, branch ? branch + keep[m] * bN : nullptr, C, out + m * C);
+    if (keep[m] < 0 || keep[m] >= N) return WRONG_INDEX;
+    head[m] = -1;
   }
-  for (i64 i = 0; i < R; i++) {
-    if (dst[i] < 0 || dst[i] >= M || src[i] < 0 || src[i] >= N) return false;
-    if (dst[i] >= begin && dst[i] < end) new_size[dst[i]] += size ? size[src[i]] : 1;
-  }
-  for (i64 i = 0; i < R; i++) {
+  for (i64 i = R - 1; i >= 0; i--) {
+    if (dst[i] < 0 || dst[i] >= M || src[i] < 0 || src[i] >= N) return WRONG_INDEX;
     if (dst[i] < begin || dst[i] >= end) continue;
-    const float weight = (size ? size[src[i]] : 1) / std::max(new_size[dst[i]], 1e-12f);
-    const T *from = x + src[i] * sN, *kept = x + keep[dst[i]] * sN;
-    T* to = out + dst[i] * C;
-    if (branch) {
-      const T *from_branch = branch + src[i] * bN, *kept_branch = branch + keep[dst[i]] * bN;
-      for (i64 c = 0; c < C; c++) {
-        float absorbed = rounded(load(from[c]) + load(from_branch[c]), T());
-        float lead = rounded(load(kept[c]) + load(kept_branch[c]), T());
-        store(to + c, load(to[c]) + weight * (absorbed - lead));
+    next[i] = head[dst[i]];
+    head[dst[i]] = (int32_t)i;
+  }
+  auto size_of = [&](i64 token) { return size ? size[token] : 1.0f; };
+  for (i64 m = begin; m < end; m++) {
+    const T *lead = x + keep[m] * sN, *more = branch ? branch + keep[m] * bN : nullptr;
+    T* to = out + m * C;
+    float total = size_of(keep[m]);
+    for (i64 i = head[m]; i >= 0; i = next[i]) total += size_of(src[i]);
+    new_size[m] = total;
+    if (head[m] < 0) {
+      if (!branch)
+        std::copy(lead, lead + C, to);
+      else
+        for (i64 c = 0; c < C; c++) store(to + c, load(lead[c]) + load(more[c]));
+      continue;
+    }
+    float kept[PART], sum[PART];
+    for (i64 c0 = 0; c0 < C; c0 += PART) {
+      const i64 count = std::min(PART, C - c0);
+      if (branch)
+        for (i64 c = 0; c < count; c++) sum[c] = kept[c] = rounded(load(lead[c0 + c]) + load(more[c0 + c]), T());
+      else
+        for (i64 c = 0; c < count; c++) sum[c] = kept[c] = load(lead[c0 + c]);
+      for (i64 i = head[m]; i >= 0; i = next[i]) {
+        const float weight = size_of(src[i]) / std::max(total, 1e-12f);
+        const T* from = x + src[i] * sN + c0;
+        if (branch) {
+          const T* from_branch = branch + src[i] * bN + c0;
+          for (i64 c = 0; c < count; c++)
+            sum[c] += weight * (rounded(load(from[c]) + load(from_branch[c]), T()) - kept[c]);
+        } else {
+          for (i64 c = 0; c < count; c++) sum[c] += weight * (load(from[c]) - kept[c]);
+        }
       }
-    } else {
-      for (i64 c = 0; c < C; c++) store(to + c, load(to[c]) + weight * (load(from[c]) - load(kept[c])));
+      for (i64 c = 0; c < count; c++) store(to + c0 + c, sum[c]);
     }
   }
-  return true;
+  return FINE;
+}
+
+// what cpu.py hands over: where it lies, and how many elements of its type may be touched from there on
+struct Memory {
+  const void* at;
+  i64 count;
+};
+// in the interface as two arguments, which cost less to hand over than a struct
+#define MEMORY(name) const void *name##_at, i64 name##_count
+#define TAKE(name) const Memory name{name##_at, name##_count}
+
+inline bool is_size(i64 n) { return n >= 0 && n <= std::numeric_limits<int32_t>::max(); }
+
+// whether [n0, n1, n2, n3] with these strides and 1 lies in the memory
+bool holds(Memory memory, i64 n0, i64 s0, i64 n1, i64 s1, i64 n2, i64 s2, i64 n3, i64 align) {
+  if (n0 == 0 || n1 == 0 || n2 == 0 || n3 == 0) return true;
+  if (s0 < 0 || s1 < 0 || s2 < 0 || !memory.at || (uintptr_t)memory.at % align) return false;
+  typedef __int128 wide;
+  return (wide)(n0 - 1) * s0 + (wide)(n1 - 1) * s1 + (wide)(n2 - 1) * s2 + n3 <= memory.count;
+}
+// whether it is [n0, n1], row by row, no more and no less
+inline bool holds(Memory memory, i64 n0, i64 n1, i64 align) {
+  return (__int128)n0 * n1 == memory.count && holds(memory, 1, 0, 1, 0, n0, n1, n1, align);
 }
 
 }  // namespace
@@ -248,23 +314,41 @@ bool merge_rows(const T* x, i64 sN, const T* branch, i64 bN, const float* size, 
 extern "C" {
 
 // raised with every change of this interface, so that cpu.py refuses a library built from another version
-int tokenmerge_interface() { return 1; }
+int tokenmerge_interface() { return 2; }
 
-// floats of scratch memory that one image needs
-i64 tokenmerge_scratch(i64 N, i64 D, i64 prefix) { return Sides(N, D, prefix).floats(); }
+// floats of scratch memory that one image needs; -1 for sizes that nothing can have
+i64 tokenmerge_scratch(i64 N, i64 D, i64 prefix) {
+  const bool is_right = is_size(N) && D >= 0 && D <= WIDEST && prefix >= 0 && prefix <= N;
+  return is_right ? Sides(N, D, prefix).floats() : -1;
+}
 
 // metric [B, H, N, D] with strides sB, sH, sN and 1; keep [B, N - r], src and dst [B, r]; D at most 1024; scratch for
-// as many images as there are, or as there are threads if these are fewer.
-void tokenmerge_bipartite(const void* metric, int is_bf16, i64 B, i64 H, i64 N, i64 D, i64 sB, i64 sH, i64 sN, i64 r,
-                          i64 prefix, i64* keep, i64* src, i64* dst, float* scratch, int threads) {
+// as many images as there are, or as there are threads if these are fewer. Nothing is touched where the sizes do not
+// fit: 0, or WRONG_SIZES.
+int tokenmerge_bipartite(MEMORY(metric), int is_bf16, i64 B, i64 H, i64 N, i64 D, i64 sB, i64 sH, i64 sN, i64 r,
+                         i64 prefix, MEMORY(keeps), MEMORY(srcs), MEMORY(dsts), MEMORY(space), int threads) {
+  TAKE(metric);
+  TAKE(keeps);
+  TAKE(srcs);
+  TAKE(dsts);
+  TAKE(space);
+  const i64 needed = tokenmerge_scratch(N, D, prefix);
+  if (!is_size(B) || !is_size(H) || H < 1 || needed < 0 || r < 0 || r > (N - prefix) / 2 || threads < 1)
+    return WRONG_SIZES;
+  if (!holds(metric, B, sB, H, sH, N, sN, D, is_bf16 ? 2 : 4) || !holds(keeps, B, N - r, 8) ||
+      !holds(srcs, B, r, 8) || !holds(dsts, B, r, 8) ||
+      !holds(space, std::min<i64>(B, threads), needed, 8))
+    return WRONG_SIZES;
+  i64 *keep = (i64*)keeps.at, *src = (i64*)srcs.at, *dst = (i64*)dsts.at;
+  float* scratch = (float*)space.at;
   const Sides s(N, D, prefix);
   const i64 longer = std::max(s.a, s.b), blocks = (longer + BLOCK - 1) / BLOCK;
   auto fill = [&](i64 image, i64 block, float* own) {
     const i64 begin = block * BLOCK, end = std::min(begin + BLOCK, longer);
     if (is_bf16)
-      prepare((const bf16*)metric + image * sB, H, D, sH, sN, s, begin, end, own);
+      prepare((const bf16*)metric.at + image * sB, H, D, sH, sN, s, begin, end, own);
     else
-      prepare((const float*)metric + image * sB, H, D, sH, sN, s, begin, end, own);
+      prepare((const float*)metric.at + image * sB, H, D, sH, sN, s, begin, end, own);
   };
   auto match = [&](i64 block, float* own) {
     const i64 begin = block * BLOCK, end = std::min(begin + BLOCK, s.a);
@@ -281,7 +365,7 @@ void tokenmerge_bipartite(const void* metric, int is_bf16, i64 B, i64 H, i64 N, 
       for (i64 block = 0; block < blocks; block++) match(block, own);
       pick(image, own);
     }
-    return;
+    return FINE;
   }
 #pragma omp parallel num_threads(threads) if (B * H * N * D > 16384)
   {
@@ -292,32 +376,48 @@ void tokenmerge_bipartite(const void* metric, int is_bf16, i64 B, i64 H, i64 N, 
 #pragma omp for schedule(static)
     for (i64 image = 0; image < B; image++) pick(image, scratch + image * s.floats());
   }
+  return FINE;
 }
 
-// x [B, N, C] and branch (or none) with strides per image and token, size [B, N] or none; out [B, M, C], new_size [B, M].
-// Returns 0, or 1 where an index is out of range.
-int tokenmerge_merge(const void* x, i64 xB, i64 xN, const void* branch, i64 yB, i64 yN, int is_bf16, const float* size,
-                     const i64* keep, const i64* src, const i64* dst, i64 B, i64 N, i64 M, i64 R, i64 C, void* out,
-                     float* new_size, int threads) {
+// x [B, N, C] and branch (or none: an address of 0) with strides per image and token, size [B, N] or none; out
+// [B, M, C], new_size [B, M]. 0, WRONG_SIZES where nothing was touched, or WRONG_INDEX where the plan points outside;
+// what lies in `out` then is no answer.
+int tokenmerge_merge(MEMORY(x), i64 xB, i64 xN, MEMORY(branch), i64 yB, i64 yN, int is_bf16, MEMORY(sizes),
+                     MEMORY(keep), MEMORY(src), MEMORY(dst), i64 B, i64 N, i64 M, i64 R, i64 C, MEMORY(out),
+                     MEMORY(new_sizes), int threads) {
+  TAKE(x);
+  TAKE(branch);
+  TAKE(sizes);
+  TAKE(keep);
+  TAKE(src);
+  TAKE(dst);
+  TAKE(out);
+  TAKE(new_sizes);
+  const i64 align = is_bf16 ? 2 : 4;
+  for (i64 n : {B, N, M, R, C})
+    if (!is_size(n)) return WRONG_SIZES;
+  if (threads < 1 || !holds(x, B, xB, N, xN, 1, 0, C, align) || !holds(keep, B, M, 8) || !holds(src, B, R, 8) ||
+      !holds(dst, B, R, 8) || !holds(out, B * M, C, align) || !holds(new_sizes, B, M, 4) ||
+      (branch.at && !holds(branch, B, yB, N, yN, 1, 0, C, align)) || (sizes.at && !holds(sizes, B, N, 4)))
+    return WRONG_SIZES;
+  if (B && R && !M) return WRONG_INDEX;
   // all of an image's sources are looked through for every part of its rows: few parts where there are many images
-  const i64 step = std::max<i64>(16, M / std::max<i64>(1, 4 * threads / std::max<i64>(1, B)));
+  const i64 step = std::max<i64>(16, M / std::max<i64>(1, 4 * (i64)threads / std::max<i64>(1, B)));
   const i64 parts = (M + step - 1) / step;
-  int is_wrong = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : is_wrong) if (B * M * C > 16384)
+  auto run = [&](auto type, i64 image, i64 begin, i64 end) {
+    typedef decltype(type) T;
+    return merge_rows((const T*)x.at + image * xB, xN, branch.at ? (const T*)branch.at + image * yB : nullptr, yN,
+                      sizes.at ? (const float*)sizes.at + image * N : nullptr, (const i64*)keep.at + image * M,
+                      (const i64*)src.at + image * R, (const i64*)dst.at + image * R, N, M, R, C, begin, end,
+                      (T*)out.at + image * M * C, (float*)new_sizes.at + image * M);
+  };
+  int code = FINE;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : code) if (B * M * C > 16384)
   for (i64 task = 0; task < B * parts; task++) {
     const i64 image = task / parts, begin = task % parts * step, end = std::min(begin + step, M);
-    const float* own_size = size ? size + image * N : nullptr;
-    const i64 *k = keep + image * M, *s = src + image * R, *d = dst + image * R;
-    bool is_right;
-    if (is_bf16)
-      is_right = merge_rows((const bf16*)x + image * xB, xN, branch ? (const bf16*)branch + image * yB : nullptr, yN,
-                            own_size, k, s, d, N, M, R, C, begin, end, (bf16*)out + image * M * C, new_size + image * M);
-    else
-      is_right = merge_rows((const float*)x + image * xB, xN, branch ? (const float*)branch + image * yB : nullptr, yN,
-                           own_size, k, s, d, N, M, R, C, begin, end, (float*)out + image * M * C, new_size + image * M);
-    is_wrong |= !is_right;
+    code = std::max(code, is_bf16 ? run(bf16(), image, begin, end) : run(float(), image, begin, end));
   }
-  return is_wrong;
+  return code;
 }
 
 }  // extern "C"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.methods.base import ModelShape, TokenView, batch_count
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, SHARE, Limits, ModelShape, TokenView, batch_count
 from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
@@ -41,6 +41,7 @@ class AdaViT(Learned):
     """
 
     name: ClassVar[str] = "adavit"
+    limits: ClassVar[Limits] = {"usage": SHARE, "budget_weight": FROM_ZERO, "temperature": ABOVE_ZERO}
     is_adaptive: ClassVar[bool] = True
     follows_mlp: ClassVar[bool] = True
 

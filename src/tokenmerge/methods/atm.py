@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView, batch_count
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ATM"]
@@ -30,6 +30,7 @@ class ATM(Reduction):
     """
 
     name: ClassVar[str] = "atm"
+    limits: ClassVar[Limits] = {"beta": FROM_ZERO, "distinctive": SHARE}
     is_adaptive: ClassVar[bool] = True
 
     metric: str = "k"

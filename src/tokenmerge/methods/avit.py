@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.methods.base import ModelShape, TokenView, batch_count
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, ModelShape, TokenView, batch_count
 from tokenmerge.methods.learned import Learned, MaskedPlan, latest, module_of, noted, restricted, share_of
 from tokenmerge.plan import AnyPlan
 
@@ -33,6 +33,12 @@ class AViT(Learned):
     """
 
     name: ClassVar[str] = "avit"
+    limits: ClassVar[Limits] = {
+        "epsilon": SHARE,
+        "ponder_weight": FROM_ZERO,
+        "prior_weight": FROM_ZERO,
+        "target": SHARE,
+    }
     needs = frozenset({"class"})
     is_adaptive: ClassVar[bool] = True
     follows_mlp: ClassVar[bool] = True

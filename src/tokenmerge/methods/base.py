@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,16 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import importance
-from tokenmerge.errors import UnsupportedError, unknown_name
+from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
+from tokenmerge.fields import checked
 from tokenmerge.matching import largest_r
 from tokenmerge.plan import AnyPlan, merge_weighted
 from tokenmerge.tracing import is_compiling
 
 __all__ = [
+    "ABOVE_ZERO",
+    "FROM_ONE",
+    "FROM_ZERO",
     "METRICS",
     "POSITIVE",
     "SCORES",
+    "SHARE",
     "Choices",
+    "Limits",
     "ModelShape",
     "Reduction",
     "TokenView",
@@ -42,6 +50,9 @@ SCORES: dict[str, frozenset[str]] = {
 # those of them that tokens can be weighed by
 POSITIVE = tuple(name for name in SCORES if name != "entropy")
 Choices = Mapping[str, Iterable[str]]  # the values an option may have, by its name
+Limits = Mapping[str, tuple[float, float]]  # the least and the most that a number may be, by its name
+ABOVE_ZERO, FROM_ZERO, FROM_ONE = (math.ulp(0.0), math.inf), (0.0, math.inf), (1.0, math.inf)
+SHARE = (0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +136,15 @@ class ModelShape:
 class Reduction(ABC):
     """A way to make fewer tokens of many: a frozen dataclass whose fields are its options.
 
-    Raises `UnknownNameError` for a value that an option does not have.
+    Raises `UnknownNameError` for a name that an option does not have, `ConfigError` for a value of another type or
+    beyond its limits.
     """
 
     name: ClassVar[str]
     # the values of options that have a few; `metric` and `score` may be all there are unless named here
     choices: ClassVar[Choices] = {}
+    # the limits of numbers, of tuples those of each entry; none for thresholds, which any value switches on or off
+    limits: ClassVar[Limits] = {}
     # whether the paper adds log(size) to attention scores: what prop_attn="auto" means
     is_proportional: ClassVar[bool] = True
     # how many tokens go depends on the images: `r` is the most, and what is removed when compiled or exported
@@ -139,10 +153,29 @@ class Reduction(ABC):
     follows_mlp: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         for option, allowed in {"metric": METRICS, "score": SCORES, **self.choices}.items():
             value = getattr(self, option, None)
             if value is not None and value not in allowed:
                 raise unknown_name(f"{type(self).__name__} {option}", str(value), allowed)
+        for option, (least, most) in self.limits.items():
+            value = getattr(self, option)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not least <= number <= most:
+                    raise ConfigError(f"option {option} of {self.name} is {value!r}; it {_within(least, most)}.")
+
+    def _check_types(self) -> None:
+        if not dataclasses.is_dataclass(self):
+            return
+        try:
+            plain = checked(self)
+        except TypeError as error:
+            option, value, kind = error.args
+            default = next(part.default for part in dataclasses.fields(self) if part.name == option)
+            example = "" if default is dataclasses.MISSING else f", e.g. its default {default!r}"
+            raise ConfigError(f"option {option} of {self.name} is {value!r}; it takes {kind}{example}.") from error
+        for option, value in plain.items():
+            object.__setattr__(self, option, value)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -190,6 +223,12 @@ class Reduction(ABC):
     def after_mlp(self, x: Tensor, before: Tensor, layer: int, depth: int, memory: dict[int, Any]) -> Tensor:
         """Return what leaves the block, given what its MLP left and found, both `[B, M, C]`; see `follows_mlp`."""
         return x
+
+
+def _within(least: float, most: float) -> str:
+    if most < math.inf:
+        return f"lies from {least:g} to {most:g}"
+    return "must be more than 0" if (least, most) == ABOVE_ZERO else f"must be {least:g} or more"
 
 
 def batch_count(wanted: Tensor, r: int, seen: Tensor) -> int:  # [B], [B, ...]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["DSM"]
@@ -29,6 +29,7 @@ class DSM(Reduction):
     """
 
     name: ClassVar[str] = "dsm"
+    limits: ClassVar[Limits] = {"windowed": FROM_ZERO}
 
     windowed: int = 4
     metric: str = "k"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.methods.base import ModelShape, TokenView
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ONE, Limits, ModelShape, TokenView
 from tokenmerge.methods.learned import Learned, module_of
 from tokenmerge.plan import AnyPlan, MatrixPlan
 
@@ -29,6 +29,7 @@ class DTEM(Learned):
     """
 
     name: ClassVar[str] = "dtem"
+    limits: ClassVar[Limits] = {"width": FROM_ONE, "temperature": ABOVE_ZERO, "nearest": FROM_ONE}
 
     width: int = 64
     temperature: float = 0.1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.methods.base import ModelShape, TokenView
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, Limits, ModelShape, TokenView
 from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
@@ -37,6 +37,7 @@ class DynamicViT(Learned):
     """
 
     name: ClassVar[str] = "dynamicvit"
+    limits: ClassVar[Limits] = {"ratio_weight": FROM_ZERO, "temperature": ABOVE_ZERO}
 
     ratio_weight: float = 2.0
     temperature: float = 1.0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import Choices, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ONE, FROM_ZERO, Choices, Limits, Reduction, TokenView
 from tokenmerge.plan import MatrixPlan
 
 __all__ = ["GTP", "GTPPlan"]
@@ -38,6 +38,7 @@ class GTP(Reduction):
     """
 
     name: ClassVar[str] = "gtp"
+    limits: ClassVar[Limits] = {"neighbours": FROM_ONE, "alpha": FROM_ZERO}
     choices: ClassVar[Choices] = {"graph": ("mixed", "spatial", "semantic"), "heads": ("max", "mean")}
 
     graph: str = "mixed"

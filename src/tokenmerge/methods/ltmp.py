@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import ModelShape, TokenView, batch_count
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, Limits, ModelShape, TokenView, batch_count
 from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
@@ -41,6 +41,7 @@ class LTMP(Learned):
     """
 
     name: ClassVar[str] = "ltmp"
+    limits: ClassVar[Limits] = {"temperature": ABOVE_ZERO, "budget_weight": FROM_ZERO, "flops": ABOVE_ZERO}
     needs = frozenset({"q", "k"})
     is_adaptive: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
+from tokenmerge.methods.base import ABOVE_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView
 from tokenmerge.plan import WeightedPlan
 
 __all__ = ["MCTF"]
@@ -30,6 +30,7 @@ class MCTF(Reduction):
     """
 
     name: ClassVar[str] = "mctf"
+    limits: ClassVar[Limits] = {"tau_sim": ABOVE_ZERO, "tau_info": ABOVE_ZERO, "tau_size": ABOVE_ZERO}
     choices: ClassVar[Choices] = {"score": POSITIVE}
 
     metric: str = "x"

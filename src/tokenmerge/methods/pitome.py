@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["PiToMe"]
@@ -30,6 +30,7 @@ class PiToMe(Reduction):
     """
 
     name: ClassVar[str] = "pitome"
+    limits: ClassVar[Limits] = {"alpha": FROM_ZERO}
     # as in the paper's code for timm
     is_proportional: ClassVar[bool] = False
 

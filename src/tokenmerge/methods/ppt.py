@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import Choices, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, Choices, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["PPT"]
@@ -32,6 +32,7 @@ class PPT(Reduction):
     """
 
     name: ClassVar[str] = "ppt"
+    limits: ClassVar[Limits] = {"threshold": FROM_ZERO}
     choices: ClassVar[Choices] = {"score": _SCORES}
 
     threshold: float = 7e-5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenmerge import matching
 from tokenmerge.errors import ConfigError
-from tokenmerge.methods.base import ModelShape, TokenView
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ONE, FROM_ZERO, Limits, ModelShape, TokenView
 from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
@@ -40,6 +40,7 @@ class SPViT(Learned):
     """
 
     name: ClassVar[str] = "spvit"
+    limits: ClassVar[Limits] = {"heads": FROM_ONE, "ratio_weight": FROM_ZERO, "temperature": ABOVE_ZERO}
 
     heads: int = 4
     ratio_weight: float = 2.0

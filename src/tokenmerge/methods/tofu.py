@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import Choices, Reduction, TokenView
+from tokenmerge.methods.base import SHARE, Choices, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ToFu", "ToFuPlan"]
@@ -37,6 +37,7 @@ class ToFu(Reduction):
     """
 
     name: ClassVar[str] = "tofu"
+    limits: ClassVar[Limits] = {"early": SHARE}
     choices: ClassVar[Choices] = {"combine": ("mlerp", "average")}
 
     metric: str = "k"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan, WeightedPlan
 
 __all__ = ["TokenPooling"]
@@ -31,6 +31,7 @@ class TokenPooling(Reduction):
     """
 
     name: ClassVar[str] = "token_pooling"
+    limits: ClassVar[Limits] = {"iterations": FROM_ZERO}
     choices: ClassVar[Choices] = {
         "algorithm": ("kmeans", "kmedoids"),
         "weight": ("significance", "none"),

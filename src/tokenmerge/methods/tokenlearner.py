@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import ModelShape, TokenView
+from tokenmerge.methods.base import FROM_ONE, Limits, ModelShape, TokenView
 from tokenmerge.methods.learned import Learned, module_of
 from tokenmerge.plan import MatrixPlan
 
@@ -28,6 +28,7 @@ class TokenLearner(Learned):
     """
 
     name: ClassVar[str] = "tokenlearner"
+    limits: ClassVar[Limits] = {"hidden": FROM_ONE}
     is_proportional: ClassVar[bool] = False
 
     hidden: int = 64

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMeCIS"]
@@ -28,6 +28,7 @@ class ToMeCIS(Reduction):
     """
 
     name: ClassVar[str] = "tomecis"
+    limits: ClassVar[Limits] = {"damping": FROM_ZERO}
     choices: ClassVar[Choices] = {"score": POSITIVE}
 
     damping: float = 1.0

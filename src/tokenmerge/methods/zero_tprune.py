@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = ["ZeroTPrune"]
@@ -29,6 +29,7 @@ class ZeroTPrune(Reduction):
     """
 
     name: ClassVar[str] = "zero_tprune"
+    limits: ClassVar[Limits] = {"iterations": FROM_ZERO, "similar": SHARE, "variance": FROM_ZERO}
     is_proportional: ClassVar[bool] = False
 
     iterations: tuple[int, int, int] = (30, 5, 1)

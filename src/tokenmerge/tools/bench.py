@@ -74,6 +74,8 @@ def bench(
         raise UnsupportedError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
     if rounds < 1 or any(batch < 1 for batch in batches) or not batches or not rs:
         raise DataError("bench needs at least one r, one batch size >= 1 and one round.")
+    if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
+        raise DataError(f"input_size is {tuple(input_size)}; give channels, height and width of 1 or more.")
     # a copy: a change of dtype cannot be undone in the caller's model
     model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
     rows = []

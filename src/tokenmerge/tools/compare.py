@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.errors import DataError, TokenMergeError
+from tokenmerge.files import write_file
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.tools.measure import BOUND, FIGURES, Subject
 from tokenmerge.tools.models import AUTO, Method, Trained, find_device, own_r, read_method, short_name
 from tokenmerge.tools.plots import plot_pareto
-from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable, replace_text
+from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable
 from tokenmerge.tools.timing import environment
 from tokenmerge.tools.visualize import require_viz
 
@@ -104,15 +105,15 @@ class Comparison:
         """Write `table.md`, `table.csv`, `table.tex`, the plot (PNG, SVG, PDF) and `index.html`."""
         notes = "\n".join(f"- {note}" for note in self.notes)
         parts = [f"# {self.title}", as_markdown(self.table), *([notes] if notes else []), *self.facts]
-        replace_text(folder / "table.md", "\n\n".join(parts) + "\n")
+        write_file(folder / "table.md", "\n\n".join(parts) + "\n")
         places = [", ".join(f"{name} {value}" for name, value in found.items()) for found in self.environment]
         rows = [{**row, "measured on": place} for row, place in zip(self.rows, places, strict=True)]
-        replace_text(folder / "table.csv", as_csv(rows))
+        write_file(folder / "table.csv", as_csv(rows))
         measured = [row for row in self.rows if row[_MEASURED] is not None]
         plot_pareto([folder / f"plot.{kind}" for kind in ("png", "svg", "pdf")], measured, self.title)
-        replace_text(folder / "table.tex", as_latex(self.table))
+        write_file(folder / "table.tex", as_latex(self.table))
         page = as_html(self.title, self._shown(), self.facts, (folder / "plot.png").read_bytes())
-        replace_text(folder / "index.html", page)
+        write_file(folder / "index.html", page)
 
 
 def compare(
@@ -296,7 +297,7 @@ class _Ledger:
             self.path.replace(self.path.with_name("rows.json.old"))
         self.fresh = False
         content = {"version": _VERSION, "settings": self.settings, "corrupt": self.corrupt, "note": self.note}
-        replace_text(self.path, json.dumps({**content, "rows": list(self.rows.values())}, indent=2) + "\n")
+        write_file(self.path, json.dumps({**content, "rows": list(self.rows.values())}, indent=2) + "\n")
 
 
 def _row(subject: Subject | None, task: _Task) -> dict[str, Any]:

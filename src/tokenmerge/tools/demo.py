@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.errors import DataError
+from tokenmerge.files import replacing, write_file
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
@@ -53,12 +54,13 @@ def demo(
     title = f"Bundled ViT on {result.images} Fashion-MNIST test images, batch {batch_size}, fp32, eager"
     notes = "\n\n".join(result.notes)
     text = f"# {title}\n\n{as_markdown(result.rows)}\n\n{notes}\n\nMeasured on: {facts}.\n"
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    write_file(folder / "table.md", text)
     content = {"title": title, "environment": result.environment, "images": result.images, "rows": result.rows}
     content["notes"] = result.notes
-    (folder / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_file(folder / "table.json", json.dumps(content, indent=2) + "\n")
     plot_tradeoff(folder / "plot.png", result.rows, title)
-    pictures(model.cpu(), data, [r for r in rs if r != 0]).save(folder / "merged.png")
+    with replacing(folder / "merged.png") as part:
+        pictures(model.cpu(), data, [r for r in rs if r != 0]).save(part)
     return result
 
 

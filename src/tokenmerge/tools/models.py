@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
 
 __all__ = [
@@ -93,11 +94,12 @@ def read_method(text: str) -> Method:
     path = Path(text)
     if path.suffix == ".json":
         return MergeConfig.load(path)
-    if (text and path.is_dir()) or ("/" in text and "(" not in text):
+    if (text and is_dir(path)) or ("/" in text and "(" not in text):
         config, weights = MergeConfig.load(path / "merge.json"), path / "model.safetensors"
         return Trained(config, weights) if weights.is_file() else config
     if "(" not in text:
-        raise unknown_name("method", text, tokenmerge.list_methods())
+        shown = text if len(text) < 200 else f"{text[:200]} ..."
+        raise unknown_name("method", shown, tokenmerge.list_methods())
     return _with_options(text)
 
 
@@ -147,11 +149,14 @@ def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
     return [f"r = {r}: {choice}" for r, choice in found if choice]
 
 
-def load_model(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
+def load_model(
+    name: str, *, pretrained: bool = False, num_classes: int | None = None, trust_pickle: bool = False
+) -> nn.Module:
     """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
 
-    A file is what `torch.save(model)` wrote, a pickle: load only files you trust. A folder is what `save_pretrained` of
-    a Hugging Face model wrote (config.json and safetensors; nothing of it is executed). Raises `UnknownNameError` for a
+    A file is what `torch.save(model)` wrote, a pickle: loading it runs the code it holds, so it has to be trusted by
+    name (`trust_pickle`). A folder is what `save_pretrained` of a Hugging Face model wrote (config.json and
+    safetensors; nothing of it is executed). Raises `UnknownNameError` for a
     name timm does not have (with the nearest), `DataError` for a file that holds no module, `UnsupportedError` where
     timm cannot build it.
     """
@@ -161,18 +166,18 @@ def load_model(name: str, *, pretrained: bool = False, num_classes: int | None =
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
-    if (Path(name) / "config.json").is_file():
+    if is_file(Path(name) / "config.json"):
         return _load_folder(Path(name))
-    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).is_file() or "/" in name
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or is_file(name) or "/" in name
     if is_path and ":" not in name:
-        return _load_file(Path(name))
+        return _load_file(Path(name), trust_pickle)
     timm = import_timm()
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models() and ":" not in name:
         raise unknown_name("timm model", name, [BUNDLED, *timm.list_models("*vit*"), *timm.list_models("*deit*")])
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         what = "pretrained weights of" if pretrained else "model"
         raise UnsupportedError(
             f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, give "
@@ -285,12 +290,19 @@ def _load_folder(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _load_file(path: Path) -> nn.Module:
-    if not path.is_file():
-        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).")
+def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
+    if not is_file(path):
+        hint = " A device or a pipe is none." if path.exists() and not path.is_dir() else ""
+        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).{hint}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
+        content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # a pickle can raise anything at all
+        if not trust_pickle and _is_pickle(path):
+            raise DataError(
+                f"{path} is a pickle, and loading it would run whatever code it holds. Where you trust who made it, "
+                "say so: --trust-pickle on the command line, trust_pickle=True in Python. Folders of `tokenmerge "
+                "train` and of save_pretrained need no trust."
+            ) from error
         raise DataError(f"{path} cannot be read as a saved module: {type(error).__name__}: {error}.") from error
     if not isinstance(content, nn.Module):
         raise DataError(
@@ -298,6 +310,12 @@ def _load_file(path: Path) -> nn.Module:
             "path); a state dict alone does not say what to build."
         )
     return content.eval()
+
+
+def _is_pickle(path: Path) -> bool:
+    """Say whether a file is what torch.save writes, or another pickle."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def known_size(handle: Handle) -> tuple[int, ...]:
@@ -319,36 +337,16 @@ def _with_options(text: str) -> Reduction:
         if call.args or None in names or len(set(names)) < len(names):
             raise ValueError
         given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        shown = text if len(text) < 200 else f"{text[:200]} ..."
         raise ConfigError(
-            f"{text!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each once, "
-            "by its name and with a plain value, a saved configuration (.json), or a folder that "
+            f"{shown!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each "
+            "once, by its name and with a plain value, a saved configuration (.json), or a folder that "
             "`tokenmerge train` wrote."
         ) from error
     method = type(MergeConfig(name).method)
     options = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    hints = get_type_hints(method)
-    for option, value in given.items():
+    for option in given:
         if option not in options:
             raise unknown_name(f"option of {name}", option, options)
-        # methods are hashable: what is a list elsewhere is a tuple in them
-        given[option] = value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, hints[option]):
-            raise ConfigError(
-                f"option {option} of {name} is {value!r}; it takes {options[option].type}, e.g. its default "
-                f"{options[option].default!r}."
-            )
     return method(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value is of an annotated type: a plain one, a union, or a tuple of them."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    return type(value) in ((int, float) if hint is float else (hint,))

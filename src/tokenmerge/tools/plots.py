@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenmerge.files import replacing
 from tokenmerge.tools.visualize import require_viz
 
 __all__ = ["plot_pareto", "plot_tradeoff"]
@@ -116,7 +117,8 @@ def _save(figure: Any, paths: Path | Sequence[Path]) -> None:
     from matplotlib import pyplot
 
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        figure.savefig(path, dpi=120)
+        with replacing(Path(path)) as part:
+            figure.savefig(part, dpi=120, format=Path(path).suffix[1:])
     pyplot.close(figure)
 
 
@@ -253,5 +255,5 @@ def _wrapped(title: str, width: int = 90) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading a formula."""
-    return text.replace("$", r"\$")
+    """Keep matplotlib from reading a formula, and from failing at names of files that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")

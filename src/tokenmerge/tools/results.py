@@ -15,18 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenmerge.errors import DataError
+from tokenmerge.files import new_part, write_file
 
-__all__ = [
-    "Progress",
-    "as_csv",
-    "as_html",
-    "as_latex",
-    "as_markdown",
-    "check_writable",
-    "replace_text",
-    "save_rows",
-    "show",
-]
+__all__ = ["Progress", "as_csv", "as_html", "as_latex", "as_markdown", "check_writable", "save_rows", "show"]
 
 Row = Mapping[str, Any]
 _STYLE = """
@@ -41,7 +32,7 @@ th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: n
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return rows of equal keys as a Markdown table, numbers to the right."""
     names = list(rows[0])
-    cells = [[_text(row[name], name) for name in names] for row in rows]
+    cells = [[_plain(_text(row[name], name)) for name in names] for row in rows]
     widths = [max(2, len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
     rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
@@ -49,6 +40,14 @@ def as_markdown(rows: Sequence[Row]) -> str:
     for line in cells:
         lines.append([c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_MARKED = str.maketrans({mark: f"\\{mark}" for mark in "\\|`<>[]"} | {"\n": " ", "\r": " "})
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown shows as it is: names come from files and command lines of anybody's."""
+    return text.translate(_MARKED)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -101,38 +100,28 @@ def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: byte
     return "\n".join(parts)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: whoever is cut off in it leaves the old file whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def check_writable(path: str | Path, kinds: Sequence[str] = (".json", ".csv", ".md")) -> Path:
     """Return the path if a file can be written there; raises `DataError` before any work is done."""
     path = Path(path)
     if path.suffix not in kinds:
         raise DataError(f"cannot write results to {path}: the name must end in {', '.join(kinds)}.")
-    existed = path.exists()
     try:
-        with path.open("a"):
-            pass
+        new_part(path).unlink()
     except OSError as error:
         raise DataError(f"cannot write results to {path}: {error.strerror}.") from error
-    if not existed:
-        path.unlink()
     return path
 
 
 def save_rows(path: Path, rows: Sequence[Row], about: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
     """Write rows in the format the name ends in; `about` is the environment, `notes` plain sentences."""
     if path.suffix == ".json":
-        path.write_text(json.dumps({"environment": about, "rows": rows, "notes": notes}, indent=2) + "\n")
+        text = json.dumps({"environment": about, "rows": rows, "notes": notes}, indent=2) + "\n"
     elif path.suffix == ".csv":
-        path.write_text(as_csv([{**row, **about} for row in rows]))
+        text = as_csv([{**row, **about} for row in rows])
     else:
         facts = ", ".join(f"{name} {value}" for name, value in about.items())
-        path.write_text("\n\n".join([as_markdown(rows), *notes, f"Measured on: {facts}."]) + "\n")
+        text = "\n\n".join([as_markdown(rows), *notes, f"Measured on: {facts}."]) + "\n"
+    write_file(path, text)
 
 
 def show(rows: Sequence[Row], title: str, *, wide: bool = False) -> None:

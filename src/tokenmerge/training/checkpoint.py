@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tokenmerge.errors import DataError
+from tokenmerge.files import replacing
 
 __all__ = ["Checkpoints"]
 
@@ -31,17 +32,14 @@ class Checkpoints:
         The file gets its name when it is complete and on the disk: a crash, or a full disk, leaves the others whole.
         """
         path = self.folder / f"step-{step:08d}.pt"
-        part = path.with_suffix(".part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with replacing(path) as part, part.open("wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
         # torch reports a failed write as a RuntimeError of its zip writer
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
             raise DataError(self._failed(path, error)) from error
         for old in self.paths()[self.keep :]:
             old.unlink()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
-from tokenmerge.tools.results import as_csv, replace_text
+import torch
 
-__all__ = ["COLUMNS", "Log", "read_rows", "writing"]
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
+from tokenmerge.files import write_file
+from tokenmerge.tools.results import as_csv
+
+__all__ = ["COLUMNS", "Log", "peak_mb", "read_rows", "writing"]
 
 # every line has all of them, what it does not know is null
 COLUMNS = [
@@ -35,7 +39,7 @@ class Log:
             row for row in read_rows(folder) if row["step"] <= step and (row["step"] < steps or row["split"] == "train")
         ]
         with writing(folder):
-            replace_text(folder / _LINES, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_file(folder / _LINES, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._writer = _writer(folder / "tensorboard", step) if tensorboard else None
 
     def add(self, step: int, split: str, **values: Any) -> dict[str, Any]:
@@ -55,7 +59,7 @@ class Log:
         """Write all lines as `metrics.csv`."""
         with writing(self.folder):
             if self.rows:
-                replace_text(self.folder / "metrics.csv", as_csv(self.rows))
+                write_file(self.folder / "metrics.csv", as_csv(self.rows))
             if self._writer is not None:
                 self._writer.flush()
 
@@ -89,3 +93,15 @@ def _writer(folder: Path, step: int) -> Any:
         raise UnsupportedError('save.tensorboard needs tensorboard: pip install "tokenmerge[train]"') from error
     # what an interrupted run wrote after its checkpoint is not shown
     return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def peak_mb(device: torch.device) -> float | None:
+    """Return what the process held at most so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # kilobytes, but on macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -26,8 +26,8 @@ from tokenmerge.training.amount import Amount
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.data import Batch, Loader, Position, open_source, reseed, seed_of
 from tokenmerge.training.held import HeldOut, autocast, mean_tokens, shown
-from tokenmerge.training.log import Log
-from tokenmerge.training.nets import own_size
+from tokenmerge.training.log import Log, peak_mb
+from tokenmerge.training.nets import check_trust, own_size
 from tokenmerge.training.output import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
 from tokenmerge.training.parts import build_parts, optimizer_of, scheduler_of, set_training
 from tokenmerge.training.preparation import preparation, statistics_of
@@ -52,16 +52,19 @@ def train(
     *,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trust_pickle: bool = False,
 ) -> list[dict[str, Any]]:
     """Train what a recipe says, or go on where the same call was cut off; returns the lines of the last evaluation.
 
     The folder gets `recipe.json`, `metrics.jsonl` and `.csv`, `checkpoints/` and, at the end, what `load` reads. Raises
-    `TokenMergeError` of all kinds before anything is written; `DivergedError`, `StoppedError`, `LostRankError` and
-    `DataError` (a full disk, data that cannot be read) later, with the last good checkpoint left whole.
+    `TokenMergeError` of all kinds before anything is written, also for a model that is a pickle without `trust_pickle`;
+    `DivergedError`, `StoppedError`, `LostRankError`, `DataError` (a full disk, unreadable data) later, with the last
+    good checkpoint left whole.
     """
     import_timm()
     folder = Path(folder)
     check_folder(folder, recipe)
+    check_trust(recipe.model, trust_pickle)
     with World(device) as world:
         found = last_rows(folder)
         if found is not None:
@@ -72,9 +75,9 @@ def train(
             return _Run(recipe, folder, world, progress).run()
         except torch.OutOfMemoryError as error:
             raise UnsupportedError(
-                f"the memory of {world.device} is too small for this run: {str(error).splitlines()[0]} A larger "
-                f"accumulate (now {recipe.accumulate}), model.checkpointing=true, precision=bf16 or a smaller "
-                "batch_size needs less; a changed recipe needs another --out."
+                f"the memory of {world.device} is too small: {str(error).splitlines()[0]} A larger accumulate (now "
+                f"{recipe.accumulate}), model.checkpointing=true, precision=bf16 or a smaller batch_size needs less, "
+                "and another --out."
             ) from error
 
 
@@ -280,7 +283,7 @@ class _Run:
                 lr=self.optimizer.param_groups[0]["lr"],
                 scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
                 images_per_second=images / seconds,
-                peak_memory_mb=_peak_mb(self.world.device),
+                peak_memory_mb=peak_mb(self.world.device),
                 seconds=seconds,
             )
 
@@ -386,15 +389,3 @@ class _Run:
                 f"stopped by {self.world.signal} after step {self.step} of {self.steps}: saved at step {self.step}, "
                 "the same command goes on from there."
             )
-
-
-def _peak_mb(device: torch.device) -> float | None:
-    """Return what the process held at most so far: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    # kilobytes, but on macOS bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -18,38 +18,52 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
+from tokenmerge.files import is_file
 from tokenmerge.tools.models import BUNDLED, import_timm, load_model, run_images
 from tokenmerge.training.recipe import Model
 
-__all__ = ["VIT", "TubeletEmbed", "build", "load_weights", "order_classes", "own_size", "places"]
+__all__ = ["VIT", "TubeletEmbed", "build", "check_trust", "load_weights", "order_classes", "own_size", "places"]
 
 VIT = "vit"
 _log = logging.getLogger(__name__)
 
 
-def build(model: Model, size: tuple[int, ...], classes: int) -> nn.Module:
+def build(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool = False) -> nn.Module:
     """Return a model for inputs of `size`, in train mode on the CPU, with an answer for each of `classes`.
 
     `size` has no batch: (C, H, W) for images and spectrograms, (C, T, H, W) for clips. Names: `"reference"`, the
     bundled model; `"vit"`, timm's `VisionTransformer` with `model.options`, cut by `patch_size` into patches (one
     number or two) or, for clips, tubelets (frames, rows, columns); a timm name, fitted to the size where timm can;
     a file that `torch.save(model)` wrote, or a folder that `save_pretrained` of a Hugging Face model wrote. A model
-    of other classes gets a new classifier, which is logged.
+    of other classes gets a new classifier, which is logged. What is a pickle is loaded only with `trust_pickle`.
 
     Raises `UnknownNameError` for a name or an option that does not exist, `ConfigError` for options that do not fit
     together, `DataError` where the model does not take this size or cannot be given another classifier.
     """
     net: Any
+    check_trust(model, trust_pickle)
     if model.name == BUNDLED:
         net = _reference(model)
     elif model.name == VIT:
         net = _vit(model.options, size, classes)
     else:
-        net = _named(model, size)
+        net = _named(model, size, trust_pickle)
         if getattr(net, "pretrained_cfg", None):  # by this other commands know the size
             net.pretrained_cfg = {**net.pretrained_cfg, "input_size": size}
     _fit_classes(net.eval(), model.name, size, classes)
     return net.train()  # type: ignore[no-any-return]
+
+
+def check_trust(model: Model, trust_pickle: bool) -> None:
+    """Raise `DataError` where building a model would load a pickle, which runs the code it holds, without trust."""
+    named = [f"model.options.{key}" for key in _FILES if key in model.options]
+    if ":" not in model.name and is_file(model.name):
+        named.append(f"model.name, {model.name},")
+    if named and not trust_pickle:
+        raise DataError(
+            f"{named[0]} of the recipe names a file that is loaded as a pickle, which runs whatever code it holds. "
+            "Where you trust who made it, say so: --trust-pickle on the command line, trust_pickle=True in Python."
+        )
 
 
 def own_size(name: str, kind: str) -> tuple[int, ...]:
@@ -203,16 +217,18 @@ def _vit(options: dict[str, Any], size: tuple[int, ...], classes: int) -> nn.Mod
     return net  # type: ignore[no-any-return]
 
 
+# options of timm's models that name files
+_FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 # arguments of timm's class that follow from the data, or are no plain values
 _OURS = ("img_size", "in_chans", "num_classes", "embed_layer", "block_fn", "device", "dtype")
 
 
-def _named(model: Model, size: tuple[int, ...]) -> nn.Module:
+def _named(model: Model, size: tuple[int, ...], trust_pickle: bool) -> nn.Module:
     timm = import_timm()
     if ":" not in model.name and not timm.is_model(model.name.split(".")[0]):
         if model.options and Path(model.name).exists():
             raise ConfigError(f"model.options {sorted(model.options)}: {model.name} is a saved model and has none.")
-        return load_model(model.name)  # or its error for a name that does not exist
+        return load_model(model.name, trust_pickle=trust_pickle)  # or its error for a name that does not exist
     try:
         fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)
         try:

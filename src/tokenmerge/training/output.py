@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import MergeConfig
 from tokenmerge.errors import ConfigError, DataError
+from tokenmerge.files import is_part, write_file
 from tokenmerge.tools.preprocessing import Preprocessing, Processor
-from tokenmerge.tools.results import replace_text
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.nets import build, load_weights
 from tokenmerge.training.parts import MODULES, Parts
@@ -34,8 +34,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     Nothing is written.
     """
     # a run that was cut off at once leaves no more than these
-    started = {_LOCK, f"{_RECIPE}.part"}
-    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= started):
+    is_started = all(path.name == _LOCK or is_part(path) for path in folder.iterdir()) if folder.is_dir() else False
+    if not folder.exists() or is_started:
         return
     path = folder / _RECIPE
     if not path.is_file():
@@ -57,7 +57,7 @@ def check_recipe(folder: Path, before: Recipe, now: Recipe) -> None:
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write down what the folder is a run of; raises `DataError` where that cannot be written."""
     with writing(folder):
-        replace_text(folder / _RECIPE, json.dumps(recipe.as_dict(), indent=2) + "\n")
+        write_file(folder / _RECIPE, json.dumps(recipe.as_dict(), indent=2) + "\n")
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def export(
     How images are prepared is written to `model.json`, and where that is a Hugging Face processor's work, as its file.
     `state` holds the weights by the names they have in `parts.core`, and what the method learned.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     learned = {key.removeprefix(MODULES): weights.pop(key) for key in list(weights) if key.startswith(MODULES)}
@@ -115,16 +115,15 @@ def export(
             about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # it was trained with that
             if isinstance(prepared.own, Processor):
                 prepared.own.processor.save_pretrained(folder)
-        replace_text(folder / "model.json", json.dumps(about, indent=2) + "\n")
-        part = folder / f"{_WEIGHTS}.part"
-        save_file(weights, part)
-        part.replace(folder / _WEIGHTS)
+        write_file(folder / "model.json", json.dumps(about, indent=2) + "\n")
+        write_file(folder / _WEIGHTS, save(weights))
 
 
-def load(folder: str | Path, *, merged: bool = True) -> nn.Module:
+def load(folder: str | Path, *, merged: bool = True, trust_pickle: bool = False) -> nn.Module:
     """Return the model that a finished run left, in eval mode, patched as it was trained (`merged`).
 
-    Raises `DataError` where the folder holds no finished run.
+    Raises `DataError` where the folder holds no finished run, and where its recipe names a pickle to build the model
+    by: that is loaded only with `trust_pickle`.
     """
     folder = Path(folder)
     if not (folder / _WEIGHTS).is_file() or not (folder / _RECIPE).is_file():
@@ -132,7 +131,8 @@ def load(folder: str | Path, *, merged: bool = True) -> nn.Module:
     recipe = read_recipe(folder / _RECIPE)
     about: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     # the weights it started from are no longer needed, nor the network they come by
-    model = build(dataclasses.replace(recipe.model, pretrained=False), tuple(about["size"]), len(about["classes"]))
+    about_model = dataclasses.replace(recipe.model, pretrained=False)
+    model = build(about_model, tuple(about["size"]), len(about["classes"]), trust_pickle)
     load_weights(model, folder)
     config = getattr(model, "config", None)
     if getattr(config, "label2id", None):

@@ -39,7 +39,7 @@ def build_parts(
     recipe: Recipe, size: tuple[int, ...], classes: int, device: torch.device, names: Sequence[str] = ()
 ) -> Parts:
     """Build what a recipe names, on a device, its classes in the order of `names`; raises what its parts raise."""
-    core = build(recipe.model, size, classes)
+    core = build(recipe.model, size, classes, trust_pickle=True)  # `train` has asked before
     order_classes(core, names)
     notes = [load_weights(core, recipe.model.weights)] if recipe.model.weights else []
     if recipe.model.checkpointing:

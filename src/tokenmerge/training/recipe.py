@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
+from tokenmerge.fields import fitted, named
 from tokenmerge.schedule import Schedule
 from tokenmerge.training.amount import Amount
 
@@ -267,7 +267,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else _toml(text)
-    except (OSError, ValueError) as error:  # what both parsers raise derives from ValueError
+    except (OSError, ValueError, RecursionError) as error:  # what both parsers raise derives from ValueError
         raise ConfigError(f"cannot read the recipe {path}: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} holds a {type(content).__name__}, not a table of settings.")
@@ -318,19 +318,10 @@ def _first(kind: Any) -> str:
 
 def _fitted(value: Any, hint: Any, key: str) -> Any:
     """Return a value as its setting holds it; raises `ConfigError` where it is of another type."""
-    if hint is Any:
-        return value
     # TOML has no null
     if value in ("none", "None") and type(None) in get_args(hint):
         return None
-    for one in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        if get_origin(one) is tuple and isinstance(value, (list, tuple)):
-            return tuple(_fitted(entry, get_args(one)[0], key) for entry in value)
-        if get_origin(one) is dict and isinstance(value, Mapping):
-            return dict(value)
-        if one is float and type(value) is int:
-            return float(value)
-        if isinstance(one, type) and type(value) is one:
-            return value
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise ConfigError(f"{key} is {value!r}; it takes {name}.")
+    try:
+        return fitted(value, hint)
+    except TypeError as error:
+        raise ConfigError(f"{key} is {value!r}; it takes {named(hint, value)}.") from error

@@ -1,0 +1,103 @@
+"""Check settings by their annotated types: those of methods, of configurations, and of recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["checked", "fitted", "named"]
+
+
+def fitted(value: Any, hint: Any) -> Any:
+    """Return a value as a field of this type holds it; raises `TypeError` where it is of another type.
+
+    Numbers become Python's own, whoever made them, and lists become tuples where tuples are held. NaN is no number, nor
+    is `True`, and 1 is not `True`. Types that are not plain take what they are given.
+    """
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return _fitted_to_one(value, get_args(hint))
+    if origin is tuple or hint is tuple:
+        return _fitted_tuple(value, get_args(hint))
+    accepts, made = _PLAIN.get(origin or hint, (_anything, _itself))
+    if not accepts(value):
+        raise TypeError(f"{value!r} is no {named(hint)}")
+    try:
+        return made(value)
+    except OverflowError as error:
+        raise TypeError(f"{value!r} is too large for a float") from error
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+# what a plain type accepts, and how it is made of that
+_PLAIN: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    bool: (lambda value: isinstance(value, bool), bool),
+    int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), int),
+    float: (lambda value: isinstance(value, Real) and not isinstance(value, bool) and value == value, float),
+    str: (lambda value: isinstance(value, str | os.PathLike), os.fspath),
+    dict: (lambda value: isinstance(value, Mapping), dict),
+    type(None): (lambda value: value is None, _itself),
+}
+
+
+def checked(owner: object) -> dict[str, Any]:
+    """Return the fields of a dataclass that are to be replaced by plain values; raises `TypeError` with the field.
+
+    The error's arguments are the name of the field, what it holds and its type in words.
+    """
+    changed = {}
+    for name, hint in _hints(type(owner)).items():  # type: ignore[arg-type]
+        value = getattr(owner, name)
+        try:
+            plain = fitted(value, hint)
+        except TypeError as error:
+            raise TypeError(name, value, named(hint, value)) from error
+        if type(plain) is not type(value) or isinstance(value, tuple):
+            changed[name] = plain
+    return changed
+
+
+def named(hint: Any, value: Any = None) -> str:
+    """Return a type in words; for a value that it would take if it were a number, that too."""
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("NoneType", "None")
+    return f"{name}, and NaN is no number" if isinstance(value, Real) and value != value else name
+
+
+def _fitted_to_one(value: Any, hints: tuple[Any, ...]) -> Any:
+    """Fit a value to the first type that takes it; its own comes before those it would be changed for."""
+    for hint in sorted(hints, key=lambda hint: type(value) is not hint):
+        try:
+            return fitted(value, hint)
+        except TypeError:
+            continue
+    raise TypeError(f"{value!r} is none of {', '.join(map(named, hints))}")
+
+
+def _fitted_tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{value!r} is no list")
+    hints = hints[:1] * len(value) if Ellipsis in hints else hints
+    if len(hints) != len(value):
+        raise TypeError(f"{value!r} has {len(value)} entries, not {len(hints)}")
+    return tuple(map(fitted, value, hints))
+
+
+@lru_cache
+def _hints(kind: Any) -> dict[str, Any]:
+    try:
+        found = get_type_hints(kind)
+    except NameError:  # of a class that was written inside a function: its names are not to be seen from here
+        return {}
+    return {part.name: found[part.name] for part in dataclasses.fields(kind)}

@@ -1,0 +1,80 @@
+"""Write files whole or not at all, and never through a link that somebody else has put where they go."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["is_dir", "is_file", "is_part", "new_part", "replacing", "write_file"]
+
+_PART = ".part-"
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file in one step: whoever is cut off in it leaves the old file whole. Raises `OSError`.
+
+    A link of that name is replaced, not followed; a pipe or a device of that name is refused. Text is UTF-8; what
+    UTF-8 cannot say, of a file name that is no text, is escaped.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a new, empty file beside `path`, of a name nobody can foresee, for writers that take a name.
+
+    It has the same suffix. It takes the place of `path` when the `with` is over, and is deleted where that fails.
+    """
+    part = new_part(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def new_part(path: str | Path) -> Path:
+    """Make the file that `replacing` gives; raises `OSError` where `path` cannot be written."""
+    path = Path(path)
+    try:
+        kind = path.lstat().st_mode
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+    if stat.S_ISREG(kind) and path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    part = path.with_name(f"{_PART}{secrets.token_hex(8)}{path.suffix}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    os.close(os.open(part, flags, 0o666))
+    return part
+
+
+def is_part(path: Path) -> bool:
+    """Say whether a file is what `replacing` leaves where its process is killed."""
+    return path.name.startswith(_PART)
+
+
+def is_file(name: str | Path) -> bool:
+    """Say whether a name is a file's; a text that no file can be named by is not."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long, for one
+        return False
+
+
+def is_dir(name: str | Path) -> bool:
+    """Say whether a name is a folder's, as `is_file` does."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
