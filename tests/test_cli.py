@@ -61,6 +61,11 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def _fake_plot(paths: list[Path], rows: Any, title: str) -> None:
+    for path in paths:
+        path.write_bytes(b"\x89PNG")
+
+
 def _expect_failure(capsys: Capture, arguments: list[str], *texts: str) -> None:
     """Run a command that must end with exit code 2, nothing on stdout and one sentence on stderr."""
     assert main(arguments) == 2
@@ -98,15 +103,25 @@ def test_as_a_module() -> None:
     assert done.stdout.startswith("methods\n") and "timm_vit" in done.stdout
 
 
-def test_bench_prints_table_verdict_and_environment(capsys: Capture, models: Path) -> None:
-    assert main(["bench", str(models / "tiny.pt"), "-r", "0", "4", "8,-1", "-b", "1", "--rounds", "1"]) == 0
+def test_bench_prints_table_verdict_and_environment(
+    capsys: Capture, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ["bench", str(models / "tiny.pt"), "-r", "0", "4", "8,-1", "-b", "1", "--rounds", "1"]
+    assert main(arguments) == 0
     out, err = capsys.readouterr()
     title, table, rest = out.split("\n\n")[0], out.split("\n\n")[1].splitlines()[:5], out.splitlines()[-3:]
     assert title == f"{models / 'tiny.pt'}, medians of interleaved rounds"
-    assert [line.split("|")[2].strip() for line in table] == ["r", "-" * 7, "0", "4", "(8, -1)"]
-    assert rest[0].startswith("r = 4 is ") and rest[1].startswith("r = (8, -1) is ")
+    # no number is shortened: what does not fit is left out, and that is said
+    assert all(len(line) <= 80 for line in table) and "speed-up" in table[0]
+    assert [line.split("|")[1].strip() for line in table] == ["r", "-" * 7, "0", "4", "(8, -1)"]
+    assert rest[0].startswith("Not shown: model, ") and "peak MB" in rest[0] and "(--wide" in rest[0]
+    assert rest[1] == "Too few rounds to tell faster from slower: at least 5 are needed (--rounds)."
     assert rest[2].startswith("Measured on: device ") and rest[2].endswith("dtype float32, compiled False, rounds 1")
     assert "rounds: 12/12" in err
+    assert main([*arguments, "--wide"]) == 0
+    out = capsys.readouterr().out
+    assert "Not shown" not in out and "unmerged attention" in out
 
 
 def test_bench_json_is_all_that_is_printed(capsys: Capture, models: Path) -> None:
@@ -253,17 +268,27 @@ def test_eval_asks_for_pretrained_weights_unless_told(
 def test_doctor_on_a_healthy_model(capsys: Capture, models: Path) -> None:
     assert main(["doctor", str(models / "tiny.pt"), "-r", "6", "-b", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["adapter", "blocks", "r = 0", "equivalence", "unpatch", "overhead", "could not be done"]
+    names = [
+        "adapter",
+        "blocks",
+        "r = 0",
+        "equivalence",
+        "unpatch",
+        "preprocessing",
+        "limitations",
+        "speed",
+        "conclusion",
+    ]
     assert [line[5:23].strip() for line in lines[:-1]] == names
-    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 5 + ["    ", "ok  "]
-    assert "at r = 6 " in lines[3] and "(batch 1, r = 6)" in lines[5]
+    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 5 + ["    ", "ok  ", "    ", "ok  "]
+    assert "at r = 6 " in lines[3] and "(batch 1, r = 6)" in lines[7]
     assert lines[-1].startswith("Measured on: device ")
 
 
 def test_doctor_json(capsys: Capture, models: Path) -> None:
     assert main(["doctor", str(models / "tiny.pt"), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["is_healthy"] is True and len(content["findings"]) == 7
+    assert content["is_healthy"] is True and len(content["findings"]) == 9
     assert content["findings"][0][:2] == ["adapter", True] and content["environment"]["torch"] == torch.__version__
 
 
@@ -373,7 +398,7 @@ def test_a_method_without_weights(capsys: Capture, models: Path) -> None:
 def plain(monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path) -> list[str]:
     """A quick comparison, into `out`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare_module, "plot_pareto", lambda path, rows, title: path.write_bytes(b"\x89PNG"))
+    monkeypatch.setattr(compare_module, "plot_pareto", _fake_plot)
     options = ["--data", "fashion-mnist", "--limit", "8", "--rounds", "1", "--out", "out"]
     return ["compare", str(models / "grey.pt"), *options]
 

@@ -36,10 +36,10 @@ HOSTS = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "fields": set(),
-    "files": set(),
     "tracing": {"errors"},
     "memory": set(),
+    "fields": set(),
+    "files": set(),
     "kernels": {"errors", "kernels", "tracing"},
     "plan": {"kernels"},
     "matching": {"errors", "kernels", "plan"},
@@ -89,9 +89,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "compat": {"api", "compat", "errors", "functional", "schedule", "tools"},
     "assets": set(),
-    "tools": {"files", "", "adapters", "assets", "errors", "kernels", "schedule", "tools"},
-    "training": {"fields", "files", "", "assets", "errors", "methods", "schedule", "tools", "training"},
-    "cli": {"", "files", "adapters", "cli", "errors", "methods", "schedule", "tools", "training"},
+    "tools": {"", "adapters", "assets", "errors", "files", "kernels", "schedule", "tools"},
+    "training": {"", "assets", "errors", "fields", "files", "methods", "schedule", "tools", "training"},
+    "cli": {"", "adapters", "cli", "errors", "files", "methods", "schedule", "tools", "training"},
     "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
 }
 

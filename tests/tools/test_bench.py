@@ -26,7 +26,8 @@ from tokenmerge.tools.models import load_model
 from tokenmerge.tools.timing import Timing
 
 COLUMNS = [
-    "model", "r", "batch", "ms", "spread %", "images/s", "unmerged ms", "speed-up", "bound ms", "over bound", "GMACs",
+    "model", "r", "batch", "ms", "spread %", "images/s", "unmerged ms", "speed-up", "noise %", "bound ms", "over bound",
+    "GMACs",
     "matching GMACs", "tokens", "peak MB", "unmerged peak MB", "attention", "unmerged attention",
 ]  # fmt: skip
 
@@ -62,7 +63,7 @@ def test_rows_of_a_saved_model(tmp_path: Path) -> None:
         "rounds": "1",
         "torch": torch.__version__,
     }
-    assert len(result.verdicts) == 2
+    assert len(result.verdicts) == 1 and result.verdicts[0].startswith("Too few rounds")
 
 
 def test_figures_follow_from_the_seconds() -> None:
@@ -77,6 +78,7 @@ def test_figures_follow_from_the_seconds() -> None:
         "images/s": 400.0,
         "unmerged ms": 40.0,
         "speed-up": 2.0,
+        "noise %": 0.0,
         "bound ms": 16.0,
         "over bound": 1.25,
     }
@@ -139,37 +141,63 @@ def test_training_adds_the_peaks_of_a_step() -> None:
 
 
 NEVER = "it pays at no batch size up to the largest measured."
-SLOWER = "r = 8 is SLOWER than the unmerged model at"
+SLOWER = "r = 8: SLOWER than the unmerged model at"
 
 
 @pytest.mark.parametrize(
     ("speeds", "sentence"),
     [
-        ({1: 0.8, 8: 0.9}, f"{SLOWER} batch 1 (0.80x), batch 8 (0.90x); {NEVER}"),
-        ({1: 0.5, 4: 0.9, 8: 1.1, 32: 1.5}, f"{SLOWER} batch 1 (0.50x), batch 4 (0.90x); it pays from batch 8 on."),
-        ({32: 1.5, 1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x); it pays from batch 32 on."),
-        ({1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x); {NEVER}"),
-        ({8: 1.5, 1: 1.1}, "r = 8 is faster at every batch size measured, from batch 1 on."),
-        ({1: 1.02, 8: 1.5}, "r = 8 is no faster, within the spread, at batch 1 (1.02x); it pays from batch 8 on."),
+        ({1: 0.8, 8: 0.9}, f"{SLOWER} batch 1 (0.80x, noise 3.0 %), batch 8 (0.90x, noise 3.0 %); {NEVER}"),
+        ({1: 0.9, 8: 1.1, 32: 1.5}, f"{SLOWER} batch 1 (0.90x, noise 3.0 %); it pays from batch 8 on."),
+        ({32: 1.5, 1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x, noise 3.0 %); it pays from batch 32 on."),
+        ({1: 1.2, 8: 0.7}, f"{SLOWER} batch 8 (0.70x, noise 3.0 %); {NEVER}"),
+        (
+            {8: 1.5, 1: 1.1},
+            "r = 8: faster at batch 1 (1.10x, noise 3.0 %), batch 8 (1.50x, noise 3.0 %): at every batch size "
+            "measured.",
+        ),
+        (
+            {1: 1.02, 8: 1.5},
+            "r = 8: no difference measured at batch 1 (1.02x, noise 3.0 %); it pays from batch 8 on.",
+        ),
         (
             {1: 0.9, 2: 0.98, 8: 1.5},
-            f"{SLOWER} batch 1 (0.90x); no faster, within the spread, at batch 2 (0.98x); it pays from batch 8 on.",
+            f"{SLOWER} batch 1 (0.90x, noise 3.0 %); no difference measured at batch 2 (0.98x, noise 3.0 %); it pays "
+            "from batch 8 on.",
         ),
-        ({1: 1.01}, f"r = 8 is no faster, within the spread, at batch 1 (1.01x); {NEVER}"),
+        ({1: 1.01}, "r = 8: no difference measured at batch 1 (1.01x, noise 3.0 %)."),
     ],
     ids=["slower", "pays-from-8", "dip-unsorted", "slower-at-largest", "faster", "equal-at-1", "slower-equal", "equal"],
 )
 def test_verdict(speeds: dict[int, float], sentence: str) -> None:
-    rows = [{"r": "8", "batch": batch, "speed-up": speed, "spread %": 3.0} for batch, speed in speeds.items()]
-    unmerged = [{"r": "0", "batch": 1, "speed-up": 0.9, "spread %": 3.0}]
-    assert _verdicts(unmerged + rows) == [sentence]
+    rows = [{"r": "8", "batch": batch, "speed-up": speed, "noise %": 3.0} for batch, speed in speeds.items()]
+    assert _verdicts(rows) == [sentence]
+
+
+def test_the_row_that_merges_nothing_tells_the_noise_of_its_batch() -> None:
+    control = {"r": "0", "batch": 1, "speed-up": 0.73, "noise %": 2.0}
+    rows = [{"r": "8", "batch": b, "speed-up": 1.2, "noise %": 2.0} for b in (1, 4)]
+    assert _verdicts([control, *rows]) == [
+        "r = 8: no difference measured at batch 1 (1.20x, noise 27.0 %); it pays from batch 4 on.",
+        "Noisy (27 %; the r = 0 row, which merges nothing, says 0.73x instead of 1): close other programs, or take "
+        "more rounds (--rounds).",
+    ]
+
+
+def test_a_few_rounds_give_no_verdict() -> None:
+    rows = [{"r": r, "batch": 1, "speed-up": 1.007, "noise %": None} for r in ("0", "16")]
+    assert _verdicts(rows) == ["Too few rounds to tell faster from slower: at least 5 are needed (--rounds)."]
+    assert Timing((1.0, 2.0, 1.0, 2.0)).noise(Timing((1.0,) * 4)) is None
+    assert Timing((1.0, 2.0, 1.0, 2.0, 1.0)).noise(Timing((1.0,) * 5)) == 0.5
+    # what slows down both in the same round is no noise
+    assert Timing((1.0, 2.0, 1.0, 2.0, 1.0)).noise(Timing((2.0, 4.0, 2.0, 4.0, 2.0))) == 0.0
 
 
 def test_one_verdict_for_every_r() -> None:
     speeds = (("0", 1.0), ("16", 1.5), ("8", 0.5))
-    rows = [{"r": r, "batch": b, "speed-up": s, "spread %": None} for b in (1, 2) for r, s in speeds]
+    rows = [{"r": r, "batch": b, "speed-up": s, "noise %": 1.0} for b in (1, 2) for r, s in speeds]
     sixteen, eight = _verdicts(rows)
-    assert sixteen.startswith("r = 16 is faster") and eight.startswith("r = 8 is SLOWER")
+    assert sixteen.startswith("r = 16: faster") and eight.startswith("r = 8: SLOWER")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -186,7 +214,7 @@ def test_the_model_given_is_not_changed(training: bool) -> None:
 def test_dtype_and_input_size_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs: list[torch.Tensor] = []
     row = module._row
-    monkeypatch.setattr(module, "_row", lambda *args: inputs.append(args[3]) or row(*args))
+    monkeypatch.setattr(module, "_row", lambda *args: inputs.append(args[4]) or row(*args))
     model = tiny_vit(dynamic_img_size=True)
     result = bench(model, rs=(4,), batches=(2,), rounds=1, dtype="bfloat16", input_size=(3, 48, 48))
     assert [(x.shape, x.dtype) for x in inputs] == [((2, 3, 48, 48), torch.bfloat16)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import Tensor, nn
 
 import tokenmerge
@@ -19,21 +20,26 @@ from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, methods
 from tokenmerge.errors import DataError, UnsupportedError, UnsupportedModelError
 from tokenmerge.tools import compare as module
-from tokenmerge.tools import measure, results, visualize
+from tokenmerge.tools import measure, plots, results
 from tokenmerge.tools.compare import Comparison, compare
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import Trained
 
 SIZE = (1, 28, 28)
-FILES = {"rows.json", "table.md", "table.csv", "plot.png", "index.html"}
+FILES = {"rows.json", "table.md", "table.csv", "table.tex", "plot.png", "plot.svg", "plot.pdf", "index.html"}
 PLOT = module.plot_pareto
+
+
+def _fake_plot(paths: list[Path], rows: Any, title: str) -> None:
+    for path in paths:
+        path.write_bytes(b"\x89PNG")
 
 
 @pytest.fixture(autouse=True)
 def _no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all that these tests look at."""
-    monkeypatch.setattr(module, "plot_pareto", lambda path, rows, title: path.write_bytes(b"\x89PNG"))
+    monkeypatch.setattr(module, "plot_pareto", _fake_plot)
 
 
 def _model(**options: Any) -> nn.Module:
@@ -494,8 +500,8 @@ def test_methods_may_be_objects(tmp_path: Path) -> None:
     given = [methods.ToMe(metric="x"), MergeConfig("tofu", r=3)]
     rows = _compare(tmp_path, methods=given, rs=[4]).rows
     assert [(row["method"], row["asked"]) for row in rows[1:]] == [
-        (repr(given[0]), "r 4"),
-        (repr(given[1]), "as saved"),
+        ("tome(metric='x')", "r 4"),
+        ("tofu", "as saved"),
     ]
     assert dataclasses.is_dataclass(Trained) and all(isinstance(row["KL"], float) for row in rows)
 
@@ -553,8 +559,8 @@ def test_the_front_is_what_no_other_beats_in_both() -> None:
         ("d", 0.3, 3.0, 80.0),
         ("e", 0.4, 2.2, 79.0),
     )
-    assert [row["method"] for row in visualize._front(rows, "MACs share", -1)] == ["d", "b", "unmerged"]
-    assert [row["method"] for row in visualize._front(rows, "speed-up", 1)] == ["d", "b", "unmerged"]
+    assert [row["method"] for row in plots._front(rows, "top-1 %", "MACs share", -1)] == ["d", "b", "unmerged"]
+    assert [row["method"] for row in plots._front(rows, "top-1 %", "speed-up", 1)] == ["d", "b", "unmerged"]
 
 
 def _draw(path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> tuple[Any, list[Any]]:
@@ -564,31 +570,58 @@ def _draw(path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]
     drawn: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(pyplot, "close", drawn.append)
-        visualize.plot_pareto(path, rows, "costs $1 to $2")
+        plots.plot_pareto(path, rows, "costs $1 to $2")
     pyplot.close(drawn[0])
     left, right = drawn[0].axes
     assert path.stat().st_size > 10_000
     return left, [[line.get_xydata().tolist()[0] for line in axes.lines[: len(rows)]] for axes in (left, right)]
 
 
-def test_the_plot_names_the_front_and_keeps_low_rows_at_the_edge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plot_names_the_front_and_has_arrows_for_low_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = [(f"${i}$", 0.5 + i / 2000, 1.5 + i / 10, 89.0 + i / 10) for i in range(9)]
     rows = _points(("unmerged", 1.0, 1.0, 90.0), *good, ("poor", 0.45, 1.51, 20.0))
     left, (shares, speeds) = _draw(tmp_path / "plot.png", monkeypatch, rows)
-    assert [text.get_text() for text in left.texts] == ["poor r 8", r"\$8\$ r 8"]
-    assert all(text.xy[1] >= 89.1 for text in left.texts), "a name outside the panel is not drawn"
-    assert left.get_ylim()[0] > 88 and "2 rows below 89.1 % lie on the lower edge" in left.figure.get_supxlabel()
-    assert shares[0] == [1.0, 90.0] and shares[-1] == pytest.approx([0.45, 89.1])
+    # the rows below 89.1 are arrows with their values: no point is drawn where it is not, and none joins the front
+    assert [text.get_text() for text in left.texts] == ["20", "89", r"\$8\$ r 8"]
+    arrows = [line for line in left.lines if line.get_marker() == "v"]
+    assert [line.get_color() for line in arrows] == ["C9", "C0"]
+    low = left.get_ylim()[0]
+    assert low > 88 and all(low < line.get_ydata()[0] < 89.1 for line in arrows)
+    assert shares[0] == [1.0, 90.0] and [0.45, 20.0] not in shares
     # as fast as the unmerged model's round says
-    assert speeds[9] == pytest.approx([230.0, 89.8])
-    assert [text.get_text() for text in left.figure.legends[0].texts] == [
-        *(rf"\${i}\$" for i in range(9)),
-        "poor",
-        "unmerged",
-    ]
+    assert speeds[8] == pytest.approx([230.0, 89.8])
+    (legend,) = left.figure.legends
+    assert "Arrows: rows below 89.1" in legend.get_title().get_text()
+    assert [text.get_text() for text in legend.texts] == ["unmerged", *(rf"\${i}\$" for i in range(9)), "poor"]
     _draw(tmp_path / "alone.png", monkeypatch, rows[:1])
+
+
+def test_the_legend_lies_below_and_names_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _points(("unmerged", 1.0, 1.0, 90.0), *((f"m{i}" * 9, 1 - i / 20, 1 + i / 9, 90 - i / 9) for i in range(9)))
+    rows = [{**row, "top-1 ±": 1.2} for row in rows]
+    left, _ = _draw(tmp_path / "plot.png", monkeypatch, rows)
+    (legend,) = left.figure.legends
+    for axes in left.figure.axes:
+        assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0
+        # each text, its line to the point left out
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+        assert len(boxes) == 8
+        panel = axes.get_window_extent()
+        assert all(panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y1 >= box.y1 for box in boxes)
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        bars = [path for line in axes.collections for path in line.get_segments()]
+        assert len(bars) == 10 and all(bar[1][1] - bar[0][1] == pytest.approx(2.4) for bar in bars)
+
+
+def test_answers_that_are_no_classes_are_drawn_by_their_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _points(("unmerged", 1.0, 1.0, 90.0), ("a", 0.5, 2.0, 80.0))
+    rows = [{**row, "top-1 %": None, "cosine": value} for row, value in zip(rows, (1.0, 0.97), strict=True)]
+    left, (shares, _) = _draw(tmp_path / "plot.svg", monkeypatch, rows)
+    assert (
+        shares[0] == [1.0, 1.0]
+        and shares[1] == pytest.approx([0.5, 0.97])
+        and left.get_ylabel().startswith("cosine similarity")
+    )
 
 
 def test_points_in_one_place_are_all_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

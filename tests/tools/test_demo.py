@@ -38,7 +38,8 @@ def test_demo_writes_four_files_that_agree(tmp_path: Path) -> None:
     for row in content["rows"]:
         assert 0 <= row["top-1 %"] <= row["top-5 %"] <= 100 and 20 * row["top-1 %"] % 100 == 0
 
-    title, table, facts = (folder / "table.md").read_text().split("\n\n")
+    title, table, prepared, facts = (folder / "table.md").read_text().split("\n\n")
+    assert prepared.startswith("Preprocessing: not resized, mean 0.286, std 0.353 (as the bundled model takes them")
     assert title == f"# {content['title']}" and "20 Fashion-MNIST test images, batch 32" in title
     assert len(table.splitlines()) == 4
     assert facts.startswith("Measured on: device ") and f"torch {torch.__version__}" in facts

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from helpers import bound_attributes, randomised, tiny_vit
 from tokenmerge.errors import DataError, InvalidScheduleError, UnsupportedError
+from tokenmerge.tools import doctor as module
 from tokenmerge.tools.doctor import Diagnosis, examine
+from tokenmerge.tools.timing import Timing
 
-FINDINGS = ["adapter", "blocks", "r = 0", "equivalence", "unpatch", "overhead", "could not be done"]
+CHECKS = ["adapter", "blocks", "r = 0", "equivalence", "unpatch"]
+FINDINGS = [*CHECKS, "preprocessing", "limitations", "speed", "conclusion"]
 
 
 def _found(diagnosis: Diagnosis) -> dict[str, tuple[bool | None, str]]:
@@ -33,12 +36,19 @@ def test_healthy_model() -> None:
     diagnosis = examine(tiny_vit(), r=8, rounds=1)
     found = _found(diagnosis)
     assert list(found) == FINDINGS
-    assert {name: good for name, (good, _) in found.items()} == {**dict.fromkeys(FINDINGS, True), "overhead": None}
+    assert {name: good for name, (good, _) in found.items()} == {
+        **dict.fromkeys(FINDINGS, True),
+        "preprocessing": None,
+        "speed": None,
+    }
     assert diagnosis.is_healthy
     assert found["adapter"][1] == "timm_vit: 4 blocks, attention seen by seam"
     assert "at r = 8 (33 tokens left)" in found["equivalence"][1]
-    assert "the free bound" in found["overhead"][1] and "(batch 2, r = 8)" in found["overhead"][1]
-    assert found["could not be done"][1] == "nothing: all of the method is applied"
+    assert "the free bound" in found["speed"][1] and "(batch 2, r = 8)" in found["speed"][1]
+    assert found["speed"][1].endswith("; 1 rounds are too few to tell")
+    assert found["limitations"][1] == "none"
+    assert found["preprocessing"][1].startswith("WARNING: the model does not say how its images are prepared")
+    assert found["conclusion"][1] == "Merging computes on this model what it should."
 
 
 def test_as_dict() -> None:
@@ -97,7 +107,7 @@ def test_a_head_that_does_not_weigh_the_tokens_gets_them_all() -> None:
     diagnosis = examine(_subclass(forward_head=forward_head), rounds=1)
     found = _found(diagnosis)
     assert diagnosis.is_healthy and found["equivalence"][0] is True
-    good, sentence = found["could not be done"]
+    good, sentence = found["limitations"]
     assert good is None and sentence.startswith(
         "tokens are put back in their places after the last block: forward_head"
     )
@@ -108,19 +118,34 @@ def test_a_model_that_is_random() -> None:
         return self.head(x[:, 0]) + torch.rand(1)
 
     found = _found(examine(_subclass(forward_head=forward_head), rounds=1))
-    assert [name for name, (good, _) in found.items() if good is False] == ["r = 0", "equivalence", "unpatch"]
+    assert [name for name, (good, _) in found.items() if good is False] == [
+        "r = 0",
+        "equivalence",
+        "unpatch",
+        "conclusion",
+    ]
+    # nothing is said of the speed of a wrong answer, nor that nothing is amiss
+    assert list(found) == [*CHECKS, "preprocessing", "conclusion"]
+    assert found["conclusion"][1].startswith(
+        "Do not merge this model as it is: r = 0 and equivalence and unpatch failed"
+    )
 
 
 def test_a_model_that_computes_nan() -> None:
     model = tiny_vit()
     nn.init.constant_(model.head.bias, float("nan"))
     found = _found(examine(model, rounds=1))
-    assert [name for name, (good, _) in found.items() if good is False] == ["r = 0", "equivalence", "unpatch"]
+    assert [name for name, (good, _) in found.items() if good is False] == [
+        "r = 0",
+        "equivalence",
+        "unpatch",
+        "conclusion",
+    ]
 
 
 def test_merging_nothing_is_no_judgement() -> None:
     diagnosis = examine(tiny_vit(), r=0, rounds=1)
-    assert _found(diagnosis)["equivalence"] == (None, "r = 0 merges nothing in this model")
+    assert _found(diagnosis)["equivalence"] == (None, "not checked: r = 0 merges nothing in this model")
     assert _found(diagnosis)["unpatch"][0] is True and diagnosis.is_healthy
 
 
@@ -129,8 +154,8 @@ def test_what_could_not_be_done_is_told_and_no_failure() -> None:
     model.pretrained_cfg = {"tag": "mae"}
     diagnosis = examine(model, rounds=1)
     found = _found(diagnosis)
-    assert found["equivalence"] == (None, "does not hold without proportional attention")
-    good, sentence = found["could not be done"]
+    assert found["equivalence"] == (None, "not checked: it does not hold without proportional attention")
+    good, sentence = found["limitations"]
     assert good is None and sentence.startswith("no proportional attention: an MAE model")
     assert diagnosis.is_healthy
 
@@ -183,3 +208,26 @@ def test_wrong_options(options: dict[str, Any], error: type[Exception], text: st
 def test_bfloat16_is_judged_by_its_own_precision() -> None:
     found = _found(examine(tiny_vit().bfloat16(), rounds=1))
     assert found["adapter"][0] and found["r = 0"][0] and found["unpatch"][0]
+
+
+@pytest.mark.parametrize(
+    ("merged", "noise", "text"),
+    [
+        (0.5, 0.0, "It is 2.00 x as fast here (batch 2, r = 8); tokenmerge eval"),
+        (2.0, 0.0, "It is SLOWER here (batch 2, r = 8): take a larger r"),
+        (0.97, 0.4, "No difference in speed was measured (batch 2, r = 8): try a larger r"),
+    ],
+    ids=["faster", "slower", "noise"],
+)
+def test_the_conclusion_follows_from_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, merged: float, noise: float, text: str
+) -> None:
+    def timed(variants: dict[str, Any], device: torch.device, rounds: int) -> dict[str, Timing]:
+        wave = [1 + noise * (-1) ** i for i in range(rounds)]
+        each = {"unmerged": 1.0, "merged": merged, "bound": merged, "again": 1.0}
+        return {name: Timing(tuple(each[name] * (w if name == "merged" else 1.0) for w in wave)) for name in variants}
+
+    monkeypatch.setattr(module, "interleave", timed)
+    found = _found(examine(tiny_vit(), rounds=8))
+    assert text in found["conclusion"][1]
+    assert ("other programs are running" in found["speed"][1]) == (noise > 0.1)

@@ -356,6 +356,7 @@ def test_the_command_hands_every_argument_on(
     torch.save(_tiny(), "tiny.pt")
     text = "export tiny.pt -r 0.1 --to onnx --method drop --input-size 3 48 48 --batch 4 --matmul --opset 19 --json"
     assert main(text.split()) == 0
+    assert given.pop("preprocessing").size == SIZE and given.pop("restore") is None
     assert given == {
         "path": Path("tiny.onnx"),
         "r": 0.1,
@@ -423,3 +424,45 @@ def test_a_patched_model_goes_through_torchs_own_onnx_export(tmp_path: Path) -> 
         torch.onnx.export(model, (x,), tmp_path / "own.onnx", dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(tmp_path / "own.onnx", providers=["CPUExecutionProvider"])
         assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), model(x), 1e-4)
+
+
+def test_a_model_that_is_patched_already_is_exported_as_it_is(tmp_path: Path) -> None:
+    model, x = _tiny(), torch.randn(3, *SIZE)
+    tokenmerge.patch(model, "tofu", r=5)
+    found = export(model, tmp_path / "tiny.pt2", to="torch-export")
+    run = torch.export.load(tmp_path / "tiny.pt2").module()
+    with torch.no_grad():
+        assert_close(run(x), model(x), 1e-5)
+    assert found.tokens == tokenmerge.handle_of(model).tokens
+    with pytest.raises(AlreadyPatchedError, match=r"reduced already: .*Leave out r, method, calibrate and restore"):
+        export(model, tmp_path / "tiny.pt2", r=5, to="torch-export")
+
+
+def test_it_says_how_to_feed_and_to_run_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _tiny()
+    model.pretrained_cfg = {"input_size": SIZE, "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
+    monkeypatch.chdir(tmp_path)
+    for to in TARGETS:
+        found = export(model, f"tiny{TARGETS[to].suffix}", r=6, to=to)
+        text = str(found)
+        assert f"output             answer [batch, {found.answers[0]}]" in text and "limitations        none" in text
+        assert "mean 0.5, std 0.25 (from timm's pretrained_cfg)" in found.preprocessing
+        x = torch.randn(2, *SIZE)
+        code = text.split("To run it:\n\n")[1]
+        space: dict[str, Any] = {"images": x if to == "torch-export" else x.numpy()}
+        exec(code, space)
+        with tokenmerge.patched(model, r=6), torch.no_grad():
+            assert_close(torch.as_tensor(space["answer"]), model(x), 1e-4)
+        # checked as it is deployed, too: the processor's own choice is no float32 on every machine
+        assert ("without a hint openvino runs it in " in found.deployed) == (to == "openvino")
+
+
+def test_a_precision_that_answers_otherwise_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = TARGETS["torch-export"]
+    half = lambda file: ("bf16", lambda images: target.load(file)(images).bfloat16().float())  # noqa: E731
+    _replace(monkeypatch, plainly=half)
+    found = export(_tiny(), tmp_path / "tiny.pt2", r=6, to="torch-export")
+    assert found.deployed.startswith(
+        "WARNING: without a hint torch runs it in bf16 on this processor: max |difference|"
+    )
+    assert found.deployed in str(found)

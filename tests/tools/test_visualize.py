@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.visualize import draw_clip, draw_features, draw_groups, plot_tradeoff, sheet
+from tokenmerge.tools.plots import plot_tradeoff
+from tokenmerge.tools.visualize import draw_clip, draw_features, draw_groups, sheet
 
 ROWS: list[dict[str, Any]] = [
     {"r": "0", "images/s": 10.0, "top-1 %": 90.0, "bound images/s": None},
@@ -119,6 +120,25 @@ def test_plot_is_a_png(tmp_path: Path, has_bound: bool) -> None:
         assert image.format == "PNG" and image.width > image.height > 300
         assert image.convert("L").getextrema() < (100, 256)
     assert pyplot.get_fignums() == [], "the figure stays in memory"
+
+
+def test_no_name_of_the_plot_covers_another_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    drawn: list[Any] = []
+    figures = ((0, 330.0, 91.4), (4, 331.0, 91.4), (8, 400.0, 91.0), (16, 640.0, 89.8))
+    rows = [{"r": str(r), "images/s": s, "top-1 %": t, "top-1 ±": 1.2, "bound images/s": s + 9} for r, s, t in figures]
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", drawn.append)
+        plot_tradeoff([tmp_path / f"plot.{kind}" for kind in ("png", "svg", "pdf")], rows, "a title")
+    pyplot.close(drawn[0])
+    (axes,) = drawn[0].axes
+    boxes, panel = [Text.get_window_extent(text) for text in axes.texts], axes.get_window_extent()
+    assert [text.get_text() for text in axes.texts] == ["r = 0", "r = 4", "r = 8", "r = 16"]
+    assert all(panel.x0 <= box.x0 and box.x1 <= panel.x1 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all((tmp_path / f"plot.{kind}").stat().st_size > 5_000 for kind in ("png", "svg", "pdf"))
 
 
 @pytest.mark.parametrize(

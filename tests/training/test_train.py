@@ -172,16 +172,29 @@ def _last(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     def terminate(done: int, total: int) -> None:
         if done == 7:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StoppedError, match=r"after step 7 of 30; everything is saved"):
+    before = signal.getsignal(number)
+    text = rf"stopped by {number.name} after step 7 of 30: saved at step 7, the same command goes on"
+    with pytest.raises(StoppedError, match=text):
         train(tiny(), tmp_path, progress=terminate)
     assert _last(tmp_path) == 7
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tmp_path, progress=interrupt)
+    assert _last(tmp_path) < 7
 
 
 def test_a_finished_run_says_what_it_came_to_and_changes_nothing(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     _compare_parser(commands)
 
     doctor = _command(
-        commands, "doctor", _doctor, "examine a model: described, right, how fast, what could not be done"
+        commands,
+        "doctor",
+        _doctor,
+        "check a model: is it supported, are the results exact, is it faster, what is limited",
     )
     _model_argument(doctor)
     doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
@@ -72,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 _R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 _MODEL_HELP = (
-    "a timm name, a file of torch.save(model) (with --trust-pickle), a folder of `tokenmerge train`, or 'reference'"
+    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (with "
+    "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
 )
 _TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
 _METHOD_HELP = (
@@ -87,6 +91,8 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+    if name not in ("doctor", "export", "list"):
+        parser.add_argument("--wide", action="store_true", help="print every column, however wide the terminal is")
     if name not in ("export", "list", "train"):
         parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
@@ -192,7 +198,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     title = f"Bundled ViT, {result.images} Fashion-MNIST test images"
-    _print(arguments, result.rows, title, result.environment, [])
+    _print(arguments, result.rows, title, result.environment, result.notes)
     print(f"Written to {arguments.out}: table.md, table.json, plot.png, merged.png", file=sys.stderr)
     return 0
 
@@ -222,14 +228,9 @@ def _bench(arguments: argparse.Namespace) -> int:
             progress=progress,
             **calibration_of(arguments, model),
         )
-    _print(
-        arguments,
-        result.rows,
-        f"{arguments.model}, medians of interleaved rounds",
-        result.environment,
-        result.verdicts,
-        out,
-    )
+    about = [] if arguments.calibrate is None else getattr(preparation_of(arguments, model), "notes", [])
+    title = f"{arguments.model}, medians of interleaved rounds"
+    _print(arguments, result.rows, title, result.environment, [*about, *result.verdicts], out)
     return 0
 
 
@@ -286,11 +287,14 @@ def _compare(arguments: argparse.Namespace) -> int:
         content = {"title": found.title, "environment": found.environment, "rows": found.rows, "notes": found.facts}
         print(json.dumps(content, indent=2))
     else:
-        show(found.table, found.title)
+        show(found.table, found.title, wide=arguments.wide)
         print("\n".join([*found.notes, "", *found.facts]))
     if found.marked:
         print(f"{found.marked} of {len(found.rows)} rows have no numbers; their notes say why.", file=sys.stderr)
-    print(f"Written to {arguments.out}: index.html, table.md, table.csv, plot.png, rows.json", file=sys.stderr)
+    print(
+        f"Written to {arguments.out}: index.html, table.md, table.csv, table.tex, plot.png, .svg, .pdf, rows.json",
+        file=sys.stderr,
+    )
     return 0 if found.has_numbers else 1
 
 
@@ -327,6 +331,8 @@ def _export(arguments: argparse.Namespace) -> int:
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
     model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
+    if "_tokenmerge_handle" in model.__dict__ and arguments.r is None and arguments.method == "tome":
+        r = method = None  # it has its own
     found = export(
         model,
         out,
@@ -386,7 +392,7 @@ def _print(
         if arguments.json:
             print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
             return
-        show(rows, title)
+        show(rows, title, wide=arguments.wide)
         for note in notes:
             print(note)
         print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))

@@ -46,5 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"folder": str(folder), "rows": rows}, indent=2))
     elif rows:
-        show(rows, f"{arguments.recipe}, in {folder}")
+        show(rows, f"{arguments.recipe}, in {folder}", wide=arguments.wide)
     return 0

@@ -184,8 +184,11 @@ def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         parts = [f"SLOWER than the unmerged model at {slower}"] if slower else []
         parts += [f"no difference measured at {equal}"] if equal else []
         if parts:
-            end = f"it pays from batch {pays} on" if pays else "it pays at no batch size up to the largest measured"
-            said.append(f"r = {r}: {'; '.join(parts)}; {end}.")
+            if pays:
+                parts.append(f"it pays from batch {pays} on")
+            elif slower:
+                parts.append("it pays at no batch size up to the largest measured")
+            said.append(f"r = {r}: {'; '.join(parts)}.")
         else:
             said.append(f"r = {r}: faster at {_cases(of_r, noises)}: at every batch size measured.")
     return said + _warning(rows, max(noises.values(), default=0.0))

@@ -19,10 +19,11 @@ from tokenmerge.files import write_file
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.tools.measure import BOUND, FIGURES, Subject
-from tokenmerge.tools.models import AUTO, Method, Trained, find_device, own_r, read_method
-from tokenmerge.tools.results import as_csv, as_html, as_markdown, check_writable
+from tokenmerge.tools.models import AUTO, Method, Trained, find_device, own_r, read_method, short_name
+from tokenmerge.tools.plots import plot_pareto
+from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable
 from tokenmerge.tools.timing import environment
-from tokenmerge.tools.visualize import plot_pareto, require_viz
+from tokenmerge.tools.visualize import require_viz
 
 __all__ = ["ALL", "Comparison", "compare"]
 
@@ -101,14 +102,16 @@ class Comparison:
         return [{**row, "note": whole["note"]} for row, whole in zip(self.table, self.rows, strict=True)]
 
     def write(self, folder: Path) -> None:
-        """Write `table.md`, `table.csv`, `plot.png` and `index.html`."""
+        """Write `table.md`, `table.csv`, `table.tex`, the plot (PNG, SVG, PDF) and `index.html`."""
         notes = "\n".join(f"- {note}" for note in self.notes)
         parts = [f"# {self.title}", as_markdown(self.table), *([notes] if notes else []), *self.facts]
         write_file(folder / "table.md", "\n\n".join(parts) + "\n")
         places = [", ".join(f"{name} {value}" for name, value in found.items()) for found in self.environment]
         rows = [{**row, "measured on": place} for row, place in zip(self.rows, places, strict=True)]
         write_file(folder / "table.csv", as_csv(rows))
-        plot_pareto(folder / "plot.png", [row for row in self.rows if row[_MEASURED] is not None], self.title)
+        measured = [row for row in self.rows if row[_MEASURED] is not None]
+        plot_pareto([folder / f"plot.{kind}" for kind in ("png", "svg", "pdf")], measured, self.title)
+        write_file(folder / "table.tex", as_latex(self.table))
         page = as_html(self.title, self._shown(), self.facts, (folder / "plot.png").read_bytes())
         write_file(folder / "index.html", page)
 
@@ -212,7 +215,7 @@ def _tasks(
     names = [name for name in tokenmerge.list_methods() if name != BOUND] + [AUTO] * has_images
     tasks = [_Task(_UNMERGED, "-", _UNMERGED, _UNMERGED, r=0)]
     for given in [name for method in methods for name in (names if method == ALL else [method])]:
-        text = given if isinstance(given, str) else repr(given)
+        text = given if isinstance(given, str) else short_name(given)
         try:
             method = read_method(given) if isinstance(given, str) else given
             task = _Task(text, "as saved", method, _identity(method), r=own_r(method))

@@ -17,8 +17,9 @@ from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
+from tokenmerge.tools.plots import plot_tradeoff
 from tokenmerge.tools.results import as_markdown, check_writable
-from tokenmerge.tools.visualize import draw_groups, plot_tradeoff, require_viz, sheet
+from tokenmerge.tools.visualize import draw_groups, require_viz, sheet
 
 __all__ = ["demo"]
 
@@ -51,8 +52,11 @@ def demo(
     result = evaluate(model, data, rs=rs, device=device, bound=True, progress=progress)
     facts = ", ".join(f"{name} {value}" for name, value in result.environment.items())
     title = f"Bundled ViT on {result.images} Fashion-MNIST test images, batch {batch_size}, fp32, eager"
-    write_file(folder / "table.md", f"# {title}\n\n{as_markdown(result.rows)}\n\nMeasured on: {facts}.\n")
+    notes = "\n\n".join(result.notes)
+    text = f"# {title}\n\n{as_markdown(result.rows)}\n\n{notes}\n\nMeasured on: {facts}.\n"
+    write_file(folder / "table.md", text)
     content = {"title": title, "environment": result.environment, "images": result.images, "rows": result.rows}
+    content["notes"] = result.notes
     write_file(folder / "table.json", json.dumps(content, indent=2) + "\n")
     plot_tradeoff(folder / "plot.png", result.rows, title)
     with replacing(folder / "merged.png") as part:

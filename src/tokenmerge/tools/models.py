@@ -37,6 +37,7 @@ __all__ = [
     "read_method",
     "run_images",
     "shared_copy",
+    "short_name",
 ]
 
 BUNDLED = "reference"
@@ -100,6 +101,24 @@ def read_method(text: str) -> Method:
         shown = text if len(text) < 200 else f"{text[:200]} ..."
         raise unknown_name("method", shown, tokenmerge.list_methods())
     return _with_options(text)
+
+
+def short_name(method: Method) -> str:
+    """Return the shortest text that tells a method from others: its name, and the options that are not the default.
+
+    >>> short_name(read_method("tome(metric='x')"))
+    "tome(metric='x')"
+    """
+    if isinstance(method, str):
+        return method
+    if isinstance(method, Trained):
+        return method.weights.parent.name
+    reduction = method.method if isinstance(method, MergeConfig) else method
+    plain = type(reduction)()
+    options = [field.name for field in dataclasses.fields(reduction)]  # type: ignore[arg-type]
+    changed = [name for name in options if getattr(reduction, name) != getattr(plain, name)]
+    shown = ", ".join(f"{name}={getattr(reduction, name)!r}" for name in changed)
+    return f"{reduction.name}({shown})" if shown else reduction.name
 
 
 def own_r(method: Method) -> R | None:

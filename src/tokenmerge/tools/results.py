@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from tokenmerge.errors import DataError
 from tokenmerge.files import new_part, write_file
 
-__all__ = ["Progress", "as_csv", "as_html", "as_markdown", "check_writable", "save_rows", "show"]
+__all__ = ["Progress", "as_csv", "as_html", "as_latex", "as_markdown", "check_writable", "save_rows", "show"]
 
 Row = Mapping[str, Any]
 _STYLE = """
@@ -31,7 +32,7 @@ th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: n
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return rows of equal keys as a Markdown table, numbers to the right."""
     names = list(rows[0])
-    cells = [[_plain(_text(row[name])) for name in names] for row in rows]
+    cells = [[_plain(_text(row[name], name)) for name in names] for row in rows]
     widths = [max(2, len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
     rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
@@ -58,6 +59,23 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def as_latex(rows: Sequence[Row]) -> str:
+    """Return rows of equal keys as a LaTeX table (booktabs), numbers to the right."""
+    names = list(rows[0])
+    numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
+    lines = [names, *([_text(row[name], name) for name in names] for row in rows)]
+    head, *body = (" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines)
+    places = "".join("r" if right else "l" for right in numeric)
+    parts = [rf"\begin{{tabular}}{{{places}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Write a cell as LaTeX reads it."""
+    special = {**{char: f"\\{char}" for char in "&%$#_{}"}, "±": r"$\pm$", "~": r"\textasciitilde{}"}
+    return "".join(special.get(char, char) for char in text.replace("\\", "/"))
+
+
 def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes) -> str:
     """Return one page that needs no other file: facts as sentences, a picture (PNG), and rows of equal keys."""
     names = list(rows[0])
@@ -68,7 +86,7 @@ def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: byte
         return "<tr>" + "".join(f"<{tag}{style[name]}>{escape(cells[name])}</{tag}>" for name in names) + "</tr>"
 
     lines = [line({name: name for name in names}, "th")]
-    lines += [line({name: _text(row[name]) for name in names}, "td") for row in rows]
+    lines += [line({name: _text(row[name], name) for name in names}, "td") for row in rows]
     encoded = base64.b64encode(picture).decode()
     parts = [
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
@@ -106,23 +124,69 @@ def save_rows(path: Path, rows: Sequence[Row], about: Mapping[str, Any], notes: 
     write_file(path, text)
 
 
-def show(rows: Sequence[Row], title: str) -> None:
-    """Print a table to stdout, with rich where it is installed and stdout is a terminal."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(title=title, title_justify="left")
-            for name in rows[0]:
-                table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left")
-            for row in rows:
-                table.add_row(*(_text(value) for value in row.values()))
-            Console().print(table)
-            return
-    print(f"{title}\n\n{as_markdown(rows)}")
+def show(rows: Sequence[Row], title: str, *, wide: bool = False) -> None:
+    """Print a table to stdout, with rich where it is installed and stdout is a terminal.
+
+    Numbers are never shortened: without `wide` the columns are left out that do not fit into the terminal, the least
+    important first, and a line says so.
+    """
+    width = shutil.get_terminal_size().columns
+    shown = rows if wide else fitting(rows, width)
+    left_out = [name for name in rows[0] if name not in shown[0]]
+    if not sys.stdout.isatty() or not _show_richly(shown, title, width):
+        print(f"{title}\n\n{as_markdown(shown)}")
+    if left_out:
+        print(f"Not shown: {', '.join(left_out)} (--wide, --json or the files that are written have them).")
+
+
+def _show_richly(rows: Sequence[Row], title: str, width: int) -> bool:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return False
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        justify: Any = "right" if isinstance(rows[0][name], (int, float)) else "left"
+        table.add_column(name, justify=justify, no_wrap=True, overflow="ignore")
+    for row in rows:
+        table.add_row(*(_text(value, name) for name, value in row.items()))
+    Console(width=max(width, _width(rows, list(rows[0])))).print(table)
+    return True
+
+
+# what a reader looks for first; other columns come after these, in their own order
+_IMPORTANCE: tuple[str, ...] = (
+    "method",
+    "r",
+    "batch",
+    "split",
+    "top-1 %",
+    "accuracy",
+    "error %",
+    "speed-up",
+    "agreement %",
+    "cosine",
+)
+_IMPORTANCE += ("images/s", "tokens", "top-1 ±", "noise %", "over bound", "ms", "unmerged ms", "KL")
+_LAST = ("model", "asked")  # they repeat what stands in the title, or beside it
+
+
+def fitting(rows: Sequence[Row], width: int) -> list[dict[str, Any]]:
+    """Return rows with as many of the columns, the important ones first, as fit into a width."""
+    names = list(rows[0])
+    order = [name for name in _IMPORTANCE if name in names]
+    order += [name for name in names if name not in (*order, *_LAST)] + [name for name in _LAST if name in names]
+    chosen: list[str] = []
+    for name in order:
+        if _width(rows, [*chosen, name]) <= width or not chosen:
+            chosen.append(name)
+    return [{name: row[name] for name in names if name in chosen} for row in rows]
+
+
+def _width(rows: Sequence[Row], names: Sequence[str]) -> int:
+    """Return how many characters a table of these columns takes."""
+    return 1 + sum(3 + max(2, len(name), *(len(_text(row[name], name)) for row in rows)) for name in names)
 
 
 class Progress:
@@ -175,10 +239,12 @@ class Progress:
             self._bar.stop()
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, name: str = "") -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
+        if name == "top-1 ±":
+            return f"{value:.1f}"
         if 0 < abs(value) < 0.01:
             return f"{value:.2g}"
         decimals = 3 if abs(value) < 10 else 2 if abs(value) <= 100 else 1

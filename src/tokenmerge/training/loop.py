@@ -97,7 +97,7 @@ class _Run:
         self.classes = source.classes
         # every process builds the same model
         reseed(recipe.seed)
-        self.parts = build_parts(recipe, self.size, len(self.classes), world.device)
+        self.parts = build_parts(recipe, self.size, len(self.classes), world.device, self.classes)
         self.prepared = preparation(self.parts.core, recipe.model.name, source.kind, self.size)
         self.held = HeldOut(recipe, self.size, self.classes, self.prepared, world)
         pixels = statistics_of(self.prepared)

@@ -22,7 +22,7 @@ from tokenmerge.files import is_file
 from tokenmerge.tools.models import BUNDLED, import_timm, load_model, run_images
 from tokenmerge.training.recipe import Model
 
-__all__ = ["VIT", "TubeletEmbed", "build", "check_trust", "load_weights", "own_size", "places"]
+__all__ = ["VIT", "TubeletEmbed", "build", "check_trust", "load_weights", "order_classes", "own_size", "places"]
 
 VIT = "vit"
 _log = logging.getLogger(__name__)
@@ -77,6 +77,28 @@ def own_size(name: str, kind: str) -> tuple[int, ...]:
         return (about.get("num_channels", 3), *((side, side) if isinstance(side, int) else side))
     except (OSError, ValueError, KeyError, TypeError):
         return ()
+
+
+def order_classes(model: nn.Module, names: Sequence[str]) -> None:
+    """Let a Hugging Face classifier answer in the order of `names`, where these are its own classes in another order.
+
+    Raises `DataError` where it has no linear layer called `classifier` to reorder.
+    """
+    config: Any = getattr(model, "config", None)
+    numbers = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
+    order = [numbers[name] for name in names if name in numbers]
+    if len(order) != len(numbers) or len(order) != len(names) or order == list(range(len(order))):
+        return
+    layer = getattr(model, "classifier", None)
+    if not isinstance(layer, nn.Linear):
+        raise DataError(
+            "the model numbers the data's classes in another order, and has no linear layer `classifier` to reorder: "
+            "name the class folders by the model's numbers, 0 to n - 1."
+        )
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter[order])
+    config.label2id, config.id2label = {name: i for i, name in enumerate(names)}, dict(enumerate(names))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenmerge import Handle, MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.tools.models import apply_method, own_r, read_method
 from tokenmerge.training.mae import MaskedAutoencoder
-from tokenmerge.training.nets import VIT, build, load_weights
+from tokenmerge.training.nets import VIT, build, load_weights, order_classes
 from tokenmerge.training.objective import Classify, Objective, Predict
 from tokenmerge.training.recipe import Recipe
 
@@ -34,9 +35,12 @@ class Parts:
     notes: list[str]
 
 
-def build_parts(recipe: Recipe, size: tuple[int, ...], classes: int, device: torch.device) -> Parts:
-    """Build what a recipe names, on a device; raises what its parts raise."""
+def build_parts(
+    recipe: Recipe, size: tuple[int, ...], classes: int, device: torch.device, names: Sequence[str] = ()
+) -> Parts:
+    """Build what a recipe names, on a device, its classes in the order of `names`; raises what its parts raise."""
     core = build(recipe.model, size, classes, trust_pickle=True)  # `train` has asked before
+    order_classes(core, names)
     notes = [load_weights(core, recipe.model.weights)] if recipe.model.weights else []
     if recipe.model.checkpointing:
         _checkpoint_blocks(core)

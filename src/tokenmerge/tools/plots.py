@@ -1,0 +1,259 @@
+"""Plots of rows: accuracy over speed and over MACs, with the error of the accuracy; PNG, SVG or PDF by the name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenmerge.files import replacing
+from tokenmerge.tools.visualize import require_viz
+
+__all__ = ["plot_pareto", "plot_tradeoff"]
+
+Row = dict[str, Any]
+_ERROR = "top-1 ±"
+
+
+def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
+    """Save a plot of accuracy over throughput, one point per `r`; the free bound beside it where the rows have it.
+
+    Bars are the standard error of the accuracy.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    name, label = _quality(rows)
+    speeds, heights = [row["images/s"] for row in rows], [row[name] for row in rows]
+    _error_bars(axes, speeds, rows, name, "C0")
+    axes.plot(speeds, heights, "o-", label="merged")
+    bound = [row for row in rows if row.get("bound images/s")]
+    for row in bound:
+        axes.plot([row["images/s"], row["bound images/s"]], [row[name]] * 2, ":", color="gray", linewidth=1)
+    if bound:
+        fastest = [row["bound images/s"] for row in bound], [row[name] for row in bound]
+        axes.plot(*fastest, "|", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
+    # at least two points high: zoomed in further, chance would look like a trend
+    least = 1.0 if name == "top-1 %" else 0.01
+    low, high = axes.get_ylim()
+    half = 1.15 * max(least, (high - low) / 2)
+    middle = (low + high) / 2
+    axes.set_ylim(middle - half, middle + half)
+    axes.margins(x=0.12)
+    axes.set(xlabel="images per second", ylabel=label, title=_wrapped(title))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    figure.canvas.draw()
+    spots = [(row["images/s"], row[name]) for row in rows]
+    marks = spots + [(row["bound images/s"], row[name]) for row in bound]
+    _name_points(axes, [(f"r = {row['r']}", spot) for row, spot in zip(rows, spots, strict=True)], _pixels(axes, marks))
+    _save(figure, paths)
+
+
+def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
+    """Save a plot of accuracy over the share of MACs and over images per second, a colour and marker per method.
+
+    The first row is the unmerged model; its images per second times the speed-up of each row are drawn, since how fast
+    the machine is differs from row to row. Bars are standard errors of the accuracy. The rows that no other beats in
+    both are joined and named. Where the lowest fifth would take half of the height, those rows are arrows at the lower
+    edge with their value. Without accuracies the cosine similarity to the unmerged answers is drawn.
+    """
+    pyplot = _pyplot()
+    name, label = _quality(rows)
+    speed = rows[0]["images/s"]
+    rows = [{**row, "images/s": row["speed-up"] * speed} for row in rows]
+    low = _lowest_drawn(rows, name)
+    inside, below = ([row for row in rows if (row[name] >= low) is is_in] for is_in in (True, False))
+    names = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 7.5), sharey=True, layout="constrained")
+    columns = (("MACs share", -1), ("images/s", 1))
+    drawn = [_draw_points(axes, inside, names, name, *of) for axes, of in zip(panels, columns, strict=True)]
+    panels[0].invert_xaxis()
+    errors = [row.get(_ERROR) or 0.0 if name == "top-1 %" else 0.0 for row in inside]
+    top = max(row[name] + error for row, error in zip(inside, errors, strict=True))
+    least = min(row[name] - error for row, error in zip(inside, errors, strict=True))
+    span = top - least or (2.0 if name == "top-1 %" else 0.01)
+    panels[0].set_ylim(least - (0.13 if below else 0.05) * span, top + 0.05 * span)
+    panels[0].set(xlabel="share of the unmerged MACs (less is better)", ylabel=label)
+    panels[1].set(xlabel="images per second: the unmerged model's times the speed-up (more is better)")
+    figure.suptitle(_wrapped(title))
+    notes = ["Points that would cover each other are moved sideways."]
+    notes += [f"Arrows: rows below {low:.4g}, at their values."] if below else []
+    _legend(figure, names, " ".join(notes))
+    figure.canvas.draw()
+    for axes, points, (column, sign) in zip(panels, drawn, columns, strict=True):
+        front = [row for row in _front(inside, name, column, sign) if row is not rows[0]]
+        placed = _move_apart(axes, points, [inside.index(row) for row in front])
+        for point, row in zip(points, inside, strict=True):
+            _error_bars(axes, point.get_xdata(), [row], name, point.get_color())
+        placed += _draw_below(axes, below, names, name, column, least - 0.03 * span)
+        labels = [(f"{row['method']} {row['asked']}", (row[column], row[name])) for row in front]
+        _name_points(axes, labels, placed)
+    _save(figure, paths)
+
+
+def _legend(figure: Any, names: Sequence[str], note: str) -> None:
+    """Write what each colour and marker is below the panels, in as many columns as fit."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linestyle="", marker="*", color="black", markersize=12)]
+    handles += [Line2D([], [], linestyle="", markersize=8, **_look(i)) for i in range(len(names))]
+    shown = ["unmerged", *(_plain(text) for text in names)]
+    columns = max(1, min(len(shown), 150 // (max(map(len, shown)) + 6)))
+    options = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "title_fontsize": 8, "title": note}
+    figure.legend(handles, shown, **options)
+
+
+def _pyplot() -> Any:
+    require_viz()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, paths: Path | Sequence[Path]) -> None:
+    from matplotlib import pyplot
+
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        with replacing(Path(path)) as part:
+            figure.savefig(part, dpi=120, format=Path(path).suffix[1:])
+    pyplot.close(figure)
+
+
+def _quality(rows: Sequence[Row]) -> tuple[str, str]:
+    """Return the figure that is drawn upwards, and its label."""
+    if rows[0].get("top-1 %") is not None:
+        return "top-1 %", "top-1 accuracy (%), with its standard error" if _ERROR in rows[0] else "top-1 accuracy (%)"
+    return "cosine", "cosine similarity to the unmerged answers"
+
+
+def _lowest_drawn(rows: Sequence[Row], name: str) -> float:
+    """Return the height from which on rows are drawn in their place."""
+    heights = sorted(row[name] for row in rows)
+    top, low, fifth = heights[-1], heights[0], heights[len(heights) // 5]
+    # what chance alone may do does not make a row an outlier
+    chance = 4 * (rows[0].get(_ERROR) or 0.0)
+    found: float = low if top - low <= 2 * (top - fifth) + chance else min(fifth, rows[0][name])
+    return found
+
+
+def _error_bars(axes: Any, places: Sequence[float], rows: Sequence[Row], name: str, color: str) -> None:
+    errors = [row.get(_ERROR) if name == "top-1 %" else None for row in rows]
+    if any(error is not None for error in errors):
+        style = {"fmt": "none", "ecolor": color, "alpha": 0.35, "elinewidth": 1, "capsize": 2, "zorder": 1}
+        axes.errorbar(places, [row[name] for row in rows], yerr=[error or 0.0 for error in errors], **style)
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {"color": f"C{i % 10}", "marker": "osD^<>PXph"[i // 10 % 10], "markeredgecolor": "white"}
+
+
+def _draw_points(axes: Any, rows: Sequence[Row], names: list[str], name: str, column: str, sign: int) -> list[Any]:
+    """Draw each row as a point, and the front; returns the points."""
+    unmerged = rows[0]
+    points = list(axes.plot(unmerged[column], unmerged[name], "k*", markersize=14, zorder=4))
+    for row in rows[1:]:
+        look = _look(names.index(row["method"]))
+        points += axes.plot(row[column], row[name], linestyle="", markersize=8, clip_on=False, zorder=3, **look)
+    front = _front(rows, name, column, sign)
+    axes.plot([row[column] for row in front], [row[name] for row in front], "-", color="gray", zorder=1)
+    axes.axhline(unmerged[name], color="black", linestyle="--", linewidth=0.8)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
+    return points
+
+
+def _draw_below(
+    axes: Any, rows: Sequence[Row], names: list[str], name: str, column: str, height: float
+) -> list[tuple[float, float]]:
+    """Draw rows that lie lower as arrows with their values; returns the pixels they take."""
+    panel, taken = axes.get_window_extent(), list[tuple[float, float]]()
+    for row in sorted(rows, key=lambda row: row[column]):
+        x, y = axes.transData.transform((row[column], height))
+        # side by side, as far as there is room
+        steps = [side * 13 * step for step in range(30) for side in (1, -1)]
+        free = (s for s in steps if panel.x0 + 6 < x + s < panel.x1 - 6 and all(abs(x + s - a) > 12 for a, _ in taken))
+        x += next(free, 0)
+        taken.append((x, y))
+        place = axes.transData.inverted().transform((x, y))
+        color = _look(names.index(row["method"]))["color"]
+        axes.plot(*place, linestyle="", marker="v", markersize=8, color=color, clip_on=False, zorder=3)
+        style = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 7, "rotation": 90}
+        axes.annotate(f"{row[name]:.3g}", place, (0, -6), in_layout=False, **style)
+    return taken
+
+
+def _front(rows: Sequence[Row], name: str, column: str, sign: int) -> list[Row]:
+    """Return the rows that no other beats in quality and in a column, where more (sign 1) or less (-1) is better.
+
+    Two digits of the column count: rows that were meant to be equal differ a little.
+    """
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (sign * float(f"{row[column]:.2g}"), row[name]), reverse=True):
+        if not front or row[name] > front[-1][name]:
+            front.append(row)
+    return front
+
+
+def _move_apart(axes: Any, points: list[Any], fixed: list[int], width: int = 9) -> list[tuple[float, float]]:
+    """Move points sideways until none covers another, the unmerged model and the fixed ones not; returns their pixels.
+
+    Where there are too many for the panel the rest stay in their place, on each other.
+    """
+    panel = axes.get_window_extent()
+    placed: list[tuple[float, float]] = []
+    for i in sorted(range(len(points)), key=lambda i: i not in (0, *fixed)):
+        x, y = axes.transData.transform(points[i].get_xydata()[0])
+        shifts = [0] if i in (0, *fixed) else [side * step * width for step in range(9) for side in (1, -1)]
+        inside = [s for s in shifts if panel.x0 <= x + s <= panel.x1]
+        free = (s for s in inside if all(abs(x + s - a) >= width or abs(y - b) >= width for a, b in placed))
+        x += next(free, 0)
+        placed.append((x, y))
+        points[i].set_data(*axes.transData.inverted().transform([(x, y)]).T)
+    return placed
+
+
+def _pixels(axes: Any, spots: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [tuple(axes.transData.transform(spot)) for spot in spots]
+
+
+def _name_points(
+    axes: Any, named: Sequence[tuple[str, tuple[float, float]]], spots: Sequence[tuple[float, float]], limit: int = 120
+) -> None:
+    """Write each name near its point: inside the panel, on no other name and none of the points."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    panel = axes.get_window_extent()
+    line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5}
+    for name, at in named:
+        back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        style = {"fontsize": 8, "in_layout": False, "textcoords": "offset points", "arrowprops": line, "bbox": back}
+        text = axes.annotate(_plain(name), at, (0, 0), **style)
+        # to the side where there is room first, and as near as it can be
+        sides = ("left", "right") if axes.transData.transform(at)[0] < panel.x0 + panel.width / 2 else ("right", "left")
+        places = [(side, sign * lift) for lift in range(5, limit, 5) for sign in (1, -1) for side in sides]
+        for side, lift in [*places, (sides[0], 5)]:
+            text.set_ha(side)
+            text.set_position((6 if side == "left" else -6, lift))
+            text.update_positions(axes.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text).padded(1)  # an annotation's own would hold the line
+            fits = panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1
+            if fits and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
+def _wrapped(title: str, width: int = 90) -> str:
+    """Break a title where it would leave the page."""
+    from textwrap import fill
+
+    return _plain(fill(title, width))
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading a formula, and from failing at names of files that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
