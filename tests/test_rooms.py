@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "report": set(),
     "calibrate": {"errors", "matching", "methods", "plan", "schedule", "tools"},
-    "api": {
+    "handle": {
         "adapters",
         "attach",
         "bindings",
@@ -87,6 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "schedule",
         "state",
     },
+    "api": {"adapters", "calibrate", "config", "errors", "handle", "methods", "report", "schedule"},
     "compat": {"api", "compat", "errors", "functional", "schedule", "tools"},
     "assets": set(),
     "tools": {"", "adapters", "assets", "errors", "files", "kernels", "schedule", "tools"},

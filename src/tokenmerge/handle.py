@@ -1,0 +1,281 @@
+"""What is in a patched model: change it, ask it, take it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge import kernels
+from tokenmerge.adapters.base import Adapter
+from tokenmerge.attach import MODULES, attach, is_copied_part
+from tokenmerge.bindings import is_bound, undo
+from tokenmerge.calibrate import Calibration
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import NotPatchedError, NotTrackedError, UnsupportedError
+from tokenmerge.methods import Learned
+from tokenmerge.report import Report
+from tokenmerge.runner import BlockRunner
+from tokenmerge.schedule import R, Schedule
+from tokenmerge.state import ForwardState, Frame
+
+__all__ = ["ATTRIBUTE", "Handle", "handle_of", "unpatch"]
+
+ATTRIBUTE = "_tokenmerge_handle"  # of a patched model, which holds its handle
+_LOOSE = (
+    "blocks were called by code that is not the model's own: after each of those, tokens are put back in their places"
+)
+
+
+class Handle:
+    """A reduction inside a model: change it, ask it, remove it. `patch` returns it."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, config: MergeConfig) -> None:
+        self.model = model
+        self._adapter = adapter
+        self._config = config
+        self._layout = adapter.layout(model)
+        self.calibration: Calibration | None = None  # what "auto" tried
+        self._choice = ""
+        self._actions: list[Callable[[], None]] = []
+        self.followers: list[Callable[[], None]] = []  # called when `r` or `track` was set
+        depth = len(adapter.blocks(model))
+        self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
+        self._state.track, self._state.tokens, self._state.model = config.track, self._layout.tokens, model
+        self._attachment = attach(
+            model, adapter, config.method, self._state, self._layout, config.prop_attn, config.restore
+        )
+
+    @property
+    def r(self) -> R:
+        """What is removed per block, in any form that `patch` takes; set it at any time, 0 switches merging off."""
+        return list(self._config.r) if isinstance(self._config.r, list) else self._config.r
+
+    @r.setter
+    def r(self, value: R) -> None:
+        schedule = Schedule.of(value, self._state.depth, self._config.multiple_of, self._config.method.largest_r)
+        self._config = dataclasses.replace(self._config, r=value)
+        self._state.schedule = schedule
+        for follow in self.followers:
+            follow()
+
+    @property
+    def track(self) -> bool:
+        """Whether forwards record their groups; set it at any time."""
+        return self._state.track
+
+    @track.setter
+    def track(self, value: bool) -> None:
+        self._config, self._state.track = dataclasses.replace(self._config, track=value), value
+        for follow in self.followers:
+            follow()
+
+    @property
+    def runners(self) -> list[BlockRunner]:
+        """The callables bound to the blocks, in order; for tools that measure inside them."""
+        return self._attachment.runners
+
+    @property
+    def config(self) -> MergeConfig:
+        """The present settings, to be saved or to patch another model with."""
+        return self._config
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens after each block: those of the last forward, or those planned before any.
+
+        Where tokens are merged inside windows, for the attention only: those of a window that each attention saw.
+        """
+        frame = self._state.last()
+        if frame is None or not frame.last:
+            if self._layout.tokens is None:
+                raise NotTrackedError("how many tokens this model has is known after a forward; run the model first.")
+            return self._state.schedule.tokens(self._layout.tokens, self._layout.prefix)
+        shapes = [inside or shape for inside, shape in zip(frame.inside, frame.shape, strict=True)]
+        return [shape[1] for shape in shapes[1:] if shape is not None]
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many input tokens each output token of the last forward stands for, `[B, M]` float."""
+        frame = self._last()
+        size = frame.size[frame.last]
+        if size is not None:
+            return size
+        device = next((parameter.device for parameter in self.model.parameters()), None)
+        return torch.ones(frame.shape[frame.last], device=device)  # type: ignore[arg-type]
+
+    @property
+    def has_merged(self) -> bool:
+        """Whether the last forward merged anything."""
+        frame = self._last()
+        return frame.size[frame.last] is not None or any(inside and inside[1] < inside[0] for inside in frame.inside)
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens at the front (class, distillation, registers) are protected."""
+        return self._layout.prefix
+
+    @property
+    def has_class(self) -> bool:
+        """Whether the first token is a class token."""
+        return self._layout.leads_with_class
+
+    @property
+    def input_size(self) -> tuple[int, ...] | None:
+        """Channels, height and width of the input the model was built for, where it says so."""
+        return self._layout.input_size
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the input's patches, for the model's own input size."""
+        return self._layout.grid
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """After each block, the output token of each input token, `[B, N]`, -1 for dropped; needs `track=True`."""
+        if not self._state.track:
+            raise NotTrackedError(
+                "groups are recorded only while tracking; patch(..., track=True) or handle.track = True."
+            )
+        frame = self._last()
+        if not frame.is_tracked:
+            raise NotTrackedError("the last forward ran before tracking was switched on; run the model again.")
+        return [assign for assign in frame.assign[1:] if assign is not None]
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """After each block, the input token whose place each token keeps, `[B, M]`; needs `track=True`."""
+        B, n = self.groups[-1].shape
+        everyone = torch.arange(n, device=self.groups[-1].device).expand(B, -1)
+        frame = self._last()
+        ran = [layer for layer, shape in enumerate(frame.shape) if shape is not None]
+        return [everyone if frame.kept[layer] is None else frame.kept[layer] for layer in ran]  # type: ignore[misc]
+
+    def dense(self, y: Tensor) -> Tensor:  # [B, M, C]
+        """Give every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.
+
+        Raises `ValueError` where `y` is not what the last forward put out.
+        """
+        groups = self.groups[-1]
+        frame = self._last()
+        expected = (groups.shape[0], frame.shape[frame.last][1])  # type: ignore[index]
+        if y.dim() != 3 or y.shape[:2] != expected:
+            raise ValueError(
+                f"dense() takes the last forward's tokens, [{expected[0]}, {expected[1]}, C]; got {tuple(y.shape)}."
+            )
+        return kernels.unmerge(y, groups)
+
+    def report(self) -> Report:
+        """Return what was found, what runs, the tokens per block, and what could not be done."""
+        runner = self._attachment.runners[0]
+        frame = self._state.last()
+        planned = frame is None or not frame.last
+        # stand for the keys [B, H, N, D] and the tokens [B, N, C] of a forward without gradients
+        parameter = next(self.model.parameters(), torch.empty(0))
+        keys = torch.empty(1, 2, 2, 64, device=parameter.device, dtype=parameter.dtype)
+        seen = {"bipartite": keys, "merge": keys[0], "attend": keys}
+        return Report(
+            model=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            adapter=self._adapter.name,
+            method=repr(self._config.method),
+            r=repr(self._config.r),
+            blocks=self._state.depth,
+            tokens=[] if planned and self._layout.tokens is None else self.tokens,
+            planned=planned,
+            prop_attn=runner.is_proportional,
+            attention=runner.tap.kind,
+            kernels={op: kernels.select(op, x).name for op, x in seen.items()},
+            fallbacks=[line for op, x in seen.items() for line in kernels.fallbacks(op, x)],
+            parity=self._attachment.parity,
+            limits=[*self._attachment.limits, *([_LOOSE] if self._state.ran_loose else [])],
+            choice=self._choice,
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the original model inside the `with`."""
+        before, self._state.enabled = self._state.enabled, False
+        try:
+            yield
+        finally:
+            self._state.enabled = before
+
+    def loss(self) -> Tensor:
+        """Return what a learned method adds to the training loss after a forward; raises for methods that do not.
+
+        Nothing where the present `r` takes no token, as at the start of a training in which it grows from 0.
+        """
+        method, frame = self._config.method, self._last()
+        if not isinstance(method, Learned) or not method.adds_loss:
+            raise UnsupportedError(f"{method.name} adds nothing to the loss.")
+        tokens = next(shape[1] for shape in frame.shape if shape is not None)
+        is_off = self._state.schedule.tokens(tokens, self._layout.prefix)[-1] == tokens
+        return torch.zeros(()) if is_off else method.loss(frame.memory)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration, and what is learned as .safetensors beside it; `MergeConfig.load` reads both."""
+        modules = self.model._modules.get(MODULES)
+        self._config.save(path, None if modules is None else modules.state_dict())
+
+    def remove(self) -> None:
+        """Take the reduction out: the model is what it was, bit for bit. A second call raises `NotPatchedError`."""
+        if self.model.__dict__.get(ATTRIBUTE) is not self:
+            raise NotPatchedError(
+                f"this handle's reduction was taken out of the {type(self.model).__qualname__} already"
+                + (", which was patched again since" if ATTRIBUTE in self.model.__dict__ else "")
+                + "."
+            )
+        unpatch(self.model)
+
+    def on_remove(self, action: Callable[[], None]) -> None:
+        """Call `action` when the reduction is taken out: for surfaces that add something of their own."""
+        self._actions.append(action)
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        self._state.model = self.model  # copied or loaded together
+
+    def __repr__(self) -> str:
+        return f"<tokenmerge {self._config.method!r}, r={self._config.r!r}, in {type(self.model).__qualname__}>"
+
+    def _last(self) -> Frame:
+        frame = self._state.last()
+        if frame is None or not frame.last:
+            raise NotTrackedError("no forward has run since the model was patched; run the model first.")
+        return frame
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give the original model back, bit for bit, with no attribute left; raises `NotPatchedError`.
+
+    Takes a patched model, a copy of one, or a copy of a part of one.
+    """
+    if ATTRIBUTE not in model.__dict__ and is_copied_part(model):
+        undo(model.modules())
+        return
+    handle = handle_of(model)
+    del model.__dict__[ATTRIBUTE]
+    handle._attachment.undo()
+    with ExitStack() as actions:  # all of them, in order, though one may raise
+        for action in reversed(handle._actions):
+            actions.callback(action)
+
+
+def handle_of(model: nn.Module) -> Handle:
+    """Return the handle of a patched model, e.g. of a copy or a loaded one; raises `NotPatchedError`."""
+    handle = model.__dict__.get(ATTRIBUTE)
+    if handle is None:
+        part = any(is_bound(module) for module in model.modules())
+        raise NotPatchedError(
+            f"this {type(model).__qualname__} is a part of a patched model, or of a copy of one, and has no handle "
+            "of its own: ask that of the whole model. unpatch() takes the reduction out of a copied part."
+            if part
+            else f"this {type(model).__qualname__} is not patched by tokenmerge: nothing to take back."
+        )
+    assert isinstance(handle, Handle)
+    return handle
