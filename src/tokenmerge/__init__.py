@@ -9,7 +9,7 @@ from tokenmerge.schedule import Schedule
 from tokenmerge.tools.flops import flops
 from tokenmerge.tools.simulate import simulate
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "Drop",
