@@ -33,8 +33,7 @@ _REASONS = {
 class RefusedOptions(Original):
     """The instance `forward` of a model: refuses, while tokens are merged, to be asked for what merging breaks.
 
-    `right` numbers the hidden states that have every token in its place all the same; `always` is an option that the
-    model goes by unasked.
+    `right` numbers the hidden states that have every token in its place all the same.
     """
 
     def __init__(
@@ -43,10 +42,9 @@ class RefusedOptions(Original):
         is_merging: Callable[[], bool],
         refused: tuple[str, ...],
         right: Iterable[int] = (),
-        always: str = "",
     ) -> None:
         super().__init__(owner)
-        self.is_merging, self.refused, self.right, self.always = is_merging, refused, set(right), always
+        self.is_merging, self.refused, self.right = is_merging, refused, set(right)
         self.__signature__ = inspect.signature(owner.forward)
         self.names = list(self.__signature__.parameters)
 
@@ -59,7 +57,7 @@ class RefusedOptions(Original):
         if self.is_merging():
             call = self.by_name(args, kwargs)
             for option in self.refused:
-                if option == self.always or self._is_asked(option, call.get(option)):
+                if self._is_asked(option, call.get(option)):
                     raise UnsupportedError(
                         f"{type(self.owner).__qualname__} was called for {option}: {_REASONS[option]}"
                     )
