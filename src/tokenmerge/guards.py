@@ -49,7 +49,7 @@ class _BlockLists:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.model = model
         paths = dict.fromkeys(name.rpartition(".")[0] for name in names)
-        self.lists = [(path.split("."), list(model.get_submodule(path).children())) for path in paths]
+        self.lists = [(path.split("."), list(model.get_submodule(path)._modules.values())) for path in paths]
 
     def check(self) -> None:
         """Raise `UnsupportedError` where blocks were taken out, put in, replaced or moved since."""
@@ -70,11 +70,11 @@ class _BlockLists:
                 blocks[:] = now  # wrapped ones: the patched blocks run inside
 
 
-def _holds(module: Any, block: nn.Module) -> bool:
+def _holds(module: Any, block: Any) -> bool:
     return module is not None and any(inner is block for inner in module.modules())
 
 
-def _difference(now: list[Any], blocks: list[nn.Module]) -> str:
+def _difference(now: list[Any], blocks: list[Any]) -> str:
     other = [i for i, (a, b) in enumerate(zip(now, blocks, strict=False)) if not _holds(a, b)]
     return f"of which {', '.join(map(str, other))} are others" if other else "the first of them the same"
 

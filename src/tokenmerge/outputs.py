@@ -38,8 +38,8 @@ def decide(
         return Outputs("every", "")
     inner, part = adapter.core(model)
     everywhere = adapter.collects(model)
-    if everywhere and restore == "merged":
-        return Outputs("", "")
+    if everywhere and restore == "merged" and not inner.package:
+        return Outputs("", "")  # a model known by names: its user knows what it does with merged tokens
     if everywhere is None and inner.package:
         everywhere = stranger(inner.loop_methods(part), inner.package) if is_of(part, inner.package) else None
     if everywhere:

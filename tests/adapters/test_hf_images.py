@@ -318,7 +318,8 @@ def test_a_saved_model_runs_where_nothing_was_patched_before(tmp_path: Any) -> N
     code = (
         "import sys, torch\n"
         "model, x, expected = torch.load(sys.argv[1], weights_only=False)\n"
-        "assert torch.equal(model(x).logits.detach(), expected)\n"
+        "# another process may have another number of threads, and sum in another order\n"
+        "assert (model(x).logits.detach() - expected).abs().max() < 1e-6\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True, timeout=120)
 

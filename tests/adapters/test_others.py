@@ -136,6 +136,11 @@ def test_torchvision_feature_extractors() -> None:
         expected = model(x)
         with pytest.raises(torch.fx.proxy.TraceError):
             create_feature_extractor(model, ["heads.head"])
+        # a graph is not the model's own forward: it gets every token
+        graph = create_feature_extractor(model, nodes, tracer_kwargs=leaves)(x)
+        assert graph["middle"].shape == (2, 65, 32) and handle.tokens[1] == 53
+        assert_close(graph["logits"], expected, 1e-6)
+    with tokenmerge.patched(model, r=6, restore="merged") as handle:
         merged = create_feature_extractor(model, nodes, tracer_kwargs=leaves)(x)
         assert merged["middle"].shape[1] == handle.tokens[1] and torch.equal(merged["logits"], expected)
     with tokenmerge.patched(model, r=6, restore="dense"):

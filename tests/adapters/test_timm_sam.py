@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import assert_close, bound_attributes, randomised
 from tokenmerge.errors import AdapterMismatchError, NotTrackedError, UnsupportedError, UnsupportedModelError
+from tokenmerge.state import Frame
 from windows_by_hand import by_hand, check_windows, merged, run
 
 pytest.importorskip("timm.models.vision_transformer_sam")
@@ -97,7 +98,7 @@ class _Composed:
         self.runner = runner
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.runner.run(x, 0, False)
+        return self.runner.run(x, 0, False, Frame(0))
 
 
 def test_the_handle_tells_what_attention_saw_and_that_blocks_end_complete() -> None:
