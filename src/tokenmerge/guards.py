@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,17 +20,16 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
 
     `refuses`: the methods named by the adapter's `token_methods` are refused from outside while tokens are merged.
     """
-    lists = _BlockLists(model, (name for name, _ in adapter.blocks(model)))
-    forwards = [(module, False) for module in (model, *adapter.pooling_parts(model))]
-    forwards += [
-        (module, True) for module in adapter.looping_parts(model) if all(module is not other for other, _ in forwards)
-    ]
-    found: list[Original] = [Entry(module, state, lists, is_loop) for module, is_loop in forwards]
+    blocks = [block for _, block in adapter.blocks(model)]
+    pooling = adapter.pooling_parts(model)
+    looping = [part for part in adapter.looping_parts(model) if all(part is not other for other in pooling)]
+    found: list[Original] = [Entry(part, state, blocks, is_loop=False) for part in pooling]
+    found += [Entry(part, state, blocks, is_loop=True) for part in looping]
     for name in adapter.token_methods:
         path, _, method = name.rpartition(".")
         owner = _find(model, path)
         if owner is not None and callable(getattr(owner, method, None)):
-            found.append(_TokenMethod(owner, method, state, lists, refuses))
+            found.append(_TokenMethod(owner, method, state, blocks, refuses))
     found.append(_Unscriptable(model, "__prepare_scriptable__"))
     return [Replacement(entry.owner, entry.attribute, entry) for entry in found]
 
@@ -44,17 +42,20 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
 
 
 class _BlockLists:
-    """The lists that hold a model's blocks, as they were when it was patched."""
+    """The lists inside a module that hold its blocks, as they were when it was patched."""
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.model = model
-        paths = dict.fromkeys(name.rpartition(".")[0] for name in names)
-        self.lists = [(path.split("."), list(model.get_submodule(path)._modules.values())) for path in paths]
+    def __init__(self, owner: nn.Module, blocks: list[nn.Module]) -> None:
+        known = set(map(id, blocks))
+        self.lists = [
+            (name.split(".") if name else [], list(module._modules.values()))
+            for name, module in owner.named_modules()
+            if any(id(child) in known for child in module.children())
+        ]
 
-    def check(self) -> None:
+    def check(self, owner: nn.Module) -> None:
         """Raise `UnsupportedError` where blocks were taken out, put in, replaced or moved since."""
         for names, blocks in self.lists:
-            module: Any = self.model
+            module: Any = owner
             for name in names:
                 module = module._modules.get(name)
                 if module is None:
@@ -63,7 +64,7 @@ class _BlockLists:
             if now != blocks:
                 if len(now) != len(blocks) or not all(map(_holds, now, blocks)):
                     raise UnsupportedError(
-                        f"the blocks of this {type(self.model).__qualname__} are not those that were patched: "
+                        f"the blocks of this {type(owner).__qualname__} are not those that were patched: "
                         f"{'.'.join(names)} held {len(blocks)} then, and {len(now)} now, {_difference(now, blocks)}. "
                         "Unpatch the model and patch it as it is now."
                     )
@@ -85,9 +86,9 @@ class Entry(Original):
     It is a plain attribute without `__wrapped__`: who unwraps what others put on a forward must not lose it.
     """
 
-    def __init__(self, owner: nn.Module, state: ForwardState, lists: _BlockLists, is_loop: bool) -> None:
+    def __init__(self, owner: nn.Module, state: ForwardState, blocks: list[nn.Module], is_loop: bool) -> None:
         super().__init__(owner)
-        self.state, self.lists, self.is_loop = state, lists, is_loop
+        self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), is_loop
         self.__signature__ = inspect.signature(getattr(owner, self.attribute))
 
     @property
@@ -102,7 +103,7 @@ class Entry(Original):
             args = args[1:]  # accelerate binds what it finds as a method, once it takes its own wrapper away
         if not self.state.is_merging():
             return self.original(*args, **kwargs)
-        self.lists.check()
+        self.lists.check(self.owner)
         with self.state.running(self.is_loop):
             return self.original(*args, **kwargs)
 
@@ -122,10 +123,12 @@ class Entry(Original):
 class _TokenMethod(Entry):
     """A method that hands tokens out: refused from outside, where the user did not say which tokens are wanted."""
 
-    def __init__(self, owner: nn.Module, name: str, state: ForwardState, lists: _BlockLists, refuses: bool) -> None:
+    def __init__(
+        self, owner: nn.Module, name: str, state: ForwardState, blocks: list[nn.Module], refuses: bool
+    ) -> None:
         self.refuses = refuses
         Original.__init__(self, owner, name)
-        self.state, self.lists, self.is_loop = state, lists, True
+        self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), True
         self.__signature__ = inspect.signature(getattr(owner, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +142,7 @@ class _TokenMethod(Entry):
             return self._trace(args, kwargs)
         if not self.state.is_merging():
             return self.original(*args, **kwargs)
-        self.lists.check()
+        self.lists.check(self.owner)
         with self.state.running(is_loop=True):
             out = self.original(*args, **kwargs)
             for tokens in [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else []:

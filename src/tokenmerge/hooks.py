@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tokenmerge import kernels
 from tokenmerge.adapters.base import Original, Replacement, first_of
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import Slot
-from tokenmerge.errors import AdapterMismatchError
+from tokenmerge.errors import AdapterMismatchError, UnsupportedError
 from tokenmerge.plan import AnyPlan, assignment
 from tokenmerge.runner import BlockRunner
 from tokenmerge.state import Frame
@@ -51,10 +52,12 @@ class HookRunner(BlockRunner):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.slot = Slot()
+        self.listeners: dict[str, _Norm] = {}
 
     def seams(self) -> list[Replacement]:
-        children = {_Norm: self.spec.norm, _Mlp: self.spec.mlp}
-        listeners = [cls(self.block.get_submodule(name), self) for cls, name in children.items()]
+        norm, mlp = (self.block.get_submodule(name) for name in (self.spec.norm, self.spec.mlp))
+        listeners = [_Norm(norm, self), _Mlp(mlp, self)]
+        self.listeners = dict(zip((self.spec.norm, self.spec.mlp), listeners, strict=True))
         return [Replacement(listener.owner, "forward", listener) for listener in listeners]
 
     def turn(self) -> _Turn | None:
@@ -98,8 +101,20 @@ class HookRunner(BlockRunner):
         self._follow(call, None)
         return self._run(_Turn(x, self._bias(size, False), size, 0, kept, Frame(0)), call)
 
+    def _check_children(self) -> None:
+        for name, listener in self.listeners.items():
+            found = attrgetter(name)(self.block)
+            if found is not listener.owner:
+                raise UnsupportedError(
+                    f"since the model was patched, {name!r} of block {self.layer} ({type(self.block).__qualname__}) "
+                    f"was replaced: it was a {type(listener.owner).__qualname__} and is a {type(found).__qualname__}. "
+                    "Tokens are merged on the way into it or out of it. Call handle.remove() and patch the model as it "
+                    "is now."
+                )
+
     def _run(self, turn: _Turn, call: Mapping[str, Any]) -> Tensor:
         x = turn.x_pre
+        self._check_children()
         self.slot.put({"turn": turn})
         self.tap.expect(turn.bias, None)
         try:

@@ -71,8 +71,11 @@ class Model:
         handle.remove()
         assert bound_attributes_of(self.module) == []
         try:
-            if not is_proportional:
-                raise UnsupportedError("the simulation is of proportional attention")
+            # YOLOS tells its groups with the detection tokens in front, where no unpatched block has them
+            if not is_proportional or self.adapter.name == "hf_yolos":
+                raise UnsupportedError(
+                    "the simulation is of proportional attention, on tokens in the order of the host"
+                )
             expected = answer(tokenmerge.simulate(self.module, groups, self.x, positions=positions))
         except TokenMergeError:
             try:
@@ -238,7 +241,12 @@ def linears_with_lora_after(model: Model) -> None:
 @life
 def linears_with_lora_before(model: Model) -> None:
     _add_lora(model)
-    model.patch()
+    before = model.run()
+    try:
+        model.patch()
+    except TokenMergeError:  # torch's own encoder passes LoRA by in eval mode: what it computes is not what it says
+        assert torch.equal(model.run(), before) and bound_attributes_of(model.module) == []
+        return
     model.check()
 
 

@@ -134,8 +134,8 @@ class Adapter(ABC):
         return []
 
     def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
-        """Return the parts of the model, besides itself, that run the blocks and pool by themselves. Default: none."""
-        return []
+        """Return the modules whose forward runs the blocks and knows what to do with merged tokens. Default: itself."""
+        return [model]
 
     def looping_parts(self, model: nn.Module) -> list[nn.Module]:
         """Return the parts of the model that run the blocks and hand out tokens. Default: none."""

@@ -86,6 +86,8 @@ def placed_pairs(block: nn.Module, table: str | None, method: str, places: Tenso
     pair.put({"kept": places})
     parent, _, child = table.rpartition(".")
     bound = _Pairs(block.get_submodule(parent), child, method, pair)
+    if not hasattr(type(bound.owner), method):  # it is wrapped
+        bound.owner = next(inner for inner in bound.owner.modules() if hasattr(type(inner), method))
     return [Replacement(bound.owner, method, bound)]
 
 

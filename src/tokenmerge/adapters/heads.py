@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenmerge.adapters.original import Original
 from tokenmerge.errors import UnsupportedError
 
-__all__ = ["BiasedPool", "HeadMean", "InputMean", "LastMean", "OutputMean", "PoolGuard", "Sizes", "weigh"]
+__all__ = ["BiasedPool", "HeadMean", "InputMean", "OutputMean", "PoolGuard", "Sizes", "weigh"]
 
 # the sizes [B, M] of tokens [B, M - cut, C] that left the last block, by the tokens and `cut`
 Sizes = Callable[[Tensor, int], "Tensor | None"]
@@ -43,20 +43,6 @@ class OutputMean(Original):
             return weigh(out, self.sizes(out, 0), self.start)
         out = out.transpose(0, 1)
         return weigh(out, self.sizes(out, 0), self.start).transpose(0, 1)
-
-
-class LastMean(OutputMean):
-    """A block: where it is the last of the model's, which may have been cut since, the host averages its output."""
-
-    def __init__(self, owner: nn.Module, sizes: Sizes, start: int, model: nn.Module) -> None:
-        super().__init__(owner, sizes, start)
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.model.blocks[-1] is self.owner:  # type: ignore[index]
-            return super().__call__(*args, **kwargs)
-        out: Tensor = self.original(*args, **kwargs)
-        return out
 
 
 class InputMean(Original):

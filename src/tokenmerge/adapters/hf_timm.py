@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenmerge.adapters.base import Adapter, Replacement
 from tokenmerge.adapters.hf import TOWERS, RefusedOptions, check_host, find_towers, hf_names
 from tokenmerge.adapters.timm_vit import TimmViT
+from tokenmerge.adapters.trust import stranger
 from tokenmerge.adapters.within import Within
 
 __all__ = ["HFTimm"]
@@ -47,6 +48,12 @@ class HFTimm(Within):
 
     def looping_parts(self, model: nn.Module) -> list[nn.Module]:
         return [model.get_submodule(self.path.rpartition(".")[0]), *super().looping_parts(model)]
+
+    def collects(self, model: nn.Module) -> str | None:
+        names = self.path.split(".")[:-1]
+        around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+        own = [(module, "forward") for module in around if hf_names(module)]
+        return stranger(own, "transformers") or super().collects(model)
 
     def grid_head(self, model: nn.Module) -> str | None:
         if _WRAPPERS.keys() & hf_names(model):

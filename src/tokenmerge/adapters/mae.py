@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout
-from tokenmerge.adapters.heads import LastMean
+from tokenmerge.adapters.heads import OutputMean
 from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.timm_vit import timm_blocks
 from tokenmerge.errors import UnsupportedModelError
@@ -62,8 +62,8 @@ class MAE(Adapter):
         if not model.global_pool:
             return [], []
         # forward_features averages the last block's patches before fc_norm
-        blocks = (block for _, block in self.blocks(model))
-        return [Replacement(block, "forward", LastMean(block, sizes, 1, model)) for block in blocks], []
+        last = self.blocks(model)[-1][1]
+        return [Replacement(last, "forward", OutputMean(last, sizes, start=1))], []
 
     def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
         return False, (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, BlockSpec, Replacement, Sizes, TokenLayout
-from tokenmerge.adapters.heads import LastMean
+from tokenmerge.adapters.heads import OutputMean
 from tokenmerge.adapters.projections import ProjectionTap
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.adapters.timm_vit import timm_blocks
@@ -57,8 +57,8 @@ class MAEst(Adapter):
 
     def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
         # what leaves the last block is averaged, without the class token, and normalised then
-        blocks, start = (block for _, block in self.blocks(model)), _prefix(model)
-        return [Replacement(block, "forward", LastMean(block, sizes, start, model)) for block in blocks], []
+        last = self.blocks(model)[-1][1]
+        return [Replacement(last, "forward", OutputMean(last, sizes, start=_prefix(model)))], []
 
     def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
         return False, (

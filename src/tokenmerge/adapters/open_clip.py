@@ -29,6 +29,7 @@ class OpenClip(Adapter):
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
     token_methods = ("forward_intermediates",)
     # OpenAI's repository is known by its parts: it is tried
+    cut_by = "conv1"
     package = "open_clip"
     loops = ("forward", "transformer.forward")
     heads = ("_pool", "_global_pool")

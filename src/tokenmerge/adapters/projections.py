@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Replacement
 from tokenmerge.adapters.taps import Attending, AttentionTap, Listener, SeamTap
+from tokenmerge.errors import UnsupportedError
 
 __all__ = ["ProjectionTap", "listen_with_biases"]
 
@@ -117,5 +118,10 @@ class _BiasedProjection(Listener):
         return F.linear(x, self.owner.weight, bias)  # type: ignore[arg-type]
 
     def move(self, found: Any) -> None:
-        self.check_wraps(found)  # another projection would go without the biases
+        if not self.attn.qkv_bias_separate:
+            raise UnsupportedError(
+                f"since the model was patched, 'qkv' of a {type(self.attn).__qualname__} was replaced by a "
+                f"{type(found).__qualname__}. This attention takes the weight of its qkv, and never calls it: what is "
+                "put around it has no effect there. Call handle.remove() and patch the model as it is now."
+            )
         super().move(found)

@@ -39,8 +39,7 @@ class Within(Adapter):
         return self.inner.wiring(self.part(model))
 
     def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
-        part = self.part(model)
-        return [part, *self.inner.pooling_parts(part)]
+        return self.inner.pooling_parts(self.part(model))
 
     def looping_parts(self, model: nn.Module) -> list[nn.Module]:
         return self.inner.looping_parts(self.part(model))
