@@ -117,10 +117,6 @@ def attach(
         limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
             attachment.bind(*tap.seams(method.needs & SEEN))
-        cutter = adapter.cutter(model) if "places" in method.needs and layout.grid else None
-        if cutter is not None:
-            grids = runners[0].grids = Grids()
-            attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         for runner in runners:
             attachment.bind(*runner.seams())
         _settle(attachment, _prove(model, adapter, blocks, runners), blocks, prop_attn)
@@ -128,6 +124,10 @@ def attach(
         for runner in runners:
             attachment.bind(Replacement(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
+        cutter = adapter.cutter(model) if "places" in method.needs and layout.grid else None
+        if cutter is not None:
+            grids = runners[0].grids = Grids()
+            attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         attachment.bind(*adapter.finish(model, state.is_merging, "dense" if state.restore == "every" else restore))
         attachment.bind(*entries(model, adapter, state, restore is None and state.restore != "every"))
     except BaseException:

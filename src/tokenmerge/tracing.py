@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -65,10 +66,20 @@ def trace_number() -> int:
     return number
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def outside_graph(function: Callable[..., Any], *args: Any) -> Any:
+_APART = (
+    "the sizes of merged tokens go from block to block outside of the graphs of blocks that are compiled one by one. "
+    "Compile the whole model, or its blocks without fullgraph=True."
+)
+# torch 2.6 takes no reason
+_REASON = {"reason": _APART} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+
+
+def _outside(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function between two graphs, in eager mode."""
     return function(*args)
+
+
+outside_graph: Callable[..., Any] = torch.compiler.disable(_outside, **_REASON)
 
 
 def fail(message: str) -> None:

@@ -28,8 +28,8 @@ class OpenClip(Adapter):
     families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
     token_methods = ("forward_intermediates",)
-    # OpenAI's repository is known by its parts: it is tried
     cut_by = "conv1"
+    # OpenAI's repository is known by its parts: it is tried
     package = "open_clip"
     loops = ("forward", "transformer.forward")
     heads = ("_pool", "_global_pool")
