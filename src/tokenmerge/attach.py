@@ -25,7 +25,7 @@ from tokenmerge.adapters.taps import AttentionTap, SeamTap
 from tokenmerge.bindings import bind, is_bound, notes, undo
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 from tokenmerge.grids import Grids, Listener
-from tokenmerge.guards import entries
+from tokenmerge.guards import entries, settle
 from tokenmerge.hooks import HookRunner
 from tokenmerge.methods.base import ModelShape, Reduction
 from tokenmerge.outputs import decide
@@ -105,8 +105,7 @@ def attach(
     if "q" in method.needs and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
     method, remarks = _seeing(method, adapter, model, taps, layout)
-    limits += remarks
-    attachment = Attachment(limits, state)
+    attachment = Attachment(limits + remarks, state)
     state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
     try:
         attachment.bind(*adapter.wiring(model))
@@ -114,7 +113,7 @@ def attach(
             _RUNNERS[type(spec)](block, layer, spec, tap, adapter, method, state, layout, is_proportional)
             for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
         ]
-        limits += sorted({runner.remark for runner in runners if runner.remark})
+        attachment.limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
             attachment.bind(*tap.seams(method.needs & SEEN))
         for runner in runners:
@@ -129,7 +128,8 @@ def attach(
             grids = runners[0].grids = Grids()
             attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
         attachment.bind(*adapter.finish(model, state.is_merging, "dense" if state.restore == "every" else restore))
-        attachment.bind(*entries(model, adapter, state, restore is None and state.restore != "every"))
+        attachment.bind(*(ways := entries(model, adapter, state, restore is None and state.restore != "every")))
+        settle(ways)
     except BaseException:
         attachment.undo()
         raise

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, Original, Replacement
+from tokenmerge.adapters.trust import leads_to_ours, methods_of, stranger
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.state import ForwardState
 from tokenmerge.tracing import WHOLE, fail, is_compiling, trace_number
 
-__all__ = ["entries"]
+__all__ = ["entries", "settle"]
 
 
 def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bool) -> list[Replacement]:
@@ -23,7 +28,9 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
     blocks = [block for _, block in adapter.blocks(model)]
     pooling = adapter.pooling_parts(model)
     looping = [part for part in adapter.looping_parts(model) if all(part is not other for other in pooling)]
-    found: list[Original] = [Entry(part, state, blocks, is_loop=False) for part in pooling]
+    # where every block hands out every token, nobody has to be trusted
+    watch = None if state.restore == "every" else _Watch(adapter, model)
+    found: list[Original] = [Entry(part, state, blocks, is_loop=False, watch=watch) for part in pooling]
     found += [Entry(part, state, blocks, is_loop=True) for part in looping]
     for name in adapter.token_methods:
         path, _, method = name.rpartition(".")
@@ -52,8 +59,8 @@ class _BlockLists:
             if any(id(child) in known for child in module.children())
         ]
 
-    def check(self, owner: nn.Module) -> None:
-        """Raise `UnsupportedError` where blocks were taken out, put in, replaced or moved since."""
+    def problem(self, owner: nn.Module, state: ForwardState) -> str:
+        """Say what was taken out, put in, replaced or moved since."""
         for names, blocks in self.lists:
             module: Any = owner
             for name in names:
@@ -63,12 +70,46 @@ class _BlockLists:
             now = [] if module is None else list(module._modules.values())
             if now != blocks:
                 if len(now) != len(blocks) or not all(map(_holds, now, blocks)):
-                    raise UnsupportedError(
+                    return (
                         f"the blocks of this {type(owner).__qualname__} are not those that were patched: "
                         f"{'.'.join(names)} held {len(blocks)} then, and {len(now)} now, {_difference(now, blocks)}. "
                         "Unpatch the model and patch it as it is now."
                     )
-                blocks[:] = now  # wrapped ones: the patched blocks run inside
+                blocks[:], state.is_wrapped = now, True  # the patched blocks run inside
+        return ""
+
+
+class _Watch:
+    """The methods of a model that are trusted with merged tokens, as they were when it was patched."""
+
+    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+        inner, self.part = adapter.core(model)
+        self.loops, self.heads, self.package = inner.loop_methods(self.part), inner.heads, inner.package
+        self.before: list[Any] | None = None
+
+    def problem(self) -> str:
+        """Say which of them is another one since, and not the host's own either."""
+        methods = [*self.loops, *methods_of(self.part, self.heads)]
+        now = [(owner, owner.__dict__.get(name), getattr(type(owner), name, None)) for owner, name in methods]
+        if self.before is None or now == self.before:
+            self.before = now
+            return ""
+        strange = None
+        if len(now) != len(self.before) or not all(map(_is_alike, now, self.before)):
+            strange = stranger(methods, self.package) if self.package else "a method of it is another one"
+        if strange:
+            return (
+                f"since this {type(self.part).__qualname__} was patched, {strange}: what it does with merged tokens is "
+                "not known. Unpatch the model and patch it as it is now."
+            )
+        self.before = now
+        return ""
+
+
+def _is_alike(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Say whether a method is the same, or wrapped at most: module, what stands on the instance, and on its class."""
+    (owner, bound, function), (old_owner, old_bound, old_function) = now, before
+    return owner is old_owner and function is old_function and (bound is old_bound or leads_to_ours(bound))
 
 
 def _holds(module: Any, block: Any) -> bool:
@@ -80,16 +121,63 @@ def _difference(now: list[Any], blocks: list[Any]) -> str:
     return f"of which {', '.join(map(str, other))} are others" if other else "the first of them the same"
 
 
+# of all models, by numbers that a compiler can hold; it looks at them while it traces
+_ENTRIES: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count(1)
+
+
+def _numbered(entry: Entry) -> int:
+    number = next(_NUMBERS)
+    _ENTRIES[number] = entry
+    return number
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _problem_of(number: int) -> str:
+    return _ENTRIES[number].problem()
+
+
+def settle(found: Iterable[Replacement]) -> None:
+    """Note how the methods that are trusted stand, once everything is bound."""
+    for _, _, entry in found:
+        if isinstance(entry, Entry):
+            entry.problem()
+
+
 class Entry(Original):
     """The instance `forward` of a model, or of a part that runs the blocks: marks the time that it runs.
 
     It is a plain attribute without `__wrapped__`: who unwraps what others put on a forward must not lose it.
     """
 
-    def __init__(self, owner: nn.Module, state: ForwardState, blocks: list[nn.Module], is_loop: bool) -> None:
+    watch: _Watch | None = None
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        state: ForwardState,
+        blocks: list[nn.Module],
+        is_loop: bool,
+        watch: _Watch | None = None,
+    ) -> None:
         super().__init__(owner)
+        self.watch = watch
         self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), is_loop
         self.__signature__ = inspect.signature(getattr(owner, self.attribute))
+        self.number = _numbered(self)
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        self.number = _numbered(self)
+
+    def check(self) -> None:
+        """Raise `UnsupportedError` where what this forward relies on was changed since the model was patched."""
+        problem = self.problem()
+        if problem:
+            raise UnsupportedError(problem)
+
+    def problem(self) -> str:
+        return self.lists.problem(self.owner, self.state) or (self.watch.problem() if self.watch else "")
 
     @property
     def __code__(self) -> Any:
@@ -103,11 +191,14 @@ class Entry(Original):
             args = args[1:]  # accelerate binds what it finds as a method, once it takes its own wrapper away
         if not self.state.is_merging():
             return self.original(*args, **kwargs)
-        self.lists.check(self.owner)
+        self.check()
         with self.state.running(self.is_loop):
             return self.original(*args, **kwargs)
 
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        problem = _problem_of(self.number) if self.state.is_merging() else ""
+        if problem:
+            fail(problem)
         number = trace_number()
         before, outer = WHOLE.trace, self.state.trace_running(number, self.is_loop)
         WHOLE.trace = number
@@ -130,6 +221,7 @@ class _TokenMethod(Entry):
         Original.__init__(self, owner, name)
         self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), True
         self.__signature__ = inspect.signature(getattr(owner, name))
+        self.number = _numbered(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.refuses and self.state.is_merging() and not self.state.is_inside():
@@ -142,7 +234,7 @@ class _TokenMethod(Entry):
             return self._trace(args, kwargs)
         if not self.state.is_merging():
             return self.original(*args, **kwargs)
-        self.lists.check(self.owner)
+        self.check()
         with self.state.running(is_loop=True):
             out = self.original(*args, **kwargs)
             for tokens in [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else []:

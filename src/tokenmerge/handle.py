@@ -18,11 +18,12 @@ from tokenmerge.bindings import is_bound, undo
 from tokenmerge.calibrate import Calibration
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import NotPatchedError, NotTrackedError, UnsupportedError
+from tokenmerge.frames import Frame
 from tokenmerge.methods import Learned
 from tokenmerge.report import Report
 from tokenmerge.runner import BlockRunner
 from tokenmerge.schedule import R, Schedule
-from tokenmerge.state import ForwardState, Frame
+from tokenmerge.state import ForwardState
 
 __all__ = ["ATTRIBUTE", "Handle", "handle_of", "unpatch"]
 

@@ -22,9 +22,9 @@ from tokenmerge.adapters.base import Original, Replacement, first_of
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import Slot
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.frames import Frame
 from tokenmerge.plan import AnyPlan, assignment
 from tokenmerge.runner import BlockRunner
-from tokenmerge.state import Frame
 from tokenmerge.tracing import in_pieces, outside_graph
 
 __all__ = ["HookRunner"]

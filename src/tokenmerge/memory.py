@@ -19,7 +19,7 @@ def remember(x: Tensor, thing: Any) -> None:
 
 
 def recall(x: Tensor) -> tuple[Any, bool]:
-    """Return what was last noted with the memory of `x`, None for nothing, and whether `x` lies there as it did."""
+    """Return what was last noted with the memory of `x`, None for nothing, and whether `x` is as it was then."""
     thing, geometry = getattr(_owner(x), _NAME, (None, None))
     return thing, thing is not None and geometry == _geometry(x)
 
@@ -41,6 +41,8 @@ def _owner(x: Tensor) -> Any:
 
 def _geometry(x: Tensor) -> tuple[Any, ...]:
     try:
-        return x.shape, x.stride(), x.storage_offset()
+        # what is written into tokens later makes others of them; nobody counts that in inference mode
+        version = None if x.is_inference() else x._version
+        return x.shape, x.stride(), x.storage_offset(), version
     except RuntimeError:  # wrappers of functorch
         return (x.shape,)

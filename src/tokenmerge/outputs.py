@@ -47,8 +47,16 @@ def decide(
     last = adapter.grid_head(model) or (None if restore == "merged" else adapter.hands_out(model))
     if not inner.package or not is_of(part, inner.package):
         return _tried(inner, part, layout, rest, last)
-    last = last or stranger(methods_of(part, inner.heads), inner.package)
+    heads = methods_of(part, inner.heads)
+    last = last or stranger(heads, inner.package) or _hooked(heads)
     return Outputs("last" if last else "", last or "")
+
+
+def _hooked(heads: list[tuple[nn.Module, str]]) -> str | None:
+    """Say which module behind the blocks has hooks, which may do anything with its tokens."""
+    modules = (module for module, name in heads if name == "forward")
+    hooked = next((module for module in modules if module._forward_hooks or module._forward_pre_hooks), None)
+    return f"hooks of a {type(hooked).__qualname__} behind the blocks see its tokens" if hooked is not None else None
 
 
 def _tried(

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 
 from tokenmerge import kernels
 from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout, first_of
 from tokenmerge.adapters.follow import rows
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.frames import Frame
 from tokenmerge.grids import Grids
 from tokenmerge.keybias import key_bias
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import AnyPlan, lead_by_real
-from tokenmerge.state import ForwardState, Frame
+from tokenmerge.state import ForwardState
 from tokenmerge.tracing import in_pieces, is_compiling, outside_graph
 
 __all__ = ["SEEN", "BlockRunner"]
@@ -63,14 +65,16 @@ class BlockRunner(Original):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state, layer = self.state, self.layer
         tokens = x if self.layout.batch_first else x.transpose(0, 1)  # [B, N, C]
-        frame, slot = state.begin(layer, x, tokens.shape[1], bool(self.block._forward_pre_hooks))
+        frame, slot = state.begin(
+            layer, x, tokens.shape[1], bool(self.block._forward_pre_hooks or everywhere._global_forward_pre_hooks)
+        )
         size, kept = frame.size[slot], frame.kept[slot]
         if kept is not None and frame.restored[slot]:
             # every member of a group holds its features: the one whose place it keeps stands for all
             tokens = rows(tokens, kept)
         if layer == 0 and self.grids is not None and frame.grid is None:
             frame.grid = self.grids.take(tokens.shape[1] - self.layout.prefix)
-        r = state.schedule.at(layer, tokens.shape[1], self.layout.prefix) if state.is_merging() else 0
+        r = state.amount(frame, layer, tokens.shape[1], self.layout.prefix)
         if r == 0 and size is None:
             out = self.original(x, *args, **kwargs)
             self.tap.take()
@@ -83,7 +87,7 @@ class BlockRunner(Original):
             tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
             state.record(frame, slot, layer, tokens, size, plan)
             out = self._hand_out(tokens, frame)
-        state.put_out(frame, layer, first_of(out), bool(self.block._forward_hooks))
+        state.put_out(frame, layer, first_of(out), bool(self.block._forward_hooks or everywhere._global_forward_hooks))
         return out
 
     def compose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.frames import Frame
 from tokenmerge.memory import recall, remember
 from tokenmerge.plan import AnyPlan, compose
 from tokenmerge.schedule import Schedule
 from tokenmerge.tracing import fail, is_compiling, is_exporting, is_tracing, outside_graph, trace_number
 
-__all__ = ["ForwardState", "Frame"]
+__all__ = ["ForwardState"]
 
 _REMEDY = (
     "Unpatch the model and patch it as it is now, or patch with restore='dense', which puts every token back in its "
@@ -25,29 +27,7 @@ _REMEDY = (
 )
 
 
-class Frame:
-    """The record of one forward: entry i of a list is of the tokens that enter layer i, the last one of what is left.
-
-    Layers read and never consume, so a layer that runs twice (gradient checkpointing) sees the same again. `last` is
-    the newest entry: where a layer is left out, the next one goes on from there.
-    """
-
-    def __init__(self, depth: int, restore: str = "", trace: int = 0) -> None:
-        self.size: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i]; None while all sizes are 1
-        self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept while tracking or restoring
-        self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] places in the input; None while all are there
-        self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
-        # tokens before and after merging in a window, where they are merged for the attention only
-        self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
-        self.restored = [False] * (depth + 1)  # every input token was handed out
-        self.last = 0
-        self.is_tracked = False
-        self.restore = restore  # after which layers every input token is handed out: "every", the "last", none
-        self.trace = trace  # number of the trace whose graph it belongs to; 0: eager mode
-        self.out: Any = None  # what was put out last: device and dtype, and whether hooks may have changed it since
-        self.has_padding = False  # some tokens are none: their size is 0
-        self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
-        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
+_FAMILIES = itertools.count(1)
 
 
 class _Known(NamedTuple):
@@ -82,6 +62,8 @@ class ForwardState:
         self.schedule = schedule
         self.enabled = True
         self.is_removed = False
+        self.is_wrapped = False  # somebody put modules around blocks, which may change what these put out
+        self.family = next(_FAMILIES)  # copies have the same, so that one can go on where another stopped
         self.track = False
         self.restore = ""  # in forwards of the model itself, as `Frame.restore`
         self.hands_out_merged = False  # the user asked for merged tokens, whoever calls the blocks
@@ -160,6 +142,12 @@ class ForwardState:
         size: Tensor | None = outside_graph(self._final_size, x, cut)
         return size
 
+    def amount(self, frame: Frame, layer: int, tokens: int, prefix: int) -> int:
+        """Return how many of `tokens` a layer removes. In a backward: as many as in the forward."""
+        if not is_compiling() and _is_in_backward():
+            return frame.schedule.at(layer, tokens, prefix) if frame.schedule else 0
+        return self.schedule.at(layer, tokens, prefix) if self.is_merging() else 0
+
     def is_merging(self) -> bool:
         """Say whether a forward could remove tokens now."""
         return self.enabled and not self.is_removed and self.schedule.is_merging
@@ -221,33 +209,39 @@ class ForwardState:
 
     def _begin(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
         own, (known, is_same), in_backward = self._own, recall(x), _is_in_backward()
-        if known is not None and len(known.frame.size) != self.depth + 1:
+        if known is not None and known.frame.family != self.family:
             known = None  # of another model
-        if not self.is_merging():
-            goes_on = is_same and known is not None and 0 < known.slot <= layer
+        is_inside, was_run = own.forwards > 0 or own.loops > 0, known is not None and is_same and in_backward
+        if not (known.frame.schedule if known is not None and was_run else self.is_merging()):
+            goes_on = known is not None and is_same and (0 < known.slot <= layer or in_backward)
             if known is not None and goes_on and known.frame.size[known.slot] is None:
                 return known.frame, known.slot
             return self._open(x, in_backward), 0
-        if known is not None and (known.slot or in_backward):
+        if known is not None and (is_same or known.frame is not own.current) and (known.slot or in_backward):
             slot = self._check_known(known, layer, is_same)
             if slot is not None:
-                own.current = known.frame if own.forwards or own.loops else own.current
-                return known.frame, slot
+                frame = known.frame
+                if frame.shape[layer + 1] is not None and not in_backward:
+                    frame = frame.fork(slot)
+                    own.newest = self.latest = frame
+                own.current = frame if is_inside else own.current
+                return frame, slot
         current = own.current
-        if in_backward and (layer or current is None) and not (layer == 0 and (own.forwards or own.loops)):
+        if in_backward and not is_inside:
             raise UnsupportedError(
-                f"block {layer} is run again in a backward (gradient checkpointing) on tokens whose forward is "
-                "not known: their memory was copied meanwhile. Checkpoint without moving what is saved, or set "
-                "handle.r = 0."
+                f"block {layer} is run again in a backward (gradient checkpointing) on tokens whose forward is not "
+                "known: their memory was copied meanwhile, or what was written into it. Checkpoint without moving what "
+                "is saved, or set handle.r = 0."
             )
         if layer and current is not None and current.last and current.restore != "every":
             slot = current.last
             if current.size[slot] is not None:
-                self._check_changed(current, layer, x, n, has_hooks)
+                self._check_changed(current, layer, x, n, has_hooks or self.is_wrapped)
+                remember(x, _Known(current, slot))  # a checkpoint may give them to the layer again
                 return current, slot
             if slot <= layer and current.shape[slot] == (_batch(x, n), n):
                 return current, slot
-        if layer and not (own.forwards or own.loops):
+        if layer and not is_inside:
             self._check_whole(layer, n)
         return self._open(x, in_backward), 0
 
@@ -283,7 +277,7 @@ class ForwardState:
         merged = (
             is_next and loose is not None and loose.size[layer] is not None and (loose.shape[layer] or (0, 0))[1] == n
         )
-        if merged or (self.tokens is not None and n != self.tokens):
+        if merged or (self.tokens is not None and n < self.tokens):
             raise UnsupportedError(
                 f"block {layer} was called by itself on {n} tokens that no block of this model put out here; an "
                 f"input has {self.tokens or 'another number'}. If they are merged, how many each one stands for is not "
@@ -293,7 +287,8 @@ class ForwardState:
     def _open(self, x: Tensor, in_backward: bool) -> Frame:
         own = self._own
         frame = Frame(self.depth, self._mode(own.forwards > 0, own.loops > 0))
-        frame.is_tracked = self.track
+        frame.is_tracked, frame.family = self.track, self.family
+        frame.schedule = self.schedule if self.is_merging() else None
         if not in_backward:
             own.newest = self.latest = frame
         if own.forwards or own.loops:
@@ -327,14 +322,18 @@ class ForwardState:
 
     def _final_size(self, x: Tensor, cut: int) -> Tensor | None:
         own, known = self._own, recall(x)[0]
-        if known is not None and known.slot and len(known.frame.size) == self.depth + 1:
+        if known is not None and known.slot and known.frame.family == self.family:
             frame, slot = known.frame, known.slot
         elif own.current is not None:
             frame, slot = own.current, own.current.last
         else:
-            if self.is_merging() and self.tokens is not None and x.shape[1] + cut != self.tokens:
+            newest, n = own.newest, x.shape[1] + cut
+            is_merged = (
+                newest is not None and newest.size[newest.last] is not None and newest.shape[newest.last] == (len(x), n)
+            )
+            if self.is_merging() and (is_merged or (self.tokens is not None and n != self.tokens)):
                 raise UnsupportedError(
-                    f"{x.shape[1] + cut} tokens are to be pooled that no forward of this model handed out; an input "
+                    f"{n} tokens are to be pooled that no forward of this model handed out; an input "
                     f"has {self.tokens}. If they are merged, how many each one stands for is not known. Give what "
                     "forward_features() returned, as it is."
                 )

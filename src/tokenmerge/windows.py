@@ -16,10 +16,10 @@ from torch import Tensor
 from tokenmerge import kernels
 from tokenmerge.adapters.base import Original, Replacement
 from tokenmerge.adapters.taps import Slot
+from tokenmerge.frames import Frame
 from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import assignment
 from tokenmerge.runner import SEEN, BlockRunner
-from tokenmerge.state import Frame
 from tokenmerge.tracing import in_pieces, outside_graph
 
 __all__ = ["WindowRunner"]
@@ -40,7 +40,7 @@ class WindowRunner(BlockRunner):
         frame, slot = state.begin(layer, x, x.shape[1], bool(self.block._forward_pre_hooks))
         side, (rows, columns) = getattr(self.block, self.spec.window), x.shape[1:3]
         n = side * side if side else rows * columns
-        r = state.schedule.at(layer, n, 0) if state.is_merging() else 0
+        r = state.amount(frame, layer, n, 0)
         if r:
             self._check_device(x)
         has_padding = bool(side) and (rows % side > 0 or columns % side > 0)
@@ -110,4 +110,5 @@ class _Attention(Original):
             out: Tensor = self.original(x)
             return out
         self.runner.tap.forget()
+        self.runner.tap.turn.put({"has_run": True})
         return self.runner.attend(x, *turn)

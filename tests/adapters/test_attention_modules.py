@@ -303,7 +303,7 @@ def test_a_projection_whose_biases_the_attention_holds_cannot_be_swapped() -> No
     model.blocks[0].attn.qkv = nn.Linear(32, 96, bias=False)
     for r in (2, 0):
         handle.r = r
-        with pytest.raises(e.UnsupportedError, match=r"'qkv' of a Attention was replaced.*does not run it"):
+        with pytest.raises(e.UnsupportedError, match=r"'qkv' of a Attention was replaced.*never calls it"):
             _run(model, x)
 
 

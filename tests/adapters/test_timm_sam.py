@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import assert_close, bound_attributes, randomised
 from tokenmerge.errors import AdapterMismatchError, NotTrackedError, UnsupportedError, UnsupportedModelError
-from tokenmerge.state import Frame
+from tokenmerge.frames import Frame
 from windows_by_hand import by_hand, check_windows, merged, run
 
 pytest.importorskip("timm.models.vision_transformer_sam")

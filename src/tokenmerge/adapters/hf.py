@@ -147,7 +147,9 @@ class HFAdapter(Adapter):
         # what is around the tower may be somebody's own module, which calls it; a class made from a host's may be more
         around = [module for module in _path(model, name) if hf_names(module)]
         inside = [tower.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == "."]
-        return [(module, "forward") for module in (*around, *inside)]
+        # norms behind the blocks, which take each token by itself
+        norms = [child for child_name, child in tower.named_children() if "norm" in child_name]
+        return [(module, "forward") for module in (*around, *inside, *norms)]
 
     def grid_head(self, model: Any) -> str | None:
         if self.is_plain(model):

@@ -64,7 +64,10 @@ class InterfaceTap(AttentionTap):
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
         """Run the implementation that the user chose, on `[B, H, N, D]`, with the bias of this call in its mask."""
-        bias = self.turn.take().get("bias")
+        turn = self.turn.peek()
+        bias = turn.get("bias")
+        if turn:
+            self.turn.put({"has_run": True})
         self.slot.put({"q": q, "k": k, "v": v})
         name = self.implementation
         if bias is not None:

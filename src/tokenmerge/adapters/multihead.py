@@ -60,6 +60,11 @@ class MultiheadTap(AttentionTap):
         attn = self.attn
         given = {**dict(zip(("query", "key", "value", "key_padding_mask"), args, strict=False)), **kwargs}
         query = given["query"]
+        if kwargs.get("need_weights"):
+            raise UnsupportedError(
+                "the attention was asked for its weights (need_weights=True), which would be those of merged tokens. "
+                "Leave it out, or set handle.r = 0."
+            )
         if given["key"] is not query or given["value"] is not query or len(args) > 3:
             raise UnsupportedError("only self-attention, called with one tensor three times, can be merged in.")
         x = query if attn.batch_first else query.transpose(0, 1)

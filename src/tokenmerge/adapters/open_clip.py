@@ -32,7 +32,7 @@ class OpenClip(Adapter):
     # OpenAI's repository is known by its parts: it is tried
     package = "open_clip"
     loops = ("forward", "transformer.forward")
-    heads = ("_pool", "_global_pool")
+    heads = ("_pool", "_global_pool", "ln_post.forward")
 
     def matches(self, model: Any) -> bool:
         return any(_is_ours(part) for part in (model, getattr(model, "visual", None)))

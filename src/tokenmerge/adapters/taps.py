@@ -113,16 +113,17 @@ class AttentionTap:
         return attention(x, **given)
 
     def expect(self, bias: Tensor | None, kept: Tensor | None) -> None:
-        """Let the next call of the attention in this thread have the bias."""
+        """Let the calls of the attention in this thread have the bias, until `check`: a wrapper may call it twice."""
         for bound in self.following:
             bound.follow()
+        self.turn.take()
         self.turn.put({"bias": bias, "kept": kept})
 
     def check(self) -> None:
         """Raise `UnsupportedError` where the call that was expected did not come, or showed less than is needed."""
         seen = self.slot.peek()
         missing = [name for name in self.needs if name not in seen]
-        if not missing and "bias" not in self.turn.peek():
+        if not missing and self.turn.take().get("has_run"):
             return
         self.forget()
         old, new = type(self.attn), type(self.found())
@@ -183,11 +184,12 @@ class Attending(Original):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tap = self.tap
-        if not tap.turn.peek():
+        turn = tap.turn.peek()
+        if not turn:
             for bound in tap.following:
                 bound.follow()
             return self.original(*args, **kwargs)
-        turn = tap.turn.take()
+        tap.turn.put({"has_run": True})
         return tap.attend(self.original, turn["bias"], turn["kept"], args, kwargs)
 
 

@@ -33,7 +33,7 @@ class TimmBeit(Adapter):
     token_methods = ("forward_features", "forward_intermediates")
     package = "timm"
     loops = ("forward", "forward_features", "blocks.forward")
-    heads = ("forward_head",)
+    heads = ("forward_head", "norm.forward", "fc_norm.forward")
 
     def matches(self, model: Any) -> bool:
         return "timm.models.beit.Beit" in class_names(model)

@@ -27,7 +27,7 @@ class TimmRelPos(Adapter):
     token_methods = ("forward_features", "forward_intermediates")
     package = "timm"
     loops = ("forward", "forward_features", "blocks.forward")
-    heads = ("forward_head",)
+    heads = ("forward_head", "norm.forward", "fc_norm.forward")
 
     def matches(self, model: Any) -> bool:
         return "timm.models.vision_transformer_relpos.VisionTransformerRelPos" in class_names(model)

@@ -43,7 +43,7 @@ class TimmViT(Adapter):
     token_methods = ("forward_features", "forward_intermediates", "get_intermediate_layers")
     package = "timm"
     loops = ("forward", "forward_features", "blocks.forward")
-    heads = ("forward_head", "pool", "attn_pool.forward")
+    heads = ("forward_head", "pool", "attn_pool.forward", "norm.forward", "fc_norm.forward")
 
     def matches(self, model: Any) -> bool:
         return _MODEL in class_names(model) and not isinstance(getattr(model, "global_pool", None), bool)

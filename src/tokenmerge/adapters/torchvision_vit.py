@@ -25,6 +25,7 @@ class TorchvisionViT(Adapter):
 
     package = "torchvision"
     loops = ("forward", "encoder.forward", "encoder.layers.forward")
+    heads = ("encoder.ln.forward",)
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokenmerge.adapters.original import Original
 
-__all__ = ["is_of", "methods_of", "stranger"]
+__all__ = ["is_of", "leads_to_ours", "methods_of", "stranger"]
 
 Method = tuple[nn.Module, str]  # a module, the name of one of its methods
 
@@ -54,10 +54,24 @@ def _behind(owner: nn.Module, name: str) -> Any:
     return getattr(type(owner), name) if bound is None else bound
 
 
+def plain_function(function: Any) -> Any:
+    """Return the function behind a functools.partial or a bound method."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__func__", inner)
+
+
+def leads_to_ours(function: Any) -> bool:
+    """Say whether what stands on an instance is ours, or wraps it."""
+    while function is not None and not isinstance(plain_function(function), Original):
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
+
+
 def _is_defined_by(function: Any, packages: tuple[str, ...]) -> bool:
     while function is not None:
-        plain = getattr(function, "func", function)  # of a functools.partial
-        plain = getattr(plain, "__func__", plain)  # of a bound method
+        plain = plain_function(function)
+        if isinstance(plain, Original):  # what stood there when it was bound was looked at then
+            return True
         # not __module__, which functools.wraps copies from what is wrapped
         written_in = getattr(plain, "__globals__", {}).get("__name__") or type(plain).__module__
         if not str(written_in).startswith(tuple(f"{package}." for package in packages)):

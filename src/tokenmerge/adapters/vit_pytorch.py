@@ -37,6 +37,7 @@ class VitPytorch(Adapter):
 
     package = "vit_pytorch"
     loops = ("forward", "transformer.forward")
+    heads = ("transformer.norm.forward",)
 
     def matches(self, model: nn.Module) -> bool:
         return any(name.startswith("vit_pytorch.") for name in class_names(model))

@@ -1,0 +1,48 @@
+"""The record of one forward: what is known of the tokens that enter each layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from tokenmerge.schedule import Schedule
+
+__all__ = ["Frame"]
+
+
+class Frame:
+    """The record of one forward: entry i of a list is of the tokens that enter layer i, the last one of what is left.
+
+    Layers read and never consume, so a layer that runs twice (gradient checkpointing) sees the same again. `last` is
+    the newest entry: where a layer is left out, the next one goes on from there.
+    """
+
+    def __init__(self, depth: int, restore: str = "", trace: int = 0) -> None:
+        self.depth = depth
+        self.size: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i]; None while all sizes are 1
+        self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept while tracking or restoring
+        self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] places in the input; None while all are there
+        self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
+        # tokens before and after merging in a window, where they are merged for the attention only
+        self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
+        self.restored = [False] * (depth + 1)  # every input token was handed out
+        self.last = 0
+        self.is_tracked = False
+        self.restore = restore  # after which layers every input token is handed out: "every", the "last", none
+        self.trace = trace  # number of the trace whose graph it belongs to; 0: eager mode
+        self.out: Any = None  # what was put out last: device and dtype, and whether hooks may have changed it since
+        self.has_padding = False  # some tokens are none: their size is 0
+        self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
+        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
+        self.schedule: Schedule | None = None  # that of its time; None: nothing was to be merged then
+        self.family = 0  # of the model and its copies
+
+    def fork(self, slot: int) -> Frame:
+        """Return a frame that goes on from an entry in another way: somebody may hold what came of the first."""
+        other, blank = copy.copy(self), vars(Frame(self.depth))
+        for name in ("size", "assign", "kept", "shape", "inside", "restored"):
+            setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
+        other.last, other.memory = slot, dict(self.memory)
+        return other
