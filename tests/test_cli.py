@@ -556,7 +556,10 @@ def test_compare_takes_amounts_or_shares(capsys: Capture, plain: list[str]) -> N
     ("name", "texts"),
     [
         ("vit_tny_patch16_224", ["no timm model 'vit_tny_patch16_224'.", "Did you mean 'vit_tiny_patch16_224'?"]),
-        ("missing.pt", ["no file missing.pt: give a timm name, 'reference', or a file written by torch.save(model)."]),
+        (
+            "missing.pt",
+            ["no file or folder missing.pt: give a timm name, 'reference', a file written by torch.save(model), or a"],
+        ),
         ("state.pt", ["state.pt holds a OrderedDict, not a module."]),
         ("text.pt", ["text.pt cannot be read as a saved module: "]),
     ],
