@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,3 +38,20 @@ def test_labels_that_differ_in_case_alone_are_told_apart_exactly_or_not_at_all()
 def test_folders_of_which_none_is_a_label_have_no_numbers_here() -> None:
     assert by_label(_model("LABEL_0", "LABEL_1"), ["bee", "ant"]) is None
     assert by_label(nn.Identity(), ["bee", "ant"]) is None
+
+
+def test_a_note_says_how_folders_were_numbered_that_are_no_labels(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from tokenmerge.tools.data import open_data
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "0.png")
+    data = open_data(str(tmp_path), model, batch_size=1, workers=0)
+    assert data.notes == (
+        "Class folders are numbered in the order of names: none is called as a label of the model (LABEL_0, LABEL_1).",
+    )

@@ -37,6 +37,7 @@ class FashionMNIST:
     """
 
     corrupt: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     source = FASHION_MNIST
 
     def __init__(self, batch_size: int, limit: int | None = None, preprocessing: Preprocessing | None = None) -> None:
@@ -107,6 +108,7 @@ class Folder:
         self.preprocessing = preprocessing or find_preprocessing(model)
         dataset, self.classes = _image_folder(root, model, self.preprocessing)
         self.outputs = declared_classes(model) or len(self.classes)
+        self.notes = _how_numbered(self.classes, model)
         count = len(dataset.samples)
         if limit is not None and limit < count:
             # spread over the classes, which lie one after the other
@@ -249,6 +251,15 @@ def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
             f"the labels, or all by class index, 0 to {len(labels) - 1}."
         )
     return [next(iter(numbers)) for numbers in found]
+
+
+def _how_numbered(classes: Sequence[str], model: nn.Module) -> tuple[str, ...]:
+    """Say what class folders count as, where a model has labels and no folder is called as one."""
+    labels = getattr(getattr(model, "config", None), "label2id", None)
+    if not labels or declared_classes(model) is None or by_label(model, classes) is not None:
+        return ()
+    how = "by the numbers they are called" if all(name.isdecimal() for name in classes) else "in the order of names"
+    return (f"Class folders are numbered {how}: none is called as a label of the model ({_shortened([*labels])}).",)
 
 
 def _plain(label: object) -> str:
