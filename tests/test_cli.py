@@ -184,6 +184,7 @@ def test_bench_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys: 
         "rs": [0.1, [4, 2]],
         "batches": [1, 2],
         "method": "drop",
+        "restore": None,
         "device": "cpu",
         "dtype": "bfloat16",
         "compiled": True,
@@ -207,17 +208,19 @@ def test_eval_prints_accuracy_and_what_was_left_out(
     lines = printed.splitlines()
     assert lines[0] == f"{name} on 5 images of {images}"
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["0", "4"]
-    assert lines[6].startswith(
+    assert lines[6].startswith("Not shown: top-5 % (--wide, ")
+    notes = lines[7:11]
+    assert notes[0].startswith(
         "Preprocessing: shorter side 32, middle 32 x 32, bicubic, mean 0.485 0.456 0.406, std 0.2"
     )
-    assert lines[7].startswith(
+    assert notes[1].startswith(
         "WARNING: the model does not say how its images are prepared (no mean and std in its pre"
     )
-    assert lines[8] == "1 of 6 images could not be read and were left out:"
-    assert lines[9].startswith(f"  {images / 'bee' / '1.png'}: ")
+    assert notes[2] == "1 of 6 images could not be read and were left out:"
+    assert notes[3].startswith(f"  {images / 'bee' / '1.png'}: ")
     assert "images: 5/6" in err
     saved = json.loads(out.read_text())
-    assert saved["notes"] == lines[6:10]
+    assert saved["notes"] == notes
     model = torch.load(name, weights_only=False)
     x = torch.stack([torch.eye(3)[c][:, None, None].expand(3, 32, 32) for c in (0, 0, 1, 2, 2)])
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -404,7 +407,7 @@ def plain(monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path) -> list
 
 
 def test_compare(capsys: Capture, models: Path, plain: list[str]) -> None:
-    assert main([*plain, "--methods", "tome", "dtem", "tme", "-r", "4", "8,-1"]) == 0
+    assert main([*plain, "--methods", "tome", "dtem", "tme", "-r", "4", "8,-1", "--wide"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == f"{models / 'grey.pt'} on 8 images of fashion-mnist"
@@ -423,13 +426,16 @@ def test_compare(capsys: Capture, models: Path, plain: list[str]) -> None:
     assert "rows: 0/6" in err and "rows: 6/6" in err
     assert err.endswith(
         "3 of 6 rows have no numbers; their notes say why.\n"
-        "Written to out: index.html, table.md, table.csv, plot.png, rows.json\n"
+        "Written to out: index.html, table.md, table.csv, table.tex, plot.png, .svg, .pdf, rows.json\n"
     )
     assert {path.name for path in Path("out").iterdir()} == {
         "index.html",
         "table.md",
         "table.csv",
+        "table.tex",
         "plot.png",
+        "plot.svg",
+        "plot.pdf",
         "rows.json",
     }
 
@@ -550,7 +556,10 @@ def test_compare_takes_amounts_or_shares(capsys: Capture, plain: list[str]) -> N
     ("name", "texts"),
     [
         ("vit_tny_patch16_224", ["no timm model 'vit_tny_patch16_224'.", "Did you mean 'vit_tiny_patch16_224'?"]),
-        ("missing.pt", ["no file missing.pt: give a timm name, 'reference', or a file written by torch.save(model)."]),
+        (
+            "missing.pt",
+            ["no file or folder missing.pt: give a timm name, 'reference', a file written by torch.save(model), or a"],
+        ),
         ("state.pt", ["state.pt holds a OrderedDict, not a module."]),
         ("text.pt", ["text.pt cannot be read as a saved module: "]),
     ],

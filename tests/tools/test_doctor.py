@@ -85,7 +85,8 @@ def test_a_block_subclass_with_a_step_of_its_own() -> None:
     diagnosis = examine(tiny_vit(block_fn=Scaled), rounds=1)
     ((name, good, sentence),) = diagnosis.findings
     assert (name, good, diagnosis.is_healthy) == ("adapter", False, False)
-    assert "Scaled) does not behave as its adapter describes: max |difference|" in sentence
+    assert "Scaled) is a timm.models.vision_transformer.Block with a forward of its own" in sentence
+    assert "Patch the model by names" in sentence
 
 
 def test_a_block_whose_forward_was_replaced_on_the_instance() -> None:

@@ -117,7 +117,9 @@ def test_the_bundled_model_from_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", "reference", "-r", "8", "--to", to]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    facts, code = capsys.readouterr().out.split("\n\nTo run it:\n\n")
+    assert f"reference{TARGETS[to].suffix}" in code
+    lines = dict(line.split(maxsplit=1) for line in facts.splitlines())
     assert lines["written"].startswith(f"reference{TARGETS[to].suffix}, ")
     assert lines["input"] == "images [batch, 1, 28, 28]" and lines["tokens"].startswith("189 181 173 ")
     model, images = load_model("reference"), torch.randn(4, 1, 28, 28)

@@ -119,7 +119,7 @@ def test_a_saved_module(tmp_path: Path) -> None:
     torch.save(vit("image"), tmp_path / "net.pt")
     saved = build(Model(name=str(tmp_path / "net.pt")), (3, 16, 16), 6, trust_pickle=True)
     assert saved(inputs("image")).shape == (2, 6)
-    with pytest.raises(ConfigError, match="saved module"):
+    with pytest.raises(ConfigError, match="saved model"):
         build(Model(name=str(tmp_path / "net.pt"), options={"depth": 2}), (3, 16, 16), 6, trust_pickle=True)
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), tmp_path / "plain.pt")
     with pytest.raises(DataError, match=r"6 classes.*\(5,\).*reset_classifier"):

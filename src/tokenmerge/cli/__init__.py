@@ -146,7 +146,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
-    parser.add_argument("--limit", type=int, help="use only LIMIT images, spread over the classes")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist the first",
+    )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
     preparing_arguments(parser)
 

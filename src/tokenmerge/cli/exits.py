@@ -28,7 +28,7 @@ def ended(run: Callable[[], int], arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         return code
     except TokenMergeError as error:
-        return _failed(str(error))
+        return _failed(str(error), getattr(error, "exit_code", 2))  # a training run that Ctrl-C stopped has its own
     except KeyboardInterrupt:
         return _failed(f"interrupted, {getattr(arguments, 'left', 'nothing more was written')}.", 130)
     except BrokenPipeError:
@@ -40,7 +40,9 @@ def ended(run: Callable[[], int], arguments: argparse.Namespace) -> int:
         return _failed(f"{error.strerror or error}{where}.")
     except (MemoryError, RuntimeError) as error:
         # torch has a type of its own for the memory of GPUs alone
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|allocate memory|(calculation|multiplication) overflow", str(error)
+        ):
             raise
         return _failed(f"the memory is too small for this: {' '.join(str(error).split())[:300]}")
 

@@ -70,6 +70,7 @@ def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:
 
 
 def model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Open the model and the labelled images that were named; both names are looked at before either is opened."""
     from tokenmerge.tools.data import check_source, open_data
 
     check_source(arguments.data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "FASHION_MNIST",
     "FashionMNIST",
     "Folder",
+    "by_label",
     "calibration_images",
     "check_source",
     "normalise",
@@ -36,6 +37,7 @@ class FashionMNIST:
     """
 
     corrupt: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     source = FASHION_MNIST
 
     def __init__(self, batch_size: int, limit: int | None = None, preprocessing: Preprocessing | None = None) -> None:
@@ -106,6 +108,7 @@ class Folder:
         self.preprocessing = preprocessing or find_preprocessing(model)
         dataset, self.classes = _image_folder(root, model, self.preprocessing)
         self.outputs = declared_classes(model) or len(self.classes)
+        self.notes = _how_numbered(self.classes, model)
         count = len(dataset.samples)
         if limit is not None and limit < count:
             # spread over the classes, which lie one after the other
@@ -225,12 +228,54 @@ def _image_folder(root: Path, model: nn.Module, preprocessing: Preprocessing) ->
     return dataset, classes
 
 
+def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
+    """Return a Hugging Face model's number of each class by its labels; None where no class is called as a label.
+
+    Case does not count, and "/" and " " count as "_", since a folder cannot be called as every label. Raises
+    `DataError` where some are called so and some are not: numbered by their order, they would be other classes.
+    """
+    labels = getattr(getattr(model, "config", None), "label2id", None) or {}
+    plain: dict[str, set[int]] = {}
+    for label, number in labels.items():
+        plain.setdefault(_plain(label), set()).add(int(number))
+    exact = {str(label): {int(number)} for label, number in labels.items()}
+    found = [exact.get(name) or plain.get(_plain(name), set()) for name in classes]
+    if not any(found):
+        return None
+    unknown = [name for name, numbers in zip(classes, found, strict=True) if len(numbers) != 1]
+    if unknown:
+        free = [str(label) for label, number in labels.items() if {int(number)} not in found]
+        raise DataError(
+            f"{len(unknown)} of {len(classes)} classes are not called as one of the model's labels: "
+            f"{_shortened(unknown)}. Labels without a class: {_shortened(free) or 'none'}. Name all class folders by "
+            f"the labels, or all by class index, 0 to {len(labels) - 1}."
+        )
+    return [next(iter(numbers)) for numbers in found]
+
+
+def _how_numbered(classes: Sequence[str], model: nn.Module) -> tuple[str, ...]:
+    """Say what class folders count as, where a model has labels and no folder is called as one."""
+    labels = getattr(getattr(model, "config", None), "label2id", None)
+    if not labels or declared_classes(model) is None or by_label(model, classes) is not None:
+        return ()
+    how = "by the numbers they are called" if all(name.isdecimal() for name in classes) else "in the order of names"
+    return (f"Class folders are numbered {how}: none is called as a label of the model ({_shortened([*labels])}).",)
+
+
+def _plain(label: object) -> str:
+    return str(label).casefold().replace("/", "_").replace(" ", "_")
+
+
+def _shortened(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join([*names[:limit], *(["..."] if len(names) > limit else [])])
+
+
 def _numbers(root: Path, classes: list[str], model: nn.Module) -> list[int]:
     """Return the model's number of each class folder; raises `DataError` where they do not fit its classes."""
     expected = declared_classes(model)
-    named = getattr(getattr(model, "config", None), "label2id", None) or {}
-    if expected is not None and all(name in named for name in classes):
-        return [int(named[name]) for name in classes]
+    found = by_label(model, classes) if expected is not None else None
+    if found is not None:
+        return found
     # by number even where all are there: in the order of names, "10" comes before "2"
     if all(name.isdecimal() for name in classes) and all(int(name) < (expected or len(classes)) for name in classes):
         return [int(name) for name in classes]

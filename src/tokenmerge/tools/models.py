@@ -168,7 +168,7 @@ def load_model(
         return model.eval()
     if is_file(Path(name) / "config.json"):
         return _load_folder(Path(name))
-    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or is_file(name) or "/" in name
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists() or "/" in name
     if is_path and ":" not in name:
         return _load_file(Path(name), trust_pickle)
     timm = import_timm()
@@ -293,7 +293,11 @@ def _load_folder(folder: Path) -> nn.Module:
 def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
     if not is_file(path):
         hint = " A device or a pipe is none." if path.exists() and not path.is_dir() else ""
-        raise DataError(f"no file {path}: give a timm name, {BUNDLED!r}, or a file written by torch.save(model).{hint}")
+        what = f"{path} is a folder without config.json" if path.is_dir() else f"no file or folder {path}"
+        raise DataError(
+            f"{what}: give a timm name, {BUNDLED!r}, a file written by torch.save(model), or a folder that "
+            f"`tokenmerge train` or a Hugging Face model's save_pretrained wrote.{hint}"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # a pickle can raise anything at all

@@ -57,8 +57,9 @@ class Preprocessing:
             return ""
         return (
             f"WARNING: the model does not say how its images are prepared ({self.source}). Assumed: {self._steps()}. "
-            "If that is wrong, so is every accuracy here: put the model's preprocessor_config.json beside it, or give "
-            "--mean and --std (and --resize, --crop-pct, --interpolation); in Python preprocessing=."
+            "If that is wrong, so is every accuracy: put the model's preprocessor_config.json beside it, or give "
+            "--mean and --std (and --resize, --crop-pct, --interpolation) to eval and compare; in Python "
+            "preprocessing=."
         )
 
     @property

@@ -45,6 +45,8 @@ class DivergedError(TokenMergeError):
 class StoppedError(TokenMergeError):
     """The run was asked to stop, and can go on later."""
 
+    exit_code = 2  # of the command
+
 
 def train(
     recipe: Recipe,
@@ -385,7 +387,9 @@ class _Run:
             asked = bool(self.world.total(torch.tensor(float(asked), device=self.world.device)))
         if asked:
             self._save()
-            raise StoppedError(
+            error = StoppedError(
                 f"stopped by {self.world.signal} after step {self.step} of {self.steps}: saved at step {self.step}, "
                 "the same command goes on from there."
             )
+            error.exit_code = 130 if self.world.signal == "SIGINT" else 2
+            raise error

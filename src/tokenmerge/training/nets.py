@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_file
-from tokenmerge.tools.models import BUNDLED, import_timm, load_model, run_images
+from tokenmerge.tools.data import by_label
+from tokenmerge.tools.models import BUNDLED, declared_classes, import_timm, load_model, run_images
 from tokenmerge.training.recipe import Model
 
 __all__ = ["VIT", "TubeletEmbed", "build", "check_trust", "load_weights", "order_classes", "own_size", "places"]
@@ -82,13 +83,15 @@ def own_size(name: str, kind: str) -> tuple[int, ...]:
 def order_classes(model: nn.Module, names: Sequence[str]) -> None:
     """Let a Hugging Face classifier answer in the order of `names`, where these are its own classes in another order.
 
-    Raises `DataError` where it has no linear layer called `classifier` to reorder.
+    Raises `DataError` where it has no linear layer called `classifier` to reorder, and where only some of the names
+    are its labels.
     """
     config: Any = getattr(model, "config", None)
-    numbers = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
-    order = [numbers[name] for name in names if name in numbers]
-    if len(order) != len(numbers) or len(order) != len(names) or order == list(range(len(order))):
+    order = by_label(model, names) if declared_classes(model) == len(names) else None
+    if order is None or order == list(range(len(order))):
         return
+    if len(set(order)) < len(order):
+        raise DataError(f"two of the classes {', '.join(names)} are called as the same label of the model.")
     layer = getattr(model, "classifier", None)
     if not isinstance(layer, nn.Linear):
         raise DataError(
