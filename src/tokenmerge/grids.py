@@ -33,7 +33,7 @@ class Grids:
         if is_tracing():
             self._traced = grid
         elif is_compiling():
-            outside_graph(self._note, grid)
+            outside_graph.run(self._note, grid)
         else:
             self._note(grid)
 
@@ -44,7 +44,7 @@ class Grids:
         """
         if is_tracing():
             return self._traced
-        taken: Grid | None = outside_graph(self._take, patches) if is_compiling() else self._take(patches)
+        taken: Grid | None = outside_graph.run(self._take, patches) if is_compiling() else self._take(patches)
         return taken
 
     def _note(self, grid: Grid | None) -> None:

@@ -8,11 +8,10 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import Adapter, Original, Replacement
-from tokenmerge.adapters.trust import leads_to_ours, methods_of, stranger
+from tokenmerge.adapters.trust import insides, leads_to_ours, methods_of, stranger
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.state import ForwardState
 from tokenmerge.tracing import WHOLE, fail, is_compiling, trace_number
@@ -32,11 +31,11 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
     watch = None if state.restore == "every" else _Watch(adapter, model)
     found: list[Original] = [Entry(part, state, blocks, is_loop=False, watch=watch) for part in pooling]
     found += [Entry(part, state, blocks, is_loop=True) for part in looping]
-    for name in adapter.token_methods:
+    for name in (*adapter.token_methods, *adapter.restored_methods):
         path, _, method = name.rpartition(".")
         owner = _find(model, path)
         if owner is not None and callable(getattr(owner, method, None)):
-            found.append(_TokenMethod(owner, method, state, blocks, refuses))
+            found.append(_TokenMethod(owner, method, state, blocks, refuses and name in adapter.token_methods))
     found.append(_Unscriptable(model, "__prepare_scriptable__"))
     return [Replacement(entry.owner, entry.attribute, entry) for entry in found]
 
@@ -89,7 +88,7 @@ class _Watch:
 
     def problem(self) -> str:
         """Say which of them is another one since, and not the host's own either."""
-        methods = [*self.loops, *methods_of(self.part, self.heads)]
+        methods = [*self.loops, *insides(methods_of(self.part, self.heads))]
         now = [(owner, owner.__dict__.get(name), getattr(type(owner), name, None)) for owner, name in methods]
         if self.before is None or now == self.before:
             self.before = now
@@ -132,9 +131,11 @@ def _numbered(entry: Entry) -> int:
     return number
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _problem_of(number: int) -> str:
     return _ENTRIES[number].problem()
+
+
+_problem_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see tracing.py
 
 
 def settle(found: Iterable[Replacement]) -> None:

@@ -76,7 +76,7 @@ class HookRunner(BlockRunner):
     ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         self._follow(call, None)
         turn = _Turn(x, self._bias(size, frame.has_padding), size, r, kept, frame)
-        out = outside_graph(self._run, turn, call) if in_pieces() else self._run(turn, call)
+        out = outside_graph.run(self._run, turn, call) if in_pieces() else self._run(turn, call)
         if turn.plan is None or turn.mid is None or turn.merged is None:
             return out, size, None
         tokens = turn.merged + (rows(out, turn.plan.keep) - rows(turn.mid, turn.plan.keep))

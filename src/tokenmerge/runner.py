@@ -101,7 +101,7 @@ class BlockRunner(Original):
     ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
         if in_pieces():
-            x, size, plan = outside_graph(self._merge, x, size, r, kept, call, frame)
+            x, size, plan = outside_graph.run(self._merge, x, size, r, kept, call, frame)
         else:
             x, size, plan = self._merge(x, size, r, kept, call, frame)
         if not self.method.follows_mlp:

@@ -95,7 +95,7 @@ class ForwardState:
             return self._begin(layer, x, n, has_hooks)
         if is_tracing():
             return self._begin_traced(layer, x)
-        found: tuple[Frame, int] = outside_graph(self._begin, layer, x, n, has_hooks)
+        found: tuple[Frame, int] = outside_graph.run(self._begin, layer, x, n, has_hooks)
         return found
 
     def record(self, frame: Frame, slot: int, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
@@ -122,7 +122,7 @@ class ForwardState:
         if not is_compiling():
             self._put_out(frame, layer, out, has_hooks)
         elif not is_tracing():
-            outside_graph(self._put_out, frame, layer, out, has_hooks)
+            outside_graph.run(self._put_out, frame, layer, out, has_hooks)
         elif is_exporting():
             self._traced_out = out
         else:
@@ -139,7 +139,7 @@ class ForwardState:
         if is_tracing():
             frame = self._traced
             return None if frame is None or frame.restored[frame.last] else frame.size[frame.last]
-        size: Tensor | None = outside_graph(self._final_size, x, cut)
+        size: Tensor | None = outside_graph.run(self._final_size, x, cut)
         return size
 
     def amount(self, frame: Frame, layer: int, tokens: int, prefix: int) -> int:
@@ -159,7 +159,7 @@ class ForwardState:
         if is_tracing():
             is_there: bool = self._trace == trace_number()
             return is_there
-        found: bool = outside_graph(self.is_inside)
+        found: bool = outside_graph.run(self.is_inside)
         return found
 
     def last(self) -> Frame | None:
@@ -357,6 +357,7 @@ class ForwardState:
             )
 
     def _forget(self) -> None:
+        outside_graph.prepare()
         self._own = _Own()
         self.latest = self._traced = self._traced_out = None
         self._trace, self._trace_loops = 0, False

@@ -53,7 +53,6 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def trace_number() -> int:
     """Return the number of the trace at work, -1 where Python itself runs for one. Compilers take it for a constant."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -70,16 +69,26 @@ _APART = (
     "the sizes of merged tokens go from block to block outside of the graphs of blocks that are compiled one by one. "
     "Compile the whole model, or its blocks without fullgraph=True."
 )
-# torch 2.6 takes no reason
-_REASON = {"reason": _APART} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 
 
-def _outside(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function between two graphs, in eager mode."""
+def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-outside_graph: Callable[..., Any] = torch.compiler.disable(_outside, **_REASON)
+class _Outside:
+    """Runs functions between two graphs, in eager mode: `outside_graph.run(function, *args)`."""
+
+    run: Callable[..., Any] = staticmethod(_call)
+
+    def prepare(self) -> None:
+        """Tell the compiler, once something is patched: it is not imported before, and hosts have imported it then."""
+        if self.run is _call:
+            # torch 2.6 takes no reason
+            has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+            self.run = torch.compiler.disable(_call, **({"reason": _APART} if has_reason else {}))
+
+
+outside_graph = _Outside()
 
 
 def fail(message: str) -> None:
@@ -89,6 +98,10 @@ def fail(message: str) -> None:
     raise UnsupportedError(message)
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _fail_now(message: str) -> None:
     raise UnsupportedError(message)
+
+
+# compilers take what these return for constants; torch.compiler.assume_constant_result does just this, after it has
+# imported dynamo and triton
+trace_number._dynamo_marked_constant = _fail_now._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ class WindowRunner(BlockRunner):
     def run(self, x: Tensor, r: int, has_padding: bool, frame: Frame, *args: Any, **kwargs: Any) -> Any:
         """Run the block while its attention removes `r` tokens of each window; 0: composed, with nothing merged."""
         if in_pieces():
-            return outside_graph(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
+            return outside_graph.run(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
         self.slot.put({"turn": (r, has_padding, frame)})
         self.tap.expect(None, None)
         try:

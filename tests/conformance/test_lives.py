@@ -482,6 +482,72 @@ def four_threads_and_their_own_images(model: Model) -> None:
     assert wrong == []
 
 
+@life
+def attention_called_twice_by_its_wrapper(model: Model) -> None:
+    model.patch()
+    for block, name in model.attentions:
+        setattr(block, name, Twice(getattr(block, name)))
+    model.check()
+
+
+class Twice(Doubled):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first, again = self.inner(*args, **kwargs), self.inner(*args, **kwargs)
+        return (first[0] + again[0], *first[1:]) if isinstance(first, tuple) else first + again
+
+
+@life
+def blocks_wrapped_in_adapters_after(model: Model) -> None:
+    """What is put around a block changes what the next one is given."""
+    named = model.adapter.blocks(model.module)
+    model.patch()
+    for name, block in named:
+        model.module.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = Around(block)
+    model.run()
+
+
+class Around(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "block" else getattr(self.block, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(*args, **kwargs)
+        return (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5
+
+
+@life
+def tokens_written_into_between_blocks(model: Model) -> None:
+    """A hook that writes into what a block puts out means the same as one that returns it, or is refused."""
+
+    def adding(is_in_place: bool) -> Callable[..., Any]:
+        def add(module: nn.Module, args: Any, out: Any) -> Any:
+            tokens = answer(out)
+            shift = torch.linspace(0, 1, tokens.shape[1])[None, :, None]
+            if is_in_place:
+                tokens += shift
+                return None
+            return (tokens + shift, *out[1:]) if isinstance(out, tuple) else tokens + shift
+
+        return add
+
+    model.patch(restore="dense")
+    answers = []
+    for is_in_place in (False, True):
+        hooks = [block.register_forward_hook(adding(is_in_place)) for block in model.blocks[:-1]]
+        try:
+            answers.append(model.run())
+        except TokenMergeError:
+            return
+        finally:
+            for hook in hooks:
+                hook.remove()
+    assert_close(*answers, 1e-5)
+
+
 @pytest.mark.parametrize("name", LIVES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_life(family: str, name: str) -> None:
@@ -571,3 +637,85 @@ def test_leaves_nothing_behind() -> None:
     model.patch()
     model.handle.remove()
     assert bound_attributes(model.module) == before and bound_attributes_of(model.module) == []
+
+
+def test_two_branches_of_one_trunk() -> None:
+    model = Model(FAMILIES["timm_vit"])
+    handle, vit = model.patch(), model.module
+    with torch.no_grad():
+        entered = vit._pos_embed(vit.patch_embed(model.x))  # type: ignore[operator]
+        first, second, third = model.blocks[:3]
+        expected = third(second(first(entered)))
+        trunk = first(entered)
+        branch = second(trunk)
+        handle.r = 1
+        second(trunk)
+        handle.r = 2
+        assert_close(third(branch), expected, 1e-6)
+
+
+@pytest.mark.parametrize("restore", [None, "dense"])
+def test_a_backward_removes_as_many_tokens_as_its_forward(restore: str | None) -> None:
+    model = Model(FAMILIES["timm_vit"])
+    handle = model.patch(restore=restore)
+
+    def gradient(changes: bool) -> Tensor:
+        model.module.zero_grad()
+        handle.r = 2
+        loss = model.module(model.x).square().mean()
+        if changes:
+            handle.r = 1
+        with handle.disabled():
+            loss = loss + model.module(model.x).square().mean()
+        loss.backward()
+        return model.blocks[1].attn.qkv.weight.grad.clone()  # type: ignore[union-attr,operator]
+
+    expected = gradient(changes=False)
+    model.module.set_grad_checkpointing()  # type: ignore[operator]
+    assert_close(gradient(changes=True), expected, 1e-6)
+
+
+def test_checkpoints_and_hooks_that_change_tokens() -> None:
+    model = Model(FAMILIES["timm_vit"])
+    model.patch()
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: out * 1.01)
+    gradients = []
+    for is_checkpointed in (False, True):
+        model.module.set_grad_checkpointing(is_checkpointed)  # type: ignore[operator]
+        model.module.zero_grad()
+        model.module(model.x).sum().backward()
+        gradients.append(model.blocks[0].attn.qkv.weight.grad.clone())  # type: ignore[union-attr,operator]
+    assert_close(*gradients, 1e-6)
+
+
+def _other_head(model: Any) -> None:
+    model.forward_head = lambda x: model.head(x[:, 1:].mean(1))
+
+
+def _other_norm(model: Any) -> None:
+    model.norm = nn.Sequential(model.norm, _Mixing())
+
+
+class _Mixing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("change", [_other_head, _other_norm])
+def test_methods_that_are_trusted_are_watched(change: Callable[[Any], None]) -> None:
+    model = Model(FAMILIES["timm_vit"])
+    change(model.module)
+    model.patch()
+    model.check()
+    model = Model(FAMILIES["timm_vit"])
+    model.patch()
+    model.run()
+    change(model.module)
+    try:
+        merged, groups = model.run(), model.handle.groups
+    except TokenMergeError as error:
+        assert "patched" in str(error)
+        return
+    model.handle.remove()
+    assert_close(merged, answer(tokenmerge.simulate(model.module, groups, model.x)), 1e-5)

@@ -107,6 +107,8 @@ class Adapter(ABC):
     is_positional: ClassVar[bool] = False
     # methods of the model that hand tokens out by their place: refused unless the user says what to hand out
     token_methods: ClassVar[tuple[str, ...]] = ()
+    # those of them that put every token in its place, since tokens are restored after the last block
+    restored_methods: ClassVar[tuple[str, ...]] = ()
     # a method that compares keys may compare features where the attention shows no keys
     may_match_features: ClassVar[bool] = False
     # nothing reads what a block returns behind its tokens (attention weights): None may stand for it

@@ -54,6 +54,7 @@ class DinoV2(Adapter):
     landmarks = ("blocks", "norm1", "attn", "qkv", "ls1", "norm2", "mlp", "ls2", "patch_embed")
     cut_by = "patch_embed.proj"
     token_methods = ("get_intermediate_layers",)
+    restored_methods = ("forward_features",)
 
     def matches(self, model: Any) -> bool:
         return any(hasattr(part, "prepare_tokens_with_masks") for part in (model, getattr(model, "backbone", None)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokenmerge.adapters.original import Original
 
-__all__ = ["is_of", "leads_to_ours", "methods_of", "stranger"]
+__all__ = ["insides", "is_of", "leads_to_ours", "methods_of", "stranger"]
 
 Method = tuple[nn.Module, str]  # a module, the name of one of its methods
 
@@ -37,12 +37,23 @@ def is_of(module: nn.Module, package: str) -> bool:
     return bool(package) and any(cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
 
 
+# of torch: what such a module puts out for a token depends on the others
+_MIXING = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.RNNBase, nn.Conv1d)
+
+
+def insides(methods: Iterable[Method]) -> list[Method]:
+    """Return the forwards of all modules inside those whose forward is named, and the other methods as they are."""
+    return [(inner, name) for owner, name in methods for inner in (owner.modules() if name == "forward" else (owner,))]
+
+
 def stranger(methods: Iterable[Method], package: str) -> str | None:
     """Name the first method that the package does not define: overridden in a subclass, or set on class or instance."""
     for owner, name in methods:
         if not _is_defined_by(_behind(owner, name), (package, *_WRAPPERS)):
             possessive = f"{package}'" if package.endswith("s") else f"{package}'s"
             return f"{name} of {type(owner).__qualname__} is not {possessive} own"
+        if name == "forward" and isinstance(owner, _MIXING):
+            return f"a {type(owner).__qualname__} behind the blocks looks at all of its tokens"
     return None
 
 

@@ -26,6 +26,7 @@ class Within(Adapter):
         # what other adapters say once for their class
         same = ("name", "families", "landmarks", "followers", "is_positional", "may_match_features")
         vars(self).update({name: getattr(inner, name) for name in same}, token_methods=names)
+        self.restored_methods = tuple(f"{path}.{name}" for name in inner.restored_methods)  # type: ignore[misc]
 
     def part(self, model: nn.Module) -> nn.Module:
         """Return the part of the model that the inner adapter describes."""
