@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from torch import Tensor, nn
 
@@ -600,7 +601,7 @@ def test_the_legend_lies_below_and_names_stay_inside(tmp_path: Path, monkeypatch
     rows = _points(("unmerged", 1.0, 1.0, 90.0), *((f"m{i}" * 9, 1 - i / 20, 1 + i / 9, 90 - i / 9) for i in range(9)))
     rows = [{**row, "top-1 ±": 1.2} for row in rows]
     left, _ = _draw(tmp_path / "plot.png", monkeypatch, rows)
-    left.figure.canvas.draw()  # all of it in one resolution again: the file has another
+    FigureCanvasAgg(left.figure).draw()  # all of it in one resolution again: the files have others
     (legend,) = left.figure.legends
     for axes in left.figure.axes:
         assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0

@@ -121,7 +121,7 @@ def test_the_bundled_model_from_the_command_line(
     assert f"reference{TARGETS[to].suffix}" in code
     lines = dict(line.split(maxsplit=1) for line in facts.splitlines())
     assert lines["written"].startswith(f"reference{TARGETS[to].suffix}, ")
-    assert lines["input"] == "images [batch, 1, 28, 28]" and lines["tokens"].startswith("189 181 173 ")
+    assert lines["input"] == "images [batch, 1, 28, 28], float32" and lines["tokens"].startswith("189 181 173 ")
     model, images = load_model("reference"), torch.randn(4, 1, 28, 28)
     run = TARGETS[to].load(Path(f"reference{TARGETS[to].suffix}"))
     with tokenmerge.patched(model, r=8), torch.no_grad():

@@ -26,12 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # silences kineto's start-up lines on stderr; read by torch when it loads
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     given = sys.argv[1:] if argv is None else list(argv)
-    # what `train` starts again in several processes
-    arguments = argparse.Namespace(given=given)
+    arguments = argparse.Namespace(given=given)  # what `train` starts again in several processes
 
     def run() -> int:
-        _parser().parse_args(given, arguments)
-        return int(arguments.run(arguments))
+        return int(_parser().parse_args(given, arguments).run(arguments))
 
     return ended(run, arguments)
 
