@@ -26,7 +26,8 @@ from benchmarks.gpu.machine import power
 from benchmarks.gpu.steps import ROOT, Job, Process, Record, Row, Step, run
 
 from tokenmerge.errors import DataError, TokenMergeError, unknown_name
-from tokenmerge.tools.results import as_markdown, replace_text, save_rows
+from tokenmerge.files import write_file
+from tokenmerge.tools.results import as_markdown, save_rows
 
 RIGHT, FAST, MACHINE = "benchmarks.gpu.right", "benchmarks.gpu.fast", "benchmarks.gpu.machine"
 SHAPES = ("b256-h12-n197", "b64-h16-n577", "b1-h12-n197")
@@ -235,7 +236,7 @@ class Run:
             *errors,
         ]
         page = "\n\n".join(parts) + "\n"
-        replace_text(self.out / "on_gpu.md", page)
+        write_file(self.out / "on_gpu.md", page)
         return page
 
 

@@ -18,8 +18,9 @@ from tables import write
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.files import write_file
 from tokenmerge.tools.models import apply_method
-from tokenmerge.tools.results import Progress, replace_text
+from tokenmerge.tools.results import Progress
 from tokenmerge.tools.timing import Timing, environment, interleave, training_memory
 from tokenmerge.training.data import Loader, evaluation, open_source
 from tokenmerge.training.loop import train
@@ -133,7 +134,7 @@ class _Kept:
         key = f"{folder.name}: {merge.method} r={merge.r} prop_attn={merge.prop_attn}"
         if key not in self.values:
             self.values[key] = 100 * accuracy(folder, merge)
-            replace_text(self.path, json.dumps(self.values, indent=2))
+            write_file(self.path, json.dumps(self.values, indent=2))
         return self.values[key]
 
 
