@@ -227,7 +227,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], dict[str, Any], type[Exception
         DataError,
         r"does not say which input size it takes; give input_size \(--input-",
     ),
-    ("patched", lambda: tokenmerge.patch(_tiny(), r=2).model, {}, AlreadyPatchedError, "call unpatch"),
+    ("patched", lambda: tokenmerge.patch(_tiny(), r=2).model, {}, AlreadyPatchedError, "Leave out r"),
     (
         "scatter-left",
         _tiny,
