@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -120,24 +118,6 @@ def _difference(now: list[Any], blocks: list[Any]) -> str:
     return f"of which {', '.join(map(str, other))} are others" if other else "the first of them the same"
 
 
-# of all models, by numbers that a compiler can hold; it looks at them while it traces
-_ENTRIES: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count(1)
-
-
-def _numbered(entry: Entry) -> int:
-    number = next(_NUMBERS)
-    _ENTRIES[number] = entry
-    return number
-
-
-def _problem_of(number: int) -> str:
-    return _ENTRIES[number].problem()
-
-
-_problem_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see tracing.py
-
-
 def settle(found: Iterable[Replacement]) -> None:
     """Note how the methods that are trusted stand, once everything is bound."""
     for _, _, entry in found:
@@ -165,11 +145,6 @@ class Entry(Original):
         self.watch = watch
         self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), is_loop
         self.__signature__ = inspect.signature(getattr(owner, self.attribute))
-        self.number = _numbered(self)
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
-        self.number = _numbered(self)
 
     def check(self) -> None:
         """Raise `UnsupportedError` where what this forward relies on was changed since the model was patched."""
@@ -197,9 +172,6 @@ class Entry(Original):
             return self.original(*args, **kwargs)
 
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        problem = _problem_of(self.number) if self.state.is_merging() else ""
-        if problem:
-            fail(problem)
         number = trace_number()
         before, outer = WHOLE.trace, self.state.trace_running(number, self.is_loop)
         WHOLE.trace = number
@@ -222,7 +194,6 @@ class _TokenMethod(Entry):
         Original.__init__(self, owner, name)
         self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), True
         self.__signature__ = inspect.signature(getattr(owner, name))
-        self.number = _numbered(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.refuses and self.state.is_merging() and not self.state.is_inside():
