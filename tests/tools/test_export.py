@@ -356,7 +356,8 @@ def test_the_command_hands_every_argument_on(
     monkeypatch.setattr(export_module, "export", fake)
     monkeypatch.chdir(tmp_path)
     torch.save(_tiny(), "tiny.pt")
-    text = "export tiny.pt --trust-pickle -r 0.1 --to onnx --method drop --input-size 3 48 48 --batch 4 --matmul --opset 19 --json"
+    text = "export tiny.pt --trust-pickle -r 0.1 --to onnx --method drop --input-size 3 48 48 --batch 4 --matmul"
+    text += " --opset 19 --json"
     assert main(text.split()) == 0
     assert given.pop("preprocessing").size == SIZE and given.pop("restore") is None
     assert given == {
