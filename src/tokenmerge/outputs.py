@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from tokenmerge.adapters.base import Adapter, Original, Replacement, TokenLayout
 from tokenmerge.adapters.proof import token_width, undisturbed
-from tokenmerge.adapters.trust import insides, is_of, methods_of, stranger
+from tokenmerge.adapters.trust import insides, is_of, methods_of, mixing, stranger
 
 __all__ = ["Outputs", "decide"]
 
@@ -48,7 +48,7 @@ def decide(
     if not inner.package or not is_of(part, inner.package):
         return _tried(inner, part, layout, rest, last)
     heads = methods_of(part, inner.heads)
-    last = last or stranger(insides(heads), inner.package) or _hooked(heads)
+    last = last or stranger(insides(heads), inner.package) or mixing(insides(heads)) or _hooked(heads)
     return Outputs("last" if last else "", last or "")
 
 

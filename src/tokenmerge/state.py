@@ -243,7 +243,7 @@ class ForwardState:
                 return current, slot
         if layer and not is_inside:
             self._check_whole(layer, n)
-        return self._open(x, in_backward), 0
+        return self._open(x, in_backward, layer), 0
 
     def _check_known(self, known: _Known, layer: int, is_same: bool) -> int | None:
         """Return the entry of tokens that a layer put out, None where nothing has been merged in them."""
@@ -284,9 +284,13 @@ class ForwardState:
                 "known. Run the blocks before it in the same process, or `with handle.disabled():` for it alone."
             )
 
-    def _open(self, x: Tensor, in_backward: bool) -> Frame:
+    def _open(self, x: Tensor, in_backward: bool, layer: int = 0) -> Frame:
         own = self._own
         frame = Frame(self.depth, self._mode(own.forwards > 0, own.loops > 0))
+        if layer and own.current is not None and own.current.last == layer:
+            # something between the blocks made other tokens of them: they start afresh, what is told of the forward not
+            frame = own.current.fork(layer)
+            frame.memory = {}
         frame.is_tracked, frame.family = self.track, self.family
         frame.schedule = self.schedule if self.is_merging() else None
         if not in_backward:

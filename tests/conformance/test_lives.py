@@ -56,8 +56,11 @@ class Model:
         with torch.no_grad():
             return answer(self.module(self.x if x is None else x)).clone()
 
-    def check(self) -> None:
-        """Compare a forward with what it should be; an error of our own is an answer too."""
+    def check(self, starts_afresh: bool = False) -> None:
+        """Compare a forward with what it should be; an error of our own is an answer too.
+
+        `starts_afresh`: every block is given tokens that nobody has merged, each at its own place.
+        """
         try:
             merged = self.run()
         except TokenMergeError as error:
@@ -66,7 +69,7 @@ class Model:
             return
         handle = self.handle
         assert handle.has_merged
-        groups, positions = handle.groups, handle.positions
+        groups, positions = handle.groups, None if starts_afresh else handle.positions
         is_proportional, config = handle.report().prop_attn, handle.config
         handle.remove()
         assert bound_attributes_of(self.module) == []
@@ -321,15 +324,24 @@ def hooks_that_look(model: Model) -> None:
     assert {name: counts(calls.get(name, 0)) for name in unmerged} == {name: counts(n) for name, n in unmerged.items()}
 
 
+def _shift(module: nn.Module, args: Any, out: Any) -> Any:
+    return (out[0] + 0.5, *out[1:]) if isinstance(out, tuple) else out + 0.5
+
+
 @life
 def hooks_that_change_what_blocks_put_out(model: Model) -> None:
-    def shift(module: nn.Module, args: Any, out: Any) -> Any:
-        return (out[0] + 0.5, *out[1:]) if isinstance(out, tuple) else out + 0.5
-
     for block in model.blocks:
-        block.register_forward_hook(shift)
+        block.register_forward_hook(_shift)
     model.patch()
     model.check()
+
+
+@life
+def hooks_that_change_tokens_in_their_places(model: Model) -> None:
+    for block in model.blocks:
+        block.register_forward_hook(_shift)
+    model.patch(restore="dense")
+    model.check(starts_afresh=True)
 
 
 @life

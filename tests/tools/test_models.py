@@ -80,12 +80,12 @@ def test_names_timm_refuses_are_no_tracebacks(name: str) -> None:
 @pytest.mark.parametrize("name", [f"missing{suffix}" for suffix in (".pt", ".pth", ".bin")] + ["folder/model.pkl"])
 def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"no file {name}: give a timm name, 'reference', or a file"):
+    with pytest.raises(DataError, match=rf"no file or folder {name}: give a timm name, 'reference', a file"):
         load_model(name)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file .*: give a timm name"):
+    with pytest.raises(DataError, match=r"is a folder without config.json: give a timm name"):
         load_model(str(tmp_path), trust_pickle=True)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokenmerge.adapters.original import Original
 
-__all__ = ["insides", "is_of", "leads_to_ours", "methods_of", "stranger"]
+__all__ = ["insides", "is_of", "leads_to_ours", "methods_of", "mixing", "stranger"]
 
 Method = tuple[nn.Module, str]  # a module, the name of one of its methods
 
@@ -52,9 +52,14 @@ def stranger(methods: Iterable[Method], package: str) -> str | None:
         if not _is_defined_by(_behind(owner, name), (package, *_WRAPPERS)):
             possessive = f"{package}'" if package.endswith("s") else f"{package}'s"
             return f"{name} of {type(owner).__qualname__} is not {possessive} own"
-        if name == "forward" and isinstance(owner, _MIXING):
-            return f"a {type(owner).__qualname__} behind the blocks looks at all of its tokens"
     return None
+
+
+def mixing(methods: Iterable[Method]) -> str | None:
+    """Name the first module whose answer for one token depends on the others, not weighed by their sizes."""
+    mixes = (owner for owner, name in methods if name == "forward" and isinstance(owner, _MIXING))
+    first = next(mixes, None)
+    return first and f"a {type(first).__qualname__} behind the blocks looks at all of its tokens"
 
 
 def _behind(owner: nn.Module, name: str) -> Any:
