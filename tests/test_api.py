@@ -143,7 +143,10 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
         ({"version": 1, "method": {"name": "tome"}, "r": -1}, r"Allowed: an int >= 0"),
         ({"version": 1, "method": {"name": "tome"}, "r": {"r": 1}}, r"a pair is written as"),
         ({"version": 1, "method": {"name": "tome"}, "r": 1, "trak": True}, r"configuration key .*'trak'. .*'track'"),
-        ({"version": 1, "method": {"name": "tome"}, "r": 1, "prop_attn": "on"}, r"prop_attn is 'on'; allowed"),
+        (
+            {"version": 1, "method": {"name": "tome"}, "r": 1, "prop_attn": "on"},
+            r"prop_attn is 'on'; it takes True, False, 'auto'",
+        ),
     ],
 )
 def test_a_wrong_config_file_says_what_is_wrong(content: Any, message: str, tmp_path: Path) -> None:
@@ -190,7 +193,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("bool", {"r": True}, ValueError, r"r holds True. Allowed"),
     ("too-long", {"r": [1] * 5}, ValueError, r"r has 5 entries, the model has 4 blocks"),
     ("inflection", {"r": (8, 2.0)}, ValueError, r"inflection 2.0"),
-    ("prop-attn", {"r": 8, "prop_attn": "yes"}, e.ConfigError, r"prop_attn is 'yes'; allowed"),
+    ("prop-attn", {"r": 8, "prop_attn": "yes"}, e.ConfigError, r"prop_attn is 'yes'; it takes True, False, 'auto'"),
 ]
 
 

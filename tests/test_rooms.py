@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"adapters", "calibrate", "config", "errors", "handle", "methods", "report", "schedule"},
     "compat": {"api", "compat", "errors", "functional", "schedule", "tools"},
     "assets": set(),
-    "tools": {"", "adapters", "assets", "errors", "files", "kernels", "schedule", "tools"},
+    "tools": {"", "adapters", "assets", "config", "errors", "files", "handle", "kernels", "schedule", "tools"},
     "training": {"", "assets", "errors", "fields", "files", "methods", "schedule", "tools", "training"},
     "cli": {"", "adapters", "cli", "errors", "files", "methods", "schedule", "tools", "training"},
     "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},

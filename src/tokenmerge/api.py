@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.generic import Generic
 from tokenmerge.calibrate import Calibration
 from tokenmerge.calibrate import calibrate as run_trials
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import MergeConfig, read_method
 from tokenmerge.errors import (
     AlreadyPatchedError,
     ConfigError,
@@ -29,51 +31,59 @@ from tokenmerge.methods import Reduction
 from tokenmerge.report import Report
 from tokenmerge.schedule import R
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tokenmerge.config import Options
+
 __all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
 
 AUTO = "auto"
-_KEYWORDS = (
-    "r",
-    "prop_attn",
-    "track",
-    "restore",
-    "multiple_of",
-    "calibrate",
-    "blocks",
-    "attn",
-    "norm",
-    "mlp",
-    "prefix",
-)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_NAMES = ("blocks", "attn", "norm", "mlp")
+
+_OPTIONS = {field.name: field.default for field in dataclasses.fields(MergeConfig) if field.name != "method"}
 
 
+def _with_options(function: _Function) -> _Function:
+    """Let `help` and notebooks list the options one by one, as type checkers do."""
+    signature = inspect.signature(function)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(name, kind, default=default) for name, default in (_OPTIONS | {"r": None}).items()]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return function
+
+
+@_with_options
 def patch(
     model: nn.Module,
-    method: str | Reduction | MergeConfig = "tome",
+    method: str | Path | Reduction | MergeConfig = "tome",
     *,
-    r: R | None = None,
-    prop_attn: bool | str | None = None,
-    track: bool | None = None,
-    restore: str | None = None,
-    multiple_of: int | None = None,
     calibrate: Tensor | None = None,
-    blocks: str | None = None,
-    attn: str | None = None,
-    norm: str | None = None,
-    mlp: str | None = None,
-    prefix: int | None = None,
-    **unknown: Any,
+    **options: Unpack[Options],
 ) -> Handle:
     """Make a vision transformer merge tokens, in place; on any error the model stays as it was.
 
-    `method` is a name, an object or a saved configuration; `r` what is removed per block (see `Schedule.of`);
-    `prop_attn` adds log(size) to attention scores (`"auto"` follows the paper); `track` records `handle.groups`;
-    `restore="dense"` hands out every token in its place, wherever the model hands tokens out, `restore="merged"` the
-    merged ones (without either, calls that need them all are refused); `multiple_of=8` rounds what each block removes
-    so that the tokens left are a multiple, on which some kernels are faster. A model that no adapter describes is
-    patched by names: `blocks` is the path to its blocks, `attn`, `norm` (before the MLP) and `mlp` are children of a
-    block, `prefix` how many tokens in front are protected. The method `"auto"` is chosen on `calibrate`, a batch of
-    unlabelled inputs (64 are enough), with the MACs of ToMe at `r`; without them it is ToMe.
+    Args:
+        model: any model that `supports` takes; a model that no adapter describes is patched by names, see `blocks`.
+        method: a name (`list_methods()`), a name with options as `"tome(metric='x')"`, an object, a `MergeConfig` or
+            the path of a saved one. `"auto"` is chosen on `calibrate`; without images it is ToMe.
+        r: what each block removes, see `Schedule.of`: 8 tokens, a share 0.1, a list, a pair, a callable, a `Schedule`.
+        prop_attn: add log(size) to the attention scores; `"auto"` (default) follows the method's paper.
+        track: record `handle.groups`.
+        restore: `"dense"` hands out every token in its place wherever the model hands tokens out, `"merged"` the
+            merged ones. Without either, calls that need all tokens are refused.
+        multiple_of: round what each block removes so that the tokens left are a multiple of this; some kernels are
+            faster on multiples of 8.
+        calibrate: a batch of unlabelled inputs for `"auto"` (64 are enough); it spends the MACs of ToMe at `r`.
+        blocks: the path to the blocks of a model that no adapter describes, as `"encoder.layers"`.
+        attn: the attention of such a block, a child's name.
+        norm: the norm before the MLP of such a block, a child's name.
+        mlp: the MLP of such a block, a child's name.
+        prefix: how many tokens in front of such a model are protected.
+
+    Returns the handle, which is a context manager: `with tokenmerge.patch(model, r=8):` takes the reduction out again.
     Raises `TokenMergeError`: an unsupported model, an unknown name or keyword, a model patched already, a wrong `r`
     (also a ValueError).
 
@@ -83,7 +93,7 @@ def patch(
     >>> handle.tokens
     [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]
     """
-    for name in unknown:
+    for name in options.keys() - _OPTIONS.keys():
         raise _unknown_keyword(name, method)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -93,23 +103,22 @@ def patch(
         raise AlreadyPatchedError(
             f"this model is reduced already: {model.__dict__[ATTRIBUTE]!r}; call unpatch(model) first."
         )
-    given = {"r": r, "prop_attn": prop_attn, "track": track, "restore": restore, "multiple_of": multiple_of}
-    values = {name: value for name, value in given.items() if value is not None}
-    names = {"blocks": blocks, "attn": attn, "norm": norm, "mlp": mlp}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found, choice = None, ""
-    if isinstance(method, str) and method == AUTO and r is not None:
-        found, choice = _choose(model, r, calibrate, {**names, "prefix": prefix, "prop_attn": prop_attn})
+    if method == AUTO and "r" in given:
+        found, choice = _choose(model, given["r"], calibrate, {**given, "r": None})
         method = found.best.method if found else "tome"
-        values["r"] = found.best.r if found else r
+        given["r"] = found.best.r if found else given["r"]
     elif calibrate is not None and method != AUTO:
         raise ConfigError(f'calibrate=... goes with the method "auto", not with {method!r}.')
+    method = method if method == AUTO else read_method(method)
     if isinstance(method, MergeConfig):
-        config = dataclasses.replace(method, **values)  # type: ignore[arg-type]
-    elif r is None:
+        config = dataclasses.replace(method, **given)
+    elif "r" not in given:
         raise InvalidScheduleError("r is missing: say how many tokens each block removes, e.g. patch(model, r=8).")
     else:
-        config = MergeConfig(method, **values)  # type: ignore[arg-type]
-    handle = Handle(model, _adapter(model, names, prefix), config)
+        config = MergeConfig(method, **given)
+    handle = Handle(model, _adapter(model, config), config)
     handle.calibration, handle._choice = found, choice
     model.__dict__[ATTRIBUTE] = handle
     return handle
@@ -123,15 +132,18 @@ def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, An
     return found, str(found)
 
 
+@_with_options
 @contextmanager
-def patched(model: nn.Module, method: str | Reduction | MergeConfig = "tome", **options: Any) -> Iterator[Handle]:
+def patched(
+    model: nn.Module,
+    method: str | Path | Reduction | MergeConfig = "tome",
+    *,
+    calibrate: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Handle]:
     """Patch the model for the length of a `with`; takes what `patch` takes."""
-    handle = patch(model, method, **options)
-    try:
+    with patch(model, method, calibrate=calibrate, **options) as handle:
         yield handle
-    finally:
-        if ATTRIBUTE in model.__dict__:
-            handle.remove()
 
 
 def supports(model: nn.Module) -> bool:
@@ -145,24 +157,22 @@ def supports(model: nn.Module) -> bool:
         return False
 
 
-def _adapter(model: nn.Module, names: dict[str, str | None], prefix: int | None) -> Adapter:
-    given = {option: name for option, name in names.items() if name is not None}
-    if not given and prefix is None:
+def _adapter(model: nn.Module, config: MergeConfig) -> Adapter:
+    names = {option: getattr(config, option) for option in _NAMES}
+    missing = [option for option, name in names.items() if name is None]
+    if len(missing) == len(names) and config.prefix is None:
         return adapters.find(model)
-    missing = [option for option in names if option not in given]
     if missing:
         raise UnsupportedModelError(
             f"a model patched by names needs blocks, attn, norm and mlp; missing: {', '.join(missing)}."
         )
-    return Generic(**given, prefix=prefix)
+    return Generic(**names, prefix=config.prefix)
 
 
-def _unknown_keyword(name: str, method: str | Reduction | MergeConfig) -> TokenMergeError:
-    from tokenmerge import methods
-
-    if isinstance(method, str) and name in getattr(methods.find(method), "__dataclass_fields__", {}):
-        cls = methods.find(method).__qualname__
-        return unknown_name(
-            f"keyword of patch (it is an option of the method: patch(model, {cls}({name}=...)))", name, _KEYWORDS
-        )
-    return unknown_name("keyword of patch", name, _KEYWORDS)
+def _unknown_keyword(name: str, method: object) -> TokenMergeError:
+    known = [*_OPTIONS, "calibrate"]
+    kind = type(read_method(method)) if isinstance(method, str) and method != AUTO else type(method)
+    if issubclass(kind, Reduction) and name in getattr(kind, "__dataclass_fields__", {}):
+        option = f"it is an option of the method: patch(model, {kind.__qualname__}({name}=...))"
+        return unknown_name(f"keyword of patch ({option})", name, known)
+    return unknown_name("keyword of patch", name, known)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -17,11 +17,48 @@ from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameErro
 from tokenmerge.fields import checked
 from tokenmerge.files import write_file
 from tokenmerge.methods import NEW, Reduction
-from tokenmerge.schedule import R, Schedule, plain
+from tokenmerge.schedule import R, Schedule
 
-__all__ = ["MergeConfig"]
+Restore = Literal["dense", "merged"]
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class Options(TypedDict, total=False):
+        """The options of `patch`, see there; `None` is the default."""
+
+        r: R | None
+        prop_attn: bool | Literal["auto"] | None
+        track: bool | None
+        restore: Restore | None
+        multiple_of: int | None
+        blocks: str | None
+        attn: str | None
+        norm: str | None
+        mlp: str | None
+        prefix: int | None
+
+
+__all__ = ["MergeConfig", "Restore", "read_method"]
 
 _VERSION = 1
+
+
+class _MethodField:
+    """The field `method`: set to a name, a name with options or an object, it holds the object."""
+
+    def __get__(self, config: Any, owner: Any = None) -> Reduction:
+        # dataclasses asks the class for the default
+        return methods.ToMe() if config is None else config.__dict__["method"]
+
+    def __set__(self, config: Any, value: str | Reduction) -> None:
+        if isinstance(value, str):
+            value = methods.parse(value)
+        if not isinstance(value, Reduction):
+            raise ConfigError(
+                f"the method is {value!r}; give a name ({', '.join(methods.list_methods())}) or an object."
+            )
+        config.__dict__["method"] = value
 
 
 @dataclass(frozen=True)
@@ -32,38 +69,28 @@ class MergeConfig:
     ToMe(metric='k', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
     """
 
-    method: Reduction
-    r: R
-    prop_attn: bool | str = "auto"
+    method: _MethodField = _MethodField()
+    r: R = 0
+    prop_attn: bool | Literal["auto"] = "auto"
     track: bool = False
-    restore: str | None = None
+    restore: Restore | None = None
     multiple_of: int = 1
+    # a model that no adapter describes, by names: the path to its blocks, and the children of a block
+    blocks: str | None = None
+    attn: str | None = None
+    norm: str | None = None
+    mlp: str | None = None
+    prefix: int | None = None
 
-    def __init__(
-        self,
-        method: str | Reduction = "tome",
-        r: R = 0,
-        prop_attn: bool | str = "auto",
-        track: bool = False,
-        restore: str | None = None,
-        multiple_of: int = 1,
-    ) -> None:
-        if isinstance(method, str):
-            method = methods.find(method)()
-        if not isinstance(method, Reduction):
-            raise ConfigError(
-                f"the method is {method!r}; give a name ({', '.join(methods.list_methods())}) or an object."
-            )
-        values = {"method": method, "r": r, "prop_attn": prop_attn, "track": track, "restore": restore}
-        for name, value in {**values, "multiple_of": multiple_of}.items():
-            object.__setattr__(self, name, value)
-        if prop_attn not in (True, False, "auto"):
-            raise ConfigError(f"prop_attn is {prop_attn!r}; allowed: True, False, 'auto'.")
-        if restore not in (None, "dense", "merged"):
-            raise ConfigError(f"restore is {restore!r}; allowed: 'dense', 'merged', None.")
-        object.__setattr__(self, "r", plain(r))
-        # any depth will do: only the form is checked here, the length against the model by `patch`
-        Schedule.of(self.r, depth=len(self.r) if isinstance(self.r, list) else 1, multiple_of=multiple_of)
+    def __post_init__(self) -> None:
+        if isinstance(self.r, Schedule):
+            if self.multiple_of not in (1, self.r.multiple_of):
+                raise ConfigError(
+                    f"r is a Schedule with multiple_of={self.r.multiple_of}, and multiple_of is {self.multiple_of}."
+                )
+            object.__setattr__(self, "multiple_of", self.r.multiple_of)
+        object.__setattr__(self, "r", Schedule.check(self.r))
+        Schedule.of(0, depth=1, multiple_of=self.multiple_of)
         try:
             fields = checked(self)
         except TypeError as error:
@@ -92,13 +119,12 @@ class MergeConfig:
                 "what a patched model has learned, write it with handle.save(path).",
                 stacklevel=2,
             )
-        r = {"r": self.r[0], "inflection": self.r[1]} if isinstance(self.r, tuple) else self.r
-        method = {"name": self.method.name, **dataclasses.asdict(self.method)}  # type: ignore[call-overload]
-        content = {"version": _VERSION, "method": method, "r": r, "prop_attn": self.prop_attn, "track": self.track}
-        if self.restore:
-            content["restore"] = self.restore
-        if self.multiple_of > 1:
-            content["multiple_of"] = self.multiple_of
+        plain = MergeConfig()
+        content = {"version": _VERSION, **{name: getattr(self, name) for name in _ALWAYS}}
+        content |= {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        content["method"] = {"name": self.method.name, **dataclasses.asdict(self.method)}  # type: ignore[call-overload]
+        if isinstance(self.r, tuple):
+            content["r"] = {"r": self.r[0], "inflection": self.r[1]}
         _write(path, json.dumps(content, indent=2) + "\n")
 
     def _save_learned(self, path: Path, learned: Mapping[str, Tensor]) -> None:
@@ -131,6 +157,23 @@ class MergeConfig:
             raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
 
 
+# written whatever they hold
+_ALWAYS = ("method", "r", "prop_attn", "track")
+
+
+def read_method(method: str | Path | Reduction | MergeConfig) -> Reduction | MergeConfig:
+    """Return what `patch` takes as an object: a name, a name with options, the path of a saved configuration (.json).
+
+    Raises `UnknownNameError` for a name or an option that does not exist, with the nearest, and `ConfigError`.
+
+    >>> read_method("tome(metric='x')")
+    ToMe(metric='x', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
+    """
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".json")):
+        return MergeConfig.load(method)
+    return methods.parse(method) if isinstance(method, str) else method
+
+
 def _write(path: Path, content: str | bytes) -> None:
     try:
         write_file(path, content)
@@ -139,7 +182,7 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def _checked(content: Any, path: str | Path) -> dict[str, Any]:
-    known = {"version", "method", "r", "prop_attn", "track", "restore", "multiple_of"}
+    known = {"version", *(field.name for field in dataclasses.fields(MergeConfig))}
     if not isinstance(content, dict) or not {"version", "method", "r"} <= content.keys():
         raise ConfigError(f"{path} is no tokenmerge configuration: it must hold version, method and r.")
     if type(content["version"]) is not int or content["version"] != _VERSION:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["checked", "fitted", "named"]
 
@@ -22,6 +22,11 @@ def fitted(value: Any, hint: Any) -> Any:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return _fitted_to_one(value, get_args(hint))
+    if origin is Literal:
+        # 1 == True
+        if any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint)):
+            return value
+        raise TypeError(f"{value!r} is not {named(hint)}")
     if origin is tuple or hint is tuple:
         return _fitted_tuple(value, get_args(hint))
     accepts, made = _PLAIN.get(origin or hint, (_anything, _itself))
@@ -71,6 +76,11 @@ def checked(owner: object) -> dict[str, Any]:
 
 def named(hint: Any, value: Any = None) -> str:
     """Return a type in words; for a value that it would take if it were a number, that too."""
+    if get_origin(hint) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(hint)):
+        parts = [named(part) if part is not bool else "True, False" for part in get_args(hint)]
+        return ", ".join(parts)
+    if get_origin(hint) is Literal:
+        return ", ".join(map(repr, get_args(hint)))
     name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("NoneType", "None")
     return f"{name}, and NaN is no number" if isinstance(value, Real) and value != value else name
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from tokenmerge.state import ForwardState
 
 __all__ = ["ATTRIBUTE", "Handle", "handle_of", "unpatch"]
 
+_RAISE = object()
 ATTRIBUTE = "_tokenmerge_handle"  # of a patched model, which holds its handle
 _LOOSE = (
     "blocks were called by code that is not the model's own: after each of those, tokens are put back in their places"
@@ -59,8 +60,9 @@ class Handle:
 
     @r.setter
     def r(self, value: R) -> None:
-        schedule = Schedule.of(value, self._state.depth, self._config.multiple_of, self._config.method.largest_r)
-        self._config = dataclasses.replace(self._config, r=value)
+        multiple_of = value.multiple_of if isinstance(value, Schedule) else self._config.multiple_of
+        schedule = Schedule.of(value, self._state.depth, multiple_of, self._config.method.largest_r)
+        self._config = dataclasses.replace(self._config, r=value, multiple_of=multiple_of)
         self._state.schedule = schedule
         for follow in self.followers:
             follow()
@@ -237,6 +239,14 @@ class Handle:
         """Call `action` when the reduction is taken out: for surfaces that add something of their own."""
         self._actions.append(action)
 
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take the reduction out, unless that was done inside the `with`."""
+        if self.model.__dict__.get(ATTRIBUTE) is self:
+            self.remove()
+
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
         self._state.model = self.model  # copied or loaded together
@@ -267,9 +277,22 @@ def unpatch(model: nn.Module) -> None:
             actions.callback(action)
 
 
-def handle_of(model: nn.Module) -> Handle:
-    """Return the handle of a patched model, e.g. of a copy or a loaded one; raises `NotPatchedError`."""
+@overload
+def handle_of(model: nn.Module) -> Handle: ...
+
+
+@overload
+def handle_of(model: nn.Module, default: None) -> Handle | None: ...
+
+
+def handle_of(model: nn.Module, default: Any = _RAISE) -> Handle | None:
+    """Return the handle of a patched model, e.g. of a copy or a loaded one; raises `NotPatchedError`.
+
+    With `default=None`, `None` stands for a model that is not patched.
+    """
     handle = model.__dict__.get(ATTRIBUTE)
+    if handle is None and default is not _RAISE:
+        return None
     if handle is None:
         part = any(is_bound(module) for module in model.modules())
         raise NotPatchedError(

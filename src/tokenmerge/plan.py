@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What happens to `n` tokens: `keep` stay, in order; `src` are absorbed by output slot `dst`; others are dropped.
 
@@ -44,15 +44,19 @@ class Plan:
     dst: Tensor  # [B, R]
     n: int
 
+    def __repr__(self) -> str:
+        batch, left = self.keep.shape
+        return f"{type(self).__name__}({batch} x {self.n} tokens, {left} left, {self.src.shape[1]} absorbed)"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightedPlan(Plan):
     """A plan whose groups are averaged by any positive weights, which their sizes are part of or not."""
 
     weight: Tensor  # [B, N]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MatrixPlan:
     """What happens to `n` tokens where every output token may hold a part of every input token.
 
@@ -69,6 +73,10 @@ class MatrixPlan:
     weight: Tensor  # [B, M, N]
     keep: Tensor  # [B, M]
     n: int
+
+    def __repr__(self) -> str:
+        batch, left = self.keep.shape
+        return f"{type(self).__name__}({batch} x {self.n} tokens, {left} left)"
 
 
 AnyPlan = Plan | MatrixPlan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 
 __all__ = ["Report"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What was put into a model and what could not be done; `str()` is a table."""
 
@@ -26,7 +27,7 @@ class Report:
     limits: list[str]  # what could not be done
     choice: str = ""  # what "auto" chose and why
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
         used = ", ".join(f"{op} {name}" for op, name in self.kernels.items())
         rows = [
             ("model", self.model),
@@ -47,4 +48,14 @@ class Report:
         ]
         if self.choice:
             rows.insert(3, ("chosen", self.choice))
-        return "\n".join(f"{name:<23} {value}" for name, value in rows)
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<23} {value}" for name, value in self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows())
+        return f"<table>{''.join(cells)}</table>"

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias, Union
 
 from tokenmerge.errors import InvalidScheduleError
 
-__all__ = ["Amount", "R", "Schedule", "parse_r", "plain"]
+__all__ = ["TEXT_FORMS", "Amount", "PlainR", "R", "Schedule", "parse_r"]
 
 Amount = int | float | Callable[[int, int], int]
-R = Amount | Sequence[int | float] | tuple[int | float, float]
+PlainR = Amount | Sequence[int | float] | tuple[int | float, float]
+R: TypeAlias = Union[PlainR, "Schedule"]
 
 _ALLOWED = (
     "Allowed: an int >= 0 (tokens removed per block), a float in (0, 1) (share of the unprotected tokens), a list of "
-    "these per block (short lists are padded with 0), a pair (r, inflection) with inflection in [-1, 1], or a callable "
-    "(block, tokens) -> int."
+    "these per block (short lists are padded with 0), a pair (r, inflection) with inflection in [-1, 1], a callable "
+    "(block, tokens) -> int, or a Schedule."
 )
+
+# how `Schedule.parse` reads them
+TEXT_FORMS = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 
 
 def _half(tokens: int, prefix: int) -> int:
@@ -49,6 +54,41 @@ class Schedule:
                 f"multiple_of is {multiple_of!r}. Allowed: an int >= 1 that divides the tokens left by each block."
             )
         return Schedule(_amounts(r, depth), int(multiple_of), largest)
+
+    @staticmethod
+    def check(r: R) -> PlainR:
+        """Return any allowed form of `r` as Python's own numbers, in a list of its own; raises `InvalidScheduleError`.
+
+        How many blocks there are is not known here: `Schedule.of` checks the length of a list. A schedule becomes the
+        list of its amounts.
+
+        >>> Schedule.check([8, 0.0])
+        [8, 0]
+        """
+        if isinstance(r, Schedule):
+            first = r.amounts[0] if r.amounts else 0
+            return first if callable(first) else list(r.amounts)  # type: ignore[arg-type]
+        if callable(r):
+            return r
+        if isinstance(r, tuple):
+            _inflected(r, 1)
+            return int(r[0]), float(r[1])
+        if isinstance(r, Sequence) and not isinstance(r, str):
+            return [_entry(entry) for entry in r]
+        return _amount(r)
+
+    @staticmethod
+    def parse(text: str) -> PlainR:
+        """Return the `r` that a text means, as Python would write it; raises `InvalidScheduleError`.
+
+        >>> Schedule.parse("16,-1"), Schedule.parse("[25, 0.1]"), Schedule.parse("8")
+        ((16, -1.0), [25, 0.1], 8)
+        """
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise InvalidScheduleError(f"{text!r} is no r: {TEXT_FORMS}.") from error
+        return Schedule.check(value)
 
     @property
     def is_merging(self) -> bool:
@@ -99,23 +139,8 @@ def parse_r(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[int
     return counts
 
 
-def plain(r: R) -> R:
-    """Return any allowed form of `r` as numbers of Python's own, in a list of its own; raises `InvalidScheduleError`.
-
-    >>> plain([8, 0.0])
-    [8, 0]
-    """
-    if callable(r):
-        return r
-    if isinstance(r, tuple):
-        _inflected(r, 1)
-        return int(r[0]), float(r[1])
-    if isinstance(r, Sequence) and not isinstance(r, str):
-        return [_entry(entry) for entry in r]
-    return _amount(r)
-
-
 def _amounts(r: R, depth: int) -> tuple[Amount, ...]:
+    r = Schedule.check(r) if isinstance(r, Schedule) else r
     if callable(r):
         return (r,) * depth
     if isinstance(r, tuple):

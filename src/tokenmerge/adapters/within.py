@@ -24,7 +24,7 @@ class Within(Adapter):
         self.path, self.inner = path, inner
         names = (*token_methods, *(f"{path}.{name}" for name in inner.token_methods))
         # what other adapters say once for their class
-        same = ("name", "families", "landmarks", "followers", "is_positional", "may_match_features")
+        same = ("name", "families", "landmarks", "followers", "is_positional", "may_match_features", "ignores_rest")
         vars(self).update({name: getattr(inner, name) for name in same}, token_methods=names)
         self.restored_methods = tuple(f"{path}.{name}" for name in inner.restored_methods)  # type: ignore[misc]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import sys
@@ -12,11 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tokenmerge import __version__
+from tokenmerge import __version__, handle_of
 from tokenmerge.cli import train
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
 from tokenmerge.cli.options import calibration_of, method_of, model_and_data, preparation_of, preparing_arguments
+from tokenmerge.schedule import TEXT_FORMS, Schedule
 
 __all__ = ["main"]
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
     demo.add_argument("--limit", type=int, help="use only the first LIMIT of the 10,000 images")
     demo.add_argument("-b", "--batch-size", type=int, default=32, help="%(default)s is fastest unmerged on a CPU")
-    demo.add_argument("-r", type=_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=_R_HELP)
+    demo.add_argument("-r", type=_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=TEXT_FORMS)
 
     _bench_parser(commands)
     evaluate = _command(commands, "eval", _evaluate, "accuracy and speed over labelled images, several r in one pass")
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "check a model: is it supported, are the results exact, is it faster, what is limited",
     )
     _model_argument(doctor)
-    doctor.add_argument("-r", type=_r, default=8, help=_R_HELP)
+    doctor.add_argument("-r", type=_r, default=8, help=TEXT_FORMS)
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
     doctor.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
 
@@ -71,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_R_HELP = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 _MODEL_HELP = (
     "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (with "
     "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
@@ -112,7 +111,7 @@ def _bench_parser(commands: Any) -> None:
 def _export_parser(commands: Any) -> None:
     export = _command(commands, "export", _export, "write a merged model for another engine, checked in that engine")
     _model_argument(export)
-    export.add_argument("-r", type=_r, help=f"{_R_HELP} (that of a saved method, else 8)")
+    export.add_argument("-r", type=_r, help=f"{TEXT_FORMS} (that of a saved method, else 8)")
     export.add_argument("--to", required=True, help="onnx, openvino or torch-export")
     export.add_argument("--out", help="the file to write (the model's name, in this folder)")
     _method_arguments(export)
@@ -130,7 +129,9 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
-    parser.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (that of a saved method, else 0 8 16)")
+    parser.add_argument(
+        "-r", type=_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (that of a saved method, else 0 8 16)"
+    )
     _method_arguments(parser)
 
 
@@ -158,7 +159,7 @@ def _compare_parser(commands: Any) -> None:
     _model_argument(compare)
     compare.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or each {_METHOD_HELP}")
     amounts = compare.add_mutually_exclusive_group()
-    amounts.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{_R_HELP} (8 13 16)")
+    amounts.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (8 13 16)")
     text = "instead of -r: for each method the smallest r that leaves at most this share of the MACs, e.g. 0.75 0.5"
     amounts.add_argument("--macs", type=float, nargs="+", metavar="SHARE", help=text)
     _data_arguments(compare)
@@ -173,17 +174,10 @@ def _compare_parser(commands: Any) -> None:
 
 
 def _r(text: str) -> Any:
-    """Read an r as Python would write it; `16,-1` is a pair."""
-    from tokenmerge.schedule import Schedule
-
     try:
-        value = ast.literal_eval(text)
-        Schedule.of(value, depth=len(value) if isinstance(value, list) else 1)
-    except (ValueError, SyntaxError) as error:
-        raise argparse.ArgumentTypeError(
-            str(error) if "Allowed" in str(error) else f"{text!r} is no r: {_R_HELP}"
-        ) from None
-    return value
+        return Schedule.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -333,7 +327,7 @@ def _export(arguments: argparse.Namespace) -> int:
     name = Path(arguments.model)
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
     model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
-    if "_tokenmerge_handle" in model.__dict__ and arguments.r is None and arguments.method == "tome":
+    if handle_of(model, None) and arguments.r is None and arguments.method == "tome":
         r = method = None  # it has its own
     found = export(
         model,

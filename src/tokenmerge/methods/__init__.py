@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tokenmerge.errors import UnknownNameError, unknown_name
+import ast
+import dataclasses
+
+from tokenmerge.errors import ConfigError, UnknownNameError, unknown_name
 from tokenmerge.methods.adavit import AdaViT
 from tokenmerge.methods.algm import ALGM
 from tokenmerge.methods.atm import ATM
@@ -73,6 +76,7 @@ __all__ = [
     "ZeroTPrune",
     "find",
     "list_methods",
+    "parse",
     "register",
 ]
 
@@ -123,6 +127,40 @@ def find(name: str) -> type[Reduction]:
     if name not in _METHODS:
         raise unknown_name("method", name, _METHODS)
     return _METHODS[name]
+
+
+def parse(text: str) -> Reduction:
+    """Return the method that a name, or a name with options, means.
+
+    Raises `UnknownNameError` for a name or an option that does not exist, with the nearest, `ConfigError` for a text
+    that is neither.
+
+    >>> parse("tome(metric='x')")
+    ToMe(metric='x', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
+    """
+    shown = text if len(text) < 200 else f"{text[:200]} ..."
+    if "(" not in text:
+        return find(shown)()
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError
+        name, names = call.func.id, [part.arg for part in call.keywords]
+        if call.args or None in names or len(set(names)) < len(names):
+            raise ValueError
+        given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(
+            f"{shown!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each "
+            "once, by its name and with a plain value, a saved configuration (.json), or a folder that "
+            "`tokenmerge train` wrote."
+        ) from error
+    method = find(name)
+    options = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
+    for option in given:
+        if option not in options:
+            raise unknown_name(f"option of {name}", option, options)
+    return method(**given)
 
 
 def register(method: type[Reduction]) -> type[Reduction]:

@@ -41,6 +41,7 @@ class AdaViT(Learned):
     """
 
     name: ClassVar[str] = "adavit"
+    leaves = "one"
     limits: ClassVar[Limits] = {"usage": SHARE, "budget_weight": FROM_ZERO, "temperature": ABOVE_ZERO}
     is_adaptive: ClassVar[bool] = True
     follows_mlp: ClassVar[bool] = True
@@ -51,9 +52,6 @@ class AdaViT(Learned):
 
     def make(self, shape: ModelShape) -> nn.ModuleDict:
         return nn.ModuleDict({str(layer): _Decision(shape.width, shape.has_class) for layer in shape.active})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> MaskedPlan:
         decision = module_of(view, self)

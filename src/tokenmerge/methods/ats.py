@@ -33,6 +33,7 @@ class ATS(Reduction):
     """
 
     name: ClassVar[str] = "ats"
+    leaves = "one"
     choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
     is_adaptive: ClassVar[bool] = True
@@ -44,9 +45,6 @@ class ATS(Reduction):
         super().__post_init__()
         if self.samples is not None and not 0 < self.samples <= 1:
             raise UnsupportedError(f"ATS samples is {self.samples!r}: give a share of the tokens above 0, at most 1.")
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         share = view.score(self.score)[:, view.prefix :].clamp_min(0)

@@ -22,12 +22,10 @@ class AttentionPrune(Reduction):
     """
 
     name: ClassVar[str] = "attention"
+    leaves = "one"
     is_proportional: ClassVar[bool] = False
 
     score: str = "class"
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         return matching.prune(view.score(self.score), r, prefix=view.prefix)

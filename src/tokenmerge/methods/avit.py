@@ -33,6 +33,7 @@ class AViT(Learned):
     """
 
     name: ClassVar[str] = "avit"
+    leaves = "one"
     limits: ClassVar[Limits] = {
         "epsilon": SHARE,
         "ponder_weight": FROM_ZERO,
@@ -53,9 +54,6 @@ class AViT(Learned):
     def make(self, shape: ModelShape) -> nn.ModuleDict:
         halting = _Halting(self.gamma, self.beta)
         return nn.ModuleDict({str(layer): halting for layer in shape.active})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         halting = module_of(view, self)

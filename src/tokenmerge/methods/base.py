@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,8 @@ class Reduction(ABC):
     choices: ClassVar[Choices] = {}
     # the limits of numbers, of tuples those of each entry; none for thresholds, which any value switches on or off
     limits: ClassVar[Limits] = {}
+    # how many of the unprotected tokens a block leaves at least: "half" of them, as in the paper, or "one"
+    leaves: ClassVar[Literal["half", "one"]] = "half"
     # whether the paper adds log(size) to attention scores: what prop_attn="auto" means
     is_proportional: ClassVar[bool] = True
     # how many tokens go depends on the images: `r` is the most, and what is removed when compiled or exported
@@ -213,8 +215,8 @@ class Reduction(ABC):
         return merge_weighted(plan, x, size, branch)
 
     def largest_r(self, n: int, prefix: int) -> int:
-        """Return how many of `n` tokens one block can remove at most; half of the unprotected ones, as in the paper."""
-        return largest_r(n, prefix)
+        """Return how many of `n` tokens, `prefix` of them protected, one block can remove at most; see `leaves`."""
+        return max(0, n - prefix - 1) if self.leaves == "one" else largest_r(n, prefix)
 
     def build(self, shape: ModelShape) -> nn.ModuleDict | None:
         """Return what is learned for a model, one module per layer by its number; None where nothing is."""

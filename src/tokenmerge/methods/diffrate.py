@@ -34,6 +34,7 @@ class DiffRate(Reduction):
     """
 
     name: ClassVar[str] = "diffrate"
+    leaves = "one"
 
     prune: float | tuple[int, ...] = 0.5
     metric: str = "x"
@@ -46,9 +47,6 @@ class DiffRate(Reduction):
             raise UnsupportedError(
                 f"DiffRate prune is {self.prune!r}: give a share from 0 to 1, or a tuple of counts of 0 and more."
             )
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         score = view.score(self.score)[:, view.prefix :]

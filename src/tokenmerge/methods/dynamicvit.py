@@ -37,6 +37,7 @@ class DynamicViT(Learned):
     """
 
     name: ClassVar[str] = "dynamicvit"
+    leaves = "one"
     limits: ClassVar[Limits] = {"ratio_weight": FROM_ZERO, "temperature": ABOVE_ZERO}
 
     ratio_weight: float = 2.0
@@ -44,9 +45,6 @@ class DynamicViT(Learned):
 
     def make(self, shape: ModelShape) -> nn.ModuleDict:
         return nn.ModuleDict({str(layer): _Predictor(shape.width) for layer in shape.active})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         predictor = module_of(view, self)

@@ -27,14 +27,12 @@ class EViT(Reduction):
     """
 
     name: ClassVar[str] = "evit"
+    leaves = "one"
     choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
 
     score: str = "class"
     fuse: bool = True
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         score = view.score(self.score)

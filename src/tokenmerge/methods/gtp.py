@@ -38,6 +38,7 @@ class GTP(Reduction):
     """
 
     name: ClassVar[str] = "gtp"
+    leaves = "one"
     limits: ClassVar[Limits] = {"neighbours": FROM_ONE, "alpha": FROM_ZERO}
     choices: ClassVar[Choices] = {"graph": ("mixed", "spatial", "semantic"), "heads": ("max", "mean")}
 
@@ -49,9 +50,6 @@ class GTP(Reduction):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"q", "k"} if self.graph == "semantic" else {"q", "k", "places"})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> GTPPlan:
         found = importance.self_received(view.q, view.k, view.scale, view.bias)  # type: ignore[arg-type]

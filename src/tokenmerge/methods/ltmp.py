@@ -41,6 +41,7 @@ class LTMP(Learned):
     """
 
     name: ClassVar[str] = "ltmp"
+    leaves = "one"
     limits: ClassVar[Limits] = {"temperature": ABOVE_ZERO, "budget_weight": FROM_ZERO, "flops": ABOVE_ZERO}
     needs = frozenset({"q", "k"})
     is_adaptive: ClassVar[bool] = True
@@ -53,9 +54,6 @@ class LTMP(Learned):
 
     def make(self, shape: ModelShape) -> nn.ModuleDict:
         return nn.ModuleDict({str(layer): _Thresholds(self.merge_at, self.prune_at) for layer in shape.active})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         thresholds = module_of(view, self)

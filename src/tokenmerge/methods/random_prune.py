@@ -21,12 +21,10 @@ class RandomPrune(Reduction):
     """
 
     name: ClassVar[str] = "random"
+    leaves = "one"
     is_proportional: ClassVar[bool] = False
 
     seed: int = 0
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         B, n, _ = view.stream.shape

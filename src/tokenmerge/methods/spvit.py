@@ -40,6 +40,7 @@ class SPViT(Learned):
     """
 
     name: ClassVar[str] = "spvit"
+    leaves = "one"
     limits: ClassVar[Limits] = {"heads": FROM_ONE, "ratio_weight": FROM_ZERO, "temperature": ABOVE_ZERO}
 
     heads: int = 4
@@ -50,9 +51,6 @@ class SPViT(Learned):
         if shape.width % self.heads:
             raise ConfigError(f"SPViT has {self.heads} heads, which do not divide the model's width {shape.width}.")
         return nn.ModuleDict({str(layer): _Selector(shape.width, self.heads) for layer in shape.active})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> MaskedPlan | WeightedPlan:
         selector = module_of(view, self)

@@ -31,6 +31,7 @@ class TokenPooling(Reduction):
     """
 
     name: ClassVar[str] = "token_pooling"
+    leaves = "one"
     limits: ClassVar[Limits] = {"iterations": FROM_ZERO}
     choices: ClassVar[Choices] = {
         "algorithm": ("kmeans", "kmedoids"),
@@ -43,9 +44,6 @@ class TokenPooling(Reduction):
     iterations: int = 5
     weight: str = "significance"
     score: str = "received"
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> WeightedPlan:
         prefix, score = view.prefix, view.score(self.score)

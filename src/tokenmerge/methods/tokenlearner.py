@@ -28,6 +28,7 @@ class TokenLearner(Learned):
     """
 
     name: ClassVar[str] = "tokenlearner"
+    leaves = "one"
     limits: ClassVar[Limits] = {"hidden": FROM_ONE}
     is_proportional: ClassVar[bool] = False
 
@@ -40,9 +41,6 @@ class TokenLearner(Learned):
             )
         left = {at: shape.tokens[at] - shape.prefix - shape.removed[at] for at in shape.active if shape.removed[at]}
         return nn.ModuleDict({str(layer): _Maps(shape.width, self.hidden, maps) for layer, maps in left.items()})
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> MatrixPlan:
         learned = module_of(view, self)

@@ -29,6 +29,7 @@ class ZeroTPrune(Reduction):
     """
 
     name: ClassVar[str] = "zero_tprune"
+    leaves = "one"
     limits: ClassVar[Limits] = {"iterations": FROM_ZERO, "similar": SHARE, "variance": FROM_ZERO}
     is_proportional: ClassVar[bool] = False
 
@@ -40,9 +41,6 @@ class ZeroTPrune(Reduction):
     @property
     def needs(self) -> frozenset[str]:
         return super().needs | {"q", "k"}
-
-    def largest_r(self, n: int, prefix: int) -> int:
-        return max(0, n - prefix - 1)
 
     def plan(self, view: TokenView, r: int) -> Plan:
         B, n, _ = view.stream.shape

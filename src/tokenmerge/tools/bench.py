@@ -12,6 +12,7 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge import kernels
+from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.flops import count
@@ -49,7 +50,7 @@ def bench(
     batches: Sequence[int] = (1, 8),
     method: Method = "tome",
     calibrate: torch.Tensor | None = None,
-    restore: str | None = None,
+    restore: Restore | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     compiled: bool | str = False,
@@ -139,7 +140,7 @@ def _training(model: nn.Module, merged: nn.Module, x: torch.Tensor) -> dict[str,
 
 
 def _merged(
-    model: nn.Module, method: Method, r: R, restore: str | None, calibrate: torch.Tensor | None = None
+    model: nn.Module, method: Method, r: R, restore: Restore | None, calibrate: torch.Tensor | None = None
 ) -> nn.Module:
     twin = shared_copy(model)
     apply_method(twin, method, r=r, restore=restore, calibrate=calibrate)

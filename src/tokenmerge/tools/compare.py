@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
 from tokenmerge.schedule import R
@@ -125,7 +126,7 @@ def compare(
     macs: Sequence[float] | None = None,
     folder: str | Path = "tokenmerge-compare",
     calibrate: Tensor | None = None,
-    restore: str | None = None,
+    restore: Restore | None = None,
     device: str = "cpu",
     rounds: int = 10,
     fresh: bool = False,
@@ -236,7 +237,7 @@ def _settings(
     data: FashionMNIST | Folder,
     where: torch.device,
     calibrate: Tensor | None,
-    restore: str | None,
+    restore: Restore | None,
 ) -> dict[str, Any]:
     """Return what all rows of a folder have in common."""
     weights = (part for name, x in model.state_dict().items() for part in (name.encode(), _bytes(x)))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tokenmerge
+from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.models import answer, find_device, known_size, shared_copy
@@ -47,7 +48,7 @@ def examine(
     model: nn.Module,
     *,
     r: R = 8,
-    restore: str | None = None,
+    restore: Restore | None = None,
     device: str = "cpu",
     batch: int = 2,
     rounds: int = 10,
@@ -81,7 +82,7 @@ def examine(
     with torch.inference_mode():
         findings.append(_compare("r = 0", answer(model(x)), unmerged, 1e-6, "from the unmerged model"))
     findings.append(_equivalence(model, handle, x, r))
-    if "_tokenmerge_handle" in model.__dict__:
+    if tokenmerge.handle_of(model, None):
         handle.remove()
     with torch.inference_mode():
         findings.append(_compare("unpatch", answer(model(x)), unmerged, 0.0, "from the model before"))
@@ -135,7 +136,7 @@ def _compare(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: fl
     return name, difference <= tolerance * scale, f"max |difference| {difference:.2g} {what}"
 
 
-def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: str | None, rounds: int) -> list[Finding]:
+def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: Restore | None, rounds: int) -> list[Finding]:
     """Time merging, and say what follows from all that was found."""
     merged, bound = shared_copy(model), shared_copy(model)
     tokenmerge.patch(merged, r=r, restore=restore)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.config import Restore
 from tokenmerge.errors import DataError
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
@@ -64,7 +65,7 @@ def evaluate(
     method: Method = "tome",
     calibrate: Tensor | None = None,
     prop_attn: bool | str | None = None,
-    restore: str | None = None,
+    restore: Restore | None = None,
     device: str = "cpu",
     bound: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -118,7 +119,7 @@ def _patched(
     method: Method,
     r: R,
     prop_attn: bool | str | None,
-    restore: str | None,
+    restore: Restore | None,
     calibrate: Tensor | None = None,
 ) -> nn.Module:
     twin = shared_copy(model)
@@ -164,7 +165,8 @@ def _row(
 
 
 def _tokens(model: nn.Module) -> int:
-    if "_tokenmerge_handle" in model.__dict__:
-        return tokenmerge.handle_of(model).tokens[-1]
+    handle = tokenmerge.handle_of(model, None)
+    if handle:
+        return handle.tokens[-1]
     with tokenmerge.patched(model, r=0) as handle:
         return handle.tokens[-1]

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 import tokenmerge
 from tokenmerge import kernels
+from tokenmerge.config import Restore
 from tokenmerge.errors import AlreadyPatchedError, DataError, TokenMergeError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.engines import INPUT, OUTPUT, TARGETS, Target, find_target
@@ -85,7 +86,7 @@ def export(
     to: str,
     method: Method | None = None,
     calibrate: Tensor | None = None,
-    restore: str | None = None,
+    restore: Restore | None = None,
     preprocessing: Preprocessing | None = None,
     input_size: Sequence[int] | None = None,
     batch: int | None = None,
@@ -138,12 +139,12 @@ def export(
 
 
 def _patched(
-    model: nn.Module, method: Method | None, r: R | None, calibrate: Tensor | None, restore: str | None
+    model: nn.Module, method: Method | None, r: R | None, calibrate: Tensor | None, restore: Restore | None
 ) -> tokenmerge.Handle:
     """Patch a copy, unless the original was patched: then it is written with what it has."""
-    if "_tokenmerge_handle" not in model.__dict__:
+    handle = tokenmerge.handle_of(model, None)
+    if handle is None:
         return apply_method(model, method or "tome", r=r, calibrate=calibrate, restore=restore)
-    handle = tokenmerge.handle_of(model)
     if (method, r, calibrate, restore) != (None, None, None, None):
         raise AlreadyPatchedError(
             f"this model is reduced already: {handle!r}. Leave out r, method, calibrate and restore to export it as it "

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenmerge import adapters, kernels
 from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.handle import handle_of
 
 __all__ = ["Count", "count", "flops"]
 
@@ -52,11 +53,11 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Count:
     twin = copy.deepcopy(model, memo)
     dtype = next((t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
     counter = FlopCounterMode(display=False)
-    meters = []
-    if "_tokenmerge_handle" in twin.__dict__:
-        for runner in twin.__dict__["_tokenmerge_handle"].runners:
-            runner.method = _Meter(runner.method, counter)
-            meters.append(runner.method)
+    meters: list[Any] = []
+    handle = handle_of(twin, None)
+    for runner in handle.runners if handle else ():
+        meters.append(_Meter(runner.method, counter))
+        runner.method = meters[-1]
     # the fused kernels of some devices are not in the counter's table; the plain products always are, also of ours,
     # and a version that is forced for the model's device has none for this one
     with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), kernels.force("reference"):

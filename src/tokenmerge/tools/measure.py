@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
@@ -56,7 +57,7 @@ class Subject:
         *,
         rounds: int = 10,
         images: Tensor | None = None,
-        restore: str | None = None,
+        restore: Restore | None = None,
     ) -> None:
         self.model = shared_copy(model.to(device)).eval()  # the caller's may be in training
         self.data, self.device, self.rounds, self.images = data, device, rounds, images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import zipfile
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
-from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError, unknown_name
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
 from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
 
@@ -92,15 +91,12 @@ def read_method(text: str) -> Method:
     if text in (AUTO, *tokenmerge.list_methods()):
         return text
     path = Path(text)
-    if path.suffix == ".json":
-        return MergeConfig.load(path)
-    if (text and is_dir(path)) or ("/" in text and "(" not in text):
+    if (text and path.suffix != ".json" and is_dir(path)) or (
+        "/" in text and not text.endswith(".json") and "(" not in text
+    ):
         config, weights = MergeConfig.load(path / "merge.json"), path / "model.safetensors"
         return Trained(config, weights) if weights.is_file() else config
-    if "(" not in text:
-        shown = text if len(text) < 200 else f"{text[:200]} ..."
-        raise unknown_name("method", shown, tokenmerge.list_methods())
-    return _with_options(text)
+    return tokenmerge.config.read_method(text)
 
 
 def short_name(method: Method) -> str:
@@ -329,28 +325,3 @@ def known_size(handle: Handle) -> tuple[int, ...]:
             f"{type(handle.model).__qualname__} does not say which input size it takes; give input_size (--input-size)."
         )
     return handle.input_size
-
-
-def _with_options(text: str) -> Reduction:
-    """Read `name(option=value, ...)`."""
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError
-        name, names = call.func.id, [part.arg for part in call.keywords]
-        if call.args or None in names or len(set(names)) < len(names):
-            raise ValueError
-        given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        shown = text if len(text) < 200 else f"{text[:200]} ..."
-        raise ConfigError(
-            f"{shown!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each "
-            "once, by its name and with a plain value, a saved configuration (.json), or a folder that "
-            "`tokenmerge train` wrote."
-        ) from error
-    method = type(MergeConfig(name).method)
-    options = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    for option in given:
-        if option not in options:
-            raise unknown_name(f"option of {name}", option, options)
-    return method(**given)

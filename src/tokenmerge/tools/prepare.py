@@ -224,7 +224,8 @@ def _channels(model: nn.Module) -> int:
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
-    if "_tokenmerge_handle" in model.__dict__:
-        return known_size(tokenmerge.handle_of(model))
+    handle = tokenmerge.handle_of(model, None)
+    if handle:
+        return known_size(handle)
     with tokenmerge.patched(model, r=0) as handle:
         return known_size(handle)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenmerge import adapters
 from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, WindowSpec
 from tokenmerge.errors import AlreadyPatchedError, UnsupportedError
+from tokenmerge.handle import handle_of
 
 __all__ = ["simulate"]
 
@@ -32,7 +33,7 @@ def simulate(
     their merged token keeps. Uses hooks only, none of the code that merges. Raises `AlreadyPatchedError` for a patched
     model and `UnsupportedError` where tokens were dropped.
     """
-    if "_tokenmerge_handle" in model.__dict__:
+    if handle_of(model, None):
         raise AlreadyPatchedError("simulate() runs the unmerged model; call unpatch(model) first.")
     if any(bool((assign < 0).any()) for assign in groups):
         raise UnsupportedError("a method that drops tokens has no group-mean simulation.")

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from tokenmerge.errors import InvalidScheduleError
-from tokenmerge.schedule import R
+from tokenmerge.schedule import PlainR, R, Schedule
 
 __all__ = ["Amount"]
 
@@ -31,10 +31,10 @@ class Amount:
                 f"steps {steps}, warmup {warmup} and off {off}: steps must be at least 1, warmup and off shares of "
                 "them whose sum is at most 1."
             )
-        self.r, self.steps, self.seed = r, steps, seed
+        self.r, self.steps, self.seed = Schedule.check(r), steps, seed
         self.warmup, self.off, self.draw = warmup, off, draw
 
-    def at(self, step: int) -> R:
+    def at(self, step: int) -> PlainR:
         """Return the r of a step, from 0 to `steps` - 1."""
         if step >= self.steps * (1 - self.off):
             return 0
@@ -47,7 +47,7 @@ class Amount:
         return _scaled(self.r, share * chance)
 
 
-def _scaled(r: R, share: float) -> R:
+def _scaled(r: PlainR, share: float) -> PlainR:
     """Return a share of any form of r."""
     if share == 1:
         return r

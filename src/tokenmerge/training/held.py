@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tokenmerge
-from tokenmerge.errors import DataError, NotPatchedError
+from tokenmerge.errors import DataError
 from tokenmerge.tools.preprocessing import Preprocessing
 from tokenmerge.training.data import Batch, evaluation, open_source, reseed, seed_of
 from tokenmerge.training.objective import Objective
@@ -63,7 +63,7 @@ class HeldOut:
         self, split: str, model: nn.Module, objective: Objective, r: Any, see: Callable[[Batch], None]
     ) -> dict[str, Any]:
         """Run a model over a split, each process its share, with `r` where it merges; `see` is shown every batch."""
-        handle = _handle(model)
+        handle = tokenmerge.handle_of(model, None)
         if handle is not None:
             handle.r = r
         recipe, device, source = self.recipe, self.world.device, self.sources[split]
@@ -103,16 +103,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 def shown(r: Any) -> Any:
     """Return a pair as recipes write it, everything else as it is."""
-    return ",".join(map(str, r)) if isinstance(r, tuple) else r
+    return ",".join(f"{number:g}" for number in r) if isinstance(r, tuple) else r
 
 
 def mean_tokens(handle: tokenmerge.Handle | None) -> float | None:
     """Return the mean number of tokens after a block in the last forward."""
     return None if handle is None else sum(handle.tokens) / len(handle.tokens)
-
-
-def _handle(model: nn.Module) -> tokenmerge.Handle | None:
-    try:
-        return tokenmerge.handle_of(model)
-    except NotPatchedError:
-        return None

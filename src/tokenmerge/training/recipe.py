@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
+from tokenmerge.errors import ConfigError, InvalidScheduleError, UnsupportedError, unknown_name
 from tokenmerge.fields import fitted, named
-from tokenmerge.schedule import Schedule
+from tokenmerge.schedule import PlainR, Schedule
 from tokenmerge.training.amount import Amount
 
 __all__ = [
@@ -93,12 +92,14 @@ class Merge:
     off: float = 0.0  # share of all steps, the last ones, without merging
 
     @property
-    def amount(self) -> Any:
+    def amount(self) -> PlainR:
         """The r as `patch` takes it: TOML has no pairs, they are written "16,-1"."""
         try:
-            return ast.literal_eval(self.r) if isinstance(self.r, str) else self.r
-        except (ValueError, SyntaxError) as error:
-            raise ConfigError(f'merge.r is {self.r!r}; give a number, a list, or a pair as text, "16,-1".') from error
+            return Schedule.parse(self.r) if isinstance(self.r, str) else Schedule.check(self.r)
+        except InvalidScheduleError as error:
+            if not isinstance(self.r, str):
+                raise
+            raise ConfigError(f"merge.r: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,7 @@ class Recipe:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"a batch of {self.batch_size} cannot be split into {self.accumulate} equal parts.")
         # what a model and its length would add is checked by `patch`
-        r = self.merge.amount
-        Schedule.of(r, depth=len(r) if isinstance(r, list) else 1)
-        Amount(r, 1, warmup=self.merge.warmup, off=self.merge.off)
+        Amount(self.merge.amount, 1, warmup=self.merge.warmup, off=self.merge.off)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as a TOML or JSON file holds them."""

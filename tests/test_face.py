@@ -1,0 +1,144 @@
+"""What a user's editor, notebook and `with` see: names, options, reprs, and every way to say a method and an `r`."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokenmerge
+from helpers import bound_attributes, tiny_vit
+from tokenmerge import MergeConfig, Schedule, ToMe
+from tokenmerge.adapters.base import Adapter
+from tokenmerge.adapters.timm_vit import TimmViT
+from tokenmerge.adapters.within import Within
+from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError
+from tokenmerge.matching import bipartite
+
+NAMES = {"blocks": "blocks", "attn": "attn", "norm": "norm2", "mlp": "mlp", "prefix": 1}
+
+
+def test_the_package_ships_its_types() -> None:
+    assert Path(tokenmerge.__file__).with_name("py.typed").is_file()
+
+
+def test_help_lists_every_option() -> None:
+    for function in (tokenmerge.patch, tokenmerge.patched):
+        options = list(inspect.signature(function).parameters)
+        assert options[:3] == ["model", "method", "calibrate"]
+        assert options[3:] == [name for name in inspect.signature(MergeConfig).parameters if name != "method"]
+
+
+@pytest.mark.parametrize("r", [5, 0.1, (4, -1.0), [3, 0, 0.2]], ids=str)
+def test_a_schedule_is_an_r(r: Any) -> None:
+    schedule = Schedule.of(r, depth=4, multiple_of=2)
+    model = tiny_vit()
+    handle = tokenmerge.patch(model, r=schedule)
+    assert handle.tokens == schedule.tokens(65, 1) and handle.config.multiple_of == 2
+    handle.r = Schedule.of(7, depth=4)
+    assert handle.tokens == [58, 51, 44, 37] and handle.config.multiple_of == 1
+    handle.remove()
+    with pytest.raises(InvalidScheduleError, match="r has 5 entries, the model has 4 blocks"):
+        tokenmerge.patch(model, r=Schedule.of(r, depth=5))
+    with pytest.raises(ConfigError, match="a Schedule with multiple_of=2, and multiple_of is 8"):
+        tokenmerge.patch(model, r=schedule, multiple_of=8)
+    assert not bound_attributes(model)
+
+
+def test_a_schedule_of_a_callable_is_that_callable() -> None:
+    assert Schedule.check(Schedule.of(_two, depth=4)) is _two
+    assert tokenmerge.patch(tiny_vit(), r=Schedule.of(_two, depth=4)).tokens == [63, 61, 59, 57]
+
+
+def _two(block: int, tokens: int) -> int:
+    return 2
+
+
+@pytest.mark.parametrize(
+    ("text", "r"),
+    [("8", 8), ("0.1", 0.1), ("16,-1", (16, -1.0)), ("(16, -1)", (16, -1.0)), ("[25, 25, 0.1, 0.0]", [25, 25, 0.1, 0])],
+)
+def test_an_r_is_read_from_text(text: str, r: Any) -> None:
+    assert Schedule.parse(text) == r
+
+
+@pytest.mark.parametrize("text", ["", "eight", "8 + 8", "__import__('os')", "'8'", "{}", "16,-1,3", "nan", "(" * 500])
+def test_a_text_that_is_no_r_is_refused(text: str) -> None:
+    with pytest.raises(InvalidScheduleError, match="is no r: tokens removed per block|Allowed: an int"):
+        Schedule.parse(text)
+
+
+def test_patch_takes_a_name_with_options_and_a_path(tmp_path: Path) -> None:
+    model = tiny_vit()
+    with tokenmerge.patch(model, "tome(metric='x')", r=4) as handle:
+        assert handle.config == MergeConfig(ToMe(metric="x"), r=4)
+        handle.save(tmp_path / "merge.json")
+    for path in (tmp_path / "merge.json", str(tmp_path / "merge.json")):
+        with tokenmerge.patch(model, path) as handle:
+            assert handle.config == MergeConfig(ToMe(metric="x"), r=4)
+    with pytest.raises(UnknownNameError, match=r"no option of tome 'metrik'. Did you mean 'metric'"):
+        tokenmerge.patch(model, "tome(metrik='x')", r=4)
+    with pytest.raises(ConfigError, match=r"cannot read the configuration nothing.json"):
+        tokenmerge.patch(model, "nothing.json")
+    assert not bound_attributes(model)
+
+
+def test_a_misspelt_keyword_of_auto_is_named() -> None:
+    with pytest.raises(UnknownNameError, match=r"no keyword of patch 'trak'. Did you mean 'track'"):
+        tokenmerge.patch(tiny_vit(), "auto", r=8, trak=True)  # type: ignore[call-arg]
+
+
+def test_the_handle_is_a_context_manager() -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    before = model(x)
+    with pytest.raises(KeyError), tokenmerge.patch(model, r=8):
+        raise KeyError
+    with tokenmerge.patch(model, r=8) as handle:
+        assert not torch.equal(model(x), before)
+        handle.remove()
+    assert torch.equal(model(x), before) and not bound_attributes(model)
+    assert tokenmerge.handle_of(model, None) is None
+
+
+def test_a_model_patched_by_names_is_patched_again_by_its_own_configuration(tmp_path: Path) -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    with tokenmerge.patch(model, r=4, **NAMES) as handle:  # type: ignore[arg-type]
+        expected = model(x)
+        handle.save(tmp_path / "merge.json")
+    with tokenmerge.patch(model, tmp_path / "merge.json") as handle:
+        assert handle.report().adapter == "generic" and handle.prefix == 1
+        assert torch.equal(model(x), expected)
+
+
+def test_a_configuration_is_a_value() -> None:
+    config = MergeConfig("tofu", r=[4, 2], restore="dense")
+    assert pickle.loads(pickle.dumps(config)) == config != MergeConfig("tofu", r=[4, 2])
+    assert MergeConfig() == MergeConfig("tome", r=0) == MergeConfig(ToMe())
+    assert "ToFu" in repr(config) and "restore='dense'" in repr(config)
+    with pytest.raises(AttributeError):
+        config.r = 3  # type: ignore[misc]
+
+
+def test_the_report_prints_itself() -> None:
+    report = tokenmerge.patch(tiny_vit(), "tome(metric='x')", r=8).report()
+    assert repr(report) == str(report)
+    page = report._repr_html_()
+    assert page.startswith("<table><tr><th>model</th>") and "metric=&#x27;x&#x27;" in page
+
+
+def test_a_plan_says_its_size_not_its_tensors() -> None:
+    assert repr(bipartite(torch.randn(2, 9, 4), 3, prefix=1)) == "Plan(2 x 9 tokens, 6 left, 3 absorbed)"
+
+
+def test_a_part_describes_itself_as_the_whole_does() -> None:
+    class Ignoring(TimmViT):
+        ignores_rest = True
+
+    inner, whole = Ignoring(), Within("vision", Ignoring())
+    of_the_whole = {"token_methods", "restored_methods", "cut_by", "package", "loops", "heads"}
+    for name in {name for cls in (Adapter, TimmViT) for name in cls.__annotations__} - of_the_whole:
+        assert getattr(whole, name) == getattr(inner, name), name
