@@ -57,9 +57,10 @@ def stranger(methods: Iterable[Method], package: str) -> str | None:
 
 def mixing(methods: Iterable[Method]) -> str | None:
     """Name the first module whose answer for one token depends on the others, not weighed by their sizes."""
-    mixes = (owner for owner, name in methods if name == "forward" and isinstance(owner, _MIXING))
-    first = next(mixes, None)
-    return first and f"a {type(first).__qualname__} behind the blocks looks at all of its tokens"
+    for owner, name in methods:
+        if name == "forward" and isinstance(owner, _MIXING):
+            return f"a {type(owner).__qualname__} behind the blocks looks at all of its tokens"
+    return None
 
 
 def _behind(owner: nn.Module, name: str) -> Any:
