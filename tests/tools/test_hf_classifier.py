@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from tokenmerge.tools.data import open_data
 from tokenmerge.tools.engines import TARGETS
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model
+from tokenmerge.training.output import load
 
 transformers = pytest.importorskip("transformers")
 
@@ -304,3 +306,54 @@ def test_train_refuses_what_is_no_classifier(files: Files, tmp_path: Path, capsy
     assert main(arguments) == 2
     assert "the data has 10 classes, the model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_a_folder_needs_that_folder_no_more(
+    files: Files, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is made with a relative path; it is read from elsewhere, by us and by transformers."""
+    shutil.copytree(files.model, tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    run = tmp_path / "run"
+    settings = ["model.name=model", f"data.source=folder:{files.images}", "steps=2", "batch_size=8", "merge.r=2"]
+    _run(capsys, "train", "finetune", "--out", run, "--set", *settings, "distill.weight=0")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "here")
+    model = load(run, merged=False)
+    x = torch.randn(2, 3, 32, 32)
+    theirs = transformers.ViTForImageClassification.from_pretrained(run).eval()
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, theirs(x).logits)
+    assert theirs.config.id2label == dict(enumerate(sorted(NAMES))) == model.config.id2label
+    rows = _json(capsys, "eval", run, *_data(files), "-r", 0)["rows"]
+    assert rows[0]["top-1 %"] == 100 * _hits(run, files.images / "valid") / HELD
+
+
+@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "ViTModel"])
+def test_train_gives_a_tower_and_other_classes_a_new_classifier(
+    files: Files, tmp_path: Path, capsys: Capture, architecture: str
+) -> None:
+    source = getattr(transformers, architecture).from_pretrained(files.model)
+    source.save_pretrained(tmp_path / "model")
+    transformers.AutoImageProcessor.from_pretrained(files.model).save_pretrained(tmp_path / "model")
+    for name in NAMES[:4]:
+        for split in ("train", "valid"):
+            shutil.copytree(files.images / split / name, tmp_path / "images" / split / name)
+    settings = [f"model.name={tmp_path / 'model'}", f"data.source=folder:{tmp_path / 'images'}", "steps=2"]
+    run = tmp_path / "run"
+    settings += ["batch_size=8", "merge.r=2", "distill.weight=0", "optimizer.lr=0", "optimizer.min_lr=0"]
+    _run(capsys, "train", "finetune", "--out", run, "--set", *settings)
+    trained = load(run, merged=False)
+    assert trained.config.id2label == dict(enumerate(sorted(NAMES[:4]))) and trained.classifier.out_features == 4
+    tower = getattr(source, "vit", source)
+    assert torch.equal(trained.vit.layernorm.weight, tower.layernorm.weight), "the tower is not the one that was given"
+    rows = _json(capsys, "eval", run, "--data", tmp_path / "images" / "valid", "--workers", 0, "-r", 0, 2)["rows"]
+    assert rows[1]["tokens"] == 17 - 3 * 2
+
+
+def test_a_folder_whose_weights_are_of_another_tower_is_refused(files: Files, tmp_path: Path) -> None:
+    shutil.copytree(files.model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(DataError, match=r"do not fit its config\.json: vit"):
+        load_model(str(tmp_path / "model"), num_classes=3)

@@ -180,7 +180,7 @@ def _comparison(label: str, data: FashionMNIST | Folder, ledger: _Ledger, asked:
         images=len(data) - len(ledger.corrupt),
         batch_size=data.batch_size,
         corrupt=ledger.corrupt,
-        about=[*data.preprocessing.notes, *data.notes, *([ledger.note] if ledger.note else [])],
+        about=[*data.preprocessing.notes(), *data.notes, *([ledger.note] if ledger.note else [])],
     )
 
 

@@ -99,7 +99,7 @@ def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
         found = find_preprocessing(model, given=given)
     except TokenMergeError as error:
         return f"unknown: {error}"
-    return found.warning or str(found)
+    return found.warning() or str(found)
 
 
 def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r: R) -> Finding:
