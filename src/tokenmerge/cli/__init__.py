@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     preparing_arguments(doctor)
 
     _export_parser(commands)
-    train.add(_command(commands, "train", train.run, "train by a recipe, tokens merged; cut off, it goes on"))
+    train.add(_command(commands, "train", train.run, "fine-tune with merging by a recipe; resumes if interrupted"))
     _command(commands, "list", _list, "the methods, the model families and the recipes")
     return parser
 

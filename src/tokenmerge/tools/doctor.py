@@ -1,4 +1,4 @@
-"""Examine one model: is it described, is it right, what does merging cost on it, what could not be done."""
+"""Examine one model: is it supported, is merging exact, is it faster, what is limited."""
 
 from __future__ import annotations
 
