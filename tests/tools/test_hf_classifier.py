@@ -33,6 +33,7 @@ Capture = pytest.CaptureFixture[str]
 SIZE = {"height": 32, "width": 32}
 NAMES = [name.replace("/", "-") for name in assets.CLASSES]  # not in the order of the alphabet
 TRAINED, HELD = 300, 100
+TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 class Files(NamedTuple):
@@ -56,9 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     images, labels = (part[: TRAINED + HELD] for part in assets.fashion_mnist("test"))
     _write(images[:TRAINED], labels[:TRAINED], root / "images" / "train")
     _write(images[TRAINED:], labels[TRAINED:], root / "images" / "valid")
-    tower = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
-    config = transformers.ViTConfig(**tower, image_size=32, patch_size=8, **names)
+    config = transformers.ViTConfig(**TOWER, image_size=32, patch_size=8, **names)
     model = transformers.ViTForImageClassification(config).train()
     processor = transformers.ViTImageProcessor(size=SIZE)
     pixels = torch.cat([processor(_picture(image), return_tensors="pt")["pixel_values"] for image in images[:TRAINED]])
@@ -282,6 +282,28 @@ def test_bench_doctor_and_export(files: Files, tmp_path: Path, capsys: Capture, 
     out = tmp_path / "out.pt2"
     found = _json(capsys, "export", model, "-r", 2, "--to", "torch-export", "--out", out, *options)
     assert out.is_file() and found["preprocessing"].startswith(prepared) and found["answers"]
+
+
+@pytest.mark.parametrize("command", ["doctor", "export", "bench"])
+def test_a_warning_names_options_that_its_command_has(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = transformers.ViTModel(transformers.ViTConfig(**TOWER, image_size=32, patch_size=8))
+    randomised(model).save_pretrained("model")
+    options: list[Any] = {"export": ["--to", "torch-export"], "bench": ["-b", 2, "--rounds", 1]}.get(command, [])
+    if command == "bench":  # only what auto chooses by is prepared there
+        Image.new("RGB", (32, 32), (9, 99, 199)).save(_made(tmp_path / "images" / "a") / "1.png")
+        options += ["--method", "auto", "--calibrate", "images"]
+    printed, _ = _run(capsys, command, "model", "-r", 2, *options)
+    assert "WARNING: the model does not say how its images are prepared" in printed and "--mean and --std" in printed
+    printed, _ = _run(capsys, command, "model", "-r", 2, *options, "--mean", 0.5, "--std", 0.25)
+    assert "WARNING" not in printed and "mean 0.5, std 0.25" in printed
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def test_the_exported_classifier_counts_as_the_merged_one(files: Files, tmp_path: Path, capsys: Capture) -> None:

@@ -272,7 +272,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         batch=arguments.batch_size,
         preprocessing=preparation_of(arguments, model),
     )
-    diagnosis.findings[1:1] = [("weights", None, said) for said in said_of(arguments, model)]
+    if diagnosis.is_healthy:
+        diagnosis.findings[1:1] = [("weights", None, said) for said in said_of(arguments, model)]
     if arguments.json:
         print(json.dumps(diagnosis.as_dict(), indent=2))
     else:

@@ -40,7 +40,10 @@ METHOD_HELP = (
     "`tokenmerge train`, or auto"
 )
 RESTORE_HELP = "dense: every token in its place wherever the model hands tokens out; merged: the merged ones"
-CALIBRATE_HELP = "images that auto is tuned on (64 are used): 'fashion-mnist' (its training images) or a folder; without it auto is tome"
+CALIBRATE_HELP = (
+    "images that auto is tuned on (64 are used): 'fashion-mnist' (its training images) or a folder; without these "
+    "auto is tome"
+)
 
 
 def model_argument(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_file
 from tokenmerge.tools.data import by_label
+from tokenmerge.tools.hugging_face import is_folder
 from tokenmerge.tools.models import BUNDLED, declared_classes, import_timm, load_model, run_images
 from tokenmerge.training.recipe import Model
 
@@ -264,10 +265,14 @@ def _fit_classes(net: Any, name: str, size: tuple[int, ...], classes: int) -> No
     if out.dim() == 2 and found == classes == out.shape[-1]:
         return
     if not hasattr(net, "reset_classifier"):
+        what = (
+            "Give the folder that save_pretrained of a Hugging Face model wrote, which gets a new classifier, or change"
+        )
+        if is_folder(name):
+            what = f"For a {type(net).__name__} transformers has no image classifier. Change"
         raise DataError(
             f"the data has {classes} classes, the model {name!r} answers with {tuple(out.shape[1:])}, and it has no "
-            "reset_classifier to change that. Give the folder that save_pretrained of a Hugging Face model wrote (it "
-            "gets a new classifier where transformers has one), or change its last layer and save it again."
+            f"reset_classifier to change that. {what} its last layer, and save it again."
         )
     net.reset_classifier(classes)
     out = run_images(net, torch.zeros(1, *size, dtype=dtype))
