@@ -597,6 +597,19 @@ def test_the_plot_names_the_front_and_has_arrows_for_low_rows(tmp_path: Path, mo
     _draw(tmp_path / "alone.png", monkeypatch, rows[:1])
 
 
+def test_only_what_lies_below_the_panels_is_an_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error bars make the panels higher: a row that has its place there is drawn in it."""
+    good = [(f"m{i}", 0.5 + i / 100, 1.5 + i / 10, 89.5 + i / 20) for i in range(12)]
+    rows = _points(("unmerged", 1.0, 1.0, 90.0), *good, ("near", 0.4, 1.6, 88.9), ("poor", 0.45, 1.51, 20.0))
+    rows = [{**row, "top-1 ±": 1.0} for row in rows]
+    left, (shares, speeds) = _draw(tmp_path / "plot.png", monkeypatch, rows)
+    assert [line.get_color() for line in left.lines if line.get_marker() == "v"] == ["C3"]
+    near = next(row for row in shares if row[1] == pytest.approx(88.9))
+    assert near[0] == pytest.approx(0.4, abs=0.05) and any(row[1] == pytest.approx(88.9) for row in speeds)
+    (legend,) = left.figure.legends
+    assert "Arrows: rows below 88.55, at their values." in legend.get_title().get_text()
+
+
 def test_the_legend_lies_below_and_names_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = _points(("unmerged", 1.0, 1.0, 90.0), *((f"m{i}" * 9, 1 - i / 20, 1 + i / 9, 90 - i / 9) for i in range(9)))
     rows = [{**row, "top-1 ±": 1.2} for row in rows]
