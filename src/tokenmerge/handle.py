@@ -55,7 +55,7 @@ class Handle:
 
     @property
     def r(self) -> R:
-        """What is removed per block, in any form that `patch` takes; set it at any time, 0 switches merging off."""
+        """What is removed per block, in any form that `patch` takes; set it at any time; 0 turns merging off."""
         return list(self._config.r) if isinstance(self._config.r, list) else self._config.r
 
     @r.setter
@@ -174,7 +174,7 @@ class Handle:
         return kernels.unmerge(y, groups)
 
     def report(self) -> Report:
-        """Return what was found, what runs, the tokens per block, and what could not be done."""
+        """Return what was found, what runs, the tokens per block, and what is limited."""
         runner = self._attachment.runners[0]
         frame = self._state.last()
         planned = frame is None or not frame.last

@@ -10,7 +10,7 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What was put into a model and what could not be done; `str()` is a table."""
+    """What was put into a model and what is limited; `str()` is a table."""
 
     model: str
     adapter: str
@@ -44,7 +44,7 @@ class Report:
                 "parity when attached",
                 "not proved" if self.parity != self.parity else f"max |difference| {self.parity:.2g}",
             ),
-            ("could not be done", "; ".join(self.limits) or "-"),
+            ("limitations", "; ".join(self.limits) or "none"),
         ]
         if self.choice:
             rows.insert(3, ("chosen", self.choice))

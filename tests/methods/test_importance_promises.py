@@ -13,8 +13,6 @@ import test_similarity_promises as promises
 import torch
 from similarity_loops import view_of
 
-import tokenmerge
-from helpers import assert_close, tiny_vit
 from tokenmerge.methods import (
     ALGM,
     ATS,
@@ -115,23 +113,3 @@ def test_a_method_is_its_own_configuration(method: Reduction) -> None:
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     assert hash(method) == hash(type(method)(**options)) and method == type(method)(**options)
     assert find(method.name) is type(method)
-
-
-@pytest.mark.hosts
-@every_method
-def test_exported_graphs_answer_the_same(method: Reduction) -> None:
-    torch._dynamo.reset()
-    promises.test_exported_graphs_answer_the_same(method)
-
-
-@pytest.mark.hosts
-@every_method
-def test_the_batch_of_an_exported_graph_may_differ(method: Reduction) -> None:
-    torch._dynamo.reset()
-    model, images = tiny_vit(), torch.randn(5, 3, 32, 32)
-    tokenmerge.patch(model, method, r=[0, 5, 7, 3])
-    sizes = ({0: torch.export.Dim("batch", min=1, max=512)},)
-    with torch.no_grad():
-        exported = torch.export.export(model, (images[:2],), dynamic_shapes=sizes).module()(images)
-        expected = torch.compile(model, backend="eager", fullgraph=True)(images)
-    assert_close(exported, expected)

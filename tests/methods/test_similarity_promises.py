@@ -208,31 +208,37 @@ def test_absorbing_and_dropping_at_once() -> None:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("method", [*CHOICES, DiffRate(prune=(0, 2, 3, 0))], ids=repr)
+@pytest.mark.parametrize("method", [*CHOICES, DiffRate(prune=(0, 2, 0))], ids=repr)
 def test_on_a_real_model(method: Reduction) -> None:
-    model, images = tiny_vit(), torch.randn(3, 3, 32, 32)
-    handle = tokenmerge.patch(model, method, r=[0, 5, 7, 3], track=True)
+    """Eager, compiled, in half precision, and exported for any batch; three blocks, as graphs take their time."""
+    model, images = tiny_vit(depth=3), torch.randn(3, 3, 32, 32)
+    handle = tokenmerge.patch(model, method, r=[0, 5, 7], track=True)
     with torch.no_grad():
         eager = model(images)
         groups, sizes = handle.groups[-1], handle.sizes
         assert groups is not None and sizes is not None
         assert_close(sizes.sum(dim=1), (groups >= 0).sum(dim=1).float())
-        assert sizes.shape[1] >= 50 if method.is_adaptive else sizes.shape[1] == 50
+        assert sizes.shape[1] >= 53 if method.is_adaptive else sizes.shape[1] == 53
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)(images)
-        assert handle.sizes is not None and handle.sizes.shape[1] == 50
+        assert handle.sizes is not None and handle.sizes.shape[1] == 53
         if not method.is_adaptive or method == EVERYTHING:
             assert_close(compiled, eager)
         assert compiled.isfinite().all()
+        batch = ({0: torch.export.Dim("batch", min=1, max=512)},)
+        exported = torch.export.export(model, (images[:2],), dynamic_shapes=batch).module()
+        assert_close(exported(images), compiled)
+        assert_close(exported(images[:1]), compiled[:1])
         half = model.bfloat16()(images.bfloat16())
     assert half.dtype == torch.bfloat16 and half.isfinite().all() and half.shape == eager.shape
 
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("method", [MCTF(), PPT(), EVERYTHING, MaMe(), Greedy(), DSM(windowed=1)], ids=repr)
-def test_exported_graphs_answer_the_same(method: Reduction) -> None:
-    model, images = tiny_vit(), torch.randn(2, 3, 32, 32)
-    tokenmerge.patch(model, method, r=[0, 5, 7, 3])
+def test_graphs_exported_for_one_batch_answer_the_same(method: Reduction) -> None:
+    model, images = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
+    tokenmerge.patch(model, method, r=[0, 5, 7])
+    torch._dynamo.reset()
     with torch.no_grad():
         exported = torch.export.export(model, (images,)).module()(images)
         compiled = torch.compile(model, backend="eager", fullgraph=True)(images)

@@ -410,10 +410,10 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert escape(row["note"]) in page
     assert 'src="data:image/png;base64,iVBOR' in page and "http" not in page
     table = (tmp_path / "table.md").read_text()
-    assert table.startswith("# <i>model</i> on 40 images")
+    assert table.startswith(r"# \<i\>model\</i\> on 40 images")
     assert sum(line.startswith("| ") for line in table.splitlines()) == 2 + len(found.rows)
-    assert all(f"- {note}" in table for note in found.notes) and len(found.notes) == 2
-    assert all(fact in table for fact in found.facts) and "Measured on: device " in table
+    assert all(f"- {results.plain(note)}" in table for note in found.notes) and len(found.notes) == 2
+    assert all(results.plain(fact) in table for fact in found.facts) and "Measured on: device " in table
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == [row["method"] for row in found.rows]
     assert rows[1]["top-1 %"] == str(found.rows[1]["top-1 %"]) and rows[3]["KL"] == ""
@@ -597,6 +597,19 @@ def test_the_plot_names_the_front_and_has_arrows_for_low_rows(tmp_path: Path, mo
     _draw(tmp_path / "alone.png", monkeypatch, rows[:1])
 
 
+def test_only_what_lies_below_the_panels_is_an_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error bars make the panels higher: a row that has its place there is drawn in it."""
+    good = [(f"m{i}", 0.5 + i / 100, 1.5 + i / 10, 89.5 + i / 20) for i in range(12)]
+    rows = _points(("unmerged", 1.0, 1.0, 90.0), *good, ("near", 0.4, 1.6, 88.9), ("poor", 0.45, 1.51, 20.0))
+    rows = [{**row, "top-1 ±": 1.0} for row in rows]
+    left, (shares, speeds) = _draw(tmp_path / "plot.png", monkeypatch, rows)
+    assert [line.get_color() for line in left.lines if line.get_marker() == "v"] == ["C3"]
+    near = next(row for row in shares if row[1] == pytest.approx(88.9))
+    assert near[0] == pytest.approx(0.4, abs=0.05) and any(row[1] == pytest.approx(88.9) for row in speeds)
+    (legend,) = left.figure.legends
+    assert "Arrows: rows below 88.55, at their values." in legend.get_title().get_text()
+
+
 def test_the_legend_lies_below_and_names_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = _points(("unmerged", 1.0, 1.0, 90.0), *((f"m{i}" * 9, 1 - i / 20, 1 + i / 9, 90 - i / 9) for i in range(9)))
     rows = [{**row, "top-1 ±": 1.2} for row in rows]
@@ -624,6 +637,35 @@ def test_answers_that_are_no_classes_are_drawn_by_their_cosine(tmp_path: Path, m
         and shares[1] == pytest.approx([0.5, 0.97])
         and left.get_ylabel().startswith("cosine similarity")
     )
+
+
+@pytest.mark.parametrize("kept", [0, 24 * 10 * 4, 2**20], ids=["none", "one-batch", "all"])
+def test_what_is_kept_of_the_unmerged_answers_changes_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr(measure, "_KEPT", kept)
+    model, data = _model(), FashionMNIST(24, 60)
+    subject = measure.Subject(model, data, torch.device("cpu"), rounds=1)
+    found = [subject.unmerged(), subject.measure("tome", 4), subject.measure("tome", 4)]
+    held = sum(answers.nbytes for answers in subject._answers)
+    assert held <= kept and len(subject._answers) == {0: 0, 24 * 10 * 4: 1, 2**20: 3}[kept]
+    rows = evaluate(model, data, rs=[4]).rows
+    assert [row["top-1 %"] for row in found] == [rows[i]["top-1 %"] for i in (0, 1, 1)]
+    assert [row["agreement %"] for row in found] == [rows[i]["agreement %"] for i in (0, 1, 1)]
+    assert found[1]["KL"] == found[2]["KL"] > found[0]["KL"] == 0
+
+
+def test_images_that_changed_meanwhile_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = FashionMNIST(24, 60)
+    subject = measure.Subject(_model(), data, torch.device("cpu"), rounds=1)
+    subject.unmerged()
+    data.labels = data.labels.clone()
+    data.labels[50] += 1
+    with pytest.raises(DataError, match="the images changed since the unmerged model saw them"):
+        subject.measure("tome", 4)
+    data.images, data.labels = data.images[:48], data.labels[:48]
+    with pytest.raises(DataError, match="the images changed since the unmerged model saw them"):
+        subject.measure("tome", 4)
 
 
 def test_points_in_one_place_are_all_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

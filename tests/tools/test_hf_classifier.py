@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from tokenmerge.tools.data import open_data
 from tokenmerge.tools.engines import TARGETS
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model
+from tokenmerge.training.output import load
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,6 +33,7 @@ Capture = pytest.CaptureFixture[str]
 SIZE = {"height": 32, "width": 32}
 NAMES = [name.replace("/", "-") for name in assets.CLASSES]  # not in the order of the alphabet
 TRAINED, HELD = 300, 100
+TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 class Files(NamedTuple):
@@ -54,9 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     images, labels = (part[: TRAINED + HELD] for part in assets.fashion_mnist("test"))
     _write(images[:TRAINED], labels[:TRAINED], root / "images" / "train")
     _write(images[TRAINED:], labels[TRAINED:], root / "images" / "valid")
-    tower = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
-    config = transformers.ViTConfig(**tower, image_size=32, patch_size=8, **names)
+    config = transformers.ViTConfig(**TOWER, image_size=32, patch_size=8, **names)
     model = transformers.ViTForImageClassification(config).train()
     processor = transformers.ViTImageProcessor(size=SIZE)
     pixels = torch.cat([processor(_picture(image), return_tensors="pt")["pixel_values"] for image in images[:TRAINED]])
@@ -282,6 +284,28 @@ def test_bench_doctor_and_export(files: Files, tmp_path: Path, capsys: Capture, 
     assert out.is_file() and found["preprocessing"].startswith(prepared) and found["answers"]
 
 
+@pytest.mark.parametrize("command", ["doctor", "export", "bench"])
+def test_a_warning_names_options_that_its_command_has(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = transformers.ViTModel(transformers.ViTConfig(**TOWER, image_size=32, patch_size=8))
+    randomised(model).save_pretrained("model")
+    options: list[Any] = {"export": ["--to", "torch-export"], "bench": ["-b", 2, "--rounds", 1]}.get(command, [])
+    if command == "bench":  # only what auto chooses by is prepared there
+        Image.new("RGB", (32, 32), (9, 99, 199)).save(_made(tmp_path / "images" / "a") / "1.png")
+        options += ["--method", "auto", "--calibrate", "images"]
+    printed, _ = _run(capsys, command, "model", "-r", 2, *options)
+    assert "WARNING: the model does not say how its images are prepared" in printed and "--mean and --std" in printed
+    printed, _ = _run(capsys, command, "model", "-r", 2, *options, "--mean", 0.5, "--std", 0.25)
+    assert "WARNING" not in printed and "mean 0.5, std 0.25" in printed
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
 def test_the_exported_classifier_counts_as_the_merged_one(files: Files, tmp_path: Path, capsys: Capture) -> None:
     has_onnx = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
     to, suffix = ("onnx", ".onnx") if has_onnx else ("torch-export", ".pt2")
@@ -304,3 +328,54 @@ def test_train_refuses_what_is_no_classifier(files: Files, tmp_path: Path, capsy
     assert main(arguments) == 2
     assert "the data has 10 classes, the model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_a_folder_needs_that_folder_no_more(
+    files: Files, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is made with a relative path; it is read from elsewhere, by us and by transformers."""
+    shutil.copytree(files.model, tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    run = tmp_path / "run"
+    settings = ["model.name=model", f"data.source=folder:{files.images}", "steps=2", "batch_size=8", "merge.r=2"]
+    _run(capsys, "train", "finetune", "--out", run, "--set", *settings, "distill.weight=0")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "here")
+    model = load(run, merged=False)
+    x = torch.randn(2, 3, 32, 32)
+    theirs = transformers.ViTForImageClassification.from_pretrained(run).eval()
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, theirs(x).logits)
+    assert theirs.config.id2label == dict(enumerate(sorted(NAMES))) == model.config.id2label
+    rows = _json(capsys, "eval", run, *_data(files), "-r", 0)["rows"]
+    assert rows[0]["top-1 %"] == 100 * _hits(run, files.images / "valid") / HELD
+
+
+@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "ViTModel"])
+def test_train_gives_a_tower_and_other_classes_a_new_classifier(
+    files: Files, tmp_path: Path, capsys: Capture, architecture: str
+) -> None:
+    source = getattr(transformers, architecture).from_pretrained(files.model)
+    source.save_pretrained(tmp_path / "model")
+    transformers.AutoImageProcessor.from_pretrained(files.model).save_pretrained(tmp_path / "model")
+    for name in NAMES[:4]:
+        for split in ("train", "valid"):
+            shutil.copytree(files.images / split / name, tmp_path / "images" / split / name)
+    settings = [f"model.name={tmp_path / 'model'}", f"data.source=folder:{tmp_path / 'images'}", "steps=2"]
+    run = tmp_path / "run"
+    settings += ["batch_size=8", "merge.r=2", "distill.weight=0", "optimizer.lr=0", "optimizer.min_lr=0"]
+    _run(capsys, "train", "finetune", "--out", run, "--set", *settings)
+    trained = load(run, merged=False)
+    assert trained.config.id2label == dict(enumerate(sorted(NAMES[:4]))) and trained.classifier.out_features == 4
+    tower = getattr(source, "vit", source)
+    assert torch.equal(trained.vit.layernorm.weight, tower.layernorm.weight), "the tower is not the one that was given"
+    rows = _json(capsys, "eval", run, "--data", tmp_path / "images" / "valid", "--workers", 0, "-r", 0, 2)["rows"]
+    assert rows[1]["tokens"] == 17 - 3 * 2
+
+
+def test_a_folder_whose_weights_are_of_another_tower_is_refused(files: Files, tmp_path: Path) -> None:
+    shutil.copytree(files.model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(DataError, match=r"do not fit its config\.json: vit"):
+        load_model(str(tmp_path / "model"), num_classes=3)

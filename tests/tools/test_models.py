@@ -67,8 +67,9 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch, name: str, pretraine
 
     monkeypatch.setattr(timm, "create_model", offline)
     text = rf"the {what} '{name}' could not be loaded: no route to host\. Check .*'reference'"
-    with pytest.raises(UnsupportedError, match=text):
+    with pytest.raises(UnsupportedError, match=text) as raised:
         load_model(name, pretrained=pretrained)
+    assert ("--no-pretrained" in str(raised.value)) is pretrained
 
 
 @pytest.mark.parametrize("name", ["nowhere:model", "vit_tiny_patch16_224.no_such_tag"])

@@ -38,7 +38,7 @@ def test_timms_own_transform(mode: str) -> None:
     model, photo = _timm(crop_mode=mode, interpolation="bilinear"), _photo()
     found = find_preprocessing(model)
     assert torch.equal(found(photo), create_transform(**resolve_data_config({}, model=model))(photo))
-    assert found.is_known and found.notes == [f"Preprocessing: {found}"]
+    assert found.is_known and found.notes() == [f"Preprocessing: {found}"]
     if mode == "center":
         assert str(found) == (
             "shorter side 35, middle 32 x 32, bilinear, mean 0.5, std 0.25 (from timm's pretrained_cfg)"
@@ -120,13 +120,13 @@ def test_torchvisions_weights_and_a_function_of_ones_own() -> None:
 
 def test_what_is_assumed_is_said_until_it_is_given() -> None:
     found = find_preprocessing(tiny_vit())
-    assert not found.is_known and found.warning.startswith(
+    assert not found.is_known and found.warning().startswith(
         "WARNING: the model does not say how its images are prepared"
     )
-    assert "mean 0.485 0.456 0.406" in found.warning and found.notes[1] == found.warning
-    assert found.changed(mean=[0.5]).warning, "the deviation is still assumed"
+    assert "mean 0.485 0.456 0.406" in found.warning() and found.notes()[1] == found.warning()
+    assert found.changed(mean=[0.5]).warning(), "the deviation is still assumed"
     given = found.changed(mean=[0.5], std=[0.25], resize=[32, 32], interpolation="bilinear")
-    assert given.warning == "" and given.resize == (32, 32) and not given.crops
+    assert given.warning() == "" and given.resize == (32, 32) and not given.crops
     assert given(Image.new("RGB", (9, 9), "white")).eq(2).all()
 
 

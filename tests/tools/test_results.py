@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tokenmerge.errors import DataError
-from tokenmerge.tools.results import Progress, as_csv, as_markdown, check_writable, save_rows, show
+from tokenmerge.tools.results import Progress, as_csv, as_latex, as_markdown, check_writable, plain, save_rows, show
 
 ROWS: list[dict[str, Any]] = [
     {"r": "0", "images/s": 1234.5678, "speed-up": 1.0, "tokens": 197, "bound": None},
@@ -35,6 +35,31 @@ def test_markdown() -> None:
     assert lines == [["0", "1234.6", "1.000", "197", "-"], ["(8, -1.0)", "8.123", "1.250", "101", "2.500"]]
     assert [cell.endswith(":") for cell in rule] == [False, True, True, True, True]
     assert all(set(cell) <= {"-", ":"} for cell in rule)
+
+
+NAMES = ["a|b`c`", "# x #", "- item", "1. one", "2) two", "*a* ~b~", "_x_ __y__ a_b_c", "&lt; &", "<img>", "[d](e)"]
+NAMES += [r"back\slash\*", "+", "tome(metric='x')", "a\nb", "C#"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_read_in_markdown_as_they_are(name: str) -> None:
+    parser = pytest.importorskip("markdown_it").MarkdownIt().enable(["table", "strikethrough"])
+    page = "\n\n".join([f"# {plain(name)}", as_markdown([{"method": name}]), f"- {plain(name)}", plain(name)])
+    text = [token for token in parser.parse(page) if token.type == "inline"]
+    shown = ["".join(part.content for part in token.children) for token in text]
+    wanted = name.replace("\n", " ")
+    assert shown == [wanted, "method", wanted, wanted, wanted]
+    assert {part.type for token in text for part in token.children} <= {"text", "text_special"}
+
+
+def test_latex() -> None:
+    rows = [{"top-1 %": 90.5, "method": r"a\b^2~{c}_d&#$<>|"}, {"top-1 %": None, "method": "[25, 25]*"}]
+    lines = as_latex(rows).splitlines()
+    assert lines[2] == r"top-1 \% & method \\"
+    special = r"a\textbackslash{}b\textasciicircum{}2\textasciitilde{}\{c\}\_d\&\#\$\textless{}\textgreater{}\textbar{}"
+    assert lines[4] == rf"90.50 & {special} \\"
+    # behind the end of a row a bracket or a star would be its option
+    assert lines[5] == r"- & {[}25, 25{]}{*} \\"
 
 
 def test_csv() -> None:

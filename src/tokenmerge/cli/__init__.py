@@ -15,8 +15,23 @@ from tokenmerge import __version__, handle_of
 from tokenmerge.cli import train
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
-from tokenmerge.cli.options import calibration_of, method_of, model_and_data, preparation_of, preparing_arguments
-from tokenmerge.schedule import TEXT_FORMS, Schedule
+from tokenmerge.cli.options import (
+    CALIBRATE_HELP,
+    METHOD_HELP,
+    RESTORE_HELP,
+    calibration_of,
+    data_arguments,
+    method_arguments,
+    method_of,
+    model_and_data,
+    model_argument,
+    model_arguments,
+    preparation_of,
+    preparing_arguments,
+    read_r,
+    said_of,
+)
+from tokenmerge.schedule import TEXT_FORMS
 
 __all__ = ["main"]
 
@@ -44,12 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
     demo.add_argument("--limit", type=int, help="use only the first LIMIT of the 10,000 images")
     demo.add_argument("-b", "--batch-size", type=int, default=32, help="%(default)s is fastest unmerged on a CPU")
-    demo.add_argument("-r", type=_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=TEXT_FORMS)
+    demo.add_argument("-r", type=read_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=TEXT_FORMS)
 
     _bench_parser(commands)
     evaluate = _command(commands, "eval", _evaluate, "accuracy and speed over labelled images, several r in one pass")
-    _model_arguments(evaluate)
-    _data_arguments(evaluate)
+    model_arguments(evaluate)
+    data_arguments(evaluate)
     evaluate.add_argument("--bound", action="store_true", help="time the free bound of each r beside it")
     evaluate.add_argument("--out", help="also write the rows to this .csv, .json or .md")
     _compare_parser(commands)
@@ -60,28 +75,16 @@ def _parser() -> argparse.ArgumentParser:
         _doctor,
         "check a model: is it supported, are the results exact, is it faster, what is limited",
     )
-    _model_argument(doctor)
-    doctor.add_argument("-r", type=_r, default=8, help=TEXT_FORMS)
+    model_argument(doctor)
+    doctor.add_argument("-r", type=read_r, default=8, help=TEXT_FORMS)
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
-    doctor.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
+    doctor.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
+    preparing_arguments(doctor)
 
     _export_parser(commands)
-    train.add(_command(commands, "train", train.run, "train by a recipe, tokens merged; cut off, it goes on"))
+    train.add(_command(commands, "train", train.run, "fine-tune with merging by a recipe; resumes if interrupted"))
     _command(commands, "list", _list, "the methods, the model families and the recipes")
     return parser
-
-
-_MODEL_HELP = (
-    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (with "
-    "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
-)
-_TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
-_METHOD_HELP = (
-    "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
-    "`tokenmerge train`, or auto"
-)
-_RESTORE_HELP = "dense: every token in its place wherever the model hands tokens out; merged: the merged ones"
-_CALIBRATE_HELP = "what auto chooses by, 64 images: 'fashion-mnist' (for training) or a folder; without it auto is tome"
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -97,7 +100,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 def _bench_parser(commands: Any) -> None:
     bench = _command(commands, "bench", _bench, "time a model merged, unmerged and at the free bound")
-    _model_arguments(bench)
+    model_arguments(bench)
     bench.add_argument("-b", "--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (%(default)s)")
     bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     bench.add_argument("--compile", action="store_true", help="torch.compile all variants")
@@ -106,78 +109,41 @@ def _bench_parser(commands: Any) -> None:
     bench.add_argument("--out", help="also write the rows to this .csv, .json or .md")
     bench.add_argument("--compare", action="store_true", help="also time the merged model on the reference kernels")
     bench.add_argument("--training", action="store_true", help="also the peak memory of a training step")
+    preparing_arguments(bench)
 
 
 def _export_parser(commands: Any) -> None:
     export = _command(commands, "export", _export, "write a merged model for another engine, checked in that engine")
-    _model_argument(export)
-    export.add_argument("-r", type=_r, help=f"{TEXT_FORMS} (that of a saved method, else 8)")
+    model_argument(export)
+    export.add_argument("-r", type=read_r, help=f"{TEXT_FORMS} (that of a saved method, else 8)")
     export.add_argument("--to", required=True, help="onnx, openvino or torch-export")
     export.add_argument("--out", help="the file to write (the model's name, in this folder)")
-    _method_arguments(export)
+    method_arguments(export)
     export.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
     export.add_argument("-b", "--batch", type=int, help="the only batch size the file takes (without it: any)")
     export.add_argument("--matmul", action="store_true", help="merge by products, for engines that get scatter wrong")
     export.add_argument("--opset", type=int, help="of ONNX, 18 or later (without it: torch's choice)")
     export.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
-
-
-def _model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=_MODEL_HELP)
-    parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_argument(parser)
-    parser.add_argument(
-        "-r", type=_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (that of a saved method, else 0 8 16)"
-    )
-    _method_arguments(parser)
-
-
-def _method_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="tome", help=f"{_METHOD_HELP} (%(default)s)")
-    parser.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
-    parser.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
-
-
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
-    parser.add_argument("-b", "--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
-    parser.add_argument(
-        "--limit",
-        type=int,
-        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist the first",
-    )
-    parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
-    preparing_arguments(parser)
+    preparing_arguments(export)
 
 
 def _compare_parser(commands: Any) -> None:
     compare = _command(commands, "compare", _compare, "methods on one model side by side: a table, a plot and a page")
-    _model_argument(compare)
-    compare.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or each {_METHOD_HELP}")
+    model_argument(compare)
+    compare.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or each {METHOD_HELP}")
     amounts = compare.add_mutually_exclusive_group()
-    amounts.add_argument("-r", type=_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (8 13 16)")
+    amounts.add_argument("-r", type=read_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (8 13 16)")
     text = "instead of -r: for each method the smallest r that leaves at most this share of the MACs, e.g. 0.75 0.5"
     amounts.add_argument("--macs", type=float, nargs="+", metavar="SHARE", help=text)
-    _data_arguments(compare)
-    compare.add_argument("--restore", choices=("dense", "merged"), help=_RESTORE_HELP)
-    compare.add_argument("--calibrate", metavar="SOURCE", help=_CALIBRATE_HELP)
+    data_arguments(compare)
+    compare.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
+    compare.add_argument("--calibrate", metavar="SOURCE", help=CALIBRATE_HELP)
     compare.add_argument("--rounds", type=int, default=10, help="timed rounds per row (%(default)s)")
     compare.add_argument(
         "--out", default="tokenmerge-compare", help="folder that is written, and gone on with (%(default)s)"
     )
     compare.set_defaults(left="finished rows are kept, and the same command (without --fresh) goes on")
     compare.add_argument("--fresh", action="store_true", help="start over; the old rows are kept as rows.json.old")
-
-
-def _r(text: str) -> Any:
-    try:
-        return Schedule.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -224,7 +190,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             progress=progress,
             **calibration_of(arguments, model),
         )
-    about = [] if arguments.calibrate is None else getattr(preparation_of(arguments, model), "notes", [])
+    about = said_of(arguments, model)
     title = f"{arguments.model}, medians of interleaved rounds"
     _print(arguments, result.rows, title, result.environment, [*about, *result.verdicts], out)
     return 0
@@ -306,6 +272,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         batch=arguments.batch_size,
         preprocessing=preparation_of(arguments, model),
     )
+    if diagnosis.is_healthy:
+        diagnosis.findings[1:1] = [("weights", None, said) for said in said_of(arguments, model)]
     if arguments.json:
         print(json.dumps(diagnosis.as_dict(), indent=2))
     else:

@@ -7,8 +7,85 @@ from pathlib import Path
 from typing import Any
 
 from tokenmerge.cli.models import open_model
+from tokenmerge.schedule import TEXT_FORMS, Schedule
 
-__all__ = ["calibration_of", "method_of", "model_and_data", "preparation_of", "preparing", "preparing_arguments"]
+__all__ = [
+    "CALIBRATE_HELP",
+    "METHOD_HELP",
+    "RESTORE_HELP",
+    "calibration_of",
+    "data_arguments",
+    "method_arguments",
+    "method_of",
+    "model_and_data",
+    "model_argument",
+    "model_arguments",
+    "preparation_of",
+    "preparing",
+    "preparing_arguments",
+    "read_r",
+    "said_of",
+]
+
+
+_MODEL_HELP = (
+    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (with "
+    "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
+)
+_TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
+METHOD_HELP = (
+    "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
+    "`tokenmerge train`, or auto"
+)
+RESTORE_HELP = "dense: every token in its place wherever the model hands tokens out; merged: the merged ones"
+CALIBRATE_HELP = (
+    "images that auto is tuned on (64 are used): 'fashion-mnist' (its training images) or a folder; without these "
+    "auto is tome"
+)
+
+
+def model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the model, and whether a pickle of one is trusted."""
+    parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, how much is merged, and how."""
+    model_argument(parser)
+    parser.add_argument(
+        "-r", type=read_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (that of a saved method, else 0 8 16)"
+    )
+    method_arguments(parser)
+
+
+def method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the method, what it hands out and what it is chosen by."""
+    parser.add_argument("--method", default="tome", help=f"{METHOD_HELP} (%(default)s)")
+    parser.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
+    parser.add_argument("--calibrate", metavar="SOURCE", help=CALIBRATE_HELP)
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where the labelled images are, and how many of them are used."""
+    parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
+    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist the first",
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+    preparing_arguments(parser)
+
+
+def read_r(text: str) -> Any:
+    """Read an r as Python would write it; `16,-1` is a pair."""
+    try:
+        return Schedule.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def preparing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +144,18 @@ def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:
         raise
     except TokenMergeError:
         return None
+
+
+def said_of(arguments: argparse.Namespace, model: Any) -> list[str]:
+    """Return what a reader should know of a command that downloads no weights: its weights, auto's images."""
+    from tokenmerge.tools.models import BUNDLED
+
+    said = []
+    if arguments.model != BUNDLED and not Path(arguments.model).exists():
+        said.append("Random weights: a timm name is built without a download, which neither times nor exactness need.")
+    if getattr(arguments, "calibrate", None) is not None:
+        said += getattr(preparation_of(arguments, model), "notes", list)()
+    return said
 
 
 def model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:

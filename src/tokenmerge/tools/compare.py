@@ -22,7 +22,7 @@ from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.tools.measure import BOUND, FIGURES, Subject
 from tokenmerge.tools.models import AUTO, Method, Trained, find_device, own_r, read_method, short_name
 from tokenmerge.tools.plots import plot_pareto
-from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable
+from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable, plain
 from tokenmerge.tools.timing import environment
 from tokenmerge.tools.visualize import require_viz
 
@@ -104,8 +104,9 @@ class Comparison:
 
     def write(self, folder: Path) -> None:
         """Write `table.md`, `table.csv`, `table.tex`, the plot (PNG, SVG, PDF) and `index.html`."""
-        notes = "\n".join(f"- {note}" for note in self.notes)
-        parts = [f"# {self.title}", as_markdown(self.table), *([notes] if notes else []), *self.facts]
+        notes = "\n".join(f"- {plain(note)}" for note in self.notes)
+        facts = map(plain, self.facts)
+        parts = [f"# {plain(self.title)}", as_markdown(self.table), *([notes] if notes else []), *facts]
         write_file(folder / "table.md", "\n\n".join(parts) + "\n")
         places = [", ".join(f"{name} {value}" for name, value in found.items()) for found in self.environment]
         rows = [{**row, "measured on": place} for row, place in zip(self.rows, places, strict=True)]
@@ -181,7 +182,7 @@ def _comparison(label: str, data: FashionMNIST | Folder, ledger: _Ledger, asked:
         images=len(data) - len(ledger.corrupt),
         batch_size=data.batch_size,
         corrupt=ledger.corrupt,
-        about=[*data.preprocessing.notes, *data.notes, *([ledger.note] if ledger.note else [])],
+        about=[*data.preprocessing.notes(), *data.notes, *([ledger.note] if ledger.note else [])],
     )
 
 

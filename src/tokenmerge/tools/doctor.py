@@ -1,4 +1,4 @@
-"""Examine one model: is it described, is it right, what does merging cost on it, what could not be done."""
+"""Examine one model: is it supported, is merging exact, is it faster, what is limited."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
         found = find_preprocessing(model, given=given)
     except TokenMergeError as error:
         return f"unknown: {error}"
-    return found.warning or str(found)
+    return found.warning() or str(found)
 
 
 def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r: R) -> Finding:

@@ -93,7 +93,7 @@ def evaluate(
     everyone = variants + list(bounds.values())
     seen = 0
     shape: tuple[int, ...] | None = None
-    notes = [*data.preprocessing.notes, *data.notes]
+    notes = [*data.preprocessing.notes(), *data.notes]
     with torch.inference_mode():
         for turn, (images, labels) in enumerate(data):
             images, labels = images.to(where, dtype), labels.to(where)

@@ -158,7 +158,7 @@ def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
         found = given or find_preprocessing(model)
     except TokenMergeError as error:
         return f"unknown: {error}"
-    return found.warning or str(found)
+    return found.warning() or str(found)
 
 
 def _deployed(target: Target, file: Path, images: Tensor, expected: Tensor, batch: int) -> str:

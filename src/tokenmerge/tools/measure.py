@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ from tokenmerge.tools.timing import interleave
 
 __all__ = ["BOUND", "FIGURES", "Subject"]
 
+_KEPT = 2**28  # bytes of the unmerged model's answers: those of 67,000 images of 1000 classes
 BOUND = "drop"  # the method that removes tokens at no cost
 # what is measured, in the order of the table; which of the first apply depends on what the model answers
 FIGURES = (
@@ -74,13 +75,15 @@ class Subject:
             run_images(self.model, self.batch[:1])
             self.tokens, self.prefix = handle.tokens, handle.prefix
         self.macs = count(self.model, self.size).model
+        self._answers: list[Tensor] = []  # of the unmerged model, as far as they are kept
+        self._labels: list[Tensor] | None = None  # of each batch, as soon as all were read
         self._counted: dict[tuple[str, int], int] = {}
         self._guess: dict[float, int] = {}
 
     def unmerged(self) -> dict[str, Any]:
         """Return the figures of the unmerged model."""
         judge = Judge(self.question)
-        for answers, labels in self._answers:
+        for answers, _, labels in self._expected():
             judge.add(answers, answers, labels)
         timing = interleave({"unmerged": partial(self.model, self.batch)}, self.device, rounds=self.rounds)["unmerged"]
         figures: dict[str, Any] = {"r": "0", **_of_table(judge)}
@@ -114,22 +117,36 @@ class Subject:
         with torch.inference_mode():
             return answer(model(images.to(self.device, self.dtype))).float()
 
-    @cached_property
-    def _answers(self) -> list[tuple[Tensor, Tensor]]:
-        """The unmerged model's answers and the labels, batch by batch."""
-        found = [(self._run(self.model, images), labels.to(self.device)) for images, labels in self.data]
-        self.corrupt = list(self.data.corrupt)
-        return found
+    def _expected(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the unmerged model's answers, the images and the labels of each batch.
+
+        Small answers are kept from the first pass on, the others computed anew: a map of every image may take more
+        memory than there is.
+        """
+        if self._labels is None:
+            self._answers.clear()  # of a pass that was cut off
+        seen: list[Tensor] = []
+        room = _KEPT
+        for i, (images, labels) in enumerate(self.data):
+            seen.append(labels)
+            if self._labels is not None and (i >= len(self._labels) or not torch.equal(labels, self._labels[i])):
+                break
+            answers = self._answers[i] if i < len(self._answers) else self._run(self.model, images)
+            room -= answers.nbytes
+            if i == len(self._answers) and room >= 0:
+                self._answers.append(answers)
+            yield answers, images, labels.to(self.device)
+        if self._labels is None:
+            self._labels, self.corrupt = seen, list(self.data.corrupt)
+        if len(seen) != len(self._labels) or not all(map(torch.equal, seen, self._labels)):
+            raise DataError("the images changed since the unmerged model saw them: run the comparison again.")
 
     def _judge(self, model: nn.Module) -> tuple[dict[str, Any], list[float]]:
         """Return how the answers compare, and the mean tokens left after each block."""
         handle = tokenmerge.handle_of(model)
         judge, tokens = Judge(self.question), [0.0] * len(self.tokens)
-        answers = self._answers
-        for i, (images, labels) in enumerate(self.data):
-            if i >= len(answers) or len(images) != len(answers[i][0]):
-                raise DataError("the images changed since the unmerged model saw them: run the comparison again.")
-            judge.add(self._run(model, images), answers[i][0], labels.to(self.device))
+        for expected, images, labels in self._expected():
+            judge.add(self._run(model, images), expected, labels)
             tokens = [total + left * len(images) for total, left in zip(tokens, handle.tokens, strict=True)]
         return _of_table(judge), [total / judge.seen for total in tokens]
 

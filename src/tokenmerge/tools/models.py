@@ -18,6 +18,7 @@ from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, unknown_name
 from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
+from tokenmerge.tools.hugging_face import is_folder, load_folder
 
 __all__ = [
     "AUTO",
@@ -152,9 +153,9 @@ def load_model(
 
     A file is what `torch.save(model)` wrote, a pickle: loading it runs the code it holds, so it has to be trusted by
     name (`trust_pickle`). A folder is what `save_pretrained` of a Hugging Face model wrote (config.json and
-    safetensors; nothing of it is executed). Raises `UnknownNameError` for a
-    name timm does not have (with the nearest), `DataError` for a file that holds no module, `UnsupportedError` where
-    timm cannot build it.
+    safetensors; nothing of it is executed). `num_classes` is that of timm's and Hugging Face's classifiers: one of
+    other classes gets a new last layer. Raises `UnknownNameError` for a name timm does not have (with the nearest),
+    `DataError` for a file that holds no module, `UnsupportedError` where timm cannot build it.
     """
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
@@ -162,8 +163,8 @@ def load_model(
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
-    if is_file(Path(name) / "config.json"):
-        return _load_folder(Path(name))
+    if is_folder(name):
+        return load_folder(Path(name), num_classes)
     is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists() or "/" in name
     if is_path and ":" not in name:
         return _load_file(Path(name), trust_pickle)
@@ -175,9 +176,10 @@ def load_model(
         return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         what = "pretrained weights of" if pretrained else "model"
+        instead = "take random weights (--no-pretrained), " if pretrained else ""
         raise UnsupportedError(
-            f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, give "
-            f"a path to a saved module, or use the bundled model ({BUNDLED!r})."
+            f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, "
+            f"{instead}give a path to a saved module, or use the bundled model ({BUNDLED!r})."
         ) from error
 
 
@@ -257,33 +259,6 @@ def declared_classes(model: nn.Module) -> int | None:
     # others have such a number too, and no classifier
     is_classifier = "ForImageClassification" in type(model).__name__
     return int(config.num_labels) if config is not None and is_classifier else None
-
-
-def _load_folder(folder: Path) -> nn.Module:
-    """Load what `save_pretrained` wrote, by the class that its configuration names."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UnsupportedError(f"{folder} is a Hugging Face model: pip install transformers") from error
-    try:
-        options = {"local_files_only": True, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        name = next(iter(config.architectures or ()), "")
-        kind = getattr(transformers, name, transformers.AutoModelForImageClassification)
-        bars = transformers.utils.logging
-        shows = bars.is_progress_bar_enabled()
-        bars.disable_progress_bar()
-        try:
-            model: nn.Module = kind.from_pretrained(folder, config=config, use_safetensors=True, **options)
-        finally:
-            if shows:
-                bars.enable_progress_bar()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
-        raise DataError(
-            f"{folder} cannot be read as a Hugging Face model: {' '.join(str(error).split()).rstrip('.')}. It needs "
-            "config.json and model.safetensors, as model.save_pretrained(folder) writes them."
-        ) from error
-    return model.eval()
 
 
 def _load_file(path: Path, trust_pickle: bool) -> nn.Module:

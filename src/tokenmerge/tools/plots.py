@@ -61,23 +61,20 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
     name, label = _quality(rows)
     speed = rows[0]["images/s"]
     rows = [{**row, "images/s": row["speed-up"] * speed} for row in rows]
-    low = _lowest_drawn(rows, name)
-    inside, below = ([row for row in rows if (row[name] >= low) is is_in] for is_in in (True, False))
+    least, top = _heights(rows, name)
+    inside, below = ([row for row in rows if (row[name] >= least) is is_in] for is_in in (True, False))
     names = list(dict.fromkeys(row["method"] for row in rows[1:]))
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 7.5), sharey=True, layout="constrained")
     columns = (("MACs share", -1), ("images/s", 1))
     drawn = [_draw_points(axes, inside, names, name, *of) for axes, of in zip(panels, columns, strict=True)]
     panels[0].invert_xaxis()
-    errors = [row.get(_ERROR) or 0.0 if name == "top-1 %" else 0.0 for row in inside]
-    top = max(row[name] + error for row, error in zip(inside, errors, strict=True))
-    least = min(row[name] - error for row, error in zip(inside, errors, strict=True))
     span = top - least or (2.0 if name == "top-1 %" else 0.01)
     panels[0].set_ylim(least - (0.13 if below else 0.05) * span, top + 0.05 * span)
     panels[0].set(xlabel="share of the unmerged MACs (less is better)", ylabel=label)
     panels[1].set(xlabel="images per second: the unmerged model's times the speed-up (more is better)")
     figure.suptitle(_wrapped(title))
     notes = ["Points that would cover each other are moved sideways."]
-    notes += [f"Arrows: rows below {low:.4g}, at their values."] if below else []
+    notes += [f"Arrows: rows below {least:.4g}, at their values."] if below else []
     _legend(figure, names, " ".join(notes))
     figure.canvas.draw()
     for axes, points, (column, sign) in zip(panels, drawn, columns, strict=True):
@@ -127,6 +124,15 @@ def _quality(rows: Sequence[Row]) -> tuple[str, str]:
     if rows[0].get("top-1 %") is not None:
         return "top-1 %", "top-1 accuracy (%), with its standard error" if _ERROR in rows[0] else "top-1 accuracy (%)"
     return "cosine", "cosine similarity to the unmerged answers"
+
+
+def _heights(rows: Sequence[Row], name: str) -> tuple[float, float]:
+    """Return the lowest and the highest place of the panels: whatever lies between is drawn where it is."""
+    low = _lowest_drawn(rows, name)
+    inside = [row for row in rows if row[name] >= low]
+    errors = [row.get(_ERROR) or 0.0 if name == "top-1 %" else 0.0 for row in inside]
+    ends = [(row[name] - error, row[name] + error) for row, error in zip(inside, errors, strict=True)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _lowest_drawn(rows: Sequence[Row], name: str) -> float:

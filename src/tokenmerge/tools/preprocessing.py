@@ -14,6 +14,8 @@ from tokenmerge.errors import DataError, UnsupportedError
 
 __all__ = ["MODES", "Preprocessing", "Processor"]
 
+_OPTIONS = ", or give --mean and --std (and --resize, --crop-pct, --interpolation); in Python preprocessing="
+
 MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's numbers
 
 
@@ -50,22 +52,22 @@ class Preprocessing:
     def __str__(self) -> str:
         return f"{self._steps()} ({self.source})"
 
-    @property
-    def warning(self) -> str:
-        """What to do where nobody says how images are prepared; "" where it is known."""
+    def warning(self, options: str = _OPTIONS) -> str:
+        """Say what to do where nobody says how images are prepared; "" where it is known.
+
+        `options` is what can be given instead of the model's file.
+        """
         if self.is_known:
             return ""
         return (
             f"WARNING: the model does not say how its images are prepared ({self.source}). Assumed: {self._steps()}. "
-            "If that is wrong, so is every accuracy: put the model's preprocessor_config.json beside it, or give "
-            "--mean and --std (and --resize, --crop-pct, --interpolation) to eval and compare; in Python "
-            "preprocessing=."
+            f"If that is wrong, so is every accuracy: put the model's preprocessor_config.json beside it{options}."
         )
 
-    @property
-    def notes(self) -> list[str]:
-        """The lines that every output carries."""
-        return [f"Preprocessing: {self}", *([self.warning] if self.warning else [])]
+    def notes(self, options: str = _OPTIONS) -> list[str]:
+        """Return the lines that every output carries; `options` are those of `warning`."""
+        warning = self.warning(options)
+        return [f"Preprocessing: {self}", *([warning] if warning else [])]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for files."""

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from tokenmerge.errors import DataError
 from tokenmerge.files import new_part, write_file
 
-__all__ = ["Progress", "as_csv", "as_html", "as_latex", "as_markdown", "check_writable", "save_rows", "show"]
+__all__ = ["Progress", "as_csv", "as_html", "as_latex", "as_markdown", "check_writable", "plain", "save_rows", "show"]
 
 Row = Mapping[str, Any]
 _STYLE = """
@@ -32,7 +33,7 @@ th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: n
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return rows of equal keys as a Markdown table, numbers to the right."""
     names = list(rows[0])
-    cells = [[_plain(_text(row[name], name)) for name in names] for row in rows]
+    cells = [[_cell(_text(row[name], name)) for name in names] for row in rows]
     widths = [max(2, len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
     rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
@@ -42,12 +43,23 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-_MARKED = str.maketrans({mark: f"\\{mark}" for mark in "\\|`<>[]"} | {"\n": " ", "\r": " "})
+# marks anywhere, an underscore at the edge of a word, an entity
+_MARKED = re.compile(r"[\\|`<>\[\]*~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+# what makes a heading or a list, and the closing marks of a heading
+_LEADING = re.compile(r"^[#+-](?=\s|#|$)|^\d+[.)](?=\s|$)|#(?=#*$)")
 
 
-def _plain(text: str) -> str:
-    """Return text that Markdown shows as it is: names come from files and command lines of anybody's."""
-    return text.translate(_MARKED)
+def plain(text: str) -> str:
+    """Return a line that Markdown shows as it is: names come from files and command lines of anybody's."""
+    return _LEADING.sub(_escape, _cell(text))
+
+
+def _cell(text: str) -> str:
+    return _MARKED.sub(_escape, text.replace("\r", " ").replace("\n", " "))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"{found[0][:-1]}\\{found[0][-1]}"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -70,10 +82,24 @@ def as_latex(rows: Sequence[Row]) -> str:
     return "\n".join(parts) + "\n"
 
 
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    # behind the end of a row these would be an option of it
+    **{char: f"{{{char}}}" for char in "[]*"},
+    "±": r"$\pm$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\r": " ",
+}
+
+
 def _escaped(text: str) -> str:
     """Write a cell as LaTeX reads it."""
-    special = {**{char: f"\\{char}" for char in "&%$#_{}"}, "±": r"$\pm$", "~": r"\textasciitilde{}"}
-    return "".join(special.get(char, char) for char in text.replace("\\", "/"))
+    return " ".join("".join(_LATEX.get(char, char) for char in text).split("\n"))
 
 
 def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes) -> str:
@@ -120,7 +146,7 @@ def save_rows(path: Path, rows: Sequence[Row], about: Mapping[str, Any], notes: 
         text = as_csv([{**row, **about} for row in rows])
     else:
         facts = ", ".join(f"{name} {value}" for name, value in about.items())
-        text = "\n\n".join([as_markdown(rows), *notes, f"Measured on: {facts}."]) + "\n"
+        text = "\n\n".join([as_markdown(rows), *map(plain, notes), plain(f"Measured on: {facts}.")]) + "\n"
     write_file(path, text)
 
 

@@ -163,7 +163,7 @@ class _Run:
             if self.world.is_first:
                 write_recipe(self.folder, self.recipe)
                 self.log = Log(self.folder, self.step, self.steps, self.recipe.save.tensorboard)
-            about = [] if self.prepared is None else self.prepared.notes
+            about = [] if self.prepared is None else self.prepared.notes(options="")
             for note in self.held.notes + self.parts.notes + about:
                 self._say(note)
             if self.step < self.steps:
@@ -376,7 +376,7 @@ class _Run:
         state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
         if self.log is not None:
             self.log.write_csv()
-            export(self.folder, self.parts, state, self.size, self.classes, self.prepared)
+            export(self.folder, self.parts, self.recipe.model.name, state, self.size, self.classes, self.prepared)
 
     def _stop_if_asked(self) -> None:
         asked = self.world.asked_to_stop

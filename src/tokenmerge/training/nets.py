@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_file
 from tokenmerge.tools.data import by_label
+from tokenmerge.tools.hugging_face import is_folder
 from tokenmerge.tools.models import BUNDLED, declared_classes, import_timm, load_model, run_images
 from tokenmerge.training.recipe import Model
 
@@ -48,7 +49,7 @@ def build(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool 
     elif model.name == VIT:
         net = _vit(model.options, size, classes)
     else:
-        net = _named(model, size, trust_pickle)
+        net = _named(model, size, classes, trust_pickle)
         if getattr(net, "pretrained_cfg", None):  # by this other commands know the size
             net.pretrained_cfg = {**net.pretrained_cfg, "input_size": size}
     _fit_classes(net.eval(), model.name, size, classes)
@@ -226,12 +227,12 @@ _FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 _OURS = ("img_size", "in_chans", "num_classes", "embed_layer", "block_fn", "device", "dtype")
 
 
-def _named(model: Model, size: tuple[int, ...], trust_pickle: bool) -> nn.Module:
+def _named(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool) -> nn.Module:
     timm = import_timm()
     if ":" not in model.name and not timm.is_model(model.name.split(".")[0]):
         if model.options and Path(model.name).exists():
             raise ConfigError(f"model.options {sorted(model.options)}: {model.name} is a saved model and has none.")
-        return load_model(model.name, trust_pickle=trust_pickle)  # or its error for a name that does not exist
+        return load_model(model.name, num_classes=classes, trust_pickle=trust_pickle)
     try:
         fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)
         try:
@@ -264,9 +265,14 @@ def _fit_classes(net: Any, name: str, size: tuple[int, ...], classes: int) -> No
     if out.dim() == 2 and found == classes == out.shape[-1]:
         return
     if not hasattr(net, "reset_classifier"):
+        what = (
+            "Give the folder that save_pretrained of a Hugging Face model wrote, which gets a new classifier, or change"
+        )
+        if is_folder(name):
+            what = f"For a {type(net).__name__} transformers has no image classifier. Change"
         raise DataError(
             f"the data has {classes} classes, the model {name!r} answers with {tuple(out.shape[1:])}, and it has no "
-            "reset_classifier to change that. Change its last layer, and save it again."
+            f"reset_classifier to change that. {what} its last layer, and save it again."
         )
     net.reset_classifier(classes)
     out = run_images(net, torch.zeros(1, *size, dtype=dtype))

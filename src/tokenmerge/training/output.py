@@ -15,6 +15,7 @@ import tokenmerge
 from tokenmerge import MergeConfig
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
+from tokenmerge.tools.hugging_face import build_folder, is_folder, write_config
 from tokenmerge.tools.preprocessing import Preprocessing, Processor
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.nets import build, load_weights
@@ -92,6 +93,7 @@ def last_rows(folder: Path) -> list[dict[str, Any]] | None:
 def export(
     folder: Path,
     parts: Parts,
+    name: str,
     state: dict[str, Tensor],
     size: tuple[int, ...],
     classes: tuple[str, ...],
@@ -100,6 +102,7 @@ def export(
     """Write the trained model: `model.safetensors`, `model.json` (size, classes) and, where it merges, `merge.json`.
 
     How images are prepared is written to `model.json`, and where that is a Hugging Face processor's work, as its file.
+    A model that was called `name` as a folder of Hugging Face's leaves its `config.json`: the folder needs no other.
     `state` holds the weights by the names they have in `parts.core`, and what the method learned.
     """
     from safetensors.torch import save
@@ -116,7 +119,9 @@ def export(
             if isinstance(prepared.own, Processor):
                 prepared.own.processor.save_pretrained(folder)
         write_file(folder / "model.json", json.dumps(about, indent=2) + "\n")
-        write_file(folder / _WEIGHTS, save(weights))
+        if is_folder(name):
+            write_config(parts.core, folder, classes)
+        write_file(folder / _WEIGHTS, save(weights, {"format": "pt"}))
 
 
 def load(folder: str | Path, *, merged: bool = True, trust_pickle: bool = False) -> nn.Module:
@@ -130,9 +135,12 @@ def load(folder: str | Path, *, merged: bool = True, trust_pickle: bool = False)
         raise DataError(f"{folder} holds no finished run: it needs {_RECIPE} and {_WEIGHTS}.")
     recipe = read_recipe(folder / _RECIPE)
     about: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    # the weights it started from are no longer needed, nor the network they come by
-    about_model = dataclasses.replace(recipe.model, pretrained=False)
-    model = build(about_model, tuple(about["size"]), len(about["classes"]), trust_pickle)
+    if is_folder(folder):
+        model = build_folder(folder)
+    else:
+        # the weights it started from are no longer needed, nor the network they come by
+        about_model = dataclasses.replace(recipe.model, pretrained=False)
+        model = build(about_model, tuple(about["size"]), len(about["classes"]), trust_pickle)
     load_weights(model, folder)
     config = getattr(model, "config", None)
     if getattr(config, "label2id", None):
