@@ -66,6 +66,7 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where the labelled images are, and how many of them are used."""
     parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
