@@ -47,11 +47,13 @@ CALIBRATE_HELP = (
 
 
 def model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the model, and whether a pickle of one is trusted."""
     parser.add_argument("model", help=_MODEL_HELP)
     parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, how much is merged, and how."""
     model_argument(parser)
     parser.add_argument(
         "-r", type=read_r, nargs="+", metavar="R", help=f"{R_HELP} (that of a saved method, else 0 8 16)"
@@ -60,6 +62,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the method, what it hands out and what it is chosen by."""
     parser.add_argument("--method", default="tome", help=f"{METHOD_HELP} (%(default)s)")
     parser.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
     parser.add_argument("--calibrate", metavar="SOURCE", help=CALIBRATE_HELP)
