@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from torch.nn.utils import prune
 
 import tokenmerge
@@ -322,6 +324,42 @@ def hooks_that_look(model: Model) -> None:
     counts = (lambda count: 1) if isinstance(model.adapter.spec(model.blocks[0]), WindowSpec) else (lambda count: count)
     # vit-pytorch's pairs are called while they are patched only
     assert {name: counts(calls.get(name, 0)) for name in unmerged} == {name: counts(n) for name, n in unmerged.items()}
+
+
+@life
+def hooks_that_look_at_gradients(model: Model) -> None:
+    """What a backward hook of a module in a block sees without merging, it sees with it."""
+    calls: set[tuple[int, str]] = set()
+    for layer, block in enumerate(model.blocks):
+        for name, module in block.named_modules():
+            key = (layer, name)
+            module.register_full_backward_hook(lambda module, into, out, key=key: calls.add(key))  # type: ignore[misc]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, where nothing that a module is given needs a gradient
+        answer(model.module(model.x)).sum().backward()
+        unmerged = set(calls)
+        calls.clear()
+        model.patch()
+        assert calls == set()
+        answer(model.module(model.x)).sum().backward()
+    assert calls >= unmerged  # timm's attentions use the weight of a module, which is called while merging
+
+
+@life
+def hooks_of_all_modules_that_look(model: Model) -> None:
+    calls: set[int] = set()
+    inside = {id(module) for block in model.blocks for module in block.modules()}
+    hook = everywhere.register_module_forward_hook(lambda module, args, out: calls.add(id(module)))
+    try:
+        model.module(model.x)  # with gradients: torch's own encoder calls no modules else
+        unmerged = calls & inside
+        calls.clear()
+        model.patch()
+        assert not calls & inside
+        model.module(model.x)
+        assert calls >= unmerged
+    finally:
+        hook.remove()
 
 
 def _shift(module: nn.Module, args: Any, out: Any) -> Any:

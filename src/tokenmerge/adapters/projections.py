@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Replacement
@@ -89,7 +90,11 @@ class _Computed(Attending):
 
 
 def _is_watched(module: Any) -> bool:
-    return isinstance(module, nn.Module) and bool(module._forward_hooks or module._forward_pre_hooks)
+    """Say whether hooks see the calls of a module, or the gradients that go through it."""
+    hooks = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks, everywhere._global_backward_hooks]
+    if not isinstance(module, nn.Module):
+        return False
+    return any((*hooks, module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
 
 
 def listen_with_biases(tap: SeamTap, needs: frozenset[str]) -> list[Replacement]:
