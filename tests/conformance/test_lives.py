@@ -455,6 +455,24 @@ def another_dtype_after(model: Model) -> None:
 
 
 @life
+def weights_assigned_after(model: Model) -> None:
+    model.patch()
+    state = {
+        name: value * 1.1 if value.is_floating_point() else value for name, value in model.module.state_dict().items()
+    }
+    model.module.load_state_dict(state, assign=True)
+    model.check()
+
+
+@life
+def removed_after_weights_were_assigned(model: Model) -> None:
+    model.patch()
+    model.module.load_state_dict(model.module.state_dict(), assign=True)
+    model.handle.remove()
+    assert bound_attributes_of(model.module) == []
+
+
+@life
 def copied_while_disabled(model: Model) -> None:
     model.patch()
     expected = model.run()

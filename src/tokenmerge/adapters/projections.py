@@ -17,6 +17,7 @@ from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Replacement
 from tokenmerge.adapters.taps import Attending, AttentionTap, Listener, SeamTap
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["ProjectionTap", "listen_with_biases"]
 
@@ -121,6 +122,11 @@ class _BiasedProjection(Listener):
             projected: Tensor = super().original(x)
             return projected + bias
         return F.linear(x, self.owner.weight, bias)  # type: ignore[arg-type]
+
+    def follow(self) -> None:
+        if not is_compiling():
+            self.attn.__dict__["q_bias"] = None  # whoever sets the parameter anew uncovers it
+        super().follow()
 
     def move(self, found: Any) -> None:
         if not self.attn.qkv_bias_separate:
