@@ -127,7 +127,7 @@ def attach(
         if cutter is not None:
             grids = runners[0].grids = Grids()
             attachment.bind(Replacement(cutter, "forward", Listener(adapter, cutter, grids)))
-        attachment.bind(*adapter.finish(model, state.is_merging, "dense" if state.restore == "every" else restore))
+        attachment.bind(*adapter.finish(model, state.is_at_work, "dense" if state.restore == "every" else restore))
         attachment.bind(*(ways := entries(model, adapter, state, restore is None and state.restore != "every")))
         settle(ways)
     except BaseException:
@@ -208,7 +208,7 @@ def _bind_outputs(
         for replacement in head:
             attachment.bind(replacement)
     if restore is None and not state.restore:
-        attachment.bind(*adapter.guards(model, state.is_merging))
+        attachment.bind(*adapter.guards(model, state.is_at_work))
 
 
 def _check_shared(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:

@@ -57,8 +57,8 @@ def undo(modules: Iterable[nn.Module]) -> None:
                     _warn(module, attribute, now)
             elif existed:
                 module.__dict__[attribute] = previous
-            else:
-                del module.__dict__[attribute]
+            else:  # a parameter that was hidden by None can have been set anew
+                module.__dict__.pop(attribute, None)
 
 
 def _warn(module: nn.Module, attribute: str, now: Any) -> None:

@@ -12,7 +12,7 @@ from tokenmerge.adapters.base import Adapter, Original, Replacement
 from tokenmerge.adapters.trust import insides, leads_to_ours, methods_of, stranger
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.state import ForwardState
-from tokenmerge.tracing import WHOLE, fail, is_compiling, trace_number
+from tokenmerge.tracing import WHOLE, fail, is_compiling, refuse_symbols, trace_number
 
 __all__ = ["entries", "settle"]
 
@@ -150,7 +150,7 @@ class Entry(Original):
         """Raise `UnsupportedError` where what this forward relies on was changed since the model was patched."""
         problem = self.problem()
         if problem:
-            raise UnsupportedError(problem)
+            fail(problem)
 
     def problem(self) -> str:
         return self.lists.problem(self.owner, self.state) or (self.watch.problem() if self.watch else "")
@@ -171,7 +171,12 @@ class Entry(Original):
         with self.state.running(self.is_loop):
             return self.original(*args, **kwargs)
 
+    # a compiler calls it while it traces, and takes what it says for a constant (see tracing.py)
+    problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.state.is_merging():
+            self.check()
         number = trace_number()
         before, outer = WHOLE.trace, self.state.trace_running(number, self.is_loop)
         WHOLE.trace = number
@@ -197,6 +202,8 @@ class _TokenMethod(Entry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.refuses and self.state.is_merging() and not self.state.is_inside():
+            if not is_compiling():
+                refuse_symbols(args)
             fail(
                 f"{self.attribute}() hands out one token per place, and tokens are merged (r is not 0). Patch with "
                 "restore='dense' to get every token back in its place, with restore='merged' to get the merged "

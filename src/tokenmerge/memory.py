@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["carry", "recall", "remember"]
+from tokenmerge.tracing import is_compiling
+
+__all__ = ["carry", "is_same", "recall", "remember", "watched"]
 
 _NAME = "_tokenmerge"
 
@@ -31,6 +35,19 @@ def carry(x: Tensor, other: Tensor) -> None:
         remember(other, thing)
 
 
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Say whether two tensors are one: a module with backward hooks gets each of its arguments as a view of its own."""
+    return x is y or (not is_compiling() and _owner(x) is _owner(y) and _geometry(x) == _geometry(y))
+
+
+def watched(make: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Return `make(x, ...)`, in which torch counts what is written later: in inference mode it does not by itself."""
+    if is_compiling() or not torch.is_inference_mode_enabled():
+        return make(x, *args)
+    with torch.inference_mode(False), torch.no_grad():
+        return make(x, *args)
+
+
 def _owner(x: Tensor) -> Any:
     # torch keeps the Python object of a storage for as long as the storage lives
     try:
@@ -41,7 +58,7 @@ def _owner(x: Tensor) -> Any:
 
 def _geometry(x: Tensor) -> tuple[Any, ...]:
     try:
-        # what is written into tokens later makes others of them; nobody counts that in inference mode
+        # what is written into tokens later makes others of them; see `watched`
         version = None if x.is_inference() else x._version
         return x.shape, x.stride(), x.storage_offset(), version
     except RuntimeError:  # wrappers of functorch

@@ -22,6 +22,7 @@ from tokenmerge.errors import AdapterMismatchError, UnsupportedError
 from tokenmerge.frames import Frame
 from tokenmerge.grids import Grids
 from tokenmerge.keybias import key_bias
+from tokenmerge.memory import watched
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import AnyPlan, lead_by_real
 from tokenmerge.state import ForwardState
@@ -230,7 +231,7 @@ class BlockRunner(Original):
     def _hand_out(self, tokens: Tensor, frame: Frame) -> Any:
         groups = frame.assign[self.layer + 1]
         if frame.restored[self.layer + 1] and groups is not None:
-            tokens = kernels.unmerge(tokens, groups)
+            tokens = watched(kernels.unmerge, tokens, groups)
         return self._mirror(tokens)
 
     def _mirror(self, tokens: Tensor) -> Any:

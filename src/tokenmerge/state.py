@@ -17,7 +17,7 @@ from tokenmerge.frames import Frame
 from tokenmerge.memory import recall, remember
 from tokenmerge.plan import AnyPlan, compose
 from tokenmerge.schedule import Schedule
-from tokenmerge.tracing import fail, is_compiling, is_exporting, is_tracing, outside_graph, trace_number
+from tokenmerge.tracing import fail, is_compiling, is_exporting, is_tracing, outside_graph, refuse_symbols, trace_number
 
 __all__ = ["ForwardState"]
 
@@ -92,6 +92,8 @@ class ForwardState:
         merged, and nobody knows how.
         """
         if not is_compiling():
+            if self.is_merging():
+                refuse_symbols((x,))
             return self._begin(layer, x, n, has_hooks)
         if is_tracing():
             return self._begin_traced(layer, x)
@@ -151,6 +153,13 @@ class ForwardState:
     def is_merging(self) -> bool:
         """Say whether a forward could remove tokens now."""
         return self.enabled and not self.is_removed and self.schedule.is_merging
+
+    def is_at_work(self) -> bool:
+        """Say whether a forward could remove tokens now, or has before somebody switched merging off in the middle."""
+        if self.is_merging() or is_compiling():
+            return self.is_merging()
+        frame = self._own.current
+        return frame is not None and frame.size[frame.last] is not None
 
     def is_inside(self) -> bool:
         """Say whether the model's own forward, or a part's, is running: it knows what to do with merged tokens."""
@@ -212,7 +221,7 @@ class ForwardState:
         if known is not None and known.frame.family != self.family:
             known = None  # of another model
         is_inside, was_run = own.forwards > 0 or own.loops > 0, known is not None and is_same and in_backward
-        if not (known.frame.schedule if known is not None and was_run else self.is_merging()):
+        if not (known.frame.schedule if known is not None and was_run else self.is_at_work()):
             goes_on = known is not None and is_same and (0 < known.slot <= layer or in_backward)
             if known is not None and goes_on and known.frame.size[known.slot] is None:
                 return known.frame, known.slot

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from tokenmerge.errors import UnsupportedError
 
-__all__ = ["WHOLE", "fail", "in_pieces", "is_compiling", "is_exporting", "is_tracing", "outside_graph", "trace_number"]
+__all__ = [
+    "WHOLE",
+    "fail",
+    "in_pieces",
+    "is_compiling",
+    "is_exporting",
+    "is_tracing",
+    "outside_graph",
+    "refuse_symbols",
+    "trace_number",
+]
 
 _NUMBERS = itertools.count(1)
 
@@ -89,6 +99,16 @@ class _Outside:
 
 
 outside_graph = _Outside()
+
+
+def refuse_symbols(things: Iterable[Any]) -> None:
+    """Raise `UnsupportedError` where one of them is what torch.fx traces with: it has no values to merge by."""
+    if any(isinstance(thing, torch.fx.Proxy) for thing in things):
+        raise UnsupportedError(
+            "torch.fx.symbolic_trace (torchvision's create_feature_extractor) has no values, and which tokens are "
+            "merged depends on them. Trace the patched model with torch.export or torch.jit.trace, or set handle.r = 0 "
+            "for a trace that never merges."
+        )
 
 
 def fail(message: str) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from torch.nn.utils import prune
 
 import tokenmerge
@@ -324,6 +326,42 @@ def hooks_that_look(model: Model) -> None:
     assert {name: counts(calls.get(name, 0)) for name in unmerged} == {name: counts(n) for name, n in unmerged.items()}
 
 
+@life
+def hooks_that_look_at_gradients(model: Model) -> None:
+    """What a backward hook of a module in a block sees without merging, it sees with it."""
+    calls: set[tuple[int, str]] = set()
+    for layer, block in enumerate(model.blocks):
+        for name, module in block.named_modules():
+            key = (layer, name)
+            module.register_full_backward_hook(lambda module, into, out, key=key: calls.add(key))  # type: ignore[misc]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, where nothing that a module is given needs a gradient
+        answer(model.module(model.x)).sum().backward()
+        unmerged = set(calls)
+        calls.clear()
+        model.patch()
+        assert calls == set()
+        answer(model.module(model.x)).sum().backward()
+    assert calls >= unmerged  # timm's attentions use the weight of a module, which is called while merging
+
+
+@life
+def hooks_of_all_modules_that_look(model: Model) -> None:
+    calls: set[int] = set()
+    inside = {id(module) for block in model.blocks for module in block.modules()}
+    hook = everywhere.register_module_forward_hook(lambda module, args, out: calls.add(id(module)))
+    try:
+        model.module(model.x)  # with gradients: torch's own encoder calls no modules else
+        unmerged = calls & inside
+        calls.clear()
+        model.patch()
+        assert not calls & inside
+        model.module(model.x)
+        assert calls >= unmerged
+    finally:
+        hook.remove()
+
+
 def _shift(module: nn.Module, args: Any, out: Any) -> Any:
     return (out[0] + 0.5, *out[1:]) if isinstance(out, tuple) else out + 0.5
 
@@ -414,6 +452,24 @@ def another_dtype_after(model: Model) -> None:
     model.module.double()
     model.x = model.x.double()
     model.check()
+
+
+@life
+def weights_assigned_after(model: Model) -> None:
+    model.patch()
+    state = {
+        name: value * 1.1 if value.is_floating_point() else value for name, value in model.module.state_dict().items()
+    }
+    model.module.load_state_dict(state, assign=True)
+    model.check()
+
+
+@life
+def removed_after_weights_were_assigned(model: Model) -> None:
+    model.patch()
+    model.module.load_state_dict(model.module.state_dict(), assign=True)
+    model.handle.remove()
+    assert bound_attributes_of(model.module) == []
 
 
 @life
@@ -547,17 +603,41 @@ def tokens_written_into_between_blocks(model: Model) -> None:
         return add
 
     model.patch(restore="dense")
-    answers = []
-    for is_in_place in (False, True):
-        hooks = [block.register_forward_hook(adding(is_in_place)) for block in model.blocks[:-1]]
-        try:
-            answers.append(model.run())
-        except TokenMergeError:
-            return
-        finally:
-            for hook in hooks:
-                hook.remove()
-    assert_close(*answers, 1e-5)
+    for mode in (torch.no_grad, torch.inference_mode):
+        answers = []
+        for is_in_place in (False, True):
+            hooks = [block.register_forward_hook(adding(is_in_place)) for block in model.blocks[:-1]]
+            try:
+                with mode():
+                    answers.append(model.run())
+            except TokenMergeError:
+                return
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        assert_close(*answers, 1e-5)
+
+
+@life
+def switched_off_in_the_middle(model: Model) -> None:
+    """A forward goes on with the tokens that were merged in it, each with its size."""
+    if isinstance(model.blocks[2], nn.ModuleList):
+        return  # vit-pytorch calls no blocks
+    handle = model.patch(r=[2, 2, *[0] * (len(model.blocks) - 2)])
+    expected = model.run()
+
+    def switch_off(module: nn.Module, args: Any) -> None:
+        handle.r = 0
+
+    handle.r = 2
+    hook = model.blocks[2].register_forward_pre_hook(switch_off)
+    assert_close(model.run(), expected, 1e-6)
+    handle.r = 2
+    model.blocks[1].register_forward_hook(_shift)  # the tokens are others, as many as before
+    merged = model.run()
+    hook.remove()
+    handle.r = [2, 2, *[0] * (len(model.blocks) - 2)]
+    assert_close(merged, model.run(), 1e-6)
 
 
 @pytest.mark.parametrize("name", LIVES)
@@ -651,6 +731,15 @@ def test_leaves_nothing_behind() -> None:
     assert bound_attributes(model.module) == before and bound_attributes_of(model.module) == []
 
 
+@pytest.mark.parametrize("restore", [None, "dense"])
+def test_symbolic_traces_are_refused(restore: str | None) -> None:
+    model = Model(FAMILIES["timm_vit"])
+    torch.fx.symbolic_trace(model.module)
+    model.patch(restore=restore)
+    with pytest.raises(UnsupportedError, match=r"torch\.fx"):
+        torch.fx.symbolic_trace(model.module)
+
+
 def test_two_branches_of_one_trunk() -> None:
     model = Model(FAMILIES["timm_vit"])
     handle, vit = model.patch(), model.module
@@ -731,3 +820,51 @@ def test_methods_that_are_trusted_are_watched(change: Callable[[Any], None]) -> 
         return
     model.handle.remove()
     assert_close(merged, answer(tokenmerge.simulate(model.module, groups, model.x)), 1e-5)
+
+
+def _a_block_replaced(model: Model) -> None:
+    _set_block(model, 1, copy.deepcopy(Model(FAMILIES[model.adapter.name]).blocks[1]))
+
+
+def _a_block_replaced_by_nothing(model: Model) -> None:
+    _set_block(model, 1, _Nothing())
+
+
+def _a_block_cut(model: Model) -> None:
+    _set_block(model, -1, None)
+
+
+def _a_head_of_its_own(model: Model) -> None:
+    _other_head(model.module)
+
+
+@pytest.mark.parametrize("change", [_a_block_replaced, _a_block_replaced_by_nothing, _a_block_cut, _a_head_of_its_own])
+@pytest.mark.parametrize("way", ["compile", "export", "strict export"])
+def test_what_was_changed_is_noticed_while_a_graph_is_made(way: str, change: Callable[[Model], None]) -> None:
+    """No eager forward has run since."""
+    torch._dynamo.reset()
+    model = Model(FAMILIES["timm_vit"])
+    model.patch()
+    change(model)
+    with pytest.raises(UnsupportedError, match="patch"):
+        if way == "compile":
+            torch.compile(model.module, backend="eager")(model.x)
+        else:
+            torch.export.export(model.module, (model.x,), strict=way == "strict export")
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_a_copy_that_was_changed_is_noticed_while_a_graph_is_made(is_dynamic: bool) -> None:
+    torch._dynamo.reset()
+    model = Model(FAMILIES["timm_vit"])
+    model.patch()
+    expected = model.run()
+    compiled = torch.compile(model.module, backend="eager", dynamic=is_dynamic)
+    twin = Model(FAMILIES["timm_vit"])
+    twin.module = copy.deepcopy(model.module)
+    _a_block_replaced(twin)
+    with torch.no_grad():
+        assert_close(compiled(model.x), expected, 1e-6)
+        assert_close(compiled(model.x.repeat(2, 1, 1, 1)), expected.repeat(2, 1), 1e-6)
+        with pytest.raises(UnsupportedError, match="patched"):
+            torch.compile(twin.module, backend="eager", dynamic=is_dynamic)(twin.x)

@@ -15,7 +15,7 @@ from tokenmerge.adapters.base import Original, Replacement, TokenLayout, first_o
 from tokenmerge.adapters.hf import TINY, HFAdapter
 from tokenmerge.adapters.hf_vit import HFViT
 from tokenmerge.errors import UnsupportedModelError
-from tokenmerge.memory import carry
+from tokenmerge.memory import carry, watched
 from tokenmerge.tracing import is_compiling
 
 __all__ = ["HFYolos"]
@@ -80,7 +80,7 @@ class _Turned(Original):
         if not is_compiling():
             carry(x, turned)
         out = first_of(self.original(turned, *args, **kwargs))
-        back = _turn(out, self.count)
+        back = watched(_turn, out, self.count)
         if not is_compiling():
             carry(turned, x)  # a checkpoint gives these again
             carry(out, back)

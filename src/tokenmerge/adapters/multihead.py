@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.memory import is_same
 
 __all__ = ["MultiheadTap", "multihead"]
 
@@ -65,7 +66,7 @@ class MultiheadTap(AttentionTap):
                 "the attention was asked for its weights (need_weights=True), which would be those of merged tokens. "
                 "Leave it out, or set handle.r = 0."
             )
-        if given["key"] is not query or given["value"] is not query or len(args) > 3:
+        if not (is_same(given["key"], query) and is_same(given["value"], query)) or len(args) > 3:
             raise UnsupportedError("only self-attention, called with one tensor three times, can be merged in.")
         x = query if attn.batch_first else query.transpose(0, 1)
         B, N, C = x.shape

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 
 from tokenmerge.adapters.follow import add_bias
 from tokenmerge.adapters.original import Replacement
 from tokenmerge.adapters.taps import Attending, AttentionTap, Listener, SeamTap
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.tracing import is_compiling
 
 __all__ = ["ProjectionTap", "listen_with_biases"]
 
@@ -89,7 +91,11 @@ class _Computed(Attending):
 
 
 def _is_watched(module: Any) -> bool:
-    return isinstance(module, nn.Module) and bool(module._forward_hooks or module._forward_pre_hooks)
+    """Say whether hooks see the calls of a module, or the gradients that go through it."""
+    hooks = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks, everywhere._global_backward_hooks]
+    if not isinstance(module, nn.Module):
+        return False
+    return any((*hooks, module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
 
 
 def listen_with_biases(tap: SeamTap, needs: frozenset[str]) -> list[Replacement]:
@@ -116,6 +122,11 @@ class _BiasedProjection(Listener):
             projected: Tensor = super().original(x)
             return projected + bias
         return F.linear(x, self.owner.weight, bias)  # type: ignore[arg-type]
+
+    def follow(self) -> None:
+        if not is_compiling():
+            self.attn.__dict__["q_bias"] = None  # whoever sets the parameter anew uncovers it
+        super().follow()
 
     def move(self, found: Any) -> None:
         if not self.attn.qkv_bias_separate:
