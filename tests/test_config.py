@@ -30,7 +30,7 @@ def _file(folder: Path, **changes: Any) -> Path:
     [
         ({"track": "false"}, "track is 'false'; it takes bool"),
         ({"track": 1}, "track is 1; it takes bool"),
-        ({"prop_attn": 1}, r"prop_attn is 1; it takes bool \| str"),
+        ({"prop_attn": 1}, r"prop_attn is 1; it takes True, False, 'auto'"),
         ({"prop_attn": "on"}, "prop_attn is 'on'; it takes True, False, 'auto'"),
         ({"prop_attn": []}, r"prop_attn is \[\]"),
         ({"restore": ["dense"]}, r"restore is \['dense'\]"),

@@ -68,7 +68,7 @@ def test_an_r_is_read_from_text(text: str, r: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "eight", "8 + 8", "__import__('os')", "'8'", "{}", "16,-1,3", "nan", "(" * 500])
 def test_a_text_that_is_no_r_is_refused(text: str) -> None:
-    with pytest.raises(InvalidScheduleError, match="is no r: tokens removed per block|Allowed: an int"):
+    with pytest.raises(InvalidScheduleError, match=r"is no r: tokens removed per block|Allowed: an int"):
         Schedule.parse(text)
 
 

@@ -82,13 +82,14 @@ class Schedule:
         """Return the `r` that a text means, as Python would write it; raises `InvalidScheduleError`.
 
         >>> Schedule.parse("16,-1"), Schedule.parse("[25, 0.1]"), Schedule.parse("8")
-        ((16, -1.0), [25, 0.1], 8)
+        ((16, -1), [25, 0.1], 8)
         """
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise InvalidScheduleError(f"{text!r} is no r: {TEXT_FORMS}.") from error
-        return Schedule.check(value)
+        Schedule.check(value)
+        return value  # type: ignore[no-any-return]
 
     @property
     def is_merging(self) -> bool:
