@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check asan bench ablation auto zoo train training support hosts latest clean
+.PHONY: demo test quick check asan bench ablation auto zoo train training support hosts latest clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -19,6 +19,14 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses auto
+
+# a contributor's loop: the core by itself, three families with three methods, and what they look like from outside
+QUICK := $(addprefix tests/test_,api.py config.py face.py files.py functional.py golden.py keybias.py matching.py \
+  plan.py restore.py rooms.py schedule.py) tests/conformance/test_methods.py \
+  $(foreach family,timm_vit hf_vit torch_encoder,$(foreach method,tome tofu evit,\
+  "tests/conformance/test_pairs.py::test_a_method_in_a_family[$(family)-$(method)]"))
+quick: .venv/ready
+	$(BIN)/python -m pytest --numprocesses auto $(QUICK)
 
 check: .venv/ready
 	scripts/check

@@ -168,7 +168,7 @@ def test_restore_is_saved_in_the_configuration(tmp_path: Any) -> None:
     config = tokenmerge.MergeConfig("tome", r=4, restore="dense")
     config.save(tmp_path / "x.json")
     assert tokenmerge.MergeConfig.load(tmp_path / "x.json") == config
-    with pytest.raises(e.ConfigError, match=r"restore is 'grid'; allowed: 'dense', 'merged', None"):
+    with pytest.raises(e.ConfigError, match=r"restore is 'grid'; it takes 'dense', 'merged', None"):
         tokenmerge.patch(_vit(), r=4, restore="grid")
 
 

@@ -79,6 +79,8 @@ def named(hint: Any, value: Any = None) -> str:
     if get_origin(hint) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(hint)):
         parts = [named(part) if part is not bool else "True, False" for part in get_args(hint)]
         return ", ".join(parts)
+    if hint is type(None):
+        return "None"
     if get_origin(hint) is Literal:
         return ", ".join(map(repr, get_args(hint)))
     name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("NoneType", "None")

@@ -134,7 +134,7 @@ def test_torchvision_feature_extractors() -> None:
     with tokenmerge.patched(model, r=6) as handle:
         assert torch.equal(before(x)["heads.head"], unmerged)
         expected = model(x)
-        with pytest.raises(torch.fx.proxy.TraceError):
+        with pytest.raises(UnsupportedError, match="create_feature_extractor"):
             create_feature_extractor(model, ["heads.head"])
         # a graph is not the model's own forward: it gets every token
         graph = create_feature_extractor(model, nodes, tracer_kwargs=leaves)(x)
