@@ -92,6 +92,12 @@ def test_a_misspelt_keyword_of_auto_is_named() -> None:
         tokenmerge.patch(tiny_vit(), "auto", r=8, trak=True)  # type: ignore[call-arg]
 
 
+def test_auto_compares_answers_whatever_is_handed_out() -> None:
+    model, images = tiny_vit(global_pool="", num_classes=0), torch.randn(2, 3, 32, 32)
+    with tokenmerge.patch(model, "auto", r=8, calibrate=images, restore="merged", track=True) as handle:
+        assert handle.calibration is not None and handle.config.restore == "merged" and handle.config.track
+
+
 def test_the_handle_is_a_context_manager() -> None:
     model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
     before = model(x)

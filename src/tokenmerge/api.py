@@ -106,7 +106,9 @@ def patch(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found, choice = None, ""
     if method == AUTO and "r" in given:
-        found, choice = _choose(model, given["r"], calibrate, {**given, "r": None})
+        # what is handed out or recorded is not tried: the answers are compared with the unmerged ones
+        tried = {name: given.get(name) for name in (*_NAMES, "prefix", "prop_attn")}
+        found, choice = _choose(model, given["r"], calibrate, tried)
         method = found.best.method if found else "tome"
         given["r"] = found.best.r if found else given["r"]
     elif calibrate is not None and method != AUTO:
