@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +38,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    """Every generator that a test or a library draws from without a word."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -671,6 +671,22 @@ def test_training_images_have_the_size_asked(crop: str, mode: str, size: tuple[i
         assert tensor.shape == size and tensor.dtype == torch.float32 and tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-mstd0-inc1-n1", "original", "v0", "augmix-m10", "3a"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_policy_may_keep_no_bit_of_an_image(mode: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its highest magnitude "PosterizeIncreasing" keeps 0 bits, which is a black image and no error."""
+    from timm.data import auto_augment
+
+    monkeypatch.setattr(auto_augment, "_RAND_INCREASING_TRANSFORMS", ["PosterizeIncreasing"])
+    size = (1 if mode == "L" else 3, 30, 40)
+    transform = train_transform(Augment(crop="none", flip=0.0, auto=policy), "image", size)
+    images = [transform(_checks(mode)) for _ in range(40)]
+    assert all(image.shape == size and image.isfinite().all() for image in images)
+    if policy.startswith("rand"):
+        black = eval_transform("image", size)(Image.new(mode, (40, 30)))
+        assert any(torch.equal(image, black) for image in images)
+
+
 def test_a_shift_is_a_shift_on_black() -> None:
     picture = _checks("L", (28, 28))
     whole = eval_transform("image", (1, 28, 28))(picture)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,9 @@ class _Image:
             )
         except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
             raise ConfigError(f"augment.auto is {augment.auto!r}, no policy timm knows: {error}.") from error
+        for operation in _operations(policy.transforms):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
         # the shorter side resized and the middle cut out, without making it a tensor
         middle = create_transform((C, H, W), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
         middle = middle.transforms[:2]
@@ -134,6 +137,24 @@ class _Image:
     def __call__(self, image: Any) -> Tensor:
         tensor: Tensor = self.transform(image if image.mode == self.mode else image.convert(self.mode))
         return tensor
+
+
+def _operations(policy: Any) -> Iterator[Any]:
+    """Yield timm's `AugmentOp`s out of its policies, which are lists, lists of lists, or objects that hold them."""
+    for part in policy:
+        if hasattr(part, "aug_fn"):
+            yield part
+        else:
+            yield from _operations(
+                part if isinstance(part, list) else vars(part).get("ops", vars(part).get("policy", ()))
+            )
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """Keep this many bits: timm draws 0 too, a black image, which Pillow 13 refuses to make."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class _Clip:
