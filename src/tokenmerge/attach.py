@@ -94,7 +94,6 @@ def attach(
     Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says),
     `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
     """
-    _check_unsharded(model)
     _check_loaded(model)
     blocks = _free_blocks(model, adapter)
     # before the taps: it refuses blocks that are made in another way
@@ -136,13 +135,23 @@ def attach(
     return attachment
 
 
-def _check_unsharded(model: nn.Module) -> None:
+def _check_loaded(model: nn.Module) -> None:
+    """Refuse weights that are not all there to be proved: sharded ones, and those brought in at each call."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
-        raise UnsupportedError(
-            f"the parameters of this {type(model).__qualname__} are sharded already (fully_shard), and a piece of them "
-            "computes nothing: patch the model first, then shard it."
-        )
+    for module in model.modules():
+        if fsdp and isinstance(module, fsdp.FSDPModule):
+            raise UnsupportedError(
+                f"the parameters of this {type(model).__qualname__} are sharded already (fully_shard), and a piece of "
+                "them computes nothing: patch the model first, then shard it."
+            )
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise UnsupportedError(
+                f"weights of this {type(model).__qualname__} are offloaded (accelerate's {type(hook).__qualname__} on "
+                f"{name or 'the model'!r} brings them in at each call), so that its blocks cannot be proved: patch the "
+                "model first, then offload it."
+            )
 
 
 def _check_unwrapped(model: nn.Module) -> None:
@@ -258,18 +267,6 @@ def _check_forward(block: nn.Module, name: str) -> None:
             "out, and a path that starts at zero is not seen by comparing. Patch the model by names, which runs the "
             "blocks' own forward: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
         )
-
-
-def _check_loaded(model: nn.Module) -> None:
-    """Refuse weights that somebody else brings in at each call: they are not there to be proved."""
-    for name, module in model.named_modules():
-        hook = module.__dict__.get("_hf_hook")
-        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            raise UnsupportedError(
-                f"weights of this {type(model).__qualname__} are offloaded (accelerate's {type(hook).__qualname__} on "
-                f"{name or 'the model'!r} brings them in at each call), so that its blocks cannot be proved: patch the "
-                "model first, then offload it."
-            )
 
 
 def _seeing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,18 +22,18 @@ def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bo
 
     `refuses`: the methods named by the adapter's `token_methods` are refused from outside while tokens are merged.
     """
-    blocks = [block for _, block in adapter.blocks(model)]
     pooling = adapter.pooling_parts(model)
     looping = [part for part in adapter.looping_parts(model) if all(part is not other for other in pooling)]
     # where every block hands out every token, nobody has to be trusted
     watch = None if state.restore == "every" else _Watch(adapter, model)
-    found: list[Original] = [Entry(part, state, blocks, is_loop=False, watch=watch) for part in pooling]
-    found += [Entry(part, state, blocks, is_loop=True) for part in looping]
+    lists = _ListsOf([block for _, block in adapter.blocks(model)])
+    found: list[Original] = [Entry(part, state, lists, is_loop=False, watch=watch) for part in pooling]
+    found += [Entry(part, state, lists, is_loop=True) for part in looping]
     for name in (*adapter.token_methods, *adapter.restored_methods):
         path, _, method = name.rpartition(".")
         owner = _find(model, path)
         if owner is not None and callable(getattr(owner, method, None)):
-            found.append(_TokenMethod(owner, method, state, blocks, refuses and name in adapter.token_methods))
+            found.append(_TokenMethod(owner, method, state, lists, refuses and name in adapter.token_methods))
     found.append(_Unscriptable(model, "__prepare_scriptable__"))
     return [Replacement(entry.owner, entry.attribute, entry) for entry in found]
 
@@ -48,13 +48,8 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
 class _BlockLists:
     """The lists inside a module that hold its blocks, as they were when it was patched."""
 
-    def __init__(self, owner: nn.Module, blocks: list[nn.Module]) -> None:
-        known = set(map(id, blocks))
-        self.lists = [
-            (name.split(".") if name else [], list(module._modules.values()))
-            for name, module in owner.named_modules()
-            if any(id(child) in known for child in module.children())
-        ]
+    def __init__(self, owner: nn.Module, known: set[int]) -> None:
+        self.lists = [(names, list(module._modules.values())) for names, module in _holders(owner, known, [])]
 
     def problem(self, owner: nn.Module, state: ForwardState) -> str:
         """Say what was taken out, put in, replaced or moved since."""
@@ -74,6 +69,26 @@ class _BlockLists:
                     )
                 blocks[:], state.is_wrapped = now, True  # the patched blocks run inside
         return ""
+
+
+def _holders(module: nn.Module, known: set[int], names: list[str]) -> Iterator[tuple[list[str], nn.Module]]:
+    """Yield the modules that hold blocks as children, by their names; a block itself is not looked into."""
+    if any(id(child) in known for child in module._modules.values()):
+        yield names, module
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in known:
+            yield from _holders(child, known, [*names, name])
+
+
+class _ListsOf(dict[nn.Module, _BlockLists]):
+    """The lists of every owner, looked for once: a model has several ways into its blocks."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.known = set(map(id, blocks))
+
+    def __missing__(self, owner: nn.Module) -> _BlockLists:
+        self[owner] = _BlockLists(owner, self.known)
+        return self[owner]
 
 
 class _Watch:
@@ -137,13 +152,13 @@ class Entry(Original):
         self,
         owner: nn.Module,
         state: ForwardState,
-        blocks: list[nn.Module],
+        lists: _ListsOf,
         is_loop: bool,
         watch: _Watch | None = None,
     ) -> None:
         super().__init__(owner)
         self.watch = watch
-        self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), is_loop
+        self.state, self.lists, self.is_loop = state, lists[owner], is_loop
         self.__signature__ = inspect.signature(getattr(owner, self.attribute))
 
     def check(self) -> None:
@@ -192,12 +207,10 @@ class Entry(Original):
 class _TokenMethod(Entry):
     """A method that hands tokens out: refused from outside, where the user did not say which tokens are wanted."""
 
-    def __init__(
-        self, owner: nn.Module, name: str, state: ForwardState, blocks: list[nn.Module], refuses: bool
-    ) -> None:
+    def __init__(self, owner: nn.Module, name: str, state: ForwardState, lists: _ListsOf, refuses: bool) -> None:
         self.refuses = refuses
         Original.__init__(self, owner, name)
-        self.state, self.lists, self.is_loop = state, _BlockLists(owner, blocks), True
+        self.state, self.lists, self.is_loop = state, lists[owner], True
         self.__signature__ = inspect.signature(getattr(owner, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, C channels; `kept` `[B, N]` is the place each token s
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -170,13 +171,20 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
                 buffer.copy_(saved)
 
     def run(forward: Run, *args: Any, **kwargs: Any) -> Any:
-        torch.manual_seed(0)
+        seed()
         try:
             return forward(*args, **kwargs)
         finally:
             reset()
 
     devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
+
+    def seed() -> None:
+        # torch.manual_seed would note the call for every backend that has not started yet, which takes milliseconds
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(0)
+
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             for shared, _ in hooks:
@@ -185,7 +193,7 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
                 module.__dict__.update({name: OrderedDict() for name in _HOOKS})
                 if isinstance(module, nn.Dropout) and "forward" not in module.__dict__:
                     module.__dict__["forward"] = _Scaling(module)
-            torch.manual_seed(0)
+            seed()
             yield run
         finally:
             for shared, saved_hooks in hooks:
@@ -198,9 +206,8 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
 
 def _put_back(now: Any, before: Any) -> None:
     """Give a container the content it had, and leave it alone where it has it still."""
-    flat = (lambda c: [part for item in c.items() for part in item]) if isinstance(now, dict) else list
-    held, old = flat(now), flat(before)
-    if len(held) == len(old) and all(a is b for a, b in zip(held, old, strict=True)):
+    is_same = len(now) == len(before) and all(map(operator.is_, now, before))
+    if is_same and (not isinstance(now, dict) or all(map(operator.is_, now.values(), before.values()))):
         return
     now.clear()
     now.extend(before) if isinstance(now, list) else now.update(before)
