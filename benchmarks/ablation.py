@@ -10,11 +10,12 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge import ToMe
+from tokenmerge.measure.outputs import shared_copy
+from tokenmerge.measure.timing import environment
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
-from tokenmerge.tools.models import load_model, shared_copy
+from tokenmerge.tools.models import load_model
 from tokenmerge.tools.results import Progress
-from tokenmerge.tools.timing import environment
 
 # part of the table, choice, options, proportional attention, the paper's top-1 (ViT-L/16 MAE, r = 8; (f) AugReg)
 ROWS: tuple[tuple[str, str, dict[str, str], bool, float], ...] = (

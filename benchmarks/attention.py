@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from tokenmerge.kernels import TABLE
-from tokenmerge.tools.models import find_device
+from tokenmerge.measure.outputs import find_device
+from tokenmerge.measure.timing import environment, interleave
 from tokenmerge.tools.results import Progress, save_rows, show
-from tokenmerge.tools.timing import environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 # B, H, N, D

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tokenmerge import ToMe, kernels, matching
 from tokenmerge.kernels import TABLE
+from tokenmerge.measure.outputs import find_device
+from tokenmerge.measure.timing import Timing, environment, interleave
 from tokenmerge.plan import Plan
-from tokenmerge.tools.models import find_device
 from tokenmerge.tools.results import Progress
-from tokenmerge.tools.timing import Timing, environment, interleave
 
 # choice, option, the paper's top-1 (ViT-L/16 MAE without training, r = 8), what is to be known of its gradient
 ROWS = (

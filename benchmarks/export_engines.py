@@ -15,9 +15,9 @@ from typing import Any
 import timm
 import torch
 
+from tokenmerge.measure.timing import Timing, environment, interleave
 from tokenmerge.tools.export import TARGETS, export
 from tokenmerge.tools.results import Progress, save_rows, show
-from tokenmerge.tools.timing import Timing, environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, R, BAR = "vit_small_patch16_224", 8, 13, 1.08

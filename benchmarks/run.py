@@ -27,10 +27,10 @@ from benchmarks.worker import Worker, alternate, checked_out, describe, install,
 import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.errors import TokenMergeError, UnsupportedError
+from tokenmerge.measure.outputs import shared_copy
+from tokenmerge.measure.timing import environment, interleave, peak_memory, training_memory
 from tokenmerge.tools.bench import bench
-from tokenmerge.tools.models import shared_copy
 from tokenmerge.tools.results import Progress, save_rows, show
-from tokenmerge.tools.timing import environment, interleave, peak_memory, training_memory
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

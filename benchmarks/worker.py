@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.registry import Case, merged_call, pack, unpack
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.timing import Timing
+from tokenmerge.measure.timing import Timing
 
 # a round of one case lasts at least this long: short operations are called many times in a row
 ROUND_SECONDS = 0.05

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.tools.models import answer
+from tokenmerge.measure.outputs import answer
 
 __all__ = [
     "TOLERANCE",

@@ -16,10 +16,10 @@ from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, ToMe
 from tokenmerge.assets import fashion_mnist, reference_model
 from tokenmerge.errors import ConfigError, InvalidScheduleError
+from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.methods import TokenView
 from tokenmerge.plan import Plan
 from tokenmerge.tools.data import normalise
-from tokenmerge.tools.models import shared_copy
 
 
 def _kl(model: nn.Module, method: Any, r: Any, images: torch.Tensor) -> float:

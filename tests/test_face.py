@@ -14,7 +14,7 @@ import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, Schedule, ToMe
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.timm_vit import TimmViT
+from tokenmerge.adapters.timm.vit import TimmViT
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError
 from tokenmerge.matching import bipartite

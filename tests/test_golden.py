@@ -15,7 +15,7 @@ from torch import nn
 import tokenmerge
 from helpers import assert_close
 from tokenmerge import functional
-from tokenmerge.adapters.standins import MAEStandIn, SwagStandIn
+from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
 from tokenmerge.compat import tome
 from tokenmerge.schedule import parse_r
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import assert_close
 from tokenmerge import kernels
-from tokenmerge.keybias import KeyBias, key_bias
+from tokenmerge._runtime.key_bias import KeyBias, key_bias
 
 Q, K, V = torch.randn(3, 2, 4, 9, 16)
 BIAS = torch.randint(1, 9, (2, 9)).float().log()

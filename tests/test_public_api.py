@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tokenmerge
+from tokenmerge._moved import MOVED
 
 MODULES = ["tokenmerge"] + [
     info.name for info in pkgutil.walk_packages(tokenmerge.__path__, "tokenmerge.") if "__main__" not in info.name
@@ -78,3 +79,22 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_a_module_that_moved_is_found_by_its_old_name(old: str) -> None:
+    sys.modules.pop(f"tokenmerge.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"tokenmerge.{old} is tokenmerge.{MOVED[old]} now"):
+        module = importlib.import_module(f"tokenmerge.{old}")
+    assert module is importlib.import_module(f"tokenmerge.{MOVED[old]}") and not hasattr(module, "MOVED")
+
+
+def test_what_adapters_of_others_may_know_by_an_older_name() -> None:
+    from tokenmerge.adapters import base
+
+    with pytest.warns(DeprecationWarning, match="Original is Override now"):
+        assert base.Original is base.Override
+    with pytest.warns(DeprecationWarning, match="Replacement is Binding now"):
+        assert base.Replacement is base.Binding
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        base.Nothing  # noqa: B018

@@ -16,8 +16,9 @@ from benchmarks.registry import Case, ModelCase
 from torch import Tensor, nn
 
 import tokenmerge
-from tokenmerge.tools.models import apply_method, shared_copy
-from tokenmerge.tools.timing import Timing, interleave, peak_memory
+from tokenmerge.measure.outputs import shared_copy
+from tokenmerge.measure.timing import Timing, interleave, peak_memory
+from tokenmerge.tools.models import apply_method
 
 
 def measured(job: Job, say: Say, names: Sequence[str]) -> None:

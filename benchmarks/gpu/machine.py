@@ -12,7 +12,7 @@ from benchmarks.gpu.steps import ROOT, Job, Row, Say
 from benchmarks.worker import describe
 
 import tokenmerge
-from tokenmerge.tools import timing
+from tokenmerge.measure import timing
 
 SMI = ("driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit")
 SMI = (*SMI, "temperature.gpu", "memory.used", "memory.total")

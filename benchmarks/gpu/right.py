@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.kernels import reference
-from tokenmerge.tools.simulate import simulate
+from tokenmerge.measure.simulate import simulate
 
 sys.path.insert(0, str(ROOT / "tests"))
 from helpers import randomised, tiny_vit

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from tokenmerge import adapters
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.generic import Generic
-from tokenmerge.calibrate import Calibration
-from tokenmerge.calibrate import calibrate as run_trials
 from tokenmerge.config import MergeConfig, read_method
 from tokenmerge.errors import (
     AlreadyPatchedError,
@@ -28,8 +26,9 @@ from tokenmerge.errors import (
 )
 from tokenmerge.handle import ATTRIBUTE, Handle, handle_of, unpatch
 from tokenmerge.methods import Reduction
-from tokenmerge.report import Report
+from tokenmerge.report import Calibration, Report
 from tokenmerge.schedule import R
+from tokenmerge.tune.auto import calibrate as run_trials
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

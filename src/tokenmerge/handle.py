@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import kernels
+from tokenmerge._intercept.bindings import is_bound, undo
+from tokenmerge._runtime.attach import MODULES, attach, is_copied_part
+from tokenmerge._runtime.frames import Frame
+from tokenmerge._runtime.residual import ResidualRunner
+from tokenmerge._runtime.state import ForwardState
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.attach import MODULES, attach, is_copied_part
-from tokenmerge.bindings import is_bound, undo
-from tokenmerge.calibrate import Calibration
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import NotPatchedError, NotTrackedError, UnsupportedError
-from tokenmerge.frames import Frame
 from tokenmerge.methods import Learned
-from tokenmerge.report import Report
-from tokenmerge.runner import BlockRunner
+from tokenmerge.report import Calibration, Report
 from tokenmerge.schedule import R, Schedule
-from tokenmerge.state import ForwardState
 
 __all__ = ["ATTRIBUTE", "Handle", "handle_of", "unpatch"]
 
@@ -79,7 +78,7 @@ class Handle:
             follow()
 
     @property
-    def runners(self) -> list[BlockRunner]:
+    def runners(self) -> list[ResidualRunner]:
         """The callables bound to the blocks, in order; for tools that measure inside them."""
         return self._attachment.runners
 

@@ -1,11 +1,17 @@
-"""What `handle.report()` says."""
+"""What `handle.report()` says, and what "auto" has tried."""
 
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Report"]
+from tokenmerge.methods import Reduction
+from tokenmerge.schedule import R
+
+__all__ = ["Calibration", "Candidate", "Report"]
+
+# one that is simpler is preferred to one whose damage is less by no more than this
+_MARGIN = 0.9
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,3 +65,43 @@ class Report:
         """Show the table in a notebook."""
         cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows())
         return f"<table>{''.join(cells)}</table>"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend the MACs: a method, the tokens that go per block, and what that did to the answers."""
+
+    method: Reduction
+    shape: str
+    r: R
+    macs: int
+    damage: float
+
+
+@dataclass
+class Calibration:
+    """What was tried on how many images, in the order of trial, and what was chosen."""
+
+    images: int
+    tried: list[Candidate] = field(default_factory=list)
+
+    @property
+    def first(self) -> Candidate:
+        """The paper's method at the `r` that was asked for, which all are compared with."""
+        return self.tried[0]
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate of least damage; of nearly equal ones the one tried first."""
+        least = min(candidate.damage for candidate in self.tried)
+        return next(candidate for candidate in self.tried if candidate.damage * _MARGIN <= least)
+
+    def __str__(self) -> str:
+        best, first = self.best, self.first
+        if best is first:
+            return f"tome as asked: it changes the output least of {len(self.tried)} candidates on {self.images} images"
+        return (
+            f"{best.method!r}, {best.shape} r: changes the output by {best.damage:.2g} (squared, relative) where tome "
+            f"with the r asked for does by {first.damage:.2g}, on {self.images} images; {len(self.tried)} candidates "
+            "at equal MACs"
+        )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import randomised, tiny_vit
 from promises import Family, note
-from tokenmerge.adapters.standins_clip import ClipTowerStandIn, NewOpenClipBlockStandIn
-from tokenmerge.adapters.standins_dino import DinoStandIn, DinoV2StandIn
+from tokenmerge.adapters.standins.clip import ClipTowerStandIn, NewOpenClipBlockStandIn
+from tokenmerge.adapters.standins.dino import DinoStandIn, DinoV2StandIn
 from tokenmerge.errors import UnsupportedModelError
 
 Make = Callable[[], nn.Module]

@@ -12,7 +12,7 @@ import tokenmerge
 from helpers import answer, assert_close, randomised
 from promises import check_promises
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
-from tokenmerge.tools.flops import flops
+from tokenmerge.measure.counting import flops
 
 transformers = pytest.importorskip("transformers")
 Case = tuple[str, dict[str, Any], dict[str, Any]]  # class, settings of its configuration, what it is called with

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import answer, assert_close, bound_attributes, randomised
 from promises import Family, check_promises
-from tokenmerge.adapters.standins_clip import ClipStandIn, ClipTowerStandIn, NewOpenClipBlockStandIn
+from tokenmerge.adapters.standins.clip import ClipStandIn, ClipTowerStandIn, NewOpenClipBlockStandIn
 from tokenmerge.errors import AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import answer, assert_close, randomised
 from promises import Family, check_promises
-from tokenmerge.adapters.standins_clip import ClipStandIn
-from tokenmerge.adapters.standins_dino import DinoStandIn, DinoV2StandIn
-from tokenmerge.adapters.standins_video import VideoMAEStandIn
+from tokenmerge.adapters.standins.clip import ClipStandIn
+from tokenmerge.adapters.standins.dino import DinoStandIn, DinoV2StandIn
+from tokenmerge.adapters.standins.video import VideoMAEStandIn
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError, UnsupportedModelError
 
 every_variant = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)

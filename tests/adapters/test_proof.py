@@ -110,15 +110,15 @@ def test_a_mask_that_adds_is_used(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=[adapter.name for adapter in ADAPTERS])
 def test_every_family_counts_tokens_by_their_size(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenmerge.runner import BlockRunner
+    from tokenmerge._runtime.residual import ResidualRunner
 
     torch.manual_seed(0)
     model = randomised(adapter.tiny()[0]).eval()
     with tokenmerge.patched(model, r=2, prop_attn=True) as handle:
         assert handle.report().prop_attn
     # half of the bias is not the bias: the proof sees that
-    honest = BlockRunner._bias
-    monkeypatch.setattr(BlockRunner, "_bias", lambda *args: None if honest(*args) is None else honest(*args) * 0.5)
+    honest = ResidualRunner._bias
+    monkeypatch.setattr(ResidualRunner, "_bias", lambda *args: None if honest(*args) is None else honest(*args) * 0.5)
     if adapter.name != "timm_sam":  # in windows its tokens are only compared with its own forward
         with pytest.raises(e.UnsupportedError, match=r"does not make a token count as"):
             tokenmerge.patch(model, r=2, prop_attn=True)

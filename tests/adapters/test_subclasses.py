@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import tokenmerge
 from helpers import answer, assert_close, bound_attributes, randomised, tiny_vit
-from tokenmerge.adapters.standins import MAEStandIn, SwagStandIn
-from tokenmerge.adapters.standins_clip import ClipTowerStandIn
-from tokenmerge.adapters.standins_dino import DinoStandIn, DinoV2StandIn
-from tokenmerge.adapters.standins_video import VideoMAEStandIn
+from tokenmerge.adapters.standins.clip import ClipTowerStandIn
+from tokenmerge.adapters.standins.dino import DinoStandIn, DinoV2StandIn
+from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
+from tokenmerge.adapters.standins.video import VideoMAEStandIn
 from tokenmerge.errors import UnsupportedError
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()

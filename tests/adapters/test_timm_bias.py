@@ -18,7 +18,7 @@ import tokenmerge
 from helpers import assert_close, randomised, run_in_threads
 from promises import check_intermediates, check_promises
 from tokenmerge import ToMe
-from tokenmerge.adapters.bias import pairs
+from tokenmerge._intercept.pair_bias import pairs
 from tokenmerge.errors import UnsupportedModelError
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

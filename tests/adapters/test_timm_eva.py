@@ -17,7 +17,7 @@ from helpers import assert_close, randomised
 from promises import check_promises
 from tokenmerge import ToMe
 from tokenmerge.adapters import find
-from tokenmerge.adapters.timm_eva import RopeTap
+from tokenmerge.adapters.timm.eva import RopeTap
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 KNOWN = inspect.signature(Eva).parameters

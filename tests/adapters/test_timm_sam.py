@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import tokenmerge
 from helpers import assert_close, bound_attributes, randomised
+from tokenmerge._runtime.frames import Frame
 from tokenmerge.errors import AdapterMismatchError, NotTrackedError, UnsupportedError, UnsupportedModelError
-from tokenmerge.frames import Frame
 from windows_by_hand import by_hand, check_windows, merged, run
 
 pytest.importorskip("timm.models.vision_transformer_sam")

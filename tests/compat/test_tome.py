@@ -9,7 +9,7 @@ import torch
 
 import tokenmerge
 from helpers import assert_close, bound_attributes, tiny_vit
-from tokenmerge.adapters.standins import MAEStandIn, SwagStandIn
+from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
 from tokenmerge.compat import tome
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 

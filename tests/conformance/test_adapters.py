@@ -18,7 +18,7 @@ import tokenmerge
 from helpers import answer, assert_close, bound_attributes, randomised, run_in_threads, shortened, tiny_vit
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.standins import MAEStandIn, SwagStandIn
+from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
 from tokenmerge.errors import AlreadyPatchedError
 
 Make = Callable[[], nn.Module]

@@ -22,7 +22,7 @@ from helpers import TOLERANCE, assert_close, tiny_vit
 from tokenmerge import kernels, matching, patch
 from tokenmerge.errors import UnknownNameError, UnsupportedError
 from tokenmerge.kernels import TABLE, attention, cpu, reference
-from tokenmerge.tools.timing import peak_memory
+from tokenmerge.measure.timing import peak_memory
 
 ROWS = [(op, kernel) for op, row in TABLE.items() for kernel in row if kernel.name not in ("reference", "triton")]
 IDS = [f"{op}-{kernel.name}" for op, kernel in ROWS]

@@ -20,10 +20,10 @@ from tokenmerge.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
+from tokenmerge.measure.timing import Timing
 from tokenmerge.tools import bench as module
 from tokenmerge.tools.bench import _figures, _verdicts, bench
 from tokenmerge.tools.models import load_model
-from tokenmerge.tools.timing import Timing
 
 COLUMNS = [
     "model", "r", "batch", "ms", "spread %", "images/s", "unmerged ms", "speed-up", "noise %", "bound ms", "over bound",

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from helpers import bound_attributes, randomised, tiny_vit
 from tokenmerge.errors import DataError, InvalidScheduleError, UnsupportedError
+from tokenmerge.measure.timing import Timing
 from tokenmerge.tools import doctor as module
 from tokenmerge.tools.doctor import Diagnosis, examine
-from tokenmerge.tools.timing import Timing
 
 CHECKS = ["adapter", "blocks", "r = 0", "equivalence", "unpatch"]
 FINDINGS = [*CHECKS, "preprocessing", "limitations", "speed", "conclusion"]

@@ -13,7 +13,7 @@ from torch import nn
 import tokenmerge
 from helpers import tiny_vit
 from tokenmerge import flops
-from tokenmerge.tools.flops import count
+from tokenmerge.measure.counting import count
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "columns"])

@@ -17,7 +17,8 @@ from helpers import tiny_vit
 from tokenmerge import MergeConfig, methods
 from tokenmerge.cli import main
 from tokenmerge.errors import ConfigError, DataError, InvalidScheduleError, UnknownNameError, UnsupportedError
-from tokenmerge.tools.models import Trained, apply_method, find_device, load_model, own_r, read_method, shared_copy
+from tokenmerge.measure.outputs import find_device, shared_copy
+from tokenmerge.tools.models import Trained, apply_method, load_model, own_r, read_method
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import read_recipe
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from helpers import tiny_vit
 from tokenmerge.errors import ConfigError, DataError
+from tokenmerge.measure.outputs import answer, declared_classes
 from tokenmerge.tools.data import FashionMNIST, normalise, open_data
-from tokenmerge.tools.models import answer, declared_classes, load_model
+from tokenmerge.tools.models import load_model
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
 

@@ -10,8 +10,8 @@ import torch
 
 from helpers import tiny_vit
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.tools import timing
-from tokenmerge.tools.timing import (
+from tokenmerge.measure import timing
+from tokenmerge.measure.timing import (
     Timing,
     attention_kernel,
     environment,

@@ -17,8 +17,8 @@ import tokenmerge
 from helpers import assert_close, randomised
 from tokenmerge import assets
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError
-from tokenmerge.tools.flops import flops
-from tokenmerge.tools.simulate import simulate
+from tokenmerge.measure.counting import flops
+from tokenmerge.measure.simulate import simulate
 from tokenmerge.training.nets import TubeletEmbed, build, load_weights
 from tokenmerge.training.recipe import Model
 

@@ -6,33 +6,33 @@ import torch
 from torch import nn
 
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.dino import Dino, DinoV2
-from tokenmerge.adapters.hf_aimv2 import HFAimv2
-from tokenmerge.adapters.hf_audio import HFAST, HFWhisper
-from tokenmerge.adapters.hf_beit import HFBeit
-from tokenmerge.adapters.hf_clip import HFCLIP
-from tokenmerge.adapters.hf_dinov2 import HFDinov2
-from tokenmerge.adapters.hf_internvl import HFInternVL
-from tokenmerge.adapters.hf_rotary import HFVJEPA2, HFDINOv3
-from tokenmerge.adapters.hf_timm import HFTimm
-from tokenmerge.adapters.hf_video import HFVideoMAE, HFVivit
-from tokenmerge.adapters.hf_vit import HFViT
-from tokenmerge.adapters.hf_yolos import HFYolos
-from tokenmerge.adapters.mae import MAE
-from tokenmerge.adapters.mae_st import MAEst
 from tokenmerge.adapters.open_clip import OpenClip
 from tokenmerge.adapters.refused import refusal
-from tokenmerge.adapters.swag import Swag
-from tokenmerge.adapters.timm_beit import TimmBeit
-from tokenmerge.adapters.timm_cait import TimmCait
-from tokenmerge.adapters.timm_eva import TimmEva
-from tokenmerge.adapters.timm_naflex import TimmNaFlex
-from tokenmerge.adapters.timm_relpos import TimmRelPos
-from tokenmerge.adapters.timm_sam import TimmSAM
-from tokenmerge.adapters.timm_vit import TimmViT
-from tokenmerge.adapters.timm_vlm import TimmVLM
+from tokenmerge.adapters.repos.dino import Dino, DinoV2
+from tokenmerge.adapters.repos.mae import MAE
+from tokenmerge.adapters.repos.mae_st import MAEst
+from tokenmerge.adapters.repos.swag import Swag
+from tokenmerge.adapters.timm.beit import TimmBeit
+from tokenmerge.adapters.timm.cait import TimmCait
+from tokenmerge.adapters.timm.eva import TimmEva
+from tokenmerge.adapters.timm.naflex import TimmNaFlex
+from tokenmerge.adapters.timm.relpos import TimmRelPos
+from tokenmerge.adapters.timm.sam import TimmSAM
+from tokenmerge.adapters.timm.vit import TimmViT
+from tokenmerge.adapters.timm.vlm import TimmVLM
 from tokenmerge.adapters.torch_encoder import TorchEncoder
 from tokenmerge.adapters.torchvision_vit import TorchvisionViT
+from tokenmerge.adapters.transformers.aimv2 import HFAimv2
+from tokenmerge.adapters.transformers.audio import HFAST, HFWhisper
+from tokenmerge.adapters.transformers.beit import HFBeit
+from tokenmerge.adapters.transformers.clip import HFCLIP
+from tokenmerge.adapters.transformers.dinov2 import HFDinov2
+from tokenmerge.adapters.transformers.internvl import HFInternVL
+from tokenmerge.adapters.transformers.rotary import HFVJEPA2, HFDINOv3
+from tokenmerge.adapters.transformers.timm_wrapper import HFTimm
+from tokenmerge.adapters.transformers.video import HFVideoMAE, HFVivit
+from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.yolos import HFYolos
 from tokenmerge.adapters.vit_pytorch import VitPytorch
 from tokenmerge.errors import UnsupportedModelError
 

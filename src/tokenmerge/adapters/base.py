@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tokenmerge.adapters.follow import Follow
-from tokenmerge.adapters.heads import Sizes
-from tokenmerge.adapters.original import Original, Replacement
-from tokenmerge.adapters.taps import AttentionTap
-from tokenmerge.adapters.trust import methods_of
+from tokenmerge._intercept.follow import Follow
+from tokenmerge._intercept.layout import PROBED, TokenLayout, first_of
+from tokenmerge._intercept.override import Binding, Override
+from tokenmerge._intercept.pooling import Sizes
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge._intercept.trust import methods_of
 
 __all__ = [
     "PROBED",
@@ -21,16 +23,14 @@ __all__ = [
     "BlockSpec",
     "Follow",
     "HookSpec",
-    "Original",
-    "Replacement",
+    "Override",
+    "Binding",
     "Sizes",
     "TokenLayout",
     "WindowSpec",
     "class_names",
     "first_of",
 ]
-
-PROBED = 17  # tokens behind the prefix that a block is proved with: too many to be all that it looks at, and cheap
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,6 @@ class WindowSpec:
     window: str
 
 
-@dataclass(frozen=True)
-class TokenLayout:
-    """Where tokens lie: `prefix` protected ones in front, `grid` rows and columns of patches, `tokens` in all.
-
-    `tokens`, `grid` and `input_size` (without the batch; channels first for images) are None where the model does not
-    say them.
-    """
-
-    prefix: int
-    grid: tuple[int, int] | None
-    tokens: int | None
-    input_size: tuple[int, ...] | None  # images: channels, height, width
-    batch_first: bool = True
-    has_class: bool | None = None  # the first token is a class token; None: where there is a prefix, it is
-
-    @property
-    def leads_with_class(self) -> bool:
-        """Whether the first token is a class token."""
-        return self.prefix > 0 if self.has_class is None else self.has_class
-
-
 class Adapter(ABC):
     """One model family. Adapters recognise a model by its structure and import their host inside functions only."""
 
@@ -131,7 +110,7 @@ class Adapter(ABC):
         """Return the adapter that describes the model: this one, or that of the one part of it where tokens are."""
         return self
 
-    def wiring(self, model: nn.Module) -> list[Replacement]:
+    def wiring(self, model: nn.Module) -> list[Binding]:
         """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
         return []
 
@@ -178,7 +157,7 @@ class Adapter(ABC):
     def tap(self, block: nn.Module) -> AttentionTap:
         """Build the tap of the block's attention, not attached yet."""
 
-    def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+    def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Binding], list[str]]:
         """Return what makes pooling weigh tokens by size, and what could not be done. Default: nothing."""
         return [], []
 
@@ -202,14 +181,14 @@ class Adapter(ABC):
         """Return the methods of `loops` that this model has, each as a module and a name."""
         return methods_of(model, self.loops)
 
-    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
+    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Binding]:
         """Return what refuses, while tokens are merged, outputs that were changed since patching. Default: none.
 
         It is asked for where merged tokens leave the blocks and nobody has asked for them.
         """
         return []
 
-    def finish(self, model: nn.Module, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
+    def finish(self, model: nn.Module, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
         """Return what is bound last, around everything else; it is asked for whatever `restore` says. Default: none."""
         return []
 
@@ -217,7 +196,7 @@ class Adapter(ABC):
         """Return how many tokens to probe a block with, and the further arguments the model would call it with."""
         return layout.prefix + PROBED, {}
 
-    def placed(self, block: nn.Module, places: Tensor) -> list[Replacement]:
+    def placed(self, block: nn.Module, places: Tensor) -> list[Binding]:
         """Return what makes the unpatched block's attention take token n for one that stands at `places` `[B, N]`.
 
         For attentions that know places by themselves, not by an argument in `followers`; `simulate` asks.
@@ -242,6 +221,10 @@ def class_names(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
-def first_of(output: Any) -> Any:
-    """Return the tokens of what a block or an attention put out: the first entry of a tuple, else all of it."""
-    return output[0] if isinstance(output, tuple) else output
+def __getattr__(name: str) -> Any:
+    """Adapters of others may know these two by the names they had before 0.7."""
+    successor = {"Original": Override, "Replacement": Binding}.get(name)
+    if successor is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is {successor.__name__} now.", DeprecationWarning, stacklevel=2)
+    return successor

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import PROBED, Adapter, HookSpec, Original, Replacement, TokenLayout
-from tokenmerge.adapters.multihead import MultiheadTap, multihead
-from tokenmerge.adapters.taps import AttentionTap, SeamTap
+from tokenmerge._intercept.multihead import MultiheadTap, multihead
+from tokenmerge._intercept.taps import AttentionTap, SeamTap
+from tokenmerge.adapters.base import PROBED, Adapter, Binding, HookSpec, Override, TokenLayout
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedError, UnsupportedModelError
 
 __all__ = ["Generic", "count_prefix"]
@@ -54,11 +54,11 @@ class Generic(Adapter):
         prefix = count_prefix(model) if self.prefix is None else self.prefix
         return TokenLayout(prefix, None, None, None, batch_first)
 
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
+    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
         if self.prefix is None:
             return []
         first = self.blocks(model)[0][1]
-        return [Replacement(first, "forward", _Prefixed(first, self.prefix, self.layout(model).batch_first))]
+        return [Binding(first, "forward", _Prefixed(first, self.prefix, self.layout(model).batch_first))]
 
     def tap(self, block: Any) -> AttentionTap:
         is_multihead = multihead(block.get_submodule(self.names.attn)) is not None
@@ -77,12 +77,12 @@ class Generic(Adapter):
         )
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins import PlainStandIn
+        from tokenmerge.adapters.standins.plain import PlainStandIn
 
         return PlainStandIn().eval(), torch.randn(2, 3, 32, 32)
 
 
-class _Prefixed(Original):
+class _Prefixed(Override):
     """The instance `forward` of the first block: refuses fewer tokens than the user said stand in front."""
 
     def __init__(self, block: nn.Module, prefix: int, batch_first: bool) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, BlockSpec, Original, Replacement, Sizes, TokenLayout, class_names
-from tokenmerge.adapters.heads import weigh
-from tokenmerge.adapters.multihead import MultiheadTap, multihead
-from tokenmerge.adapters.taps import AttentionTap, SeamTap
+from tokenmerge._intercept.multihead import MultiheadTap, multihead
+from tokenmerge._intercept.pooling import weigh
+from tokenmerge._intercept.taps import AttentionTap, SeamTap
+from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Override, Sizes, TokenLayout, class_names
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
@@ -93,23 +93,23 @@ class OpenClip(Adapter):
     def hands_out(self, model: Any) -> str | None:
         return "the tower hands its tokens out (output_tokens, or pool_type='none')" if _is_open(model) else None
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
         if not hasattr(model, "_global_pool"):
             return [], []
-        return [Replacement(model, "_global_pool", _PatchMean(model, sizes))], []
+        return [Binding(model, "_global_pool", _PatchMean(model, sizes))], []
 
-    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Replacement]:
+    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Binding]:
         if not hasattr(model, "_global_pool"):
             return []
-        return [Replacement(model, "_global_pool", _Unchanged(model, is_merging))]
+        return [Binding(model, "_global_pool", _Unchanged(model, is_merging))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins_clip import ClipTowerStandIn
+        from tokenmerge.adapters.standins.clip import ClipTowerStandIn
 
         return ClipTowerStandIn().eval(), torch.randn(2, 3, 32, 32)
 
 
-class _PatchMean(Original):
+class _PatchMean(Override):
     """open_clip's `_global_pool(x)`: where it averages the tokens behind the class token, each weighs as its size."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
@@ -123,7 +123,7 @@ class _PatchMean(Original):
         return pooled, tokens
 
 
-class _Unchanged(Original):
+class _Unchanged(Override):
     """The same method: refuses, while tokens are merged, outputs that were not there to be prepared."""
 
     def __init__(self, owner: nn.Module, is_merging: Callable[[], bool]) -> None:

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters import follow
+from tokenmerge._intercept import follow
+from tokenmerge._intercept.multihead import MultiheadTap
+from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
 from tokenmerge.adapters.generic import count_prefix
-from tokenmerge.adapters.multihead import MultiheadTap
-from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = ["TorchEncoder"]

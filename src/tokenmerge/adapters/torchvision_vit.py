@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge._intercept.multihead import MultiheadTap, multihead
+from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
-from tokenmerge.adapters.multihead import MultiheadTap, multihead
-from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TorchvisionViT"]

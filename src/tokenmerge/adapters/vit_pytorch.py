@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge._intercept.layout import PROBED
+from tokenmerge._intercept.pooling import OutputMean
+from tokenmerge._intercept.projections import ProjectionTap
+from tokenmerge._intercept.prove import Probe, check_parity
+from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import (
     Adapter,
+    Binding,
     BlockSpec,
-    Original,
-    Replacement,
+    Override,
     Sizes,
     TokenLayout,
     class_names,
 )
-from tokenmerge.adapters.heads import OutputMean
-from tokenmerge.adapters.projections import ProjectionTap
-from tokenmerge.adapters.proof import PROBED, Probe, check_parity
-from tokenmerge.adapters.taps import AttentionTap
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["VitPytorch"]
@@ -42,14 +43,14 @@ class VitPytorch(Adapter):
     def matches(self, model: nn.Module) -> bool:
         return any(name.startswith("vit_pytorch.") for name in class_names(model))
 
-    def wiring(self, model: Any) -> list[Replacement]:
+    def wiring(self, model: Any) -> list[Binding]:
         # pairs are made callable, and what runs the list calls them instead of their members
         transformer = model.transformer
         pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
         composed = partial(loop.run, pairs)
         probe = Probe(PROBED, {}, self.layout(model), "transformer", has_places=False)
         check_parity(transformer, loop.original, composed, probe, None)
-        return [Replacement(bound.owner, "forward", bound) for bound in (*pairs, loop)]
+        return [Binding(bound.owner, "forward", bound) for bound in (*pairs, loop)]
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         if _MODELS.isdisjoint(class_names(model)):
@@ -86,9 +87,9 @@ class VitPytorch(Adapter):
     def hands_out(self, model: Any) -> str | None:
         return "without a classifier the model hands its tokens out" if _is_open(model) else None
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
         norm = model.transformer.norm
-        return [Replacement(norm, "forward", _NormMean(norm, sizes, model))], []
+        return [Binding(norm, "forward", _NormMean(norm, sizes, model))], []
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from vit_pytorch import ViT
@@ -117,7 +118,7 @@ class _NormMean(OutputMean):
         return out
 
 
-class _Pair(Original):
+class _Pair(Override):
     """The forward that a pair of attention and MLP does not have."""
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class _Pair(Original):
         return out
 
 
-class _Loop(Original):
+class _Loop(Override):
     """The instance `forward` of the module that runs the pairs: calls each as a block."""
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, Replacement, Sizes, TokenLayout, WindowSpec
-from tokenmerge.adapters.taps import AttentionTap
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, HookSpec, Sizes, TokenLayout, WindowSpec
 
 __all__ = ["Within"]
 
@@ -36,7 +36,7 @@ class Within(Adapter):
     def matches(self, model: nn.Module) -> bool:
         return self.inner.matches(self.part(model))
 
-    def wiring(self, model: nn.Module) -> list[Replacement]:
+    def wiring(self, model: nn.Module) -> list[Binding]:
         return self.inner.wiring(self.part(model))
 
     def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
@@ -69,7 +69,7 @@ class Within(Adapter):
     def collects(self, model: nn.Module) -> str | None:
         return self.inner.collects(self.part(model))
 
-    def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Replacement], list[str]]:
+    def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Binding], list[str]]:
         return self.inner.head(self.part(model), sizes)
 
     def grid_head(self, model: nn.Module) -> str | None:
@@ -77,16 +77,16 @@ class Within(Adapter):
         part = self.part(model)
         return self.inner.grid_head(part) or self.inner.hands_out(part)
 
-    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Replacement]:
+    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Binding]:
         return self.inner.guards(self.part(model), is_merging)
 
-    def finish(self, model: nn.Module, is_merging: Callable[[], bool], restore: str | None) -> list[Replacement]:
+    def finish(self, model: nn.Module, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
         return self.inner.finish(self.part(model), is_merging, restore)
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         return self.inner.sample(self.part(model), block, layout)
 
-    def placed(self, block: nn.Module, places: Tensor) -> list[Replacement]:
+    def placed(self, block: nn.Module, places: Tensor) -> list[Binding]:
         return self.inner.placed(block, places)
 
     def valid(self, given: Mapping[str, Any]) -> Tensor | None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
 from tokenmerge.kernels.reference import Side, alternating, choose, full_precision, unit
-from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "Side",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenmerge.tracing import is_compiling
+from tokenmerge._torch.tracing import is_compiling
 
 __all__ = ["columns", "flex", "supports_flex", "values"]
 

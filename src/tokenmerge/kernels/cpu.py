@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.kernels import reference
-from tokenmerge.tracing import is_compiling
 
 __all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
 

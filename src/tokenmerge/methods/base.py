@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import importance
+from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
 from tokenmerge.fields import checked
 from tokenmerge.matching import largest_r
 from tokenmerge.plan import AnyPlan, merge_weighted
-from tokenmerge.tracing import is_compiling
 
 __all__ = [
     "ABOVE_ZERO",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import importance, matching
+from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, Limits, ModelShape, TokenView, batch_count
 from tokenmerge.methods.learned import (
     Learned,
@@ -22,7 +23,6 @@ from tokenmerge.methods.learned import (
     straight_through,
 )
 from tokenmerge.plan import AnyPlan, Plan
-from tokenmerge.tracing import is_compiling
 
 __all__ = ["LTMP"]
 

@@ -14,10 +14,9 @@ import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.schedule import R
-from tokenmerge.tools.flops import count
-from tokenmerge.tools.models import Method, apply_method, choices_of, find_device, known_size, run_images, shared_copy
-from tokenmerge.tools.timing import (
+from tokenmerge.measure.counting import count
+from tokenmerge.measure.outputs import find_device, known_size, run_images, shared_copy
+from tokenmerge.measure.timing import (
     ENOUGH_ROUNDS,
     NOISY,
     Timing,
@@ -27,6 +26,8 @@ from tokenmerge.tools.timing import (
     peak_memory,
     training_memory,
 )
+from tokenmerge.schedule import R
+from tokenmerge.tools.models import Method, apply_method, choices_of
 
 __all__ = ["Bench", "bench"]
 

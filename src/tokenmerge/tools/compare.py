@@ -17,13 +17,14 @@ import tokenmerge
 from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
+from tokenmerge.measure.outputs import find_device
+from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.tools.measure import BOUND, FIGURES, Subject
-from tokenmerge.tools.models import AUTO, Method, Trained, find_device, own_r, read_method, short_name
+from tokenmerge.tools.models import AUTO, Method, Trained, own_r, read_method, short_name
 from tokenmerge.tools.plots import plot_pareto
 from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable, plain
-from tokenmerge.tools.timing import environment
 from tokenmerge.tools.visualize import require_viz
 
 __all__ = ["ALL", "Comparison", "compare"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
-from tokenmerge.tools.models import declared_classes, run_images
+from tokenmerge.measure.outputs import declared_classes, run_images
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
 

@@ -12,11 +12,11 @@ from torch import nn
 import tokenmerge
 from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
+from tokenmerge.measure.outputs import answer, find_device, known_size, shared_copy
+from tokenmerge.measure.timing import NOISY, environment, interleave
 from tokenmerge.schedule import R
-from tokenmerge.tools.models import answer, find_device, known_size, shared_copy
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
-from tokenmerge.tools.timing import NOISY, environment, interleave
 
 __all__ = ["Diagnosis", "examine"]
 

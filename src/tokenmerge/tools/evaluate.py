@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge.config import Restore
 from tokenmerge.errors import DataError
+from tokenmerge.measure.counting import flops
+from tokenmerge.measure.outputs import answer, find_device, run_images, shared_copy
+from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
-from tokenmerge.tools.flops import flops
-from tokenmerge.tools.models import Method, answer, apply_method, choices_of, find_device, run_images, shared_copy
+from tokenmerge.tools.models import Method, apply_method, choices_of
 from tokenmerge.tools.quality import Judge, Question
-from tokenmerge.tools.timing import environment
 
 __all__ = ["Evaluation", "evaluate"]
 

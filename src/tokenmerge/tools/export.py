@@ -21,9 +21,10 @@ import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.config import Restore
 from tokenmerge.errors import AlreadyPatchedError, DataError, TokenMergeError, UnsupportedError
+from tokenmerge.measure.outputs import answer, known_size, run_images
 from tokenmerge.schedule import R
 from tokenmerge.tools.engines import INPUT, OUTPUT, TARGETS, Target, find_target
-from tokenmerge.tools.models import Method, answer, apply_method, known_size, run_images
+from tokenmerge.tools.models import Method, apply_method
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
 from tokenmerge.tools.results import check_writable

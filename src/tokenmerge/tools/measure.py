@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.measure.counting import Count, count
+from tokenmerge.measure.outputs import answer, run_images, shared_copy
+from tokenmerge.measure.timing import interleave
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, Folder
-from tokenmerge.tools.flops import Count, count
-from tokenmerge.tools.models import AUTO, Method, answer, apply_method, run_images, shared_copy
+from tokenmerge.tools.models import AUTO, Method, apply_method
 from tokenmerge.tools.quality import Judge, Question
-from tokenmerge.tools.timing import interleave
 
 __all__ = ["BOUND", "FIGURES", "Subject"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError
-from tokenmerge.tools.models import known_size
+from tokenmerge.measure.outputs import known_size
 from tokenmerge.tools.preprocessing import MODES, Preprocessing, Processor
 
 __all__ = ["PROCESSOR", "find_preprocessing"]

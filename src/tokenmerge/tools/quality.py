@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import DataError
+from tokenmerge.measure.outputs import declared_classes
 from tokenmerge.tools.data import FashionMNIST, Folder
-from tokenmerge.tools.models import declared_classes
 
 __all__ = ["Judge", "Question", "standard_error"]
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_file
+from tokenmerge.measure.outputs import declared_classes, run_images
 from tokenmerge.tools.data import by_label
 from tokenmerge.tools.hugging_face import is_folder
-from tokenmerge.tools.models import BUNDLED, declared_classes, import_timm, load_model, run_images
+from tokenmerge.tools.models import BUNDLED, import_timm, load_model
 from tokenmerge.training.recipe import Model
 
 __all__ = ["VIT", "TubeletEmbed", "build", "check_trust", "load_weights", "order_classes", "own_size", "places"]

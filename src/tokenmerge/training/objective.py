@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge import Handle
+from tokenmerge.measure.outputs import answer
 from tokenmerge.methods import Learned
-from tokenmerge.tools.models import answer
 from tokenmerge.training.recipe import Augment, Recipe
 
 __all__ = ["Classify", "Objective", "Predict"]

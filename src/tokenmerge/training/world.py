@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tokenmerge.errors import ConfigError, TokenMergeError, UnsupportedError
-from tokenmerge.tools.models import find_device
+from tokenmerge.measure.outputs import find_device
 
 __all__ = ["LostRankError", "World", "is_started", "launch"]
 

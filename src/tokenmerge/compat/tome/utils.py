@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from tokenmerge.measure.timing import throughput
 from tokenmerge.schedule import parse_r
-from tokenmerge.tools.timing import throughput
 
 __all__ = ["benchmark", "parse_r"]
 

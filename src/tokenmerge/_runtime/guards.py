@@ -1,0 +1,245 @@
+"""Mark the time that a model's own code runs its blocks, and refuse calls that would hand out merged tokens unasked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenmerge._intercept.trust import insides, leads_to_ours, methods_of, stranger
+from tokenmerge._runtime.state import ForwardState
+from tokenmerge._torch.tracing import WHOLE, fail, is_compiling, refuse_symbols, trace_number
+from tokenmerge.adapters.base import Adapter, Binding, Override
+from tokenmerge.errors import UnsupportedError
+
+__all__ = ["entries", "settle"]
+
+
+def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bool) -> list[Binding]:
+    """Return what is bound on every way into the blocks: the forwards around them and the methods that run them.
+
+    `refuses`: the methods named by the adapter's `token_methods` are refused from outside while tokens are merged.
+    """
+    pooling = adapter.pooling_parts(model)
+    looping = [part for part in adapter.looping_parts(model) if all(part is not other for other in pooling)]
+    # where every block hands out every token, nobody has to be trusted
+    watch = None if state.restore == "every" else _Watch(adapter, model)
+    lists = _ListsOf([block for _, block in adapter.blocks(model)])
+    found: list[Override] = [Entry(part, state, lists, is_loop=False, watch=watch) for part in pooling]
+    found += [Entry(part, state, lists, is_loop=True) for part in looping]
+    for name in (*adapter.token_methods, *adapter.restored_methods):
+        path, _, method = name.rpartition(".")
+        owner = _find(model, path)
+        if owner is not None and callable(getattr(owner, method, None)):
+            found.append(_TokenMethod(owner, method, state, lists, refuses and name in adapter.token_methods))
+    found.append(_Unscriptable(model, "__prepare_scriptable__"))
+    return [Binding(entry.owner, entry.attribute, entry) for entry in found]
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    owner = model
+    for name in filter(None, path.split(".")):
+        owner = getattr(owner, name, None)  # type: ignore[assignment]
+    return owner
+
+
+class _BlockLists:
+    """The lists inside a module that hold its blocks, as they were when it was patched."""
+
+    def __init__(self, owner: nn.Module, known: set[int]) -> None:
+        self.lists = [(names, list(module._modules.values())) for names, module in _holders(owner, known, [])]
+
+    def problem(self, owner: nn.Module, state: ForwardState) -> str:
+        """Say what was taken out, put in, replaced or moved since."""
+        for names, blocks in self.lists:
+            module: Any = owner
+            for name in names:
+                module = module._modules.get(name)
+                if module is None:
+                    break
+            now = [] if module is None else list(module._modules.values())
+            if now != blocks:
+                if len(now) != len(blocks) or not all(map(_holds, now, blocks)):
+                    return (
+                        f"the blocks of this {type(owner).__qualname__} are not those that were patched: "
+                        f"{'.'.join(names)} held {len(blocks)} then, and {len(now)} now, {_difference(now, blocks)}. "
+                        "Unpatch the model and patch it as it is now."
+                    )
+                blocks[:], state.is_wrapped = now, True  # the patched blocks run inside
+        return ""
+
+
+def _holders(module: nn.Module, known: set[int], names: list[str]) -> Iterator[tuple[list[str], nn.Module]]:
+    """Yield the modules that hold blocks as children, by their names; a block itself is not looked into."""
+    if any(id(child) in known for child in module._modules.values()):
+        yield names, module
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in known:
+            yield from _holders(child, known, [*names, name])
+
+
+class _ListsOf(dict[nn.Module, _BlockLists]):
+    """The lists of every owner, looked for once: a model has several ways into its blocks."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.known = set(map(id, blocks))
+
+    def __missing__(self, owner: nn.Module) -> _BlockLists:
+        self[owner] = _BlockLists(owner, self.known)
+        return self[owner]
+
+
+class _Watch:
+    """The methods of a model that are trusted with merged tokens, as they were when it was patched."""
+
+    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+        inner, self.part = adapter.core(model)
+        self.loops, self.heads, self.package = inner.loop_methods(self.part), inner.heads, inner.package
+        self.before: list[Any] | None = None
+
+    def problem(self) -> str:
+        """Say which of them is another one since, and not the host's own either."""
+        methods = [*self.loops, *insides(methods_of(self.part, self.heads))]
+        now = [(owner, owner.__dict__.get(name), getattr(type(owner), name, None)) for owner, name in methods]
+        if self.before is None or now == self.before:
+            self.before = now
+            return ""
+        strange = None
+        if len(now) != len(self.before) or not all(map(_is_alike, now, self.before)):
+            strange = stranger(methods, self.package) if self.package else "a method of it is another one"
+        if strange:
+            return (
+                f"since this {type(self.part).__qualname__} was patched, {strange}: what it does with merged tokens is "
+                "not known. Unpatch the model and patch it as it is now."
+            )
+        self.before = now
+        return ""
+
+
+def _is_alike(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Say whether a method is the same, or wrapped at most: module, what stands on the instance, and on its class."""
+    (owner, bound, function), (old_owner, old_bound, old_function) = now, before
+    return owner is old_owner and function is old_function and (bound is old_bound or leads_to_ours(bound))
+
+
+def _holds(module: Any, block: Any) -> bool:
+    return module is not None and any(inner is block for inner in module.modules())
+
+
+def _difference(now: list[Any], blocks: list[Any]) -> str:
+    other = [i for i, (a, b) in enumerate(zip(now, blocks, strict=False)) if not _holds(a, b)]
+    return f"of which {', '.join(map(str, other))} are others" if other else "the first of them the same"
+
+
+def settle(found: Iterable[Binding]) -> None:
+    """Note how the methods that are trusted stand, once everything is bound."""
+    for _, _, entry in found:
+        if isinstance(entry, Entry):
+            entry.problem()
+
+
+class Entry(Override):
+    """The instance `forward` of a model, or of a part that runs the blocks: marks the time that it runs.
+
+    It is a plain attribute without `__wrapped__`: who unwraps what others put on a forward must not lose it.
+    """
+
+    watch: _Watch | None = None
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        state: ForwardState,
+        lists: _ListsOf,
+        is_loop: bool,
+        watch: _Watch | None = None,
+    ) -> None:
+        super().__init__(owner)
+        self.watch = watch
+        self.state, self.lists, self.is_loop = state, lists[owner], is_loop
+        self.__signature__ = inspect.signature(getattr(owner, self.attribute))
+
+    def check(self) -> None:
+        """Raise `UnsupportedError` where what this forward relies on was changed since the model was patched."""
+        problem = self.problem()
+        if problem:
+            fail(problem)
+
+    def problem(self) -> str:
+        return self.lists.problem(self.owner, self.state) or (self.watch.problem() if self.watch else "")
+
+    @property
+    def __code__(self) -> Any:
+        """What `torch.export` names a forward by."""
+        return getattr(type(self.owner), self.attribute).__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return self._trace(args, kwargs)
+        if args and args[0] is self.owner:
+            args = args[1:]  # accelerate binds what it finds as a method, once it takes its own wrapper away
+        if not self.state.is_merging():
+            return self.original(*args, **kwargs)
+        self.check()
+        with self.state.running(self.is_loop):
+            return self.original(*args, **kwargs)
+
+    # a compiler calls it while it traces, and takes what it says for a constant (see tracing.py)
+    problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.state.is_merging():
+            self.check()
+        number = trace_number()
+        before, outer = WHOLE.trace, self.state.trace_running(number, self.is_loop)
+        WHOLE.trace = number
+        # where something inside breaks the graph, the compiler leaves a function with `finally` to Python: no half of
+        # a forward is traced as if it were whole
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            WHOLE.trace = before
+            self.state.trace_left(outer)
+
+
+class _TokenMethod(Entry):
+    """A method that hands tokens out: refused from outside, where the user did not say which tokens are wanted."""
+
+    def __init__(self, owner: nn.Module, name: str, state: ForwardState, lists: _ListsOf, refuses: bool) -> None:
+        self.refuses = refuses
+        Override.__init__(self, owner, name)
+        self.state, self.lists, self.is_loop = state, lists[owner], True
+        self.__signature__ = inspect.signature(getattr(owner, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.refuses and self.state.is_merging() and not self.state.is_inside():
+            if not is_compiling():
+                refuse_symbols(args)
+            fail(
+                f"{self.attribute}() hands out one token per place, and tokens are merged (r is not 0). Patch with "
+                "restore='dense' to get every token back in its place, with restore='merged' to get the merged "
+                "tokens as they are (weigh them with handle.sizes), or call the model itself."
+            )
+        if is_compiling():
+            return self._trace(args, kwargs)
+        if not self.state.is_merging():
+            return self.original(*args, **kwargs)
+        self.check()
+        with self.state.running(is_loop=True):
+            out = self.original(*args, **kwargs)
+            for tokens in [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else []:
+                if isinstance(tokens, Tensor):
+                    self.state.tag(tokens)
+        return out
+
+
+class _Unscriptable(Override):
+    """What `torch.jit.script` asks every module for first, where it has it."""
+
+    def __call__(self) -> Any:
+        raise UnsupportedError(
+            f"torch.jit.script cannot compile a patched {type(self.owner).__qualname__}: it reads source code, and "
+            "merging is put in at run time. Use torch.export, torch.compile or torch.jit.trace."
+        )

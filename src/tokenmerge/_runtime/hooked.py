@@ -1,0 +1,173 @@
+"""Reduce inside a block of which only three children are known: it runs its own forward, and they are listened to.
+
+The block computes `x + f(x)` for the tokens x that enter its second norm, f being norm, MLP and what scales it. Merged
+tokens enter the norm, what leaves the MLP is spread over their groups again, and of the block's output only the rows
+of kept tokens count: `merge(x) + (out - x)` there is `merge(x) + f(merge(x))`, what a re-composed block gives.
+
+Shapes: B batch, N tokens in, M tokens out, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge import kernels
+from tokenmerge._intercept.follow import rows
+from tokenmerge._intercept.taps import Slot
+from tokenmerge._runtime.frames import Frame
+from tokenmerge._runtime.residual import ResidualRunner
+from tokenmerge._torch.tracing import in_pieces, outside_graph
+from tokenmerge.adapters.base import Binding, Override, first_of
+from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.plan import AnyPlan, assignment
+
+__all__ = ["HookedRunner"]
+
+
+@dataclass(eq=False)
+class _Turn:
+    """One call of a block while tokens are merged: what its children need, and what they find out."""
+
+    x_pre: Tensor  # [B, N, C]
+    bias: Tensor | None  # [B, N]
+    size: Tensor | None  # [B, N]
+    r: int
+    kept: Tensor | None  # [B, N]
+    frame: Frame
+    is_silent: bool = False  # the MLP puts out zeros: a probe
+    mid: Tensor | None = None  # [B, N, C] what enters the norm
+    plan: AnyPlan | None = None
+    merged: Tensor | None = None  # [B, M, C]
+
+
+class HookedRunner(ResidualRunner):
+    """Runs the block's own forward and merges on the way into its second norm; see the head of this file."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.slot = Slot()
+        self.listeners: dict[str, _Norm] = {}
+
+    def seams(self) -> list[Binding]:
+        norm, mlp = (self.block.get_submodule(name) for name in (self.spec.norm, self.spec.mlp))
+        listeners = [_Norm(norm, self), _Mlp(mlp, self)]
+        self.listeners = dict(zip((self.spec.norm, self.spec.mlp), listeners, strict=True))
+        return [Binding(listener.owner, "forward", listener) for listener in listeners]
+
+    def turn(self) -> _Turn | None:
+        """Return the call of this block that is running in this thread, if tokens are merged in it."""
+        found: _Turn | None = self.slot.peek().get("turn")
+        return found
+
+    def compose(
+        self,
+        x: Tensor,
+        size: Tensor | None,
+        r: int,
+        kept: Tensor | None,
+        call: Mapping[str, Any],
+        frame: Frame,
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        self._follow(call, None)
+        turn = _Turn(x, self._bias(size, frame.has_padding), size, r, kept, frame)
+        out = outside_graph.run(self._run, turn, call) if in_pieces() else self._run(turn, call)
+        if turn.plan is None or turn.mid is None or turn.merged is None:
+            return out, size, None
+        tokens = turn.merged + (rows(out, turn.plan.keep) - rows(turn.mid, turn.plan.keep))
+        return tokens, turn.size, turn.plan
+
+    def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tokens = x if self.layout.batch_first else x.transpose(0, 1)
+        call = self.by_name(args, kwargs)
+        out = self._run(_Turn(tokens, None, None, 0, None, Frame(0)), call)
+        silent = _Turn(tokens, None, None, 0, None, Frame(0), is_silent=True)
+        rest = self._run(silent, call) - silent.mid  # type: ignore[operator]
+        if not rest.is_meta and not rest.abs().max().item() <= 1e-4 * max(1.0, out.abs().max().item()):
+            raise AdapterMismatchError(
+                f"block {self.layer} ({type(self.block).__qualname__}) is not norm={self.spec.norm!r} and "
+                f"mlp={self.spec.mlp!r} on a residual: with the MLP put to zero it should return what enters the norm, "
+                f"and it differs by {rest.abs().max().item():.2g}. Only pre-norm blocks, x + mlp(norm(x)) after the "
+                "attention, can be merged in; parallel and post-norm blocks cannot."
+            )
+        return self._mirror(out)
+
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+        self._follow(call, None)
+        return self._run(_Turn(x, self._bias(size, False), size, 0, kept, Frame(0)), call)
+
+    def _check_children(self) -> None:
+        for name, listener in self.listeners.items():
+            found = attrgetter(name)(self.block)
+            if found is not listener.owner:
+                raise UnsupportedError(
+                    f"since the model was patched, {name!r} of block {self.layer} ({type(self.block).__qualname__}) "
+                    f"was replaced: it was a {type(listener.owner).__qualname__} and is a {type(found).__qualname__}. "
+                    "Tokens are merged on the way into it or out of it. Call handle.remove() and patch the model as it "
+                    "is now."
+                )
+
+    def _run(self, turn: _Turn, call: Mapping[str, Any]) -> Tensor:
+        x = turn.x_pre
+        self._check_children()
+        self.slot.put({"turn": turn})
+        self.tap.expect(turn.bias, None)
+        try:
+            out = first_of(self.original(x if self.layout.batch_first else x.transpose(0, 1), **call))
+        finally:
+            self.slot.take()
+            self.tap.forget()
+        if turn.mid is None:
+            raise AdapterMismatchError(
+                f"block {self.layer} ({type(self.block).__qualname__}) did not call {self.spec.norm!r} before "
+                f"{self.spec.mlp!r}: it is not pre-norm, or it computes them in one piece."
+            )
+        tokens: Tensor = out if self.layout.batch_first else out.transpose(0, 1)
+        return tokens
+
+    def reduce(self, turn: _Turn, mid: Tensor) -> Tensor:
+        """Take what enters the norm, `[B, N, C]`, and return what shall, `[B, M, C]`."""
+        self.tap.check()
+        seen = self.tap.take()
+        turn.mid = turn.merged = mid
+        if not turn.r:
+            if not turn.is_silent:
+                self._check_seen(seen, mid.shape[1])
+            return mid
+        turn.plan = self._choose(mid, None, turn.x_pre, seen, turn.size, turn.bias, turn.kept, turn.r, turn.frame)
+        turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.size)
+        return turn.merged
+
+
+class _Norm(Override):
+    def __init__(self, owner: torch.nn.Module, runner: HookedRunner) -> None:
+        super().__init__(owner)
+        self.runner = runner
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        turn = self.runner.turn()
+        if turn is None:
+            return self.original(x, *args, **kwargs)
+        is_first = self.runner.layout.batch_first
+        tokens = self.runner.reduce(turn, x if is_first else x.transpose(0, 1))
+        return self.original(tokens if is_first else tokens.transpose(0, 1), *args, **kwargs)
+
+
+class _Mlp(_Norm):
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        turn = self.runner.turn()
+        out = self.original(x, *args, **kwargs)
+        if turn is None or turn.mid is None:
+            return out
+        if turn.is_silent:
+            return torch.zeros_like(out)
+        if turn.plan is None:
+            return out
+        is_first = self.runner.layout.batch_first
+        spread = kernels.unmerge(out if is_first else out.transpose(0, 1), assignment(turn.plan))
+        return spread if is_first else spread.transpose(0, 1)

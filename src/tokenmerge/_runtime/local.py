@@ -1,0 +1,114 @@
+"""Reduce inside an attention alone: each window's tokens are merged on the way in and spread out again on the way out.
+
+For blocks whose grid of tokens must stay complete. The block runs its own forward, only its attention is stood in for;
+merging it and putting it back leaves nothing for the next block, so that no sizes go from one block to another.
+
+Shapes: B batch, W windows of all images, N tokens of a window, M tokens left of it, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from tokenmerge import kernels
+from tokenmerge._intercept.taps import Slot
+from tokenmerge._runtime.frames import Frame
+from tokenmerge._runtime.residual import SEEN, ResidualRunner
+from tokenmerge._torch.tracing import in_pieces, outside_graph
+from tokenmerge.adapters.base import Binding, Override
+from tokenmerge.methods.base import TokenView
+from tokenmerge.plan import assignment
+
+__all__ = ["LocalRunner"]
+
+
+class LocalRunner(ResidualRunner):
+    """Runs the block's own forward and merges inside its attention; see the head of this file."""
+
+    tap: Any  # also projects tokens to rows that can be merged, and splits these
+    remark = "merged inside windows for the attention only: r counts per window, each block ends with all its tokens"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.slot = Slot()
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # [B, rows, columns, C]
+        state, layer = self.state, self.layer
+        frame, slot = state.begin(layer, x, x.shape[1], bool(self.block._forward_pre_hooks))
+        side, (rows, columns) = getattr(self.block, self.spec.window), x.shape[1:3]
+        n = side * side if side else rows * columns
+        r = state.amount(frame, layer, n, 0)
+        if r:
+            self._check_device(x)
+        has_padding = bool(side) and (rows % side > 0 or columns % side > 0)
+        frame.inside[layer + 1] = (n, n)
+        out = self.run(x, r, has_padding, frame, *args, **kwargs) if r else self.original(x, *args, **kwargs)
+        state.record(frame, slot, layer, x.flatten(1, 2), None, None)
+        state.put_out(frame, layer, out, bool(self.block._forward_hooks))
+        return out
+
+    def run(self, x: Tensor, r: int, has_padding: bool, frame: Frame, *args: Any, **kwargs: Any) -> Any:
+        """Run the block while its attention removes `r` tokens of each window; 0: composed, with nothing merged."""
+        if in_pieces():
+            return outside_graph.run(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
+        self.slot.put({"turn": (r, has_padding, frame)})
+        self.tap.expect(None, None)
+        try:
+            out = self.original(x, *args, **kwargs)
+            self.tap.check()
+            return out
+        finally:
+            self.slot.take()
+            self.tap.forget()
+
+    def attend(self, x: Tensor, r: int, has_padding: bool, frame: Frame) -> Tensor:  # [W, rows, columns, C]
+        """Stand in for the attention: merge what it projects, attend, spread the answers over their groups."""
+        grid = (x.shape[1], x.shape[2])
+        qkv = self.tap.project(x.flatten(1, 2))
+        bias = kept = None
+        if r:
+            tokens = x.detach().flatten(1, 2)  # [W, N, C]
+            seen = self.tap.split(qkv.detach(), self.method.needs & SEEN)
+            # what fills up the last windows is zero; it is attended to like all else, but merged with itself first
+            valid = tokens.ne(0).any(dim=-1) if has_padding else None
+            view = TokenView(
+                *(tokens, tokens, seen.get("q"), seen.get("k"), seen.get("v"), None, 0, grid, self.layer, valid),
+                depth=self.state.depth,
+                scale=self.scale,
+            )
+            plan = self.method.plan(view, r)
+            # an adaptive method may remove fewer than `r`
+            frame.inside[self.layer + 1] = (plan.n, plan.keep.shape[1])
+            qkv, size = self.method.merge(plan, qkv, None)
+            bias, kept = size.log() if self.is_proportional and size is not None else None, plan.keep
+        out = self.tap(qkv, bias, kept, grid=grid)  # [W, M, C]
+        out = kernels.unmerge(out, assignment(plan)) if r else out
+        return out.view(x.shape)
+
+    def seams(self) -> list[Binding]:
+        attn = self.block.get_submodule(self.spec.attn)
+        return [Binding(attn, "forward", _Attention(attn, self))]
+
+    def parity(self, x: Tensor, *args: Any, **given: Any) -> Any:
+        return self.run(x.view(x.shape[0], *given["grid"], -1), 0, False, Frame(0))
+
+    def probe(self, x: Tensor, **given: Any) -> Any:
+        return self.original(x.view(x.shape[0], *given["grid"], -1))
+
+
+class _Attention(Override):
+    def __init__(self, owner: Any, runner: LocalRunner) -> None:
+        super().__init__(owner)
+        self.runner = runner
+
+    def __call__(self, x: Tensor) -> Tensor:
+        turn = self.runner.slot.peek().get("turn")
+        if turn is None:
+            out: Tensor = self.original(x)
+            return out
+        self.runner.tap.forget()
+        self.runner.tap.turn.put({"has_run": True})
+        return self.runner.attend(x, *turn)

@@ -1,0 +1,172 @@
+"""Decide after which blocks every token is handed out in its place, by what the model does with them.
+
+Merged tokens leave the blocks only where what follows is known to count each as the tokens it stands for. Known is the
+host's own code, by its name; a host that is recognised by its parts alone is tried, on tokens made for it.
+
+Shapes: B batch, N tokens in, M tokens left, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from tokenmerge._intercept.prove import token_width, undisturbed
+from tokenmerge._intercept.trust import insides, is_of, methods_of, mixing, stranger
+from tokenmerge.adapters.base import Adapter, Binding, Override, TokenLayout
+
+__all__ = ["Outputs", "decide"]
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}  # of the largest value; a wrong weight differs by a tenth
+
+
+class Outputs(NamedTuple):
+    """After which blocks every token is handed out ("every", the "last", none: ""), and why."""
+
+    restore: str
+    reason: str
+
+
+def decide(
+    model: nn.Module, adapter: Adapter, layout: TokenLayout, rest: tuple[None, ...] | None, restore: str | None
+) -> Outputs:
+    """Say where tokens are put back. `rest` is what blocks return behind their tokens, `restore` the user's wish."""
+    if restore == "dense":
+        return Outputs("every", "")
+    inner, part = adapter.core(model)
+    everywhere = adapter.collects(model)
+    if everywhere and restore == "merged" and not inner.package:
+        return Outputs("", "")  # a model known by names: its user knows what it does with merged tokens
+    if everywhere is None and inner.package:
+        everywhere = stranger(inner.loop_methods(part), inner.package) if is_of(part, inner.package) else None
+    if everywhere:
+        return Outputs("every", everywhere)
+    last = adapter.grid_head(model) or (None if restore == "merged" else adapter.hands_out(model))
+    if not inner.package or not is_of(part, inner.package):
+        return _tried(inner, part, layout, rest, last)
+    heads = methods_of(part, inner.heads)
+    last = last or stranger(insides(heads), inner.package) or mixing(insides(heads)) or _hooked(heads)
+    return Outputs("last" if last else "", last or "")
+
+
+def _hooked(heads: list[tuple[nn.Module, str]]) -> str | None:
+    """Say which module behind the blocks has hooks, which may do anything with its tokens."""
+    modules = (module for module, name in heads if name == "forward")
+    hooked = next((module for module in modules if module._forward_hooks or module._forward_pre_hooks), None)
+    return f"hooks of a {type(hooked).__qualname__} behind the blocks see its tokens" if hooked is not None else None
+
+
+def _tried(
+    adapter: Adapter, model: nn.Module, layout: TokenLayout, rest: tuple[None, ...] | None, last: str | None
+) -> Outputs:
+    """Find out where tokens have to be put back, by blocks that put out tokens of which the answer is known."""
+    name = type(model).__qualname__
+    if not _Trial.is_possible(model, layout):
+        return Outputs("every", f"what {name} does with its tokens could not be tried")
+    try:
+        trial = _Trial(adapter, model, layout, rest)
+        expected = trial.answer("every")
+        for restore in ("last",) if last else ("", "last"):
+            if _agree(trial.answer(restore), expected):
+                reason = last or f"{name} does more with its tokens than to take class tokens or the mean that is known"
+                return Outputs(restore, reason if restore else "")
+    # somebody's forward, on an image of noise: whatever it raises, it is not known
+    except Exception as error:
+        return Outputs("every", f"{name} could not be tried on tokens made for it ({type(error).__name__}: {error})")
+    return Outputs("every", f"{name} uses the tokens of several blocks")
+
+
+class _Trial:
+    """Runs a model with random parameters and blocks that put out given tokens, merged or each in its place."""
+
+    def __init__(self, adapter: Adapter, model: nn.Module, layout: TokenLayout, rest: tuple[None, ...] | None) -> None:
+        weight = _weight(model)
+        assert weight is not None
+        self.adapter, self.model, self.layout, self.rest = adapter, model, layout, rest
+        self.blocks = [block for _, block in adapter.blocks(model)]
+        unused = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.groups = _groups(layout.tokens or 0, layout.prefix, len(self.blocks), weight.device)
+        width = token_width(self.blocks[0])
+        self.devices = [weight.device] if weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=self.devices):
+            torch.manual_seed(0)
+            self.x = torch.randn(2, *(layout.input_size or ()), **like)
+            self.tokens = [torch.randn(2, int(assign.max()) + 1, width, **like) for assign in self.groups]
+            # random ones: the classifier of a model that is to be trained may be zero, and hide everything
+            self.parameters = {
+                name: _random(parameter)
+                for name, parameter in model.named_parameters()
+                if type(parameter) is nn.Parameter and id(parameter) not in unused
+            }
+
+    @staticmethod
+    def is_possible(model: nn.Module, layout: TokenLayout) -> bool:
+        """Say whether the model tells what it takes, and holds values."""
+        weight = _weight(model)
+        has_tokens = layout.tokens is not None and layout.tokens > layout.prefix + 1
+        return has_tokens and layout.input_size is not None and weight is not None and not weight.is_meta
+
+    def answer(self, restore: str) -> list[Tensor]:
+        """Return what the model puts out where these blocks hand out every token, weighed by size where none does."""
+        last = len(self.blocks) - 1
+        given = []
+        for layer, (tokens, assign) in enumerate(zip(self.tokens, self.groups, strict=True)):
+            whole = restore == "every" or (restore == "last" and layer == last)
+            tokens = tokens[:, assign] if whole else tokens
+            out = tokens if self.layout.batch_first else tokens.transpose(0, 1)
+            given.append(_Given(self.blocks[layer], out if self.rest is None else (out, *self.rest)))
+        stand_ins = [Binding(block.owner, "forward", block) for block in given]
+        size = self.groups[-1].bincount().float().expand(2, -1)
+        head = [] if restore else self.adapter.head(self.model, lambda x, cut: size)[0]
+        with undisturbed(self.model) as run:
+            self.model.eval()
+            for owner, attribute, value in (*stand_ins, *head):
+                value.previous = owner.__dict__.get(attribute)
+                owner.__dict__[attribute] = value
+            out = run(torch.func.functional_call, self.model, self.parameters, (self.x,))
+        return [leaf for leaf in _pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+class _Given(Override):
+    """Stands in for a block."""
+
+    def __init__(self, block: nn.Module, out: Any) -> None:
+        super().__init__(block)
+        self.out = out
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.out
+
+
+def _groups(n: int, prefix: int, depth: int, device: torch.device) -> list[Tensor]:
+    """Return for each block the group of each token, `[N]`: one grows to half of the patches."""
+    place = torch.arange(n, device=device)
+    largest = ((layer + 1) * (n - prefix) // (2 * depth) for layer in range(depth))
+    return [torch.where(place < prefix, place, (place - grown).clamp(min=prefix)) for grown in largest]
+
+
+def _weight(model: nn.Module) -> Tensor | None:
+    """Return a parameter that has the precision and device of the input: that of its convolution."""
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p.is_floating_point()]
+    return max(matrices, key=lambda p: p.dim(), default=None)
+
+
+def _random(parameter: nn.Parameter) -> Tensor:
+    if not parameter.is_floating_point():
+        return parameter
+    # so that products keep the size of what goes in
+    scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5
+    return torch.randn_like(parameter) * scale
+
+
+def _agree(got: list[Tensor], expected: list[Tensor]) -> bool:
+    if not expected or [y.shape for y in got] != [y.shape for y in expected]:
+        return False
+    return all(
+        bool((y - z).abs().max() <= _TOLERANCE.get(z.dtype, 4e-2) * max(1.0, float(z.abs().max())))
+        for y, z in zip(got, expected, strict=True)
+    )

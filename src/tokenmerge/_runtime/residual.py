@@ -1,0 +1,285 @@
+"""The only code that runs inside somebody else's model: one callable per block, bound as its instance `forward`.
+
+Shapes: B batch, N tokens in, M tokens out, C channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+
+from tokenmerge import kernels
+from tokenmerge._intercept.follow import rows
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge._runtime.frames import Frame
+from tokenmerge._runtime.grids import Grids
+from tokenmerge._runtime.key_bias import key_bias
+from tokenmerge._runtime.state import ForwardState
+from tokenmerge._torch.memory import watched
+from tokenmerge._torch.tracing import in_pieces, is_compiling, outside_graph
+from tokenmerge.adapters.base import Adapter, Binding, Override, TokenLayout, first_of
+from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.plan import AnyPlan, lead_by_real
+
+__all__ = ["SEEN", "ResidualRunner"]
+
+SEEN = frozenset({"q", "k", "v"})  # of what a method may need, that which its attention must hand over
+
+
+class ResidualRunner(Override):
+    """Re-composes a residual block from its children, with a reduction between attention and MLP.
+
+    While nothing is merged, before it or in it, the block's own forward runs untouched.
+    """
+
+    remark = ""  # what the report should say of this way of merging
+
+    def __init__(
+        self,
+        block: nn.Module,
+        layer: int,
+        spec: Any,
+        tap: AttentionTap,
+        adapter: Adapter,
+        method: Reduction,
+        state: ForwardState,
+        layout: TokenLayout,
+        is_proportional: bool,
+    ) -> None:
+        super().__init__(block)
+        self.block, self.layer, self.spec, self.tap, self.adapter = block, layer, spec, tap, adapter
+        self.method, self.state, self.layout = method, state, layout
+        self.is_proportional = is_proportional
+        self.module: nn.Module | None = None  # what a learned method has for this layer
+        self.grids: Grids | None = None  # where the image's rows and columns are noted, for methods by place
+        self.scale = _scale(getattr(tap, "attn", None))
+        self.names = list(inspect.signature(type(block).forward).parameters)[2:]
+        self.rest: tuple[None, ...] | None = None  # what the block returns behind its tokens; None: no tuple at all
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        state, layer = self.state, self.layer
+        tokens = x if self.layout.batch_first else x.transpose(0, 1)  # [B, N, C]
+        frame, slot = state.begin(
+            layer, x, tokens.shape[1], bool(self.block._forward_pre_hooks or everywhere._global_forward_pre_hooks)
+        )
+        size, kept = frame.size[slot], frame.kept[slot]
+        if kept is not None and frame.restored[slot]:
+            # every member of a group holds its features: the one whose place it keeps stands for all
+            tokens = rows(tokens, kept)
+        if layer == 0 and self.grids is not None and frame.grid is None:
+            frame.grid = self.grids.take(tokens.shape[1] - self.layout.prefix)
+        r = state.amount(frame, layer, tokens.shape[1], self.layout.prefix)
+        if r == 0 and size is None:
+            out = self.original(x, *args, **kwargs)
+            self.tap.take()
+            state.record(frame, slot, layer, tokens, None, None)
+        else:
+            self._check_device(x)
+            call = self.by_name(args, kwargs)
+            if size is None:
+                size = self._begin_sizes(frame, call, tokens.shape[0])
+            tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
+            state.record(frame, slot, layer, tokens, size, plan)
+            out = self._hand_out(tokens, frame)
+        state.put_out(frame, layer, first_of(out), bool(self.block._forward_hooks or everywhere._global_forward_hooks))
+        return out
+
+    def compose(
+        self,
+        x: Tensor,
+        size: Tensor | None,
+        r: int,
+        kept: Tensor | None,
+        call: Mapping[str, Any],
+        frame: Frame,
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
+        if in_pieces():
+            x, size, plan = outside_graph.run(self._merge, x, size, r, kept, call, frame)
+        else:
+            x, size, plan = self._merge(x, size, r, kept, call, frame)
+        if not self.method.follows_mlp:
+            return self._apply_mlp(x), size, plan
+        after = self._apply_mlp(x)
+        return self.method.after_mlp(after, x, self.layer, self.state.depth, frame.memory), size, plan
+
+    def _merge(
+        self, x: Tensor, size: Tensor | None, r: int, kept: Tensor | None, call: Mapping[str, Any], frame: Frame
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        """Run attention and reduction."""
+        x_pre, bias = x, self._bias(size, frame.has_padding)
+        x, branch, seen = self._attend(x, bias, kept, self._follow(call, kept))
+        if r and branch is not None and self.method.reads_sum:
+            x, branch = x + branch, None
+        plan = self._choose(x, branch, x_pre, seen, size, bias, kept, r, frame) if r else None
+        # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
+        del seen, x_pre, bias
+        if plan is not None:
+            x, size = self.method.merge(plan, x, size, branch)
+        elif branch is not None:
+            x = x + branch
+        return x, size, plan
+
+    def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
+        tokens = x if self.layout.batch_first else x.transpose(0, 1)
+        return self._mirror(self.counted(tokens, None, None, self.by_name(args, kwargs)))
+
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+        """Run the composition on tokens `[B, N, C]` that count `size` times, at their places, with nothing merged."""
+        x, branch, seen = self._attend(x, self._bias(size, False), kept, self._follow(call, kept))
+        self._check_seen(seen, x.shape[1])
+        return self._apply_mlp(x if branch is None else x + branch)
+
+    def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
+        for name in sorted(self.method.needs & SEEN):
+            got = tuple(seen[name].shape) if name in seen else "nothing"
+            if len(got) != 4 or got[2] != n:
+                raise AdapterMismatchError(
+                    f"the attention of block {self.layer} ({type(self.block).__qualname__}) hands over {got} for "
+                    f"{name!r}, expected [B, heads, {n}, width]: it is not computed where the tap "
+                    "listens. Choose another metric, e.g. ToMe(metric='x')."
+                )
+
+    def _bias(self, size: Tensor | None, has_padding: bool) -> Tensor | None:  # [B, N]
+        if size is None or not self.is_proportional:
+            return None
+        # not -inf for padding: of an image that is all padding, attention would be NaN
+        return key_bias(size.log().clamp_min(-1e4) if has_padding else size.log())
+
+    def _choose(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        x_pre: Tensor,
+        seen: dict[str, Tensor],
+        size: Tensor | None,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        r: int,
+        frame: Frame,
+    ) -> AnyPlan:
+        cut = _cut if self.module is None else lambda x: x  # what is learned needs the gradients of what it sees
+        q, k, v = (cut(seen.get(name)) for name in ("q", "k", "v"))
+        valid = size > 0 if frame.has_padding and size is not None else None
+        view = TokenView(
+            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, frame.grid, self.layer, valid, cut(branch)),
+            depth=self.state.depth,
+            scale=self.scale,
+            bias=bias,
+            places=kept,
+            module=self.module,
+            memory=frame.memory,
+        )
+        plan = self.method.plan(view, r)
+        return plan if valid is None else lead_by_real(plan, valid)
+
+    def _attend(
+        self, x: Tensor, bias: Tensor | None, kept: Tensor | None, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the residual stream, what the attention adds to it (None: all is added) and what the tap saw."""
+        if not self.spec.attn:
+            return self.tap(x, bias, kept, **given), None, self.tap.take()
+        branch = x
+        for name in self.spec.attention:
+            branch = self.tap(branch, bias, kept, **given) if name == self.spec.attn else self._step(name, branch)
+        return x, branch, self.tap.take()
+
+    def _apply_mlp(self, x: Tensor) -> Tensor:
+        if not self.spec.mlp:
+            return x
+        branch = x
+        for name in self.spec.mlp:
+            branch = self._step(name, branch)
+        if not self.spec.closes:
+            return x + branch
+        closed: Tensor = attrgetter(self.spec.closes)(self.block)(branch, x)
+        return closed
+
+    def _step(self, name: str, x: Tensor) -> Tensor:
+        child = attrgetter(name)(self.block)
+        if isinstance(child, nn.ModuleList):
+            return torch.stack([branch(x) for branch in child]).sum(dim=0)
+        out: Tensor = x if child is None else x * child if isinstance(child, Tensor) else child(x)
+        return out
+
+    def _follow(self, call: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
+        """Return the block's further arguments for the tokens that are left; raises for one that cannot follow."""
+        given = {name: value for name, value in call.items() if value is not None and value is not False}
+        followers = self.adapter.followers
+        unknown = [repr(name) for name in given if name not in followers]
+        if unknown:
+            raise UnsupportedError(
+                f"block {self.layer} was called with {', '.join(unknown)} while tokens are merged; what was made for "
+                "the unmerged tokens (a mask) does not fit. Leave it out, or set handle.r = 0."
+            )
+        return given if kept is None else {name: followers[name](value, kept) for name, value in given.items()}
+
+    def _begin_sizes(self, frame: Frame, call: Mapping[str, Any], B: int) -> Tensor | None:
+        """Return the sizes before any merging, where some tokens are padding: 0 for these, 1 for the others."""
+        valid = self.adapter.valid(call)
+        frame.has_padding = valid is not None
+        return None if valid is None else valid.float().expand(B, -1)
+
+    def _hand_out(self, tokens: Tensor, frame: Frame) -> Any:
+        groups = frame.assign[self.layer + 1]
+        if frame.restored[self.layer + 1] and groups is not None:
+            tokens = watched(kernels.unmerge, tokens, groups)
+        return self._mirror(tokens)
+
+    def _mirror(self, tokens: Tensor) -> Any:
+        """Return tokens as the block's own forward does."""
+        out = tokens if self.layout.batch_first else tokens.transpose(0, 1)
+        return out if self.rest is None else (out, *self.rest)
+
+    def seams(self) -> list[Binding]:
+        """Return what is bound inside the block besides the tap; nothing where it is re-composed."""
+        return []
+
+    def probe(self, x: Tensor, **given: Any) -> Any:
+        """Run the block's own forward and note how it returns its tokens."""
+        output = self.original(x, **given)
+        self.learn_output(output)
+        return output
+
+    def learn_output(self, output: Any) -> None:
+        """Note how the block's own forward returns its tokens: alone, or as the first of a tuple of nothing else."""
+        self.rest = output[1:] if isinstance(output, tuple) else None
+        if self.rest and self.adapter.ignores_rest:
+            self.rest = (None,) * len(self.rest)
+        if self.rest and any(entry is not None for entry in self.rest):
+            raise AdapterMismatchError(
+                f"block {self.layer} ({type(self.block).__qualname__}) returns more than its tokens: "
+                f"{[type(entry).__name__ for entry in output]}. What belongs to unmerged tokens cannot be handed on; "
+                "switch it off (output_attentions=False)."
+            )
+
+    def _check_device(self, x: Tensor) -> None:
+        if self.layer == 0 and not is_compiling():
+            parameter = next(self.block.parameters(), None)
+            if parameter is None or parameter.device == x.device:
+                return
+            # accelerate keeps weights that it offloads on meta, and brings them in when a module is called
+            if not any("_hf_hook" in module.__dict__ for module in self.block.modules()):
+                raise UnsupportedError(
+                    f"tokens are on {x.device}, the patched block's weights on {parameter.device}. nn.DataParallel "
+                    "copies modules without their runners and is not supported: use DistributedDataParallel."
+                )
+
+
+def _scale(attention: Any) -> float | None:
+    """Return what an attention multiplies its scores by, where it says so."""
+    values = (getattr(attention, name, None) for name in ("scale", "scaling"))
+    return next((value for value in values if isinstance(value, float)), None)
+
+
+def _cut(x: Any) -> Any:
+    """Detach what a method sees, where gradients flow: no_grad would leave an operator in exported graphs."""
+    return x.detach() if x is not None and torch.is_grad_enabled() else x

@@ -1,0 +1,1 @@
+"""What is asked of torch's private parts."""

@@ -1,0 +1,65 @@
+"""Remember something about tokens for as long as the memory they lie in is held, whoever holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge._torch.tracing import is_compiling
+
+__all__ = ["carry", "is_same", "recall", "remember", "watched"]
+
+_NAME = "_tokenmerge"
+
+
+def remember(x: Tensor, thing: Any) -> None:
+    """Note `thing` with the memory of `x`: views, detached tensors and what a checkpoint saves share it."""
+    owner = _owner(x)
+    if owner is not None:
+        setattr(owner, _NAME, (thing, _geometry(x)))
+
+
+def recall(x: Tensor) -> tuple[Any, bool]:
+    """Return what was last noted with the memory of `x`, None for nothing, and whether `x` is as it was then."""
+    thing, geometry = getattr(_owner(x), _NAME, (None, None))
+    return thing, thing is not None and geometry == _geometry(x)
+
+
+def carry(x: Tensor, other: Tensor) -> None:
+    """Note with `other` what is noted with `x`: it holds the same tokens in an order that whoever reads it knows."""
+    thing, is_same = recall(x)
+    if is_same:
+        remember(other, thing)
+
+
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Say whether two tensors are one: a module with backward hooks gets each of its arguments as a view of its own."""
+    return x is y or (not is_compiling() and _owner(x) is _owner(y) and _geometry(x) == _geometry(y))
+
+
+def watched(make: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Return `make(x, ...)`, in which torch counts what is written later: in inference mode it does not by itself."""
+    if is_compiling() or not torch.is_inference_mode_enabled():
+        return make(x, *args)
+    with torch.inference_mode(False), torch.no_grad():
+        return make(x, *args)
+
+
+def _owner(x: Tensor) -> Any:
+    # torch keeps the Python object of a storage for as long as the storage lives
+    try:
+        return x.untyped_storage() if isinstance(x, Tensor) else None  # torch.fx traces with proxies
+    except (RuntimeError, NotImplementedError):  # wrappers of functorch have no memory of their own
+        return x
+
+
+def _geometry(x: Tensor) -> tuple[Any, ...]:
+    try:
+        # what is written into tokens later makes others of them; see `watched`
+        version = None if x.is_inference() else x._version
+        return x.shape, x.stride(), x.storage_offset(), version
+    except RuntimeError:  # wrappers of functorch
+        return (x.shape,)

@@ -1,0 +1,115 @@
+"""DINO's and DINOv2's vision transformers as their own repositories define them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge._intercept.projections import ProjectionTap
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Override, TokenLayout
+from tokenmerge.adapters.timm.vit import timm_blocks
+from tokenmerge.adapters.within import Within
+from tokenmerge.errors import UnsupportedError, UnsupportedModelError
+
+__all__ = ["Dino", "DinoV2"]
+
+
+class Dino(Adapter):
+    name = "dino"
+    families = "DINO ViTs of their own repository"
+    landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "pos_drop")
+    cut_by = "patch_embed.proj"
+    token_methods = ("get_intermediate_layers", "get_last_selfattention")
+
+    def matches(self, model: Any) -> bool:
+        # iBOT's models have these too, and a forward that may hand out tokens
+        has_parts = hasattr(model, "prepare_tokens") and hasattr(model, "get_last_selfattention")
+        return has_parts and not hasattr(model, "return_all_tokens")
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        return timm_blocks(model)
+
+    def spec(self, block: Any) -> BlockSpec:
+        return BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=("norm2", "mlp", "drop_path"))
+
+    def layout(self, model: Any) -> TokenLayout:
+        return _square(model, prefix=1)
+
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block, "attn")
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.adapters.standins.dino import DinoStandIn
+
+        return DinoStandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+class DinoV2(Adapter):
+    name = "dinov2"
+    families = "DINOv2 ViTs of their own repository (with registers, in chunks), alone or as a `backbone`"
+    landmarks = ("blocks", "norm1", "attn", "qkv", "ls1", "norm2", "mlp", "ls2", "patch_embed")
+    cut_by = "patch_embed.proj"
+    token_methods = ("get_intermediate_layers",)
+    restored_methods = ("forward_features",)
+
+    def matches(self, model: Any) -> bool:
+        return any(hasattr(part, "prepare_tokens_with_masks") for part in (model, getattr(model, "backbone", None)))
+
+    def resolve(self, model: Any) -> Adapter:
+        return self if hasattr(model, "prepare_tokens_with_masks") else Within("backbone", self)
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        # blocks lie in a list, or in chunks that start with placeholders
+        return [(f"blocks.{name}", block) for name, block in model.blocks.named_modules() if hasattr(block, "norm1")]
+
+    def spec(self, block: Any) -> BlockSpec:
+        if getattr(block, "sample_drop_ratio", 0.0) > 0.1:
+            raise UnsupportedModelError(
+                f"in training this block leaves out whole samples (sample_drop_ratio={block.sample_drop_ratio}) in a "
+                "way of its own. Build the model with drop_path_rate=0, or set block.sample_drop_ratio = 0."
+            )
+        return BlockSpec(
+            attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
+        )
+
+    def layout(self, model: Any) -> TokenLayout:
+        registers = getattr(model, "register_tokens", None)
+        return _square(model, prefix=1 if registers is None else 1 + registers.shape[1])
+
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block, "attn")
+
+    def hands_out(self, model: Any) -> str:
+        return "forward_features and forward(is_training=True) hand every token out"
+
+    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
+        return [Binding(model, "forward_features_list", _OneTensor(model, "forward_features_list"))]
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.adapters.standins.dino import DinoV2StandIn
+
+        return DinoV2StandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+class _OneTensor(Override):
+    """Refuses a list of batches, which DINOv2 packs into one for its training."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "a list of batches of several sizes was given; a patched model takes one batch as one tensor. Run the "
+            "batches one by one, or unpatch the model."
+        )
+
+
+def _square(model: Any, prefix: int) -> TokenLayout:
+    """The layout for the input size that the position embeddings, with one for the class token, were made for."""
+    conv = getattr(model.patch_embed, "proj", None)
+    if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
+        return TokenLayout(prefix, None, None, None)
+    side = int((model.pos_embed.shape[1] - 1) ** 0.5)
+    height, width = side * conv.stride[0], side * conv.stride[1]
+    return TokenLayout(prefix, (side, side), prefix + side**2, (conv.in_channels, height, width))

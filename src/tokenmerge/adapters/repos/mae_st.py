@@ -1,0 +1,76 @@
+"""Fine-tuning models of spatiotemporal MAE as their own repository defines them: tokens of a clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge._intercept.pooling import OutputMean
+from tokenmerge._intercept.projections import ProjectionTap
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Sizes, TokenLayout
+from tokenmerge.adapters.timm.vit import timm_blocks
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["MAEst"]
+
+_SPEC = BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=("norm2", "mlp", "drop_path"))
+
+
+class MAEst(Adapter):
+    name = "mae_st"
+    families = "spatiotemporal MAE fine-tuning models of their own repository (video)"
+    landmarks = ("blocks", "norm1", "attn", "q", "k", "v", "norm2", "mlp", "patch_embed")
+
+    def matches(self, model: Any) -> bool:
+        conv = getattr(getattr(model, "patch_embed", None), "proj", None)
+        has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
+        # VideoMAE's own models have these as well, and one projection for q, k and v
+        return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        return timm_blocks(model)
+
+    def spec(self, block: Any) -> BlockSpec:
+        attn = getattr(block, "attn", None)
+        # attentions that look at frames and places in turn ask for tokens in four axes
+        is_joint = not getattr(attn, "requires_t_shape", False)
+        if not is_joint or not all(hasattr(attn, name) for name in ("q", "k", "v", "proj")):
+            raise UnsupportedModelError(
+                f"the attention of a {type(block).__qualname__} is not that of spatiotemporal MAE: expected the "
+                "children q, k, v and proj, and one sequence of all the clip's tokens."
+            )
+        return _SPEC
+
+    def layout(self, model: Any) -> TokenLayout:
+        conv = model.patch_embed.proj
+        prefix = _prefix(model)
+        frames, rows, columns = model.patch_embed.input_size  # in patches
+        size = [patches * step for patches, step in zip((frames, rows, columns), conv.stride, strict=True)]
+        # three axes are no grid of rows and columns: a method that needs one is told there is none
+        return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
+
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
+
+    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
+        # what leaves the last block is averaged, without the class token, and normalised then
+        last = self.blocks(model)[-1][1]
+        return [Binding(last, "forward", OutputMean(last, sizes, start=_prefix(model)))], []
+
+    def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
+        return False, (
+            "proportional attention is on, as for MAE models trained with merging; an off-the-shelf MAE checkpoint "
+            "is better with prop_attn=False (arXiv:2210.09461, table 1f), and the weights do not tell"
+        )
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.adapters.standins.video import VideoMAEStandIn
+
+        return VideoMAEStandIn().eval(), torch.randn(2, 3, 8, 32, 32)
+
+
+def _prefix(model: Any) -> int:
+    return 1 if isinstance(getattr(model, "cls_token", None), Tensor) else 0

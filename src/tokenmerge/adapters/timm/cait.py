@@ -1,0 +1,114 @@
+"""timm's CaiT: patches in attention whose heads talk to each other, then a class token that attends to all patches.
+
+Shapes: B batch, N queries, M keys, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge._intercept.override import ChildOverride
+from tokenmerge._intercept.taps import AttentionTap, SeamTap, Slot
+from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, TokenLayout, class_names
+from tokenmerge.adapters.timm.vit import timm_blocks, timm_layout
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["TimmCait"]
+
+_MODULE = "timm.models.cait"
+_SPEC = BlockSpec(
+    attention=("norm1", "attn", "gamma_1", "drop_path"), attn="attn", mlp=("norm2", "mlp", "gamma_2", "drop_path")
+)
+
+
+class TimmCait(Adapter):
+    name = "timm_cait"
+    families = "timm CaiT (its patch stage)"
+    landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
+    cut_by = "patch_embed"
+    token_methods = ("forward_features", "forward_intermediates")
+    package = "timm"
+    loops = ("forward", "forward_features", "blocks.forward")
+
+    def matches(self, model: Any) -> bool:
+        return f"{_MODULE}.Cait" in class_names(model)
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        return timm_blocks(model)
+
+    def spec(self, block: Any) -> BlockSpec:
+        kind, attention = class_names(block), class_names(block.attn)
+        if f"{_MODULE}.LayerScaleBlock" not in kind or f"{_MODULE}.TalkingHeadAttn" not in attention:
+            raise UnsupportedModelError(
+                f"a block of class {kind[0]} with {attention[0]} is not described: Cait has LayerScaleBlock with "
+                "TalkingHeadAttn."
+            )
+        return _SPEC
+
+    def layout(self, model: Any) -> TokenLayout:
+        # the class token comes after these blocks
+        return timm_layout(model, prefix=0)
+
+    def tap(self, block: Any) -> AttentionTap:
+        return _TalkingTap(block, "attn")
+
+    def grid_head(self, model: Any) -> str | None:
+        return "the class token attends to every patch"
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from timm.models.cait import Cait
+
+        model = Cait(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, init_values=0.5)
+        return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+class _TalkingTap(SeamTap):
+    """Lets n merged tokens count as n where heads are mixed, before the softmax and after it."""
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        super().__init__(block, path)
+        self.counts = Slot()
+        self.takes_bias = True
+
+    def attend(
+        self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        self.counts.put({} if bias is None else {"bias": bias})
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.counts.take()
+
+    def seams(self, needs: frozenset[str]) -> list[Binding]:
+        found = super().seams(needs)
+        mixes = [_Scores(self.attn, "proj_l", self.counts), _Weights(self.attn, "proj_w", self.counts)]
+        self.following += mixes
+        return [*found, *(Binding(mix.owner, "forward", mix) for mix in mixes)]
+
+
+class _Scores(ChildOverride):
+    """The mix of heads before the softmax, `[B, N, M, H]`: log(size) is added to what it gives for each key."""
+
+    def __init__(self, attn: nn.Module, child: str, counts: Slot) -> None:
+        super().__init__(attn, child)
+        self.counts = counts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.original(x)
+        bias = self.counts.peek().get("bias")  # [B, M]
+        return out if bias is None else self.counted(out, bias.to(out.dtype)[:, None, :, None])
+
+    def counted(self, out: Tensor, bias: Tensor) -> Tensor:
+        return out + bias
+
+
+class _Weights(_Scores):
+    """The mix of heads after the softmax: what it adds to every weight, it adds for each of the tokens merged."""
+
+    def counted(self, out: Tensor, bias: Tensor) -> Tensor:
+        own: Tensor | None = self.owner.bias  # type: ignore[assignment]
+        return out if own is None else out + bias.expm1() * own

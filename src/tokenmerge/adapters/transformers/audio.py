@@ -1,0 +1,77 @@
+"""transformers' audio encoders: the audio spectrogram transformer and Whisper's encoder."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import HookSpec, TokenLayout
+from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap
+from tokenmerge.adapters.transformers.video import TINY
+from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["HFAST", "HFWhisper"]
+
+
+class HFAST(HFAdapter):
+    name = "hf_ast"
+    families = "transformers audio spectrogram transformer (AST)"
+    landmarks = ("audio_spectrogram_transformer", *HFViT.landmarks)
+    towers: ClassVar = {"ASTModel": ("layers", "encoder.layer")}
+    specs = HFViT.specs
+    class_models = frozenset(("ASTForAudioClassification",))
+
+    def layout(self, model: Any) -> TokenLayout:
+        tower = self.tower(model)[1]
+        rows, columns = tower.embeddings.get_shape(tower.config)  # of frequencies and times
+        prefix = self.prefix(tower)
+        return TokenLayout(
+            prefix, (rows, columns), prefix + rows * columns, (tower.config.max_length, tower.config.num_mel_bins)
+        )
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import ASTConfig, ASTForAudioClassification
+
+        config: Any = ASTConfig(**TINY, patch_size=8, frequency_stride=8, time_stride=8, max_length=40, num_mel_bins=32)
+        return ASTForAudioClassification(config).eval(), torch.randn(2, 40, 32)
+
+
+class HFWhisper(HFAdapter):
+    """The decoder's cross-attention and the classifier's mean read every token: they are put back for them."""
+
+    name = "hf_whisper"
+    families = "transformers Whisper (the encoder)"
+    landmarks = ("encoder", "self_attn_layer_norm", "self_attn", "final_layer_norm", "conv1", "conv2")
+    towers: ClassVar = {"WhisperEncoder": ("layers",)}
+    ignores_rest = True  # eager attention's weights in transformers 4
+
+    def spec(self, block: Any) -> HookSpec:
+        # its dropouts are no children, and half precision is clamped at the end: the block runs its own forward
+        return HookSpec(attn="self_attn", norm="final_layer_norm", mlp="fc2")
+
+    def layout(self, model: Any) -> TokenLayout:
+        tower = self.tower(model)[1]
+        if tower.layerdrop > 0:
+            raise UnsupportedModelError(
+                f"{type(tower).__qualname__} skips whole blocks at random in training (layerdrop={tower.layerdrop}): "
+                "what one block merged would not reach the next. Set the encoder's layerdrop = 0, then patch."
+            )
+        tokens = tower.config.max_source_positions
+        size = (tower.config.num_mel_bins, tokens * tower.conv1.stride[0] * tower.conv2.stride[0])
+        return TokenLayout(0, None, tokens, size)
+
+    def tap(self, block: Any) -> AttentionTap:
+        return InterfaceTap(block, "self_attn")
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import WhisperConfig, WhisperForAudioClassification
+
+        sizes: dict[str, Any] = {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 16, "vocab_size": 64}
+        sizes |= {"encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "classifier_proj_size": 16}
+        sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+        config: Any = WhisperConfig(**sizes)
+        return WhisperForAudioClassification(config).eval(), torch.randn(2, 16, 32)

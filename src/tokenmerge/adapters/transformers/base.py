@@ -1,0 +1,288 @@
+"""What all transformers models share: the tower inside, its blocks and layout, what their outputs may be used for."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tokenmerge._intercept import follow
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import PROBED, Adapter, Binding, BlockSpec, HookSpec, TokenLayout
+from tokenmerge.adapters.transformers.interface import InterfaceTap, hf_tap
+from tokenmerge.adapters.transformers.options import Checkpointed, RefusedOptions
+from tokenmerge.errors import UnsupportedError, UnsupportedModelError
+
+__all__ = [
+    "TINY",
+    "TOWERS",
+    "HFAdapter",
+    "InterfaceTap",
+    "RefusedOptions",
+    "check_host",
+    "find_towers",
+    "follow_mask",
+    "hf_names",
+    "no_change",
+    "pair",
+]
+
+_OLDEST = (4, 57)
+_POOLS = ("pooler", "head", "predictor")  # parts of a tower that make something of its tokens
+# the ends of names of models that read the tokens of several blocks
+_DENSE = ("ForDepthEstimation", "ForSemanticSegmentation", "ForImageSegmentation", "ForUniversalSegmentation")
+_PREFIXES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # parameters of the embeddings
+
+# a configuration for tiny models
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+TINY |= {"image_size": 32, "patch_size": 8}
+
+
+def follow_mask(value: Any, kept: Tensor) -> Tensor:
+    """Let a mask follow the tokens that are left; raises `UnsupportedError` for one that is no tensor."""
+    return follow.mask(_tensor_mask(value), kept)
+
+
+def _tensor_mask(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):  # flex attention's BlockMask
+        raise UnsupportedError(
+            f"the attention mask is a {type(value).__name__}, which cannot follow merged tokens. Choose "
+            "model.set_attn_implementation('sdpa'), leave the mask out, or set handle.r = 0."
+        )
+    return value
+
+
+def no_change(value: Any, kept: Tensor) -> Any:
+    """Hand on an argument that does not belong to tokens."""
+    return value
+
+
+# arguments of blocks that transformers 5 hands down from the model's own call
+_UNCHANGED: dict[str, follow.Follow] = {
+    "output_hidden_states": no_change,
+    "use_cache": no_change,
+    "num_items_in_batch": no_change,  # of its Trainer, for the loss
+}
+
+
+class HFAdapter(Adapter):
+    """A family of transformers models. A subclass says which classes are its towers and how its blocks are made."""
+
+    followers: ClassVar[Mapping[str, follow.Follow]] = {"attention_mask": follow_mask, **_UNCHANGED}
+    # class of the module whose forward runs the blocks -> where its list of blocks can be, tried in order
+    towers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    specs: ClassVar[tuple[BlockSpec, ...]]  # the first whose children a block has describes it
+    package = "transformers"
+    # models that put out nothing but what they make of class tokens (or of a mean that is known)
+    class_models: ClassVar[frozenset[str]] = frozenset()
+    # models that put out all tokens, and besides nothing but what they make of class tokens
+    token_models: ClassVar[frozenset[str]] = frozenset()
+    # further options of the tower's call that are refused while tokens are merged; `_REASONS` says why
+    refused: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        TOWERS.update(cls.towers)
+
+    def matches(self, model: Any) -> bool:
+        return "transformers" in sys.modules and bool(find_towers(model, self.towers))
+
+    def resolve(self, model: nn.Module) -> Adapter:
+        check_host(model)
+        return self
+
+    def tower(self, model: Any) -> tuple[str, Any, str]:
+        """Return the module that runs the blocks: its name, itself, the path from it to its list of blocks."""
+        return find_towers(model, self.towers)[0]
+
+    def looping_parts(self, model: Any) -> list[nn.Module]:
+        return [self.tower(model)[1]]
+
+    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
+        name, tower, path = self.tower(model)
+        start = ".".join(filter(None, (name, path)))
+        return [(f"{start}.{child}", block) for child, block in attrgetter(path)(tower).named_children()]
+
+    def spec(self, block: Any) -> BlockSpec | HookSpec:
+        for spec in self.specs:
+            if all(_has(block, child) for child in filter(None, (*spec.attention, *spec.mlp, spec.closes))):
+                return spec
+        raise UnsupportedModelError(
+            f"blocks of class {type(block).__module__}.{type(block).__qualname__} with the children "
+            f"{[name for name, _ in block.named_children()]} are not described. This was written for transformers "
+            f"{_OLDEST[0]}.{_OLDEST[1]} to 5.24."
+        )
+
+    def layout(self, model: Any) -> TokenLayout:
+        tower = self.tower(model)[1]
+        if getattr(tower.config, "image_size", None) is None:  # images of any size and shape
+            return TokenLayout(self.prefix(tower), None, None, None)
+        height, width = pair(tower.config.image_size)
+        patch = pair(tower.config.patch_size)
+        grid, prefix = (height // patch[0], width // patch[1]), self.prefix(tower)
+        channels = getattr(tower.config, "num_channels", 3)
+        return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width))
+
+    def prefix(self, tower: Any) -> int:
+        """Return how many tokens stand in front of the patches."""
+        given = (getattr(tower.embeddings, name, None) for name in _PREFIXES)
+        return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
+
+    def cutter(self, model: Any) -> nn.Module | None:
+        # a tower, or what is around it, holds what embeds
+        holders = (getattr(owner, "embeddings", None) for owner in reversed(_path(model, self.tower(model)[0])))
+        embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
+        return next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None)
+
+    def tap(self, block: Any) -> AttentionTap:
+        return hf_tap(block, self.spec(block).attn)
+
+    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        name, tower, path = self.tower(model)
+        # what is around the tower may be somebody's own module, which calls it; a class made from a host's may be more
+        around = [module for module in _path(model, name) if hf_names(module)]
+        inside = [tower.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == "."]
+        # norms behind the blocks, which take each token by itself
+        norms = [child for child_name, child in tower.named_children() if "norm" in child_name]
+        return [(module, "forward") for module in (*around, *inside, *norms)]
+
+    def grid_head(self, model: Any) -> str | None:
+        if self.is_plain(model):
+            return None
+        return f"{type(model).__qualname__} is not known to use the class token alone"
+
+    def is_plain(self, model: Any) -> bool:
+        """Say whether the model makes nothing of its tokens but to take class tokens and hand all of them out."""
+        if (self.class_models | self.token_models).intersection(hf_names(model)[:1]):
+            return True
+        name = self.tower(model)[0]
+        is_tower = bool(self.towers.keys() & hf_names(model)) and not is_backbone(model)
+        pools = (getattr(module, pool, None) for module in _path(model, name) for pool in _POOLS)
+        return is_tower and not any(isinstance(pool, nn.Module) for pool in pools)
+
+    def hands_out(self, model: Any) -> str | None:
+        if self.class_models.intersection(hf_names(model)[:1]):
+            return None
+        return "last_hidden_state holds one token per place"
+
+    def collects(self, model: Any) -> str | None:
+        for module in _path(model, self.tower(model)[0]):
+            why = _collects(module)
+            if why:
+                return f"{type(module).__qualname__} {why}"
+        return None
+
+    def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        # masks that a block has no default for
+        parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
+        asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        return layout.prefix + PROBED, dict.fromkeys(asked)
+
+    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
+        mask = given.get("attention_mask")
+        return None if mask is None else follow.keys_of_mask(_tensor_mask(mask))
+
+    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
+        name = self.tower(model)[0]
+        needs = ["output_attentions", *self.refused]
+        # merged hidden states are for those who asked for them, not for a model that goes on computing with them
+        is_tower = bool(self.towers.keys() & hf_names(model))  # or a thin shell around it
+        goes_on = self.grid_head(model) is not None and not is_tower
+        if restore is None or (restore == "merged" and goes_on):
+            needs.append("output_hidden_states")
+        depth = len(self.blocks(model))
+        is_restored = self.grid_head(model) or (restore is None and self.hands_out(model))
+        right = {0, -depth - 1} | ({depth, -1} if is_restored else set())
+        guards = [
+            Binding(owner, "forward", RefusedOptions(owner, is_merging, tuple(needs), right))
+            for owner in _path(model, name)
+            if hasattr(owner, "config")
+        ]
+        checkpointed = [
+            Binding(block, "forward", Checkpointed(block, is_merging))
+            for _, block in self.blocks(model)
+            # transformers 5 checkpoints in the class's forward, transformers 4 in __call__, which we leave alone
+            if hasattr(block, "gradient_checkpointing") and type(block).__call__ is nn.Module.__call__
+        ]
+        return [*checkpointed, *guards]
+
+
+def hf_names(module: nn.Module) -> list[str]:
+    """Return the names of the module's classes that transformers defines, most derived first."""
+    return [cls.__name__ for cls in type(module).__mro__ if _is_hosts(cls)]
+
+
+def _is_hosts(thing: Any) -> bool:
+    return str(thing.__module__).startswith("transformers.")
+
+
+def is_backbone(module: nn.Module) -> bool:
+    """Say whether the module is there for feature maps: it hands out hidden states unasked."""
+    return any(name.endswith("Backbone") for name in hf_names(module))
+
+
+def _collects(module: Any) -> str | None:
+    """Say why a module of transformers reads what leaves several blocks, or a block before the last."""
+    config = getattr(module, "config", None)
+    if is_backbone(module) or any(name.endswith(_DENSE) for name in hf_names(module)):
+        return "reads the tokens of several blocks"
+    if getattr(config, "use_weighted_layer_sum", False):
+        return "takes a weighted sum over what leaves its blocks (use_weighted_layer_sum)"
+    layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    return None if layers in (None, -1, [-1], (-1,)) else f"takes its tokens after layer {layers}"
+
+
+def pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """Return height and width of a size given as one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+TOWERS: dict[str, tuple[str, ...]] = {}  # of all families: no second tower in a model may be overlooked
+
+
+def find_towers(model: nn.Module, towers: Mapping[str, tuple[str, ...]]) -> list[tuple[str, Any, str]]:
+    """Return the towers in the model: their names, themselves, the path from each to its list of blocks."""
+    found: list[tuple[str, Any, str]] = []
+    for name, module in model.named_modules():
+        path = next((path for cls in hf_names(module) for path in towers.get(cls, ()) if _has(module, path)), None)
+        # a tower inside a tower is the same one
+        if path is not None and not any(name.startswith(f"{outer}." if outer else "") for outer, _, _ in found):
+            found.append((name, module, path))
+    return found
+
+
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules from the model to the one of this name, both included."""
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def check_host(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for a version that is too old, and for a model with more towers than one."""
+    version = str(sys.modules["transformers"].__version__)
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < _OLDEST:
+        raise UnsupportedModelError(
+            f"transformers {version} is installed; its models are supported from {_OLDEST[0]}.{_OLDEST[1]} on. "
+            f"Install transformers>={_OLDEST[0]}.{_OLDEST[1]}."
+        )
+    names = [name for name, _, _ in find_towers(model, TOWERS)]
+    if len(names) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__qualname__} holds {len(names)} towers: {', '.join(names)}. Patch those that shall merge "
+            f"one by one, e.g. patch(model.{names[0]}, r=8, restore='dense')."
+        )

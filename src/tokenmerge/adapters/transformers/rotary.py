@@ -1,0 +1,130 @@
+"""transformers' towers whose attention turns queries and keys by their places: DINOv3-ViT, V-JEPA 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge._intercept import follow
+from tokenmerge.adapters.base import PROBED, Binding, BlockSpec, Override, TokenLayout
+from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap, no_change
+from tokenmerge.adapters.transformers.video import TINY, clip_layout
+
+__all__ = ["HFDINOv3", "HFVJEPA2"]
+
+Move = Callable[[Any, Tensor], Any]  # what an attention is told about places, `kept`; the same for the tokens left
+
+
+class HFDINOv3(HFAdapter):
+    name = "hf_dinov3"
+    families = "transformers DINOv3 ViT"
+    landmarks = ("rope_embeddings", "norm1", "layer_scale1", "norm2", "layer_scale2", "register_tokens")
+    # transformers 5 asks the encoder for hidden states, even where the model was not asked
+    towers: ClassVar = {"DINOv3ViTEncoder": ("layer",), "DINOv3ViTModel": ("layer",)}
+    specs = (
+        BlockSpec(
+            attention=("norm1", "attention", "layer_scale1", "drop_path"),
+            attn="attention",
+            mlp=("norm2", "mlp", "layer_scale2", "drop_path"),
+        ),
+    )
+    # the tap moves the tables: they do not say how many tokens stand in front of the patches
+    followers: ClassVar = {"position_embeddings": no_change, "output_hidden_states": no_change}
+    is_positional = True
+
+    def prefix(self, tower: Any) -> int:
+        return 1 + int(tower.config.num_register_tokens)
+
+    def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        weight, width = block.norm1.weight, block.attention.head_dim
+        angles = torch.arange(PROBED * width, device=weight.device, dtype=weight.dtype).view(PROBED, width)
+        return layout.prefix + PROBED, {"position_embeddings": (angles.cos(), angles.sin())}
+
+    def tap(self, block: Any) -> InterfaceTap:
+        return _PlacedTap(block, "attention", "position_embeddings", _Tables(self.prefix(block.attention)))
+
+    def placed(self, block: Any, places: Tensor) -> list[Binding]:
+        tables = _Tables(self.prefix(block.attention))
+        return [Binding(block.attention, "forward", _Placed(block.attention, "position_embeddings", tables, places))]
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+        config: Any = DINOv3ViTConfig(**TINY, image_size=32, patch_size=8, num_register_tokens=2)
+        return DINOv3ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
+
+
+class HFVJEPA2(HFAdapter):
+    """The predictor and the attentive pooler read every token: they are put back for them."""
+
+    name = "hf_vjepa2"
+    families = "transformers V-JEPA 2 (the encoder)"
+    landmarks = ("encoder", "predictor", "norm1", "attention", "norm2", "mlp", "proj")
+    towers: ClassVar = {"VJEPA2Model": ("encoder.layer",)}
+    specs = (
+        BlockSpec(attention=("norm1", "attention", "drop_path"), attn="attention", mlp=("norm2", "mlp", "drop_path")),
+    )
+    is_positional = True
+    ignores_rest = True  # eager attention's weights
+
+    def layout(self, model: Any) -> TokenLayout:
+        config = self.tower(model)[1].config
+        tubelet = (config.tubelet_size, config.patch_size, config.patch_size)
+        return clip_layout(0, config.frames_per_clip, config.in_chans, (config.crop_size, config.crop_size), tubelet)
+
+    def tap(self, block: Any) -> InterfaceTap:
+        return _PlacedTap(block, "attention", "position_mask", _places)
+
+    def placed(self, block: Any, places: Tensor) -> list[Binding]:
+        return [Binding(block.attention, "forward", _Placed(block.attention, "position_mask", _places, places))]
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import VJEPA2Config, VJEPA2ForVideoClassification
+
+        sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2.0}
+        sizes |= {"pred_hidden_size": 48, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 4}
+        config: Any = VJEPA2Config(**sizes, crop_size=32, patch_size=16, frames_per_clip=8, num_pooler_layers=1)
+        return VJEPA2ForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
+
+
+class _Tables:
+    """Takes rotary tables `[P, D]`, which cover the patches alone, at the places of the patches that are left."""
+
+    def __init__(self, prefix: int) -> None:
+        self.prefix = prefix
+
+    def __call__(self, tables: tuple[Tensor, Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
+        patches = kept[:, self.prefix :] - self.prefix  # the protected tokens stay in front
+        cos, sin = (follow.rows(table, patches)[:, None] for table in tables)  # [B, 1, M - prefix, D]
+        return cos, sin
+
+
+def _places(given: None, kept: Tensor) -> Tensor:
+    """Name the places themselves, where the attention numbers its tokens unless it is told."""
+    return kept
+
+
+class _PlacedTap(InterfaceTap):
+    """Tells the attention where the tokens that are left stand, in the argument that it reads places from."""
+
+    def __init__(self, block: nn.Module, path: str, argument: str, move: Move) -> None:
+        super().__init__(block, path)
+        self.argument, self.move = argument, move
+
+    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+        told = given.get(self.argument)
+        return super().__call__(x, bias, kept, **{self.argument: told if kept is None else self.move(told, kept)})
+
+
+class _Placed(Override):
+    """An attention whose token n stands at `places[b, n]`."""
+
+    def __init__(self, attn: nn.Module, argument: str, move: Move, places: Tensor) -> None:
+        super().__init__(attn)
+        self.argument, self.move, self.places = argument, move, places
+
+    def __call__(self, x: Tensor, **given: Any) -> Any:
+        return self.original(x, **{**given, self.argument: self.move(given.get(self.argument), self.places)})

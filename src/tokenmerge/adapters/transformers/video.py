@@ -1,0 +1,66 @@
+"""transformers' video transformers with positions added to the tokens: VideoMAE, ViViT. Tokens merge across frames."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.adapters.base import TokenLayout
+from tokenmerge.adapters.transformers.base import HFAdapter, pair
+from tokenmerge.adapters.transformers.vit import HFViT
+
+__all__ = ["TINY", "HFVideoMAE", "HFVivit", "clip_layout"]
+
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+class HFVideoMAE(HFAdapter):
+    """The mean over all tokens, the first token and the decoder read every token: they are put back for them."""
+
+    name = "hf_videomae"
+    families = "transformers VideoMAE"
+    landmarks = ("videomae", *HFViT.landmarks)
+    towers: ClassVar = {"VideoMAEModel": ("encoder.layer",)}
+    specs = HFViT.specs
+
+    def layout(self, model: Any) -> TokenLayout:
+        config = self.tower(model)[1].config
+        tubelet = (config.tubelet_size, *pair(config.patch_size))
+        return clip_layout(0, config.num_frames, config.num_channels, pair(config.image_size), tubelet)
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+        config: Any = VideoMAEConfig(**TINY, image_size=32, patch_size=16, num_frames=8)
+        return VideoMAEForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
+
+
+class HFVivit(HFAdapter):
+    name = "hf_vivit"
+    families = "transformers ViViT"
+    landmarks = ("vivit", *HFViT.landmarks)
+    towers: ClassVar = {"VivitModel": ("layers", "encoder.layer")}
+    specs = HFViT.specs
+    class_models = frozenset(("VivitForVideoClassification",))
+    token_models = frozenset(("VivitModel",))
+
+    def layout(self, model: Any) -> TokenLayout:
+        config = self.tower(model)[1].config
+        size = pair(config.image_size)
+        return clip_layout(1, config.num_frames, config.num_channels, size, tuple(config.tubelet_size))
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import VivitConfig, VivitForVideoClassification
+
+        config: Any = VivitConfig(**TINY, image_size=32, tubelet_size=[2, 16, 16], num_frames=8)
+        return VivitForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
+
+
+def clip_layout(
+    prefix: int, frames: int, channels: int, size: tuple[int, int], tubelet: tuple[int, int, int]
+) -> TokenLayout:
+    """Lay out a clip `[frames, channels, height, width]` cut into tubelets of frames, height and width."""
+    tokens = (frames // tubelet[0]) * (size[0] // tubelet[1]) * (size[1] // tubelet[2])
+    return TokenLayout(prefix, None, prefix + tokens, (frames, channels, *size))

@@ -1,0 +1,1 @@
+"""Choose method and schedule for the model in front of us."""
