@@ -75,7 +75,16 @@ class LocalRunner(ResidualRunner):
             # what fills up the last windows is zero; it is attended to like all else, but merged with itself first
             valid = tokens.ne(0).any(dim=-1) if has_padding else None
             view = TokenView(
-                *(tokens, tokens, seen.get("q"), seen.get("k"), seen.get("v"), None, 0, grid, self.layer, valid),
+                stream=tokens,
+                x_pre=tokens,
+                q=seen.get("q"),
+                k=seen.get("k"),
+                v=seen.get("v"),
+                size=None,
+                prefix=0,
+                grid=grid,
+                layer=self.layer,
+                valid=valid,
                 depth=self.state.depth,
                 scale=self.scale,
             )
