@@ -118,7 +118,7 @@ class _Unbiased(Attending):
     """Has an attention's own forward find no q_bias, which stays the parameter that it is for everybody else."""
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.owner).forward(_WithoutBias(self.owner), *args, **kwargs)  # type: ignore[arg-type]
+        return type(self.owner).forward(_WithoutBias(self.owner), *args, **kwargs)
 
 
 class _WithoutBias:
