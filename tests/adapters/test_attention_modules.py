@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
-from helpers import answer, assert_close, randomised
+from helpers import answer, assert_close, randomised, tiny_of
 from tokenmerge import ToMe
 from tokenmerge import errors as e
 from tokenmerge.adapters import ADAPTERS
@@ -45,7 +45,7 @@ COMPUTED = ("torchvision_vit", "open_clip", "swag", "torch_encoder", "dino", "di
 
 def _make(name: str) -> tuple[nn.Module, Tensor, dict[str, str]]:
     torch.manual_seed(0)
-    model, x = BY_NAME[name].tiny()
+    model, x = tiny_of(BY_NAME[name])
     randomised(model).eval().double()
     if name == "timm_cait":  # layer scale of its own, small enough to hide what goes wrong
         for block in model.blocks:

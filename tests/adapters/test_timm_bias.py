@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.models.beit import Beit
+from timm.models.beit import Attention, Beit
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
@@ -145,6 +146,7 @@ def test_beits_biases_stay_parameters(separate: bool) -> None:
     handle = tokenmerge.patch(model, r=0)
     assert torch.equal(_run(model), expected)
     assert [name for name, _ in model.named_parameters()] == names
+    assert attn.q_bias is q_bias, "whoever shards, prunes or wraps the parameter finds it"
     handle.r = 3
     model.train()
     model(X).square().sum().backward()
@@ -157,6 +159,51 @@ def test_beits_biases_stay_parameters(separate: bool) -> None:
     with tokenmerge.patched(model, r=3):
         assert torch.equal(_run(model), moved)
     check_promises(model.eval(), X, tolerance=1e-6)
+
+
+class _Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_beits_biases_may_be_made_by_a_parametrization() -> None:
+    model = _make("beit-registered")
+    handle = tokenmerge.patch(model, r=3)
+    before = _run(model)
+    for block in model.blocks:
+        nn.utils.parametrize.register_parametrization(block.attn, "q_bias", _Half())
+    after = _run(model)
+    handle.remove()
+    for block in model.blocks:
+        nn.utils.parametrize.remove_parametrizations(block.attn, "q_bias")
+    with tokenmerge.patched(model, r=3):
+        assert_close(_run(model), after)
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_beits_attention_in_a_forward_of_somebody_elses(where: str) -> None:
+    model = _make("beit-registered")
+    with tokenmerge.patched(model, r=3):
+        expected = _run(model)
+    for block in model.blocks:
+        attn = block.attn
+        if where == "instance":
+            attn.forward = partial(_handed_on, attn.forward)
+        else:
+            attn.__class__ = _Own
+    with tokenmerge.patched(model, r=3):
+        assert_close(_run(model), expected)
+
+
+def _handed_on(forward: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    out: Tensor = forward(x, shared_rel_pos_bias)
+    return out
+
+
+class _Own(Attention):
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        return super().forward(x, shared_rel_pos_bias)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +18,7 @@ from promises import check_promises
 from tokenmerge.adapters import find
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
-pytest.importorskip("timm.models.qwen3_vit", reason=f"timm {timm.__version__} has none of these towers")
-pytest.importorskip("timm.models.gemma4_vit", reason=f"timm {timm.__version__} has none of these towers")
-pytest.importorskip("timm.models.deepseek_vit", reason=f"timm {timm.__version__} has none of these towers")
+pytest.importorskip("timm", "1.0.30")
 
 from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenmerge
-from helpers import assert_close, tiny_vit
+from helpers import assert_close, randomised, tiny_vit
 from tokenmerge import errors as e
 from tokenmerge.methods import DTEM, NEW, Reduction
 
@@ -141,6 +142,28 @@ def test_merging_has_a_part_in_what_is_trained() -> None:
     F.cross_entropy(model(X[2]), LABELS).backward()
     name, parameter = next(iter(model.named_parameters()))
     assert (merged[f"{name} gradient"] - _whole(parameter.grad)).abs().max() > 1e-3
+
+
+def test_a_model_with_separate_biases_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.models.beit import Beit
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    model: Any = randomised(
+        Beit(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10, use_rel_pos_bias=True)
+    ).eval()
+    tokenmerge.patch(model, r=5)
+    found = []
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for called in (model, _shard(copy.deepcopy(model))):
+            out = called(X[0])
+            F.cross_entropy(out, LABELS).backward()
+            found.append([out, *(_whole(called.get_parameter(name).grad) for name, _ in model.named_parameters())])
+    finally:
+        distributed.destroy_process_group()
+    for alone, sharded in zip(*found, strict=True):
+        assert_close(sharded, alone, 1e-5)
+    assert model.blocks[0].attn.q_bias.grad.abs().max() > 0
 
 
 def test_orders_that_would_go_wrong_are_refused(both: list[dict[str, Any]]) -> None:

@@ -98,14 +98,39 @@ def _is_watched(module: Any) -> bool:
     return any((*hooks, module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
 
 
-def listen_with_biases(tap: SeamTap, needs: frozenset[str]) -> list[Binding]:
-    """Return what lets a timm attention with separate biases call its `qkv`, whose weight alone it uses otherwise.
+def listen_with_biases(tap: SeamTap, found: list[Binding], needs: frozenset[str]) -> list[Binding]:
+    """Return what is bound so that a timm attention with separate biases calls its `qkv`, besides what `found` holds.
 
-    An attention that finds no q_bias calls `qkv`, which then adds the biases.
+    It uses the weight of its `qkv` alone, but where it finds no q_bias it calls `qkv`, which then adds the biases.
     """
-    projection = _BiasedProjection(tap.attn, tap, tuple(sorted(needs)))
-    tap.following = [bound for bound in tap.following if bound.owner is not tap.attn.qkv] + [projection]
-    return [Binding(tap.attn, "q_bias", None), Binding(tap.attn.qkv, "forward", projection)]
+    attn = tap.attn
+    projection = _BiasedProjection(attn, tap, tuple(sorted(needs)))
+    tap.following = [bound for bound in tap.following if bound.owner is not attn.qkv] + [projection]
+    found = [bound for bound in found if bound.owner is not attn.qkv]
+    if projection.is_hidden:
+        found.append(Binding(attn, "q_bias", None))
+    else:
+        found[0] = Binding(attn, "forward", _Unbiased(attn, tap))
+    return [*found, Binding(attn.qkv, "forward", projection)]
+
+
+class _Unbiased(Attending):
+    """Has an attention's own forward find no q_bias, which stays the parameter that it is for everybody else."""
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.owner).forward(_WithoutBias(self.owner), *args, **kwargs)
+
+
+class _WithoutBias:
+    """All that an attention has, but its q_bias."""
+
+    q_bias = None
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attn, name)
 
 
 class _BiasedProjection(Listener):
@@ -114,17 +139,21 @@ class _BiasedProjection(Listener):
     def __init__(self, attn: Any, tap: SeamTap, names: tuple[str, ...]) -> None:
         super().__init__(attn, "qkv", tap.slot, names, attn.num_heads, 3)
         self.attn = attn
+        # timm's own forward can run on another self; one of somebody else's may not
+        is_own = "forward" not in attn.__dict__ and type(attn).forward.__module__.startswith("timm.")
+        self.is_hidden = not is_own
 
     def original(self, x: Tensor) -> Tensor:
-        attn, own = self.attn, self.attn._parameters
-        bias = torch.cat((own["q_bias"], attn.k_bias, own["v_bias"]))
+        attn = self.attn
+        q_bias = attn._parameters["q_bias"] if self.is_hidden else attn.q_bias
+        bias = torch.cat((q_bias, attn.k_bias, attn.v_bias))
         if attn.qkv_bias_separate:
             projected: Tensor = super().original(x)
             return projected + bias
         return F.linear(x, self.owner.weight, bias)  # type: ignore[arg-type]
 
     def follow(self) -> None:
-        if not is_compiling():
+        if self.is_hidden and not is_compiling():
             self.attn.__dict__["q_bias"] = None  # whoever sets the parameter anew uncovers it
         super().follow()
 

@@ -100,4 +100,4 @@ class _BeitTap(PairTap):
         found = super().seams(needs)
         if not needs or attn.q_bias is None:
             return found
-        return [r for r in found if r.owner is not attn.qkv] + listen_with_biases(self, needs)
+        return listen_with_biases(self, found, needs)

@@ -67,7 +67,7 @@ class RopeTap(SeamTap):
         found = super().seams(needs)
         if "v" not in needs or getattr(attn, "q_bias", None) is None:
             return found
-        return [r for r in found if r.owner is not attn.qkv] + listen_with_biases(self, frozenset({"v"}))
+        return listen_with_biases(self, found, frozenset({"v"}))
 
 
 def _is_by_head() -> bool:
