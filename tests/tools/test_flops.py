@@ -13,7 +13,8 @@ from torch import nn
 import tokenmerge
 from helpers import tiny_vit
 from tokenmerge import flops
-from tokenmerge.measure.counting import count
+from tokenmerge.adapters import ADAPTERS
+from tokenmerge.measure.counting import CostModel, count
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "columns"])
@@ -140,3 +141,16 @@ def test_unfused_attention_counts_the_same() -> None:
 def test_a_model_that_is_no_transformer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16, 5))
     assert flops(model, (3, 4, 4)) == 16 * 27 * 8 + 8 * 16 * 5
+
+
+@pytest.mark.parametrize("family", ["timm_vit", "timm_cait", "timm_sam", "hf_clip", "hf_vjepa2", "dino", "vit_pytorch"])
+def test_a_cost_model_says_what_is_counted(family: str) -> None:
+    """By a polynomial for each block, or by counting where that does not hold (windows)."""
+    model, x = next(adapter for adapter in ADAPTERS if adapter.name == family).tiny()
+    handle = tokenmerge.patch(model, r=0)
+    size = tuple(x.shape[1:])
+    macs = CostModel(model, size)
+    assert handle.r == 0 and macs._is_exact == (family != "timm_sam")
+    for r in (0, 1, 5, (2, -1.0), 0.3, [3, 0, 1, 2][: len(handle.runners)]):
+        handle.r = r if not isinstance(r, list) else (r * len(handle.runners))[: len(handle.runners)]
+        assert macs(handle.r) == flops(model, size)

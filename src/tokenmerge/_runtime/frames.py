@@ -1,18 +1,15 @@
-"""The record of one forward: what is known of the tokens that enter each layer; and that of one call of a block."""
+"""The record of one forward: what is known of the tokens that enter each layer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from tokenmerge.plan import AnyPlan
 from tokenmerge.schedule import Schedule
 
-__all__ = ["Call", "Frame"]
+__all__ = ["Frame"]
 
 
 class Frame:
@@ -49,17 +46,3 @@ class Frame:
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
         other.last, other.memory = slot, dict(self.memory)
         return other
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a block while tokens are merged, in it or before it: B batch, N tokens, C channels."""
-
-    x: Tensor  # [B, N, C] what the block is given
-    size: Tensor | None  # [B, N], and [B, M] once tokens have been merged; None: all are 1
-    r: int  # tokens to be removed
-    kept: Tensor | None  # [B, N] the place each token keeps; None: all are in their places
-    frame: Frame
-    given: Mapping[str, Any]  # the block's further arguments, by name
-    bias: Tensor | None = None  # [B, N] what the attention adds to its scores per key
-    plan: AnyPlan | None = None  # what was decided; None: nothing was to be removed

@@ -20,22 +20,29 @@ from torch import Tensor
 from tokenmerge import kernels
 from tokenmerge._intercept.follow import rows
 from tokenmerge._intercept.taps import Slot
-from tokenmerge._runtime.frames import Call, Frame
+from tokenmerge._runtime.frames import Frame
 from tokenmerge._runtime.residual import ResidualRunner
 from tokenmerge._torch.tracing import in_pieces, outside_graph
 from tokenmerge.adapters.base import Binding, Override, first_of
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
-from tokenmerge.plan import assignment
+from tokenmerge.plan import AnyPlan, assignment
 
 __all__ = ["HookedRunner"]
 
 
 @dataclass(eq=False)
-class _Call(Call):
-    """What the block's children need, and what they find out."""
+class _Turn:
+    """One call of a block while tokens are merged: what its children need, and what they find out."""
 
+    x_pre: Tensor  # [B, N, C]
+    bias: Tensor | None  # [B, N]
+    size: Tensor | None  # [B, N]
+    r: int
+    kept: Tensor | None  # [B, N]
+    frame: Frame
     is_silent: bool = False  # the MLP puts out zeros: a probe
     mid: Tensor | None = None  # [B, N, C] what enters the norm
+    plan: AnyPlan | None = None
     merged: Tensor | None = None  # [B, M, C]
 
 
@@ -53,26 +60,34 @@ class HookedRunner(ResidualRunner):
         self.listeners = dict(zip((self.spec.norm, self.spec.mlp), listeners, strict=True))
         return [Binding(listener.owner, "forward", listener) for listener in listeners]
 
-    def running(self) -> _Call | None:
+    def turn(self) -> _Turn | None:
         """Return the call of this block that is running in this thread, if tokens are merged in it."""
-        found: _Call | None = self.slot.peek().get("call")
+        found: _Turn | None = self.slot.peek().get("turn")
         return found
 
-    def compose(self, call: Call) -> Tensor:
-        self._follow(call.given, None)
-        inner = _Call(**vars(call))
-        out: Tensor = outside_graph.run(self._run, inner) if in_pieces() else self._run(inner)
-        call.size, call.plan = inner.size, inner.plan
-        if inner.plan is None or inner.mid is None or inner.merged is None:
-            return out
-        return inner.merged + (rows(out, inner.plan.keep) - rows(inner.mid, inner.plan.keep))
+    def compose(
+        self,
+        x: Tensor,
+        size: Tensor | None,
+        r: int,
+        kept: Tensor | None,
+        call: Mapping[str, Any],
+        frame: Frame,
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        self._follow(call, None)
+        turn = _Turn(x, self._bias(size, frame.has_padding), size, r, kept, frame)
+        out = outside_graph.run(self._run, turn, call) if in_pieces() else self._run(turn, call)
+        if turn.plan is None or turn.mid is None or turn.merged is None:
+            return out, size, None
+        tokens = turn.merged + (rows(out, turn.plan.keep) - rows(turn.mid, turn.plan.keep))
+        return tokens, turn.size, turn.plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
-        given = self.by_name(args, kwargs)
-        out = self._run(_Call(tokens, None, 0, None, Frame(0), given))
-        silent = _Call(tokens, None, 0, None, Frame(0), given, is_silent=True)
-        rest = self._run(silent) - silent.mid  # type: ignore[operator]
+        call = self.by_name(args, kwargs)
+        out = self._run(_Turn(tokens, None, None, 0, None, Frame(0)), call)
+        silent = _Turn(tokens, None, None, 0, None, Frame(0), is_silent=True)
+        rest = self._run(silent, call) - silent.mid  # type: ignore[operator]
         if not rest.is_meta and not rest.abs().max().item() <= 1e-4 * max(1.0, out.abs().max().item()):
             raise AdapterMismatchError(
                 f"block {self.layer} ({type(self.block).__qualname__}) is not norm={self.spec.norm!r} and "
@@ -82,9 +97,9 @@ class HookedRunner(ResidualRunner):
             )
         return self._mirror(out)
 
-    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, given: Mapping[str, Any]) -> Tensor:
-        self._follow(given, None)
-        return self._run(_Call(x, size, 0, kept, Frame(0), given, self._bias(size, False)))
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+        self._follow(call, None)
+        return self._run(_Turn(x, self._bias(size, False), size, 0, kept, Frame(0)), call)
 
     def _check_children(self) -> None:
         for name, listener in self.listeners.items():
@@ -97,17 +112,17 @@ class HookedRunner(ResidualRunner):
                     "is now."
                 )
 
-    def _run(self, call: _Call) -> Tensor:
+    def _run(self, turn: _Turn, call: Mapping[str, Any]) -> Tensor:
+        x = turn.x_pre
         self._check_children()
-        self.slot.put({"call": call})
-        self.tap.expect(call.bias, None)
+        self.slot.put({"turn": turn})
+        self.tap.expect(turn.bias, None)
         try:
-            x = call.x if self.layout.batch_first else call.x.transpose(0, 1)
-            out = first_of(self.original(x, **call.given))
+            out = first_of(self.original(x if self.layout.batch_first else x.transpose(0, 1), **call))
         finally:
             self.slot.take()
             self.tap.forget()
-        if call.mid is None:
+        if turn.mid is None:
             raise AdapterMismatchError(
                 f"block {self.layer} ({type(self.block).__qualname__}) did not call {self.spec.norm!r} before "
                 f"{self.spec.mlp!r}: it is not pre-norm, or it computes them in one piece."
@@ -115,18 +130,18 @@ class HookedRunner(ResidualRunner):
         tokens: Tensor = out if self.layout.batch_first else out.transpose(0, 1)
         return tokens
 
-    def reduce(self, call: _Call, mid: Tensor) -> Tensor:
+    def reduce(self, turn: _Turn, mid: Tensor) -> Tensor:
         """Take what enters the norm, `[B, N, C]`, and return what shall, `[B, M, C]`."""
         self.tap.check()
         seen = self.tap.take()
-        call.mid = call.merged = mid
-        if not call.r:
-            if not call.is_silent:
+        turn.mid = turn.merged = mid
+        if not turn.r:
+            if not turn.is_silent:
                 self._check_seen(seen, mid.shape[1])
             return mid
-        call.plan = self._choose(call, mid, None, seen)
-        call.merged, call.size = self.method.merge(call.plan, mid, call.size)
-        return call.merged
+        turn.plan = self._choose(mid, None, turn.x_pre, seen, turn.size, turn.bias, turn.kept, turn.r, turn.frame)
+        turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.size)
+        return turn.merged
 
 
 class _Norm(Override):
@@ -135,24 +150,24 @@ class _Norm(Override):
         self.runner = runner
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = self.runner.running()
-        if call is None:
+        turn = self.runner.turn()
+        if turn is None:
             return self.original(x, *args, **kwargs)
         is_first = self.runner.layout.batch_first
-        tokens = self.runner.reduce(call, x if is_first else x.transpose(0, 1))
+        tokens = self.runner.reduce(turn, x if is_first else x.transpose(0, 1))
         return self.original(tokens if is_first else tokens.transpose(0, 1), *args, **kwargs)
 
 
 class _Mlp(_Norm):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = self.runner.running()
+        turn = self.runner.turn()
         out = self.original(x, *args, **kwargs)
-        if call is None or call.mid is None:
+        if turn is None or turn.mid is None:
             return out
-        if call.is_silent:
+        if turn.is_silent:
             return torch.zeros_like(out)
-        if call.plan is None:
+        if turn.plan is None:
             return out
         is_first = self.runner.layout.batch_first
-        spread = kernels.unmerge(out if is_first else out.transpose(0, 1), assignment(call.plan))
+        spread = kernels.unmerge(out if is_first else out.transpose(0, 1), assignment(turn.plan))
         return spread if is_first else spread.transpose(0, 1)

@@ -17,7 +17,7 @@ from torch.nn.modules import module as everywhere
 from tokenmerge import kernels
 from tokenmerge._intercept.follow import rows
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge._runtime.frames import Call, Frame
+from tokenmerge._runtime.frames import Frame
 from tokenmerge._runtime.grids import Grids
 from tokenmerge._runtime.key_bias import key_bias
 from tokenmerge._runtime.state import ForwardState
@@ -82,45 +82,59 @@ class ResidualRunner(Override):
             state.record(frame, slot, layer, tokens, None, None)
         else:
             self._check_device(x)
-            given = self.by_name(args, kwargs)
+            call = self.by_name(args, kwargs)
             if size is None:
-                size = self._begin_sizes(frame, given, tokens.shape[0])
-            call = Call(tokens, size, r, kept, frame, given, self._bias(size, frame.has_padding))
-            tokens = self.compose(call)
-            state.record(frame, slot, layer, tokens, call.size, call.plan)
+                size = self._begin_sizes(frame, call, tokens.shape[0])
+            tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
+            state.record(frame, slot, layer, tokens, size, plan)
             out = self._hand_out(tokens, frame)
         state.put_out(frame, layer, first_of(out), bool(self.block._forward_hooks or everywhere._global_forward_hooks))
         return out
 
-    def compose(self, call: Call) -> Tensor:
-        """Run attention, reduction and MLP; returns `[B, M, C]` and notes sizes and plan in the call."""
-        x: Tensor = outside_graph.run(self._merge, call) if in_pieces() else self._merge(call)
-        after = self._apply_mlp(x)
+    def compose(
+        self,
+        x: Tensor,
+        size: Tensor | None,
+        r: int,
+        kept: Tensor | None,
+        call: Mapping[str, Any],
+        frame: Frame,
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
+        if in_pieces():
+            x, size, plan = outside_graph.run(self._merge, x, size, r, kept, call, frame)
+        else:
+            x, size, plan = self._merge(x, size, r, kept, call, frame)
         if not self.method.follows_mlp:
-            return after
-        return self.method.after_mlp(after, x, self.layer, self.state.depth, call.frame.memory)
+            return self._apply_mlp(x), size, plan
+        after = self._apply_mlp(x)
+        return self.method.after_mlp(after, x, self.layer, self.state.depth, frame.memory), size, plan
 
-    def _merge(self, call: Call) -> Tensor:
+    def _merge(
+        self, x: Tensor, size: Tensor | None, r: int, kept: Tensor | None, call: Mapping[str, Any], frame: Frame
+    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         """Run attention and reduction."""
-        x, branch, seen = self._attend(call)
-        if not call.r:
-            return x if branch is None else x + branch
-        if branch is not None and self.method.reads_sum:
+        x_pre, bias = x, self._bias(size, frame.has_padding)
+        x, branch, seen = self._attend(x, bias, kept, self._follow(call, kept))
+        if r and branch is not None and self.method.reads_sum:
             x, branch = x + branch, None
-        call.plan = self._choose(call, x, branch, seen)
+        plan = self._choose(x, branch, x_pre, seen, size, bias, kept, r, frame) if r else None
         # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
-        del seen
-        x, call.size = self.method.merge(call.plan, x, call.size, branch)
-        return x
+        del seen, x_pre, bias
+        if plan is not None:
+            x, size = self.method.merge(plan, x, size, branch)
+        elif branch is not None:
+            x = x + branch
+        return x, size, plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
         return self._mirror(self.counted(tokens, None, None, self.by_name(args, kwargs)))
 
-    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, given: Mapping[str, Any]) -> Tensor:
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
         """Run the composition on tokens `[B, N, C]` that count `size` times, at their places, with nothing merged."""
-        x, branch, seen = self._attend(Call(x, size, 0, kept, Frame(0), given, self._bias(size, False)))
+        x, branch, seen = self._attend(x, self._bias(size, False), kept, self._follow(call, kept))
         self._check_seen(seen, x.shape[1])
         return self._apply_mlp(x if branch is None else x + branch)
 
@@ -140,42 +154,42 @@ class ResidualRunner(Override):
         # not -inf for padding: of an image that is all padding, attention would be NaN
         return key_bias(size.log().clamp_min(-1e4) if has_padding else size.log())
 
-    def _choose(self, call: Call, x: Tensor, branch: Tensor | None, seen: dict[str, Tensor]) -> AnyPlan:
-        """Let the method decide on the stream `x` and what the attention adds to it, both `[B, N, C]`."""
+    def _choose(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        x_pre: Tensor,
+        seen: dict[str, Tensor],
+        size: Tensor | None,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        r: int,
+        frame: Frame,
+    ) -> AnyPlan:
         cut = _cut if self.module is None else lambda x: x  # what is learned needs the gradients of what it sees
-        size, frame = call.size, call.frame
+        q, k, v = (cut(seen.get(name)) for name in ("q", "k", "v"))
         valid = size > 0 if frame.has_padding and size is not None else None
         view = TokenView(
-            stream=cut(x),
-            x_pre=cut(call.x),
-            q=cut(seen.get("q")),
-            k=cut(seen.get("k")),
-            v=cut(seen.get("v")),
-            size=size,
-            prefix=self.layout.prefix,
-            grid=frame.grid,
-            layer=self.layer,
-            valid=valid,
-            branch=cut(branch),
+            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, frame.grid, self.layer, valid, cut(branch)),
             depth=self.state.depth,
             scale=self.scale,
-            bias=call.bias,
-            places=call.kept,
+            bias=bias,
+            places=kept,
             module=self.module,
             memory=frame.memory,
         )
-        plan = self.method.plan(view, call.r)
+        plan = self.method.plan(view, r)
         return plan if valid is None else lead_by_real(plan, valid)
 
-    def _attend(self, call: Call) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def _attend(
+        self, x: Tensor, bias: Tensor | None, kept: Tensor | None, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the residual stream, what the attention adds to it (None: all is added) and what the tap saw."""
-        x, given = call.x, self._follow(call.given, call.kept)
         if not self.spec.attn:
-            return self.tap(x, call.bias, call.kept, **given), None, self.tap.take()
+            return self.tap(x, bias, kept, **given), None, self.tap.take()
         branch = x
         for name in self.spec.attention:
-            is_tapped = name == self.spec.attn
-            branch = self.tap(branch, call.bias, call.kept, **given) if is_tapped else self._step(name, branch)
+            branch = self.tap(branch, bias, kept, **given) if name == self.spec.attn else self._step(name, branch)
         return x, branch, self.tap.take()
 
     def _apply_mlp(self, x: Tensor) -> Tensor:
@@ -196,9 +210,9 @@ class ResidualRunner(Override):
         out: Tensor = x if child is None else x * child if isinstance(child, Tensor) else child(x)
         return out
 
-    def _follow(self, given: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
+    def _follow(self, call: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
         """Return the block's further arguments for the tokens that are left; raises for one that cannot follow."""
-        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        given = {name: value for name, value in call.items() if value is not None and value is not False}
         followers = self.adapter.followers
         unknown = [repr(name) for name in given if name not in followers]
         if unknown:
@@ -208,9 +222,9 @@ class ResidualRunner(Override):
             )
         return given if kept is None else {name: followers[name](value, kept) for name, value in given.items()}
 
-    def _begin_sizes(self, frame: Frame, given: Mapping[str, Any], B: int) -> Tensor | None:
+    def _begin_sizes(self, frame: Frame, call: Mapping[str, Any], B: int) -> Tensor | None:
         """Return the sizes before any merging, where some tokens are padding: 0 for these, 1 for the others."""
-        valid = self.adapter.valid(given)
+        valid = self.adapter.valid(call)
         frame.has_padding = valid is not None
         return None if valid is None else valid.float().expand(B, -1)
 

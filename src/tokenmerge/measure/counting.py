@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenmerge import adapters, kernels
 from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.handle import handle_of
+from tokenmerge.schedule import R, Schedule
 
-__all__ = ["Count", "count", "flops"]
+__all__ = ["CostModel", "Count", "count", "flops"]
 
 
 class Count(NamedTuple):
@@ -43,27 +44,108 @@ def flops(model: nn.Module, input_size: Sequence[int]) -> int:
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Count:
     """Return the MACs of one forward, those of the matching apart; see `flops`."""
-    # imports triton where that is installed, which `import tokenmerge` must not
-    from torch.utils.flop_counter import FlopCounterMode
+    return _Twin(model, input_size).count()
 
-    shape = tuple(input_size) if len(input_size) != _rank(model) else (1, *input_size)
-    # handing deepcopy the replaced tensors keeps it from copying the weights
-    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
-    memo.update({id(b): b.to("meta") for b in model.buffers()})
-    twin = copy.deepcopy(model, memo)
-    dtype = next((t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
-    counter = FlopCounterMode(display=False)
-    meters: list[Any] = []
-    handle = handle_of(twin, None)
-    for runner in handle.runners if handle else ():
-        meters.append(_Meter(runner.method, counter))
-        runner.method = meters[-1]
-    # the fused kernels of some devices are not in the counter's table; the plain products always are, also of ours,
-    # and a version that is forced for the model's device has none for this one
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), kernels.force("reference"):
-        twin(torch.empty(shape, device="meta", dtype=dtype))
-    matching = sum(meter.seen for meter in meters)
-    return Count((counter.get_total_flops() - matching) // 2, matching // 2)
+
+class CostModel:
+    """The MACs of a patched model at any schedule, for one input size: counted a few times, then computed.
+
+    What a block costs is a polynomial of the tokens n that enter it and the m that leave it: both products of attention
+    go with n * n, its projections with n, the MLP with m. A few forwards without storage determine it, block by block.
+    Where it does not hold (tokens are merged inside windows, blocks share work), every schedule is counted.
+
+    Raises `NotPatchedError` for a model that is not patched. The model is left as it is.
+    """
+
+    def __init__(self, model: nn.Module, input_size: Sequence[int]) -> None:
+        handle = handle_of(model)
+        self._twin = _Twin(model, input_size)
+        depth = len(handle.runners)
+        unmerged = self._twin.run([0] * depth)
+        self.tokens = unmerged.tokens[0]  # that enter the first block
+        self._prefix, self._largest = handle.prefix, handle.config.method.largest_r
+        few, many = max(1, self.tokens // (2 * depth)), self.tokens
+        shapes = [[many] * depth, [few] * depth, [2 * few] * depth, [few, 0] * depth, [0, 3 * few] * depth]
+        runs = [unmerged, *(self._twin.run(shape[:depth]) for shape in [*shapes, [many, 0, few] * depth])]
+        self._outside = unmerged.model - sum(unmerged.blocks)
+        self._terms: list[Tensor] = []  # [4] float64 a block
+        worst = 0.0
+        for layer in range(depth):
+            seen = torch.stack([_powers(run.tokens[layer], run.tokens[layer + 1]) for run in runs])
+            macs = torch.tensor([run.blocks[layer] for run in runs], dtype=torch.float64)
+            scale = seen.amax(dim=0)
+            # several columns may depend on each other: as many tokens enter the first block at any schedule
+            terms = torch.linalg.lstsq(seen / scale, macs[:, None], driver="gelsd").solution[:, 0] / scale
+            worst = max(worst, (seen @ terms - macs).abs().max().item())
+            self._terms.append(terms)
+        outside = {run.model - sum(run.blocks) for run in runs}
+        self._is_exact = worst < 0.5 and len(outside) == 1 and not unmerged.is_local
+
+    def __call__(self, r: R) -> int:
+        """Return the MACs of one forward at `r`, in any form that `patch` takes."""
+        if not self._is_exact:
+            return self._twin.run(r).model
+        schedule = Schedule.of(r, len(self._terms), largest=self._largest)
+        tokens = [self.tokens, *schedule.tokens(self.tokens, self._prefix)]
+        pairs = zip(self._terms, tokens, tokens[1:], strict=False)
+        return self._outside + sum(round((terms @ _powers(n, m)).item()) for terms, n, m in pairs)
+
+
+def _powers(n: int, m: int) -> Tensor:
+    return torch.tensor([1, n, n * n, m], dtype=torch.float64)
+
+
+class _Run(NamedTuple):
+    """What one forward of the twin took, in MACs, and the tokens that entered each block and left the last."""
+
+    model: int
+    blocks: list[int]
+    tokens: list[int]
+    is_local: bool  # tokens were merged for an attention alone
+
+
+class _Twin:
+    """A copy of a model that has shapes and no storage."""
+
+    def __init__(self, model: nn.Module, input_size: Sequence[int]) -> None:
+        shape = tuple(input_size) if len(input_size) != _rank(model) else (1, *input_size)
+        # handing deepcopy the replaced tensors keeps it from copying the weights
+        memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
+        memo.update({id(b): b.to("meta") for b in model.buffers()})
+        self.model = copy.deepcopy(model, memo)
+        dtype = next((t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
+        self.x = torch.empty(shape, device="meta", dtype=dtype)
+        self.handle = handle_of(self.model, None)
+        self.blocks: list[_BlockMeter] = []
+        for runner in self.handle.runners if self.handle else ():
+            runner.method = cast(Any, _Meter(runner.method))
+            self.blocks.append(_BlockMeter(runner))
+            runner.block.__dict__["forward"] = self.blocks[-1]
+
+    def count(self) -> Count:
+        # imports triton where that is installed, which `import tokenmerge` must not
+        from torch.utils.flop_counter import FlopCounterMode
+
+        counter = FlopCounterMode(display=False)
+        for meter in self.blocks:
+            meter.start(counter)
+        # the fused kernels of some devices are not in the counter's table; the plain products always are, also of ours,
+        # and a version that is forced for the model's device has none for this one
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), kernels.force("reference"):
+            self.model(self.x)
+        matching = sum(meter.method.seen for meter in self.blocks)
+        return Count((counter.get_total_flops() - matching) // 2, matching // 2)
+
+    def run(self, r: R) -> _Run:
+        """Return what a forward of the patched model takes at `r`."""
+        assert self.handle is not None
+        self.handle.r = r
+        model = self.count().model
+        frame = self.handle._state.last()
+        assert frame is not None
+        tokens = [shape[1] if shape else 0 for shape in frame.shape]
+        blocks = [(meter.seen - meter.method.seen) // 2 for meter in self.blocks]
+        return _Run(model, blocks, [self.blocks[0].entered, *tokens[1:]], any(frame.inside))
 
 
 def _rank(model: nn.Module) -> int:
@@ -78,8 +160,9 @@ def _rank(model: nn.Module) -> int:
 class _Meter:
     """Stands in for a method and notes what the counter counts while it plans."""
 
-    def __init__(self, method: Any, counter: Any) -> None:
-        self.method, self.counter, self.seen = method, counter, 0
+    def __init__(self, method: Any) -> None:
+        self.method, self.seen = method, 0
+        self.counter: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
@@ -89,3 +172,23 @@ class _Meter:
         plan = self.method.plan(view, r)
         self.seen += self.counter.get_total_flops() - before
         return plan
+
+
+class _BlockMeter:
+    """Stands in for a block's runner and notes what the counter counts in it."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.method = runner, runner.method
+        self.counter: Any = None
+        self.seen = self.entered = 0
+
+    def start(self, counter: Any) -> None:
+        self.counter = self.method.counter = counter
+        self.seen = self.method.seen = 0
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        before = self.counter.get_total_flops()
+        self.entered = x.shape[1 if self.runner.layout.batch_first else 0]
+        out = self.runner(x, *args, **kwargs)
+        self.seen += self.counter.get_total_flops() - before
+        return out

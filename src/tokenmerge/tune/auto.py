@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenmerge import matching
 from tokenmerge.errors import ConfigError
-from tokenmerge.measure.counting import flops
+from tokenmerge.measure.counting import CostModel
 from tokenmerge.measure.outputs import answer
 from tokenmerge.methods import Reduction, ToFu, ToMe, ToMeCIS
 from tokenmerge.methods.base import TokenView
@@ -100,6 +100,7 @@ class _Trial:
             self.depth, self.has_class = len(handle.runners), handle.has_class
             self.model(self.batches[0][:1])
             self._tokens = int(handle.tokens[0])
+            self._macs = CostModel(model, self.size)
 
     def __call__(self, method: Reduction, shape: str, r: R) -> None:
         with self.patched(self.model, method, r=r):
@@ -145,10 +146,6 @@ class _Trial:
     def _falling(self, first: float, power: int) -> list[int | float]:
         last = self.depth - 1
         return [round(first * (1 - layer / last) ** power) for layer in range(self.depth)]
-
-    def _macs(self, r: R) -> int:
-        with self.patched(self.model, r=r):
-            return flops(self.model, self.size)
 
     def _unmerged(self) -> Tensor:
         """Return the answers to compare with; raises `ConfigError` where the model gives none that can be."""
