@@ -28,9 +28,7 @@ from tokenmerge.plan import AnyPlan, lead_by_real
 from tokenmerge.state import ForwardState
 from tokenmerge.tracing import in_pieces, is_compiling, outside_graph
 
-__all__ = ["SEEN", "BlockRunner"]
-
-SEEN = frozenset({"q", "k", "v"})  # of what a method may need, that which its attention must hand over
+__all__ = ["BlockRunner"]
 
 
 class BlockRunner(Original):
@@ -139,7 +137,7 @@ class BlockRunner(Original):
         return self._apply_mlp(x if branch is None else x + branch)
 
     def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
-        for name in sorted(self.method.needs & SEEN):
+        for name in sorted(self.method.captures):
             got = tuple(seen[name].shape) if name in seen else "nothing"
             if len(got) != 4 or got[2] != n:
                 raise AdapterMismatchError(

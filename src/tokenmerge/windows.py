@@ -19,7 +19,7 @@ from tokenmerge.adapters.taps import Slot
 from tokenmerge.frames import Frame
 from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import assignment
-from tokenmerge.runner import SEEN, BlockRunner
+from tokenmerge.runner import BlockRunner
 from tokenmerge.tracing import in_pieces, outside_graph
 
 __all__ = ["WindowRunner"]
@@ -71,7 +71,7 @@ class WindowRunner(BlockRunner):
         bias = kept = None
         if r:
             tokens = x.detach().flatten(1, 2)  # [W, N, C]
-            seen = self.tap.split(qkv.detach(), self.method.needs & SEEN)
+            seen = self.tap.split(qkv.detach(), self.method.captures)
             # what fills up the last windows is zero; it is attended to like all else, but merged with itself first
             valid = tokens.ne(0).any(dim=-1) if has_padding else None
             view = TokenView(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenmerge import matching
-from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["DSM"]
@@ -30,6 +30,7 @@ class DSM(Reduction):
 
     name: ClassVar[str] = "dsm"
     limits: ClassVar[Limits] = {"windowed": FROM_ZERO}
+    variants: ClassVar[Variants] = ({}, {"windowed": 0})
 
     windowed: int = 4
     metric: str = "k"
@@ -39,13 +40,14 @@ class DSM(Reduction):
         return super().needs | {"places"}
 
     def plan(self, view: TokenView, r: int) -> Plan:
-        memory = {} if view.memory is None else view.memory
-        memory[view.layer] = "merged"
-        if sum(layer < view.layer for layer in memory) < self.windowed:
-            return self._windowed(view, r)
+        before = view.last_note(_MergeNote)
+        merged = 0 if before is None else before.merged
+        view.note(_MergeNote(merged + 1))
+        if merged < self.windowed:
+            return self._match_in_windows(view, r)
         return matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)
 
-    def _windowed(self, view: TokenView, r: int) -> Plan:
+    def _match_in_windows(self, view: TokenView, r: int) -> Plan:
         cells, (rows, columns) = view.cells()
         window = 2 * (cells // columns >= (rows + 1) // 2) + (cells % columns >= (columns + 1) // 2).long()
         is_in = (F.pad(window, (view.prefix, 0))[..., None] == torch.arange(4, device=window.device)).float()
@@ -60,8 +62,13 @@ class DSM(Reduction):
         is_in = is_in * best.isfinite()[..., None]
         # 1 for the best of its window, 0 for padding: it goes first
         rank = (is_in.cumsum(dim=1) * is_in).sum(dim=2)
-        # last who has nobody in its window
+        # tokens without a partner in their window rank last
         rank = rank.masked_fill(best < 2, float("inf"))
         chosen = order.gather(1, rank.argsort(dim=1, stable=True)[:, :r])
         places = torch.arange(n, device=unit.device)
         return matching.absorb(places[side_a][chosen], places[side_b][partner.gather(1, chosen)], n)
+
+
+@dataclass(frozen=True)
+class _MergeNote:
+    merged: int  # blocks that removed tokens, this one among them

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokenmerge import matching
-from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan, WeightedPlan
 
 __all__ = ["EViT"]
@@ -30,6 +30,7 @@ class EViT(Reduction):
     leaves = "one"
     choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({}, {"fuse": False}, {"score": "received"})
 
     score: str = "class"
     fuse: bool = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView, batch_count
+from tokenmerge.methods.base import Reduction, TokenView, Variants, batch_count
 from tokenmerge.plan import MatrixPlan
 
 __all__ = ["MaMe"]
@@ -32,6 +32,7 @@ class MaMe(Reduction):
 
     name: ClassVar[str] = "mame"
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({}, {"tau": 0.1, "metric": "k"})
 
     metric: str = "x"
     tau: float = 0.5
@@ -41,14 +42,12 @@ class MaMe(Reduction):
         B, n, _ = unit.shape
         side_a, side_b = matching.alternating(n, view.prefix)
         cosine = matching.cosines(unit[:, side_a], unit[:, side_b])  # [B, A, E]
-        if view.valid is not None:
-            cosine = cosine.masked_fill(~(view.valid[:, side_a, None] & view.valid[:, None, side_b]), -1.0)
+        # what takes part in no pair of real tokens has no weight, whatever the threshold
+        cosine = matching.mask_pairs(cosine, view.valid, side_a, side_b, alike=float("-inf"), unlike=float("-inf"))
         weight, is_merged = self._weights(cosine)
         best, partner = cosine.max(dim=2)
         # those with weights come first, by how similar they are
-        rank = best + 4 * is_merged
-        if view.valid is not None:
-            rank = rank.masked_fill(~view.valid[:, side_a], float("inf"))
+        rank = matching.lift_padding(best + 4 * is_merged, view.valid, side_a)
         count = batch_count((rank > 2).sum(dim=1), r, best)
         order = rank.argsort(dim=1, descending=True, stable=True)
         gone, stays = order[:, :count], order[:, count:].sort(dim=1).values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["ZeroTPrune"]
@@ -32,6 +32,11 @@ class ZeroTPrune(Reduction):
     leaves = "one"
     limits: ClassVar[Limits] = {"iterations": FROM_ZERO, "similar": SHARE, "variance": FROM_ZERO}
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = (
+        {},
+        {"iterations": (2, 2, 2), "similar": 0.0},
+        {"similar": 1.0, "metric": "x"},
+    )
 
     iterations: tuple[int, int, int] = (30, 5, 1)
     similar: float = 0.5
@@ -56,9 +61,7 @@ class ZeroTPrune(Reduction):
                 start, bias = score.masked_fill(is_gone, 0.0), bias.masked_fill(is_gone, float("-inf"))
                 score = self._rank(view, start, bias)
             score = score.masked_fill(is_gone, float("-inf"))
-        if view.valid is not None:
-            score = score.masked_fill(~view.valid, float("-inf"))
-        return matching.prune(score, r, prefix=view.prefix)
+        return matching.prune(matching.sink_padding(score, view.valid), r, prefix=view.prefix)
 
     def _rank(self, view: TokenView, start: Tensor, bias: Tensor | None) -> Tensor:
         steps = self.iterations[min(2, 3 * view.layer // view.depth)]
@@ -73,11 +76,9 @@ class ZeroTPrune(Reduction):
 
     def _similar(self, view: TokenView, score: Tensor, count: int) -> Tensor:  # [B, N]
         """Return the tokens of the less important half that are most like one of the other half, `[B, count]`."""
-        if view.valid is not None:
-            score = score.masked_fill(~view.valid, float("-inf"))
+        score = matching.sink_padding(score, view.valid)
         order = score[:, view.prefix :].argsort(dim=1, stable=True) + view.prefix
         low, high = order[:, : order.shape[1] // 2], order[:, order.shape[1] // 2 :]
         _, best = matching.nearest(getattr(view, self.metric), low, high, valid=view.valid)
-        if view.valid is not None:
-            best = best.masked_fill(~view.valid.gather(1, low), float("inf"))
+        best = matching.lift_padding(best, view.valid, low)
         return low.gather(1, best.argsort(dim=1, descending=True, stable=True)[:, :count])
