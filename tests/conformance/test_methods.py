@@ -269,7 +269,7 @@ def test_needs_that_nobody_can_meet_are_refused() -> None:
     class Misspelt(ToMe):
         needs = frozenset({"k", "grid"})
 
-    with pytest.raises(UnknownNameError, match=r"no Misspelt needs 'grid'. Known: k, q, v, class, places"):
+    with pytest.raises(UnknownNameError, match=r"no Misspelt needs 'grid'. Known: q, k, v, class, places"):
         tokenmerge.patch(_model(torch.float32), Misspelt(), r=2)
 
 
@@ -278,7 +278,8 @@ def test_the_registry() -> None:
         tome tofu pitome mctf diffrate ppt atm mame greedy tomecis dsm evit attention random ats token_pooling
         zero_tprune gtp algm mpm vid_tldr tome2d dynamicvit avit adavit spvit tokenlearner dtem ltmp drop
     """
-    assert list_methods() == names.split() and find("tome") is ToMe
+    # others may come between them; docs/methods.md has the same order
+    assert [name for name in list_methods() if name in names.split()] == names.split() and find("tome") is ToMe
     with pytest.raises(UnknownNameError, match=r"no method 'tomee'. Did you mean 'tome'\? Known: tome, tofu, pitome"):
         find("tomee")
     with pytest.raises(UnknownNameError, match=r"method name 'tome' is taken by ToMe"):

@@ -39,8 +39,8 @@ __all__ = [
     "last_note",
 ]
 
-# what the attention can hand over, and what a model can have
-CAPTURED, _REQUIRED = frozenset({"q", "k", "v"}), frozenset({"class", "places"})
+# what a method may need of the attention
+CAPTURED = frozenset({"q", "k", "v"})
 # what tokens may be compared by: keys, queries, values, the tokens after the attention, the block's input
 METRICS = ("k", "q", "v", "x", "x_pre")
 
@@ -170,7 +170,7 @@ class Reduction(ABC):
     is_adaptive: ClassVar[bool] = False
     # `after_mlp` is to be called
     follows_mlp: ClassVar[bool] = False
-    # options of the instances that tests try: the method as it is, and each of its ways
+    # options of the instances that the promises of all methods are tested with: each way of the method once
     variants: ClassVar[Variants] = ({},)
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class Reduction(ABC):
 
     @classmethod
     def examples(cls) -> list[Reduction]:
-        """Return the instances that every promise of a method is tested with; see `variants`."""
+        """Return the instances that the promises of all methods are tested with, one for each of `variants`."""
         return [cls(**options) for options in cls.variants]
 
     @property
@@ -211,7 +211,7 @@ class Reduction(ABC):
         what the options `metric` and `score` take, where a method has them.
         """
         metric, score = getattr(self, "metric", "x"), getattr(self, "score", "norm")
-        return (frozenset({metric}) & {"q", "k", "v"}) | SCORES[score]
+        return (frozenset({metric}) & CAPTURED) | SCORES[score]
 
     @property
     def captures(self) -> frozenset[str]:
@@ -222,8 +222,8 @@ class Reduction(ABC):
     def requires(self) -> frozenset[str]:
         """What of `needs` the model has: `"class"`, `"places"`. Raises `UnknownNameError` for anything else there."""
         required = self.needs - CAPTURED
-        for name in sorted(required - _REQUIRED):
-            raise unknown_name(f"{type(self).__name__} needs", name, (*sorted(CAPTURED), *sorted(_REQUIRED)))
+        for name in sorted(required - {"class", "places"}):
+            raise unknown_name(f"{type(self).__name__} needs", name, ("q", "k", "v", "class", "places"))
         return required
 
     @property

@@ -19,13 +19,13 @@ __all__ = ["DSM"]
 class DSM(Reduction):
     """Bipartite matching inside windows, then without. Heo et al., 2023, arXiv:2303.02331.
 
-    In the first `windowed` blocks that remove tokens, pairs lie within one quarter of the image, and each quarter gives
-    a quarter of `r`: its best pair, then its second and so on, until `r` are found. What a quarter lacks the others
-    give. Blocks after that match as ToMe does. `metric` is what tokens are compared by; raises `UnknownNameError` for
-    an unknown one, and `UnsupportedError` for a model without a grid of patches. The delay of the paper, no merging
-    in the first third of the blocks, is said by `r`: `patch(model, "dsm", r=[0, 0, 0, 0] + [20] * 8)`.
-    Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed and windowed (ToMe 78.9 at 2.8). Differs from the
-    paper: the default of `windowed` is ours, and a token keeps the window of the place it had first.
+    In the first `windowed` blocks that remove tokens, pairs lie within one quarter of the image and are taken from the
+    four quarters in turn, best first, until `r` are merged. Blocks after that match as ToMe does. `metric` is what
+    tokens are compared by; raises `UnknownNameError` for an unknown one, and `UnsupportedError` for a model without a
+    grid of patches. The delay of the paper, no merging in the first third of the blocks, is said by `r`: `patch(model,
+    "dsm", r=[0, 0, 0, 0] + [20] * 8)`. Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed and windowed
+    (ToMe 78.9 at 2.8). Differs from the paper: the default of `windowed` is ours, and a token keeps the window of the
+    place it had first.
     """
 
     name: ClassVar[str] = "dsm"

@@ -19,20 +19,19 @@ __all__ = ["MaMe"]
 class MaMe(Reduction):
     """Matrix merging. Huo and Li, CVPR Findings 2026, arXiv:2604.13432.
 
-    Destinations are the tokens at odd places. A source's weight in one is what its cosine is above `tau`, each
-    destination's weights are divided by their sum, less the mean of those that are not 0, and divided again; the
-    destination then becomes the mean of itself and of the mean of its sources. Sources without weight anywhere stay.
-    `r` is the most that goes in a block: the sources most similar to any destination. Every image of a batch loses as
-    many as the one with the fewest, and exactly `r` when compiled: what the thresholds would keep then goes whole into
-    its most similar destination. `metric` is what tokens are compared by; raises `UnknownNameError` for an unknown one.
-    Published without training: DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25).
-    Differs from the paper: there a batch keeps whatever one of its images keeps, tokens count by their sizes here,
-    and the default `tau` is ours.
+    Destinations are the tokens at odd places. The weight of source i in destination j is `w = relu(cos_ij - tau)`, then
+    `w /= sum_i w`, `w = relu(w - mean of those above 0)` and `w /= sum_i w` again; the destination becomes the mean of
+    itself and of the mean of its sources. Sources without weight anywhere stay. `r` is the most that goes in a block:
+    the sources most similar to any destination. Every image of a batch loses as many as the one with the fewest, and
+    exactly `r` when compiled: what the thresholds would keep then goes whole into its most similar destination.
+    `metric` is what tokens are compared by; raises `UnknownNameError` for an unknown one. Published without training:
+    DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25). Differs from the paper: there a batch
+    keeps whatever one of its images keeps, tokens count by their sizes here, and the default `tau` is ours.
     """
 
     name: ClassVar[str] = "mame"
     is_adaptive: ClassVar[bool] = True
-    variants: ClassVar[Variants] = ({}, {"tau": 0.1, "metric": "k"})
+    variants: ClassVar[Variants] = ({}, {"tau": 0.1, "metric": "k"}, {"tau": -2.0})
 
     metric: str = "x"
     tau: float = 0.5
