@@ -22,10 +22,10 @@ class DSM(Reduction):
     In the first `windowed` blocks that remove tokens, pairs lie within one quarter of the image and are taken from the
     four quarters in turn, best first, until `r` are merged. Blocks after that match as ToMe does. `metric` is what
     tokens are compared by; raises `UnknownNameError` for an unknown one, and `UnsupportedError` for a model without a
-    grid of patches. The delay of the paper, no merging in the first third of the blocks, is said by `r`: `patch(model,
-    "dsm", r=[0, 0, 0, 0] + [20] * 8)`. Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed and windowed
-    (ToMe 78.9 at 2.8). Differs from the paper: the default of `windowed` is ours, and a token keeps the window of the
-    place it had first.
+    grid of patches. The delay of the paper, no merging in the first third of the blocks, is said by `r`:
+    `patch(model, "dsm", r=[0, 0, 0, 0] + [20] * 8)`. Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed
+    and windowed (ToMe 78.9 at 2.8). Differs from the paper: the default of `windowed` is ours, and a token keeps the
+    window of the place it had first.
     """
 
     name: ClassVar[str] = "dsm"
