@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.measure.outputs import answer
+from tokenmerge.methods import TokenView
 
 __all__ = [
     "TOLERANCE",
@@ -22,6 +24,7 @@ __all__ = [
     "shortened",
     "tiny_of",
     "tiny_vit",
+    "view_of",
 ]
 
 # rounding of one forward, relative to the largest value
@@ -87,6 +90,17 @@ def tiny_vit(**options: Any) -> nn.Module:
 
     settings = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
     return randomised(VisionTransformer(**{**settings, **options})).eval()
+
+
+def view_of(B: int = 3, N: int = 26, prefix: int = 1, dtype: torch.dtype = torch.float32, **given: Any) -> TokenView:
+    """A view of the second of four blocks with every field set; a square grid where one fits."""
+    q, k, v = (torch.randn(B, 3, N, 8, dtype=dtype) for _ in range(3))
+    x, x_pre = torch.randn(B, N, 24, dtype=dtype), torch.randn(B, N, 24, dtype=dtype)
+    size = torch.randint(1, 5, (B, N)).float()
+    n = N - prefix
+    rows = next(row for row in range(int(n**0.5), 0, -1) if n % row == 0)
+    view = TokenView(x, x_pre, q, k, v, size, prefix, (rows, n // rows), layer=1, depth=4, memory={})
+    return replace(view, **given)
 
 
 def bound_attributes(model: nn.Module) -> list[str]:

@@ -235,3 +235,17 @@ def test_heads_are_averaged_while_matching(distance: str) -> None:
         for metric in (matching.join_heads(k, "mean"), torch.from_numpy(np.mean(k.numpy(), axis=1)))
     )
     assert torch.equal(whole.keep, mean.keep) and torch.equal(whole.dst, mean.dst)
+
+
+def test_products_are_exact_under_autocast() -> None:
+    rows = matching.unit(torch.randn(2, 3, 9, 8, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = matching.cosines(rows, rows)
+    assert inside.dtype == torch.float32 and torch.equal(inside, matching.cosines(rows, rows))
+
+
+def test_absorbing_and_dropping_at_once() -> None:
+    src, into, gone = torch.tensor([[5, 0], [1, 2]]), torch.tensor([[3, 3], [6, 0]]), torch.tensor([[4], [3]])
+    plan = matching.absorb(src, into, 7, gone=gone)
+    assert plan.keep.tolist() == [[1, 2, 3, 6], [0, 4, 5, 6]]
+    assert plans.assignment(plan).tolist() == [[2, 0, 1, 2, -1, 2, 3], [0, 3, 0, -1, 1, 2, 3]]

@@ -67,3 +67,39 @@ def test_gradients_reach_the_tokens_with_the_weights_of_the_mean() -> None:
     assert_close(x.grad[0, :, 0], torch.tensor([0.0, 2 / 8, 1 / 8, 5 / 8]), 1e-6)
     double, sizes = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True), size
     assert torch.autograd.gradcheck(lambda t: plans.merge_weighted(plan, t, sizes)[0], double)
+
+
+def _dropping() -> plans.DroppingPlan:
+    """The first image merges token 1 into 0 and 2 into 3, the second drops 1 and 3."""
+    keep, src, dst = torch.tensor([[0, 3], [0, 2]]), torch.tensor([[1, 2], [1, 3]]), torch.tensor([[0, 1], [0, 0]])
+    return plans.DroppingPlan(keep, src, dst, 4, torch.tensor([[False, False], [True, True]]))
+
+
+def test_what_a_plan_drops_counts_nowhere() -> None:
+    plan, x = _dropping(), torch.tensor([[[1.0], [3.0], [5.0], [9.0]]] * 2)
+    assert plans.assignment(plan).tolist() == [[0, 0, 1, 1], [0, -1, 1, -1]]
+    assert plans.unmerge(plan, torch.tensor([[[1.0], [2.0]]] * 2))[..., 0].tolist() == [[1, 1, 2, 2], [1, 0, 2, 0]]
+    size = torch.tensor([[1.0, 3.0, 1.0, 1.0]] * 2)
+    for given, means, sizes in (
+        (None, [[2, 7], [1, 5]], [[2, 2], [1, 1]]),
+        (size, [[2.5, 7], [1, 5]], [[4, 2], [1, 1]]),
+    ):
+        merged, left = plans.merge_weighted(plan, x, given)
+        assert merged[..., 0].tolist() == means and left.tolist() == sizes
+        merged, left = plans.merge_average(plan, x, given)
+        assert merged[..., 0].tolist() == [[2, 7], [1, 5]] and left.tolist() == sizes
+    for mode, expected in (("mean", [[2, 7], [1, 5]]), ("sum", [[4, 14], [1, 5]]), ("amax", [[3, 9], [1, 5]])):
+        assert plans.merge(plan, x, mode)[..., 0].tolist() == expected
+    assert plans.merge(plan, x, "prod")[..., 0].tolist() == [[3, 45], [1, 5]]
+
+
+def test_padding_is_no_leader_of_what_is_dropped() -> None:
+    plan = plans.DroppingPlan(
+        keep=torch.tensor([[0, 3]]),
+        src=torch.tensor([[1, 2]]),
+        dst=torch.tensor([[0, 1]]),
+        n=4,
+        dropped=torch.tensor([[True, False]]),
+    )
+    led = plans.lead_by_real(plan, torch.tensor([[False, True, True, True]]))
+    assert torch.equal(led.keep, plan.keep) and torch.equal(led.src, plan.src)  # type: ignore[union-attr]

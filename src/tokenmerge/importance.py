@@ -64,11 +64,11 @@ def entropy(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | Non
 
     High where a token looks at few others: the saliency of vid-TLDR (Choi et al., CVPR 2024, arXiv:2403.13347).
     """
-    found = []
+    tiles = []
     for rows in attention_rows(q, k, scale, bias):
         mean = rows.mean(dim=1)  # [B, tile, N]
-        found.append(torch.special.xlogy(mean, mean).sum(dim=-1))
-    return torch.cat(found, dim=1)
+        tiles.append(torch.special.xlogy(mean, mean).sum(dim=-1))
+    return torch.cat(tiles, dim=1)
 
 
 def self_received(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:

@@ -24,18 +24,23 @@ __all__ = [
     "join_heads",
     "kth",
     "largest_r",
+    "lift_padding",
+    "mask_pairs",
     "match",
     "nearest",
     "partners",
     "prune",
     "random",
     "shuffle",
+    "sink_padding",
     "unit",
 ]
 
 DISTANCES = ("cosine", "dot", "euclidean", "softmax")
 HEADS = ("mean", "concat")
 PARTITIONS = ("alternating", "sequential", "random")
+# beyond any score, and finite: a pair that is masked out by minus infinity ranks below all that padding takes part in
+_FAR = torch.finfo(torch.float32).max
 
 alternating, choose, match = kernels.alternating, kernels.choose, kernels.match  # for methods with scores of their own
 
@@ -142,6 +147,35 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b.mT)
 
 
+def sink_padding(score: Tensor, valid: Tensor | None, at: kernels.Side | None = None) -> Tensor:  # [B, A], [B, N] bool
+    """Return scores with those of padding at minus infinity; `at` names the tokens that have scores, None: all N.
+
+    >>> sink_padding(torch.tensor([[0.5, 0.7]]), torch.tensor([[True, True, False]]), slice(1, 3)).tolist()
+    [[0.5, -inf]]
+    """
+    return score if valid is None else score.masked_fill(~_of(valid, at), float("-inf"))
+
+
+def lift_padding(score: Tensor, valid: Tensor | None, at: kernels.Side | None = None) -> Tensor:
+    """Return scores with those of padding at infinity, as `sink_padding`."""
+    return score if valid is None else score.masked_fill(~_of(valid, at), float("inf"))
+
+
+def mask_pairs(
+    score: Tensor,  # [B, A, E]
+    valid: Tensor | None,  # [B, N] bool
+    side_a: kernels.Side,
+    side_b: kernels.Side,
+    alike: float = _FAR,
+    unlike: float = -_FAR,
+) -> Tensor:
+    """Return the scores of pairs with two padding tokens `alike`, and padding and a real one `unlike`."""
+    if valid is None:
+        return score
+    is_a, is_b = _of(valid, side_a)[..., None], _of(valid, side_b)[:, None]
+    return score.masked_fill(is_a ^ is_b, unlike).masked_fill(~is_a & ~is_b, alike)
+
+
 def prune(score: Tensor, r: int, *, prefix: int = 0) -> Plan:  # [B, N]
     """Drop the `r` unprotected tokens of the lowest scores; the others stay in order. Of equal scores the first stay.
 
@@ -175,6 +209,12 @@ def random(metric: Tensor, r: int) -> Plan:  # [B, N, D]
     shuffled = metric.gather(1, order[..., None].expand(-1, -1, D))
     _, partner = kernels.match(shuffled, slice(0, r), slice(r, n))
     return Plan(keep=order[:, r:], src=order[:, :r], dst=partner, n=n)
+
+
+def _of(valid: Tensor, at: kernels.Side | None) -> Tensor:
+    if at is None:
+        return valid
+    return valid.gather(1, at) if isinstance(at, Tensor) and at.dim() == 2 else valid[:, at]
 
 
 def _sides(n: int, prefix: int, partition: str, seed: int, device: torch.device) -> tuple[kernels.Side, kernels.Side]:

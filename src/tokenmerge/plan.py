@@ -6,6 +6,7 @@ Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tokenmerge import kernels
 
 __all__ = [
     "AnyPlan",
+    "DroppingPlan",
     "MatrixPlan",
     "Plan",
     "WeightedPlan",
@@ -57,6 +59,18 @@ class WeightedPlan(Plan):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class DroppingPlan(Plan):
+    """A plan that drops some of `src`: images that merge and images that prune then have plans of one shape.
+
+    >>> plan = DroppingPlan(torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[0]]), 3, torch.tensor([[True]]))
+    >>> assignment(plan).tolist()
+    [[0, -1, 1]]
+    """
+
+    dropped: Tensor  # [B, R] bool: which of `src` nobody absorbs, whatever `dst` says
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class MatrixPlan:
     """What happens to `n` tokens where every output token may hold a part of every input token.
 
@@ -84,7 +98,12 @@ AnyPlan = Plan | MatrixPlan
 
 def merge(plan: Plan, x: Tensor, mode: str = "mean") -> Tensor:  # [B, N, C]
     """Combine each group by `mode` (`mean`, `sum`, `amax`, `amin`, `prod`), members counting equally: `[B, M, C]`."""
-    return kernels.reduce(x, plan.keep, plan.src, plan.dst, mode)
+    if not isinstance(plan, DroppingPlan):
+        return kernels.reduce(x, plan.keep, plan.src, plan.dst, mode)
+    # what is dropped goes into one slot more
+    left = plan.keep.shape[1]
+    keep, dst = torch.cat((plan.keep, plan.keep[:, :1]), dim=1), plan.dst.masked_fill(plan.dropped, left)
+    return kernels.reduce(x, keep, plan.src, dst, mode)[:, :left]
 
 
 def merge_weighted(
@@ -102,7 +121,7 @@ def merge_weighted(
     if isinstance(plan, WeightedPlan):
         merged, _ = kernels.merge(x, plan.weight.float(), plan.keep, plan.src, plan.dst, branch)
         return merged, merged_size(plan, x, size)
-    return kernels.merge(x, size, plan.keep, plan.src, plan.dst, branch)
+    return kernels.merge(x, _counted(plan, x, size), plan.keep, plan.src, plan.dst, branch)
 
 
 def merge_average(
@@ -113,14 +132,26 @@ def merge_average(
 ) -> tuple[Tensor, Tensor]:
     """Combine each group of `x + branch` as its plain mean, padding (size 0) left out; new sizes stay sums of sizes."""
     ones = None if size is None else size.clamp_max(1)
-    merged, _ = kernels.merge(x, ones, plan.keep, plan.src, plan.dst, branch)
+    merged, _ = kernels.merge(x, _counted(plan, x, ones), plan.keep, plan.src, plan.dst, branch)
     return merged, merged_size(plan, x, size)
 
 
 def merged_size(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor:
     """Return the sizes after the plan, `[B, M]`: sums over groups."""
-    size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
+    size = _counted(plan, x, x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size)
     return size.gather(1, plan.keep).scatter_add(1, plan.dst, size.gather(1, plan.src))
+
+
+@overload
+def _counted(plan: Plan, x: Tensor, size: Tensor) -> Tensor: ...
+@overload
+def _counted(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor | None: ...
+def _counted(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor | None:
+    """Return the sizes with 0 for what the plan drops."""
+    if not isinstance(plan, DroppingPlan):
+        return size
+    size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
+    return size.scatter(1, plan.src, size.gather(1, plan.src) * ~plan.dropped)
 
 
 def _mix(plan: MatrixPlan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,8 +175,9 @@ def assignment(plan: AnyPlan) -> Tensor:
         return slot.masked_fill(most <= 0, -1)
     B, M = plan.keep.shape
     slots = torch.arange(M, device=plan.keep.device).expand(B, M)
+    dst = plan.dst.masked_fill(plan.dropped, -1) if isinstance(plan, DroppingPlan) else plan.dst
     groups = torch.full((B, plan.n), -1, dtype=torch.long, device=plan.keep.device)
-    return groups.scatter(1, plan.keep, slots).scatter(1, plan.src, plan.dst)
+    return groups.scatter(1, plan.keep, slots).scatter(1, plan.src, dst)
 
 
 def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
@@ -156,15 +188,15 @@ def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
     if isinstance(plan, MatrixPlan) or plan.src.shape[1] == 0:
         return plan
     R = plan.src.shape[1]
-    # dst is -1 where a method drops src in this image and merges it in another: no slot below is -1
-    dst = plan.dst.clamp_min(0)
-    leader = plan.keep.gather(1, dst)  # [B, R]
+    leader = plan.keep.gather(1, plan.dst)  # [B, R]
     is_real = valid.gather(1, plan.src) & ~valid.gather(1, leader)
+    if isinstance(plan, DroppingPlan):
+        is_real = is_real & ~plan.dropped
     rank = torch.arange(R, device=plan.src.device).expand_as(plan.src).masked_fill(~is_real, R)
     # compared rather than scattered: an exported graph shall hold no scatter but sums
     slots = torch.arange(plan.keep.shape[1], device=rank.device)[:, None]
     first = torch.where(plan.dst[:, None] == slots, rank[:, None], R).amin(dim=2)  # [B, M]
-    src = torch.where(is_real & (rank == first.gather(1, dst)), leader, plan.src)
+    src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
     keep = torch.where(first < R, plan.src.gather(1, first.clamp_max(R - 1)), plan.keep)
     return replace(plan, keep=keep, src=src)
 

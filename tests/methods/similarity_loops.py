@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,17 +12,6 @@ from tokenmerge.plan import AnyPlan
 
 Array = NDArray[np.float64]
 Pairs = list[tuple[int, int]]  # who is absorbed, by whom
-
-
-def view_of(B: int = 3, N: int = 26, prefix: int = 1, dtype: torch.dtype = torch.float32, **given: Any) -> TokenView:
-    """A view of the second of four blocks with every field set; a square grid where one fits."""
-    q, k, v = (torch.randn(B, 3, N, 8, dtype=dtype) for _ in range(3))
-    x, x_pre = torch.randn(B, N, 24, dtype=dtype), torch.randn(B, N, 24, dtype=dtype)
-    size = torch.randint(1, 5, (B, N)).float()
-    n = N - prefix
-    rows = next(row for row in range(int(n**0.5), 0, -1) if n % row == 0)
-    view = TokenView(x, x_pre, q, k, v, size, prefix, (rows, n // rows), layer=1, depth=4, memory={})
-    return replace(view, **given)
 
 
 def groups_of(plan: AnyPlan, image: int) -> list[list[int]]:

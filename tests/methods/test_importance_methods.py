@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from similarity_loops import array, cosines, groups_of, view_of
+from similarity_loops import array, cosines, groups_of
 from torch import Tensor
 
-from helpers import assert_close
+from helpers import assert_close, view_of
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnknownNameError, UnsupportedError
 from tokenmerge.methods import (
@@ -291,7 +291,7 @@ def test_pooled_tokens_are_weighted_means_or_medoids(algorithm: str, weight: str
 def test_as_many_clusters_as_tokens_are_the_tokens(is_medoid: bool) -> None:
     x = torch.randn(3, 20, 12)
     label, distance = token_pooling._clusters(x, torch.rand(3, 20), torch.rand(3, 20).argsort(dim=1), 5, is_medoid)
-    plan = token_pooling._grouped(label, distance, 20, 2, None)
+    plan = token_pooling._group(label, distance, 20, 2, None)
     assert torch.equal(plan.keep, torch.arange(22).expand(3, -1)) and plan.src.shape == (3, 0)
     assert all(len(set(labels)) == 20 for labels in label.tolist())
 
@@ -311,7 +311,7 @@ def test_no_cluster_is_empty_even_of_equal_tokens(algorithm: str, r: int) -> Non
 
 def test_what_fills_empty_clusters_is_farthest_from_its_centre() -> None:
     label, cost = torch.tensor([[0, 0, 0, 2, 2, 2]]), torch.tensor([[1.0, 5.0, 2.0, 0.5, 0.5, 7.0]])
-    plan = token_pooling._grouped(label, cost, 4, 0, None)
+    plan = token_pooling._group(label, cost, 4, 0, None)
     assert groups_of(plan, 0) == [[0, 2], [1], [3, 4], [5]] and plan.keep.tolist() == [[0, 1, 3, 5]]
 
 

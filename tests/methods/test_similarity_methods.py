@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import similarity_loops as loops
 import torch
-from similarity_loops import groups_from, groups_of, view_of
+from similarity_loops import groups_from, groups_of
 
 import third_opinion
-from helpers import assert_close
+from helpers import assert_close, view_of
 from tokenmerge import plan as plans
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.errors import UnknownNameError, UnsupportedError
 from tokenmerge.methods import ATM, DSM, MCTF, PPT, DiffRate, Greedy, MaMe, PiToMe, ToFu, ToMe, ToMeCIS, mame, ppt
+from tokenmerge.methods.base import METRICS
 
 R = [1, 4, 7]
 every_r = pytest.mark.parametrize("r", R)
@@ -384,3 +386,20 @@ def test_dsm_matches_everywhere_after_its_first_blocks() -> None:
     assert torch.equal(DSM(windowed=0).plan(replace(view, memory=None), 9).src, tome.plan(view, 9).src)
     with pytest.raises(UnsupportedError, match="no grid of patches"):
         method.plan(replace(view, grid=None, memory={}), 9)
+
+
+@pytest.mark.parametrize("kind", [ToFu, PiToMe, MCTF, DiffRate, PPT, ATM, MaMe, Greedy, ToMeCIS, DSM])
+def test_options_say_which_values_there_are(kind: type[Any]) -> None:
+    with pytest.raises(UnknownNameError, match=rf"no {kind.__name__} metric 'key'. Known: k, q, v, x, x_pre"):
+        kind(metric="key")
+    for metric in METRICS:
+        needs = kind(metric=metric).needs
+        assert metric not in ("k", "q", "v") or metric in needs
+        assert torch.equal(kind(metric=metric).plan(view_of(), 2).keep[:, :1], torch.zeros(3, 1, dtype=torch.long))
+    if hasattr(kind, "score"):
+        assert "class" not in kind(score="received").needs
+        with pytest.raises(UnknownNameError, match=rf"no {kind.__name__} score 'recieved'. Did you mean 'received'"):
+            kind(score="recieved")
+    if kind is ToFu:
+        with pytest.raises(UnknownNameError, match=r"no ToFu combine 'mlep'. Did you mean 'mlerp'"):
+            kind(combine="mlep")

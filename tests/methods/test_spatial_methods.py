@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from similarity_loops import array, cosines, groups_from, groups_of, sides, view_of
+from similarity_loops import array, cosines, groups_from, groups_of, sides
 from torch import Tensor
 
 import tokenmerge
-from helpers import assert_close, tiny_vit
+from helpers import assert_close, tiny_vit, view_of
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnknownNameError, UnsupportedError
 from tokenmerge.methods import ALGM, GTP, MPM, Reduction, TokenView, ToMe2D, algm, mpm
@@ -265,6 +265,20 @@ def test_mpm_averages_mutual_nearest_neighbours(prefix: int, metric: str, r: int
             assert_close(merged[image, slot], (x[image, i] + x[image, j]) / 2)
             assert view.size is not None and size is not None
             assert size[image, slot] == view.size[image, i] + view.size[image, j]
+
+
+def test_mpm_lets_a_padding_token_without_another_go_first() -> None:
+    view, valid = view_of(N=36), torch.ones(3, 36, dtype=torch.bool)
+    valid[:, 9] = False
+    assert view.size is not None
+    plan = MPM().plan(replace(view, valid=valid, size=view.size * valid), 16)
+    real = torch.arange(36)[valid[0]]
+    by_hand = [_mutual_pairs(view.x[image, real], 1) for image in range(3)]
+    assert plan.src.shape[1] == 1 + min(map(len, by_hand)) > 1
+    for image in range(3):
+        pairs = [(int(real[j]), int(real[i])) for _, j, i in by_hand[image]][: plan.src.shape[1] - 1]
+        into = plan.keep[image][plan.dst[image]].tolist()
+        assert plan.src[image, 0] == 9 and list(zip(plan.src[image, 1:].tolist(), into[1:], strict=True)) == pairs
 
 
 def test_mpm_searches_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

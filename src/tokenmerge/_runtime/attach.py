@@ -20,7 +20,7 @@ from tokenmerge._runtime.guards import entries, settle
 from tokenmerge._runtime.hooked import HookedRunner
 from tokenmerge._runtime.local import LocalRunner
 from tokenmerge._runtime.outputs import decide
-from tokenmerge._runtime.residual import SEEN, ResidualRunner
+from tokenmerge._runtime.residual import ResidualRunner
 from tokenmerge._runtime.state import ForwardState
 from tokenmerge.adapters.base import (
     Adapter,
@@ -105,11 +105,11 @@ def attach(
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
     is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
-    if "q" in method.needs and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
+    if "q" in method.captures and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
     method, remarks = _seeing(method, adapter, model, taps, layout)
     attachment = Bindings(limits + remarks, state)
-    state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.needs
+    state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.requires
     try:
         attachment.bind(*adapter.wiring(model))
         runners = attachment.runners = [
@@ -118,7 +118,7 @@ def attach(
         ]
         attachment.limits += sorted({runner.remark for runner in runners if runner.remark})
         for tap in taps:
-            attachment.bind(*tap.seams(method.needs & SEEN))
+            attachment.bind(*tap.seams(method.captures))
         for runner in runners:
             attachment.bind(*runner.seams())
         _settle(attachment, _prove(model, adapter, blocks, runners), blocks, prop_attn)
@@ -126,7 +126,7 @@ def attach(
         for runner in runners:
             attachment.bind(Binding(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, state, restore)
-        cutter = adapter.cutter(model) if "places" in method.needs and layout.grid else None
+        cutter = adapter.cutter(model) if "places" in method.requires and layout.grid else None
         if cutter is not None:
             grids = runners[0].grids = Grids()
             attachment.bind(Binding(cutter, "forward", Listener(adapter, cutter, grids)))
@@ -291,7 +291,7 @@ def _seeing(
         return method, []
     try:
         for tap in taps:
-            tap.seams(method.needs & SEEN)
+            tap.seams(method.captures)
     except UnsupportedError:
         remark = "matched by features: the attention has no queries, keys or values that could be listened to"
         return dataclasses.replace(method, metric="x"), [remark]  # type: ignore[type-var]
@@ -302,13 +302,13 @@ def _check_needs(
     method: Reduction, model: nn.Module, layout: TokenLayout, specs: list[BlockSpec | HookSpec | WindowSpec]
 ) -> None:
     """Refuse a method that needs what this model does not have."""
-    if "class" in method.needs and not layout.leads_with_class:
+    if "class" in method.requires and not layout.leads_with_class:
         other = ' (for example score="received")' if hasattr(method, "score") else ""
         raise UnsupportedError(
             f"{method.name} needs the attention of a class token, and this {type(model).__qualname__} has none: its "
             f"answer is a mean over its tokens. Choose another score{other}, or another method."
         )
-    if any(isinstance(spec, WindowSpec) for spec in specs) and method.needs & {"class", "places"}:
+    if any(isinstance(spec, WindowSpec) for spec in specs) and method.requires:
         raise UnsupportedError(
             f"{method.name} needs {', '.join(sorted(method.needs & {'class', 'places'}))}, and this "
             f"{type(model).__qualname__} merges inside windows, for the attention only. Use tome."

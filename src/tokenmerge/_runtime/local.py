@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenmerge import kernels
 from tokenmerge._intercept.taps import Slot
 from tokenmerge._runtime.frames import Frame
-from tokenmerge._runtime.residual import SEEN, ResidualRunner
+from tokenmerge._runtime.residual import ResidualRunner
 from tokenmerge._torch.tracing import in_pieces, outside_graph
 from tokenmerge.adapters.base import Binding, Override
 from tokenmerge.methods.base import TokenView
@@ -71,7 +71,7 @@ class LocalRunner(ResidualRunner):
         bias = kept = None
         if r:
             tokens = x.detach().flatten(1, 2)  # [W, N, C]
-            seen = self.tap.split(qkv.detach(), self.method.needs & SEEN)
+            seen = self.tap.split(qkv.detach(), self.method.captures)
             # what fills up the last windows is zero; it is attended to like all else, but merged with itself first
             valid = tokens.ne(0).any(dim=-1) if has_padding else None
             view = TokenView(

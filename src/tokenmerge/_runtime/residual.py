@@ -28,9 +28,7 @@ from tokenmerge.errors import AdapterMismatchError, UnsupportedError
 from tokenmerge.methods.base import Reduction, TokenView
 from tokenmerge.plan import AnyPlan, lead_by_real
 
-__all__ = ["SEEN", "ResidualRunner"]
-
-SEEN = frozenset({"q", "k", "v"})  # of what a method may need, that which its attention must hand over
+__all__ = ["ResidualRunner"]
 
 
 class ResidualRunner(Override):
@@ -139,7 +137,7 @@ class ResidualRunner(Override):
         return self._apply_mlp(x if branch is None else x + branch)
 
     def _check_seen(self, seen: dict[str, Tensor], n: int) -> None:
-        for name in sorted(self.method.needs & SEEN):
+        for name in sorted(self.method.captures):
             got = tuple(seen[name].shape) if name in seen else "nothing"
             if len(got) != 4 or got[2] != n:
                 raise AdapterMismatchError(

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from tokenmerge import matching
 from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, SHARE, Limits, ModelShape, TokenView, batch_count
 from tokenmerge.methods.learned import (
+    BudgetNote,
     Learned,
     MaskedPlan,
-    drawn,
-    latest,
+    alive_share,
+    budget,
+    gumbel_sigmoid,
+    mask_alive,
     module_of,
-    note_left,
-    noted,
+    notes_of,
     ratio_loss,
-    restricted,
-    share_of,
     straight_through,
 )
 
@@ -55,27 +55,35 @@ class AdaViT(Learned):
 
     def plan(self, view: TokenView, r: int) -> MaskedPlan:
         decision = module_of(view, self)
-        share = share_of(view)
+        share = alive_share(view)
         patches, sublayers = decision(view.x_pre, share)  # [B, N], [B, 2]
         if decision.training:
-            mask = restricted(view, drawn(patches, self.temperature))
-            gates = drawn(sublayers, self.temperature)
-            note, masked = note_left(view, self, r, share * mask), MaskedPlan.of(mask)
+            mask = mask_alive(view, gumbel_sigmoid(patches, self.temperature))
+            gates = gumbel_sigmoid(sublayers, self.temperature)
+            note, masked = budget(view, self, r, share * mask), MaskedPlan.of(mask)
             # the budget counts what inference would keep: drawn, it could be met by chance alone, and nothing would go
-            sure = latest(view.memory, view.layer, "sure", share) * _decided(patches)
-            note |= {"sure": sure, "ratio": sure.sum(dim=1) / (sure.shape[1] - view.prefix)}
-            note["used"] = _decided(sublayers)
-            found = _GatedPlan(masked.keep, masked.src, masked.dst, masked.n, masked.mask, gates[:, 0])
-        else:
-            gates, note = (sublayers >= 0).float(), {}
-            patches = patches if view.valid is None else patches.masked_fill(~view.valid, float("-inf"))
-            count = batch_count((patches < 0)[:, view.prefix :].sum(dim=1), r, patches)
-            plan = matching.prune(patches, count, prefix=view.prefix)
-            found = _GatedPlan(plan.keep, plan.src, plan.dst, plan.n, None, gates[:, 0])
-        note["gates"] = gates
-        if view.memory is not None:
-            view.memory[view.layer] = note
-        return found
+            before = view.last_note(_DecisionNote)
+            decided = (share if before is None else before.decided) * _decide(patches)
+            ratio = decided.sum(dim=1) / (decided.shape[1] - view.prefix)
+            view.note(
+                _DecisionNote(
+                    gates=gates,
+                    share=note.share,
+                    count=note.count,
+                    removed=note.removed,
+                    ratio=ratio,
+                    target=note.target,
+                    decided=decided,
+                    used=_decide(sublayers),
+                )
+            )
+            return _GatedPlan(masked.keep, masked.src, masked.dst, masked.n, masked.mask, gates[:, 0])
+        gates = (sublayers >= 0).float()
+        view.note(_GateNote(gates))
+        patches = matching.sink_padding(patches, view.valid)
+        count = batch_count((patches < 0)[:, view.prefix :].sum(dim=1), r, patches)
+        plan = matching.prune(patches, count, prefix=view.prefix)
+        return _GatedPlan(plan.keep, plan.src, plan.dst, plan.n, None, gates[:, 0])
 
     def merge(
         self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
@@ -86,16 +94,29 @@ class AdaViT(Learned):
     def after_mlp(self, x: Tensor, before: Tensor, layer: int, depth: int, memory: dict[int, Any]) -> Tensor:
         if layer not in memory:
             return x
-        gate: Tensor = memory[layer]["gates"][:, 1, None, None]
+        gate: Tensor = memory[layer].gates[:, 1, None, None]
         return before + (x - before) * gate.to(x.dtype)
 
     def loss(self, memory: dict[int, Any]) -> Tensor:
-        used = torch.cat(noted(memory, "used"), dim=1).mean(dim=1)  # [B]
+        used = torch.cat([note.used for note in notes_of(memory, _DecisionNote)], dim=1).mean(dim=1)  # [B]
         loss: Tensor = self.budget_weight * (ratio_loss(memory) + (used - self.usage).square().mean())
         return loss
 
 
-def _decided(logit: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _GateNote:
+    gates: Tensor  # [B, 2] whether attention and MLP add anything
+
+
+@dataclass(frozen=True, eq=False)
+class _DecisionNote(BudgetNote, _GateNote):
+    """In training, also what the decisions are without the draw; the ratio counts these."""
+
+    decided: Tensor  # [B, N] share of each unprotected token that is left so
+    used: Tensor  # [B, 2]
+
+
+def _decide(logit: Tensor) -> Tensor:
     """Return the decisions without the draw, straight through."""
     return straight_through((logit >= 0).to(logit.dtype), logit.sigmoid())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView, batch_count
+from tokenmerge.methods.base import Reduction, TokenView, Variants, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ALGM"]
@@ -31,6 +31,7 @@ class ALGM(Reduction):
 
     name: ClassVar[str] = "algm"
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({}, {"threshold": -1.0, "metric": "x"})
 
     threshold: float = 0.88
     metric: str = "k"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView, batch_count
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView, Variants, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ATM"]
@@ -32,6 +32,11 @@ class ATM(Reduction):
     name: ClassVar[str] = "atm"
     limits: ClassVar[Limits] = {"beta": FROM_ZERO, "distinctive": SHARE}
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = (
+        {},
+        {"alpha": 0.4, "floor": 0.2},
+        {"alpha": -2.0, "floor": -2.0},
+    )  # the last merges all there is
 
     metric: str = "k"
     alpha: float = 0.95
@@ -51,9 +56,8 @@ class ATM(Reduction):
         metric = getattr(view, self.metric)
         side_a, side_b = self._sides(view)
         into, best = matching.nearest(metric, side_a, side_b, valid=view.valid)
-        if view.valid is not None:
-            # padding goes first, into whatever there is: it weighs nothing
-            best = best.masked_fill(~view.valid.gather(1, side_a), float("inf"))
+        # padding goes first, into whatever there is: it weighs nothing
+        best = matching.lift_padding(best, view.valid, side_a)
         count = batch_count((best > self.threshold(view.layer)).sum(dim=1), r, best)
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :count]
         return matching.absorb(side_a.gather(1, chosen), into.gather(1, chosen), metric.shape[-2])

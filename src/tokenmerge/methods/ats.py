@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView, batch_count
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView, Variants, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["ATS"]
@@ -37,6 +37,7 @@ class ATS(Reduction):
     choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({}, {"samples": 1.0}, {"samples": 0.5, "score": "received"})
 
     samples: float | None = None
     score: str = "class_value"
@@ -55,8 +56,7 @@ class ATS(Reduction):
         if self.samples is not None:
             r = batch_count(n - is_drawn.sum(dim=1), r, share)
         rank = share + 2 * is_drawn
-        if view.valid is not None:
-            rank = rank.masked_fill(~view.valid[:, view.prefix :], -1.0)
+        rank = matching.sink_padding(rank, view.valid, slice(view.prefix, None))
         return matching.prune(F.pad(rank, (view.prefix, 0)), r, prefix=view.prefix)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import SCORES, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["AttentionPrune"]
@@ -24,6 +24,7 @@ class AttentionPrune(Reduction):
     name: ClassVar[str] = "attention"
     leaves = "one"
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({}, *({"score": score} for score in SCORES if score != "class"))
 
     score: str = "class"
 

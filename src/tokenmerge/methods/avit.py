@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, ModelShape, TokenView, batch_count
-from tokenmerge.methods.learned import Learned, MaskedPlan, latest, module_of, noted, restricted, share_of
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, ModelShape, TokenView, Variants, batch_count, last_note
+from tokenmerge.methods.learned import Learned, MaskedPlan, MaskNote, alive_share, mask_alive, module_of, notes_of
 from tokenmerge.plan import AnyPlan
 
 __all__ = ["AViT"]
@@ -43,6 +43,7 @@ class AViT(Learned):
     needs = frozenset({"class"})
     is_adaptive: ClassVar[bool] = True
     follows_mlp: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({"gamma": 2.0, "beta": 0.0},)
 
     gamma: float = 5.0
     beta: float = -10.0
@@ -58,56 +59,88 @@ class AViT(Learned):
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         halting = module_of(view, self)
         score = halting(view.x)  # [B, N]
-        none = torch.zeros_like(score)
-        before = latest(view.memory, view.layer, "sum", none)
-        total, runs = before + score, before < 1 - self.epsilon
+        before, none = view.last_note(_HaltNote), torch.zeros_like(score)
+        collected = none if before is None else before.total
+        total, runs = collected + score, collected < 1 - self.epsilon
         halts = total >= 1 - self.epsilon
         # the step at which a token halts counts for all that is missing to one
-        step = torch.where(runs, torch.where(halts, 1 - before, score), none)  # [B, N]
-        note = {"sum": total, "step": step[:, 0]}
+        step = torch.where(runs, torch.where(halts, 1 - collected, score), none)  # [B, N]
         if halting.training:
-            share = share_of(view)
-            mask = restricted(view, (~halts).float())
-            running = share * runs
-            rest = torch.where(runs, 1 - before, latest(view.memory, view.layer, "rest", none))
-            steps = latest(view.memory, view.layer, "steps", none) + running
-            here = latest(view.memory, view.layer, "here", share)
-            spent = (step * here).sum() / here.sum().clamp_min(1.0)
-            note |= {"share": share * mask, "rest": rest, "steps": steps, "here": here}
-            note |= {"spent": spent, "depth": (view.layer + 1) / view.depth, "blocks": view.depth}
-            found: AnyPlan = MaskedPlan.of(mask)
-        else:
-            wants = halts if view.valid is None else halts | ~view.valid
-            order = -total if view.valid is None else (-total).masked_fill(~view.valid, float("-inf"))
-            count = batch_count(wants[:, view.prefix :].sum(dim=1), r, order)
-            found = matching.prune(order, count, prefix=view.prefix)
-            note["sum"] = total.gather(1, found.keep)
-        if view.memory is not None:
-            view.memory[view.layer] = note
-        return found
+            mask = mask_alive(view, (~halts).float())
+            view.note(_ponder(view, mask, total, step, runs, collected))
+            return MaskedPlan.of(mask)
+        wants = halts if view.valid is None else halts | ~view.valid
+        order = matching.sink_padding(-total, view.valid)
+        count = batch_count(wants[:, view.prefix :].sum(dim=1), r, order)
+        plan = matching.prune(order, count, prefix=view.prefix)
+        view.note(_HaltNote(None, total.gather(1, plan.keep), step[:, 0]))
+        return plan
 
     def after_mlp(self, x: Tensor, before: Tensor, layer: int, depth: int, memory: dict[int, Any]) -> Tensor:
-        note = memory.setdefault(layer, {})
-        state, spent = latest(memory, layer, "class", (0.0, 0.0))
-        if "step" in note:
-            step = note["step"][:, None]  # [B, 1]
+        note, mixed = memory.get(layer, _ClassNote(None)), last_note(memory, layer, _ClassNote)
+        state, spent = (0.0, 0.0) if mixed is None or mixed.mixed is None else mixed.mixed
+        if isinstance(note, _HaltNote):
+            step = note.step[:, None]  # [B, 1]
             state, spent = state + step * x[:, 0], spent + step
-        note["class"] = (state, spent)
+        memory[layer] = replace(note, mixed=(state, spent))
         if layer < depth - 1:
             return x
         state = state + (1 - spent) * x[:, 0]
         return torch.cat((state[:, None].to(x.dtype), x[:, 1:]), dim=1)
 
     def loss(self, memory: dict[int, Any]) -> Tensor:
-        here = noted(memory, "here")[-1]
-        ponder = ((noted(memory, "steps")[-1] + noted(memory, "rest")[-1]) * here).sum() / here.sum().clamp_min(1.0)
+        notes = notes_of(memory, _PonderNote)
+        last = notes[-1]
+        ponder = ((last.steps + last.remainder) * last.here).sum() / last.here.sum().clamp_min(1.0)
         # what a token has not spent when the scores end counts for the end of the model: scores near 0 cost, too
-        depths = torch.tensor([*noted(memory, "depth"), 1.0], device=here.device)
-        wanted = (-0.5 * ((depths - self.target) * noted(memory, "blocks")[-1]).square()).log_softmax(dim=0)
-        spent = torch.stack(noted(memory, "spent"))
+        depths = torch.tensor([*(note.depth for note in notes), 1.0], device=last.here.device)
+        wanted = (-0.5 * ((depths - self.target) * last.blocks).square()).log_softmax(dim=0)
+        spent = torch.stack([note.spent for note in notes])
         spent = torch.cat((spent, 1 - spent.sum(dim=0, keepdim=True))).clamp_min(1e-12)
         loss: Tensor = self.ponder_weight * ponder + self.prior_weight * (spent * (spent.log() - wanted)).sum()
         return loss
+
+
+@dataclass(frozen=True, eq=False)
+class _ClassNote:
+    # class token's states by what it spent, and what it has spent, [B, C] and [B, 1]; None before the block's MLP
+    mixed: tuple[Any, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _HaltNote(_ClassNote):
+    total: Tensor  # [B, N] scores that each token has collected
+    step: Tensor  # [B] what the class token spends here
+
+
+@dataclass(frozen=True, eq=False)
+class _PonderNote(MaskNote, _HaltNote):
+    """What training counts: how long tokens run, and where they spend their one."""
+
+    remainder: Tensor  # [B, N] what was missing to one when a token ran last
+    steps: Tensor  # [B, N] blocks in which it ran
+    here: Tensor  # [B, N] unprotected tokens of the first of the blocks
+    spent: Tensor  # mean that a token spends here
+    depth: float  # share of the model's blocks that this one ends
+    blocks: int  # of the model
+
+
+def _ponder(view: TokenView, mask: Tensor, total: Tensor, step: Tensor, runs: Tensor, collected: Tensor) -> _PonderNote:
+    share, before = alive_share(view), view.last_note(_PonderNote)
+    none = torch.zeros_like(total)
+    remainder, steps, here = (none, none, share) if before is None else (before.remainder, before.steps, before.here)
+    return _PonderNote(
+        mixed=None,
+        total=total,
+        step=step[:, 0],
+        share=share * mask,
+        remainder=torch.where(runs, 1 - collected, remainder),
+        steps=steps + share * runs,
+        here=here,
+        spent=(step * here).sum() / here.sum().clamp_min(1.0),
+        depth=(view.layer + 1) / view.depth,
+        blocks=view.depth,
+    )
 
 
 class _Halting(nn.Module):

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from tokenmerge import importance
 from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.errors import ConfigError, UnsupportedError, unknown_name
 from tokenmerge.fields import checked
-from tokenmerge.matching import largest_r
+from tokenmerge.matching import largest_r, sink_padding
 from tokenmerge.plan import AnyPlan, merge_weighted
 
 __all__ = [
     "ABOVE_ZERO",
+    "CAPTURED",
     "FROM_ONE",
     "FROM_ZERO",
     "METRICS",
+    "Note",
     "POSITIVE",
     "SCORES",
     "SHARE",
@@ -32,9 +34,13 @@ __all__ = [
     "ModelShape",
     "Reduction",
     "TokenView",
+    "Variants",
     "batch_count",
+    "last_note",
 ]
 
+# what a method may need of the attention
+CAPTURED = frozenset({"q", "k", "v"})
 # what tokens may be compared by: keys, queries, values, the tokens after the attention, the block's input
 METRICS = ("k", "q", "v", "x", "x_pre")
 
@@ -49,10 +55,12 @@ SCORES: dict[str, frozenset[str]] = {
 }
 # those of them that tokens can be weighed by
 POSITIVE = tuple(name for name in SCORES if name != "entropy")
+Variants = tuple[Mapping[str, Any], ...]  # options of each instance
 Choices = Mapping[str, Iterable[str]]  # the values an option may have, by its name
 Limits = Mapping[str, tuple[float, float]]  # the least and the most that a number may be, by its name
 ABOVE_ZERO, FROM_ZERO, FROM_ONE = (math.ulp(0.0), math.inf), (0.0, math.inf), (1.0, math.inf)
 SHARE = (0.0, 1.0)
+Note = TypeVar("Note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +83,7 @@ class TokenView:
     bias: Tensor | None = None  # [B, N] what was added to the attention's scores per key
     places: Tensor | None = None  # [B, N] the input token whose place each token keeps; None: all are in their places
     module: nn.Module | None = None  # what a learned method has for this layer
-    memory: dict[int, Any] | None = None  # what the method left at layers before, in this forward
+    memory: dict[int, Any] | None = None  # notes of the layers of this forward, by layer
 
     @property
     def x(self) -> Tensor:
@@ -86,17 +94,26 @@ class TokenView:
         """Return a score of importance by name (`SCORES`), `[B, N]` float32, padding at minus infinity."""
         q, k = self.q, self.k
         if name == "norm":
-            found: Tensor = self.x.float().norm(dim=-1)
+            score: Tensor = self.x.float().norm(dim=-1)
         elif name == "shift":
-            found = importance.shift(self.x, self.x_pre)
+            score = importance.shift(self.x, self.x_pre)
         elif name == "class":
-            found = importance.class_attention(q, k, self.scale, self.bias).mean(dim=1)  # type: ignore[arg-type]
+            score = importance.class_attention(q, k, self.scale, self.bias).mean(dim=1)  # type: ignore[arg-type]
         elif name == "class_value":
-            found = importance.class_value(q, k, self.v, self.scale, self.bias)  # type: ignore[arg-type]
+            score = importance.class_value(q, k, self.v, self.scale, self.bias)  # type: ignore[arg-type]
         else:
             by_name = {"received": importance.received_attention, "entropy": importance.entropy}
-            found = by_name[name](q, k, self.scale, self.bias)  # type: ignore[arg-type]
-        return found if self.valid is None else found.masked_fill(~self.valid, float("-inf"))
+            score = by_name[name](q, k, self.scale, self.bias)  # type: ignore[arg-type]
+        return sink_padding(score, self.valid)
+
+    def note(self, note: Any) -> None:
+        """Leave a note for the layers after this one and for the loss, instead of any that this layer left before."""
+        if self.memory is not None:
+            self.memory[self.layer] = note
+
+    def last_note(self, kind: type[Note]) -> Note | None:
+        """Return the newest note of a kind that a layer before this one left; see `last_note`."""
+        return last_note(self.memory, self.layer, kind)
 
     def cells(self) -> tuple[Tensor, tuple[int, int]]:
         """Return the place of each unprotected token on the grid, `[B, N - prefix]`, and the grid's rows and columns.
@@ -153,6 +170,8 @@ class Reduction(ABC):
     is_adaptive: ClassVar[bool] = False
     # `after_mlp` is to be called
     follows_mlp: ClassVar[bool] = False
+    # options of the instances that the promises of all methods are tested with: each way of the method once
+    variants: ClassVar[Variants] = ({},)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -179,6 +198,11 @@ class Reduction(ABC):
         for option, value in plain.items():
             object.__setattr__(self, option, value)
 
+    @classmethod
+    def examples(cls) -> list[Reduction]:
+        """Return the instances that the promises of all methods are tested with, one for each of `variants`."""
+        return [cls(**options) for options in cls.variants]
+
     @property
     def needs(self) -> frozenset[str]:
         """What the method must be shown: any of `"q"`, `"k"`, `"v"` of the attention, `"class"` and `"places"`.
@@ -187,7 +211,20 @@ class Reduction(ABC):
         what the options `metric` and `score` take, where a method has them.
         """
         metric, score = getattr(self, "metric", "x"), getattr(self, "score", "norm")
-        return (frozenset({metric}) & {"q", "k", "v"}) | SCORES[score]
+        return (frozenset({metric}) & CAPTURED) | SCORES[score]
+
+    @property
+    def captures(self) -> frozenset[str]:
+        """What of `needs` the attention hands over: `"q"`, `"k"`, `"v"`."""
+        return self.needs & CAPTURED
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What of `needs` the model has: `"class"`, `"places"`. Raises `UnknownNameError` for anything else there."""
+        required = self.needs - CAPTURED
+        for name in sorted(required - {"class", "places"}):
+            raise unknown_name(f"{type(self).__name__} needs", name, ("q", "k", "v", "class", "places"))
+        return required
 
     @property
     def reads_sum(self) -> bool:
@@ -225,6 +262,12 @@ class Reduction(ABC):
     def after_mlp(self, x: Tensor, before: Tensor, layer: int, depth: int, memory: dict[int, Any]) -> Tensor:
         """Return what leaves the block, given what its MLP left and found, both `[B, M, C]`; see `follows_mlp`."""
         return x
+
+
+def last_note(memory: Mapping[int, Any] | None, layer: int, kind: type[Note]) -> Note | None:
+    """Return the newest note of a kind of a layer before this one; a layer that runs again finds the same."""
+    notes = [note for at, note in sorted((memory or {}).items()) if at < layer and isinstance(note, kind)]
+    return notes[-1] if notes else None
 
 
 def _within(least: float, most: float) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenmerge import matching
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import Reduction, TokenView, Variants
 from tokenmerge.plan import AnyPlan, Plan
 
 __all__ = ["DiffRate"]
@@ -35,6 +35,7 @@ class DiffRate(Reduction):
 
     name: ClassVar[str] = "diffrate"
     leaves = "one"
+    variants: ClassVar[Variants] = ({}, {"prune": 0.0, "score": "received"}, {"prune": 1.0})
 
     prune: float | tuple[int, ...] = 0.5
     metric: str = "x"
@@ -50,7 +51,7 @@ class DiffRate(Reduction):
 
     def plan(self, view: TokenView, r: int) -> Plan:
         score = view.score(self.score)[:, view.prefix :]
-        n, merged = score.shape[1], r - self._pruned(view, r)
+        n, merged = score.shape[1], r - self._prune_count(view, r)
         order = score.argsort(dim=1, descending=True, stable=True) + view.prefix
         stays, src, gone = order[:, : n - r], order[:, n - r : n - r + merged], order[:, n - r + merged :]
         if not merged:
@@ -64,7 +65,7 @@ class DiffRate(Reduction):
         assert isinstance(plan, Plan)
         return plans.merge_average(plan, x, size, branch)
 
-    def _pruned(self, view: TokenView, r: int) -> int:
+    def _prune_count(self, view: TokenView, r: int) -> int:
         if not isinstance(self.prune, tuple):
             return int(self.prune * r + 0.5)
         if len(self.prune) != view.depth:

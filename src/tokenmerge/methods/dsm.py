@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenmerge import matching
-from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["DSM"]
@@ -19,17 +19,18 @@ __all__ = ["DSM"]
 class DSM(Reduction):
     """Bipartite matching inside windows, then without. Heo et al., 2023, arXiv:2303.02331.
 
-    In the first `windowed` blocks that remove tokens, pairs lie within one quarter of the image, and each quarter gives
-    a quarter of `r`: its best pair, then its second and so on, until `r` are found. What a quarter lacks the others
-    give. Blocks after that match as ToMe does. `metric` is what tokens are compared by; raises `UnknownNameError` for
-    an unknown one, and `UnsupportedError` for a model without a grid of patches. The delay of the paper, no merging
-    in the first third of the blocks, is said by `r`: `patch(model, "dsm", r=[0, 0, 0, 0] + [20] * 8)`.
-    Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed and windowed (ToMe 78.9 at 2.8). Differs from the
-    paper: the default of `windowed` is ours, and a token keeps the window of the place it had first.
+    In the first `windowed` blocks that remove tokens, pairs lie within one quarter of the image and are taken from the
+    four quarters in turn, best first, until `r` are merged. Blocks after that match as ToMe does. `metric` is what
+    tokens are compared by; raises `UnknownNameError` for an unknown one, and `UnsupportedError` for a model without a
+    grid of patches. The delay of the paper, no merging in the first third of the blocks, is said by `r`:
+    `patch(model, "dsm", r=[0, 0, 0, 0] + [20] * 8)`. Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed
+    and windowed (ToMe 78.9 at 2.8). Differs from the paper: the default of `windowed` is ours, and a token keeps the
+    window of the place it had first.
     """
 
     name: ClassVar[str] = "dsm"
     limits: ClassVar[Limits] = {"windowed": FROM_ZERO}
+    variants: ClassVar[Variants] = ({}, {"windowed": 0})
 
     windowed: int = 4
     metric: str = "k"
@@ -39,13 +40,14 @@ class DSM(Reduction):
         return super().needs | {"places"}
 
     def plan(self, view: TokenView, r: int) -> Plan:
-        memory = {} if view.memory is None else view.memory
-        memory[view.layer] = "merged"
-        if sum(layer < view.layer for layer in memory) < self.windowed:
-            return self._windowed(view, r)
+        before = view.last_note(_MergeNote)
+        merged = 0 if before is None else before.merged
+        view.note(_MergeNote(merged + 1))
+        if merged < self.windowed:
+            return self._match_in_windows(view, r)
         return matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)
 
-    def _windowed(self, view: TokenView, r: int) -> Plan:
+    def _match_in_windows(self, view: TokenView, r: int) -> Plan:
         cells, (rows, columns) = view.cells()
         window = 2 * (cells // columns >= (rows + 1) // 2) + (cells % columns >= (columns + 1) // 2).long()
         is_in = (F.pad(window, (view.prefix, 0))[..., None] == torch.arange(4, device=window.device)).float()
@@ -60,8 +62,13 @@ class DSM(Reduction):
         is_in = is_in * best.isfinite()[..., None]
         # 1 for the best of its window, 0 for padding: it goes first
         rank = (is_in.cumsum(dim=1) * is_in).sum(dim=2)
-        # last who has nobody in its window
+        # tokens without a partner in their window rank last
         rank = rank.masked_fill(best < 2, float("inf"))
         chosen = order.gather(1, rank.argsort(dim=1, stable=True)[:, :r])
         places = torch.arange(n, device=unit.device)
         return matching.absorb(places[side_a][chosen], places[side_b][partner.gather(1, chosen)], n)
+
+
+@dataclass(frozen=True)
+class _MergeNote:
+    merged: int  # blocks that removed tokens, this one among them

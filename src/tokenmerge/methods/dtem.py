@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge import matching
-from tokenmerge.methods.base import ABOVE_ZERO, FROM_ONE, Limits, ModelShape, TokenView
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ONE, Limits, ModelShape, TokenView, Variants
 from tokenmerge.methods.learned import Learned, module_of
 from tokenmerge.plan import AnyPlan, MatrixPlan
 
@@ -30,6 +30,7 @@ class DTEM(Learned):
 
     name: ClassVar[str] = "dtem"
     limits: ClassVar[Limits] = {"width": FROM_ONE, "temperature": ABOVE_ZERO, "nearest": FROM_ONE}
+    variants: ClassVar[Variants] = ({"width": 16},)
 
     width: int = 64
     temperature: float = 0.1
@@ -45,12 +46,12 @@ class DTEM(Learned):
         hard = matching.bipartite(metric.detach(), r, prefix=view.prefix, valid=view.valid)
         if not head.training:
             return hard
-        places = torch.arange(view.prefix, x.shape[1], device=x.device)
-        side_a, side_b = places[places % 2 == 0], places[places % 2 == 1]
+        places = torch.arange(x.shape[1], device=x.device)
+        side_a, side_b = (places[side] for side in matching.alternating(x.shape[1], view.prefix))
         unit = F.normalize(metric.float(), dim=-1)
         scores = unit[:, side_a] @ unit[:, side_b].mT  # [B, Na, Nb]
-        if view.valid is not None:
-            scores = scores.masked_fill(~(view.valid[:, side_a, None] & view.valid[:, None, side_b]), -4.0)
+        # below any cosine, yet finite: padding keeps to itself, and an image of padding alone gives no NaN
+        scores = matching.mask_pairs(scores, view.valid, side_a, side_b, alike=-4.0, unlike=-4.0)
         given = soft_matching(scores, hard.src.shape[1], self.temperature, self.nearest)
         B, n, _ = x.shape
         weight = given.new_zeros(B, n, n)

@@ -13,12 +13,12 @@ from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, Limits, ModelShape, T
 from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
-    drawn,
+    alive_share,
+    budget,
+    gumbel_sigmoid,
+    mask_alive,
     module_of,
-    note_left,
     ratio_loss,
-    restricted,
-    share_of,
 )
 from tokenmerge.plan import AnyPlan
 
@@ -48,13 +48,12 @@ class DynamicViT(Learned):
 
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         predictor = module_of(view, self)
-        share = share_of(view)
+        share = alive_share(view)
         logit = predictor(view.x, share).float()  # [B, N]
         if not predictor.training:
-            logit = logit if view.valid is None else logit.masked_fill(~view.valid, float("-inf"))
-            return matching.prune(logit, r, prefix=view.prefix)
-        mask = restricted(view, drawn(logit, self.temperature))
-        note_left(view, self, r, share * mask)
+            return matching.prune(matching.sink_padding(logit, view.valid), r, prefix=view.prefix)
+        mask = mask_alive(view, gumbel_sigmoid(logit, self.temperature))
+        view.note(budget(view, self, r, share * mask))
         return MaskedPlan.of(mask)
 
     def loss(self, memory: dict[int, Any]) -> Tensor:

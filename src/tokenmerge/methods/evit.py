@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokenmerge import matching
-from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView
+from tokenmerge.methods.base import POSITIVE, Choices, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan, WeightedPlan
 
 __all__ = ["EViT"]
@@ -18,18 +18,18 @@ __all__ = ["EViT"]
 class EViT(Reduction):
     """Keep attentive tokens, fuse the inattentive. Liang et al., ICLR 2022, arXiv:2202.07800.
 
-    Of the unprotected tokens those of the highest `score` stay; the others become their mean by that score, one token
-    behind all (`fuse`), or are dropped. The fused token counts among those that are left, so that one more than `r`
-    goes into it; in later blocks it is a token like any other. The scores that weigh are positive, which `entropy` is
-    not; raises `UnknownNameError` for it or an unknown one. The paper removes tokens in blocks 4, 7 and 10,
-    `r=[0, 0, 0, 57, 0, 0, 40, 0, 0, 28]` to keep 70 %: published without fine-tuning DeiT-S 78.50 at 3.0 GMACs and
-    73.83 at 2.3.
+    The unprotected tokens of the highest `score` stay; `r + 1` others become one, their mean by that score, behind all
+    (`fuse`), or `r` are dropped. In later blocks the fused token is one like any other. The scores that weigh are
+    positive, which `entropy` is not; raises `UnknownNameError` for it or an unknown one. The paper removes tokens in
+    blocks 4, 7 and 10, `r=[0, 0, 0, 57, 0, 0, 40, 0, 0, 28]` to keep 70 %: published without fine-tuning DeiT-S 78.50
+    at 3.0 GMACs and 73.83 at 2.3.
     """
 
     name: ClassVar[str] = "evit"
     leaves = "one"
     choices: ClassVar[Choices] = {"score": POSITIVE}
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({}, {"fuse": False}, {"score": "received"})
 
     score: str = "class"
     fuse: bool = True

@@ -31,11 +31,8 @@ class Greedy(Reduction):
         unit = matching.unit(getattr(view, self.metric))[:, view.prefix :]
         n = unit.shape[1]
         places = torch.arange(n, device=unit.device)
-        scores = matching.cosines(unit, unit)  # [B, n, n]
-        if view.valid is not None:
-            valid = view.valid[:, view.prefix :]
-            both, one = ~valid[:, None] & ~valid[..., None], valid[:, None] ^ valid[..., None]
-            scores = scores.masked_fill(both, 4.0).masked_fill(one, -4.0)
+        patches = slice(view.prefix, None)
+        scores = matching.mask_pairs(matching.cosines(unit, unit), view.valid, patches, patches)  # [B, n, n]
         scores = scores.masked_fill(places[:, None] >= places, float("-inf"))
         pairs = []
         for _ in range(r):

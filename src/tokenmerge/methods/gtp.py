@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import FROM_ONE, FROM_ZERO, Choices, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ONE, FROM_ZERO, Choices, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import MatrixPlan
 
 __all__ = ["GTP", "GTPPlan"]
@@ -41,6 +41,7 @@ class GTP(Reduction):
     leaves = "one"
     limits: ClassVar[Limits] = {"neighbours": FROM_ONE, "alpha": FROM_ZERO}
     choices: ClassVar[Choices] = {"graph": ("mixed", "spatial", "semantic"), "heads": ("max", "mean")}
+    variants: ClassVar[Variants] = ({}, {"graph": "spatial"}, {"graph": "semantic", "neighbours": 3, "heads": "mean"})
 
     graph: str = "mixed"
     neighbours: int = 8
@@ -52,10 +53,8 @@ class GTP(Reduction):
         return frozenset({"q", "k"} if self.graph == "semantic" else {"q", "k", "places"})
 
     def plan(self, view: TokenView, r: int) -> GTPPlan:
-        found = importance.self_received(view.q, view.k, view.scale, view.bias)  # type: ignore[arg-type]
-        score = found.amax(dim=1) if self.heads == "max" else found.mean(dim=1)
-        if view.valid is not None:
-            score = score.masked_fill(~view.valid, float("-inf"))
+        by_head = importance.self_received(view.q, view.k, view.scale, view.bias)  # type: ignore[arg-type]
+        score = matching.sink_padding(by_head.amax(dim=1) if self.heads == "max" else by_head.mean(dim=1), view.valid)
         prefix, places = view.prefix, torch.arange(score.shape[1], device=score.device)
         order = score[:, prefix:].argsort(dim=1, descending=True, stable=True) + prefix
         stays, gone = (part.sort(dim=1).values for part in (order[:, :-r], order[:, -r:]))

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, C channels.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, UnsupportedError
-from tokenmerge.methods.base import ModelShape, Reduction, TokenView
+from tokenmerge.methods.base import ModelShape, Note, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = [
     "NEW",
+    "BudgetNote",
     "Learned",
+    "MaskNote",
     "MaskedPlan",
-    "drawn",
-    "floored",
-    "latest",
+    "alive_share",
+    "budget",
+    "clamp_keep_grad",
+    "gumbel_sigmoid",
+    "mask_alive",
     "module_of",
-    "note_left",
-    "noted",
+    "notes_of",
     "ratio_loss",
-    "restricted",
-    "share_of",
     "straight_through",
 ]
 
@@ -50,7 +52,24 @@ class MaskedPlan(Plan):
     def of(mask: Tensor) -> MaskedPlan:  # [B, N]
         """Return the plan that keeps all tokens at these shares; 1e-6 and less count as 1e-6, with their gradients."""
         everyone = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape[0], -1)
-        return MaskedPlan(everyone, everyone[:, :0], everyone[:, :0], mask.shape[1], floored(mask))
+        return MaskedPlan(everyone, everyone[:, :0], everyone[:, :0], mask.shape[1], clamp_keep_grad(mask))
+
+
+@dataclass(frozen=True, eq=False)
+class MaskNote:
+    """What a layer that masks leaves to the layers after it."""
+
+    share: Tensor  # [B, N] what is left of each unprotected token: 1 or 0; prefix and padding 0
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetNote(MaskNote):
+    """What a layer left in training, and what `r` plans, beside each other; see `budget`."""
+
+    count: int  # unprotected tokens that `r` leaves
+    removed: int  # and that it removes here
+    ratio: Tensor  # [B] share of the unprotected tokens that is left
+    target: float  # and that `r` leaves
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,10 @@ class Learned(Reduction):
     def adds_loss(self) -> bool:
         """Whether there is a `loss`."""
         return type(self).loss is not Learned.loss
+
+    @classmethod
+    def examples(cls) -> list[Reduction]:
+        return [cls(**{"weights": NEW, **options}) for options in cls.variants]
 
     def build(self, shape: ModelShape) -> nn.ModuleDict:
         if self.weights is None:
@@ -111,29 +134,30 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def floored(mask: Tensor) -> Tensor:
+def clamp_keep_grad(mask: Tensor) -> Tensor:
     """Return the mask with 1e-6 for anything less, gradients as they were."""
     return straight_through(mask.detach().clamp_min(_LEAST), mask)
 
 
-def drawn(logit: Tensor, temperature: float = 1.0) -> Tensor:
+def gumbel_sigmoid(logit: Tensor, temperature: float = 1.0) -> Tensor:
     """Draw ones with probability `sigmoid(logit)`, else zeros, straight through: Gumbel-softmax of two classes."""
     noise = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6).logit()
     soft = ((logit + noise) / temperature).sigmoid()
     return straight_through((soft > 0.5).to(soft.dtype), soft)
 
 
-def share_of(view: TokenView) -> Tensor:
+def alive_share(view: TokenView) -> Tensor:
     """Return what masks at layers before left of each unprotected token, `[B, N]`: 1 or 0; prefix and padding 0."""
+    before = view.last_note(MaskNote)
+    if before is not None:
+        return before.share
     B, n, _ = view.stream.shape
     places = torch.arange(n, device=view.stream.device)
     whole = (places >= view.prefix).float().expand(B, -1)
-    whole = whole if view.valid is None else whole * view.valid
-    share: Tensor = latest(view.memory, view.layer, "share", whole)
-    return share
+    return whole if view.valid is None else whole * view.valid
 
 
-def restricted(view: TokenView, mask: Tensor) -> Tensor:  # [B, N]
+def mask_alive(view: TokenView, mask: Tensor) -> Tensor:  # [B, N]
     """Return the mask where there is something to mask: 1 for the prefix, and for tokens that are gone already.
 
     Raises `UnsupportedError` where the attention would not see masks, since it adds no log(size).
@@ -142,44 +166,34 @@ def restricted(view: TokenView, mask: Tensor) -> Tensor:  # [B, N]
         raise UnsupportedError(
             "masks reach this attention as log(size), and proportional attention is off: train with prop_attn=True."
         )
-    return torch.where(share_of(view) > 0.5, mask, 1.0)
+    return torch.where(alive_share(view) > 0.5, mask, 1.0)
 
 
-def note_left(view: TokenView, method: Learned, r: int, left: Tensor) -> dict[str, Any]:  # [B, N]
-    """Note for the next layer and the loss what is left, and what should be: `r` counts fall from layer to layer.
+def budget(view: TokenView, method: Learned, r: int, left: Tensor) -> BudgetNote:  # [B, N]
+    """Return the note of a layer that leaves the share `left`, beside what it should leave.
 
-    While training N stays, so the tokens that `r` leaves are counted here.
+    `r` counts fall from layer to layer: while training N stays, so the tokens that `r` leaves are counted here.
     """
-    n = left.shape[1] - view.prefix
-    before = latest(view.memory, view.layer, "count", n)
-    removed = min(r, method.largest_r(before + view.prefix, view.prefix))
-    count = before - removed
-    note = {"share": left, "count": count, "removed": removed, "ratio": left.sum(dim=1) / n, "target": count / n}
-    if view.memory is not None:
-        view.memory[view.layer] = note
-    return note
+    n, before = left.shape[1] - view.prefix, view.last_note(BudgetNote)
+    entered = n if before is None else before.count
+    removed = min(r, method.largest_r(entered + view.prefix, view.prefix))
+    count = entered - removed
+    return BudgetNote(share=left, count=count, removed=removed, ratio=left.sum(dim=1) / n, target=count / n)
 
 
-def ratio_loss(memory: dict[int, Any]) -> Tensor:
+def ratio_loss(memory: Mapping[int, Any]) -> Tensor:
     """Return the mean squared difference of what was left from what should be, over layers and images."""
-    pairs = zip(noted(memory, "ratio"), noted(memory, "target"), strict=True)
-    return torch.stack([(ratio - target).square().mean() for ratio, target in pairs]).mean()
+    return torch.stack([(note.ratio - note.target).square().mean() for note in notes_of(memory, BudgetNote)]).mean()
 
 
-def latest(memory: dict[int, Any] | None, layer: int, name: str, default: Any) -> Any:
-    """Return what the last layer before this one noted under a name; a layer that runs again finds the same."""
-    before = [note[name] for at, note in sorted((memory or {}).items()) if at < layer and name in note]
-    return before[-1] if before else default
-
-
-def noted(memory: dict[int, Any], name: str) -> list[Any]:
-    """Return what the layers noted under a name, in order; raises `UnsupportedError` where none did."""
-    found = [note[name] for _, note in sorted(memory.items()) if name in note]
-    if not found:
+def notes_of(memory: Mapping[int, Any], kind: type[Note]) -> list[Note]:
+    """Return the layers' notes of a kind, in order; raises `UnsupportedError` where there are none."""
+    notes = [note for _, note in sorted(memory.items()) if isinstance(note, kind)]
+    if not notes:
         raise UnsupportedError(
             "the last forward noted nothing for the loss: it follows a forward in train mode that reduces tokens."
         )
-    return found
+    return notes
 
 
 def _load(modules: nn.ModuleDict, path: Path, name: str) -> None:
@@ -192,10 +206,10 @@ def _load(modules: nn.ModuleDict, path: Path, name: str) -> None:
     except Exception as error:  # the format's own errors derive from Exception alone
         raise ConfigError(f"cannot read the weights of {name} from {path}: {error}.") from error
     expected = {key: tuple(value.shape) for key, value in modules.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    if found != expected:
-        different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        shown = ", ".join(f"{key} {found.get(key)} for {expected.get(key)}" for key in different[:3])
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    if given != expected:
+        different = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
+        shown = ", ".join(f"{key} {given.get(key)} for {expected.get(key)}" for key in different[:3])
         raise ConfigError(
             f"the weights of {name} in {path} are of another model or r: {len(different)} tensors differ ({shown})."
         )

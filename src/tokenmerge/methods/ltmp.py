@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from tokenmerge import importance, matching
 from tokenmerge._torch.tracing import is_compiling
-from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, Limits, ModelShape, TokenView, batch_count
+from tokenmerge.methods.base import ABOVE_ZERO, FROM_ZERO, Limits, ModelShape, TokenView, Variants, batch_count
 from tokenmerge.methods.learned import (
+    BudgetNote,
     Learned,
     MaskedPlan,
-    floored,
+    alive_share,
+    budget,
+    clamp_keep_grad,
+    mask_alive,
     module_of,
-    note_left,
-    noted,
-    restricted,
-    share_of,
+    notes_of,
     straight_through,
 )
 from tokenmerge.plan import AnyPlan, Plan
@@ -45,6 +46,7 @@ class LTMP(Learned):
     limits: ClassVar[Limits] = {"temperature": ABOVE_ZERO, "budget_weight": FROM_ZERO, "flops": ABOVE_ZERO}
     needs = frozenset({"q", "k"})
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({"merge_at": 0.96, "prune_at": 0.003},)
 
     merge_at: float = 0.9
     prune_at: float = 0.0
@@ -58,10 +60,10 @@ class LTMP(Learned):
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         thresholds = module_of(view, self)
         assert view.k is not None and isinstance(thresholds, _Thresholds)
-        share = share_of(view)
+        share = alive_share(view)
         valid = share > 0.5 if thresholds.training else view.valid
         pairs = matching.partners(view.k.detach(), prefix=view.prefix, valid=valid)
-        received = _received(view, share)
+        received = _received_attention(view, share)
         if thresholds.training:
             return self._mask(view, r, thresholds, share, pairs, received)
         return self._remove(view, r, thresholds, pairs, received)
@@ -82,8 +84,7 @@ class LTMP(Learned):
         merges = batch_count((cosine > thresholds.merge.float()).sum(dim=1), most, cosine)
         chosen = cosine.argsort(dim=1, descending=True, stable=True)[:, :merges]
         src, to = side_a[chosen], partner.gather(1, chosen)
-        if view.valid is not None:
-            received = received.masked_fill(~view.valid, float("-inf"))
+        received = matching.sink_padding(received, view.valid)
         received = received.scatter(1, torch.cat((src, to), dim=1), float("inf"))
         received[:, : view.prefix] = float("inf")
         prunes = batch_count((received < thresholds.prune.float()).sum(dim=1), r - merges, received)
@@ -108,13 +109,11 @@ class LTMP(Learned):
         absorbed = torch.zeros_like(share).scatter_add(1, partner, merged.detach()) > 0.5
         kept = self._step(received - thresholds.prune.float(), at_border=True)
         kept = torch.where((given > 0.5) | absorbed, torch.ones_like(kept), kept)
-        mask = restricted(view, (1 - given) * kept)
+        mask = mask_alive(view, (1 - given) * kept)
         left = share * mask
         order = _order(side_a, (left < 0.5).float(), view.prefix)
-        note = note_left(view, self, r, left)
-        self._note_cost(view, note, share, left)
-        note["share"] = left.gather(1, order)
-        return _ThresholdPlan(order, order[:, :0], order[:, :0], share.shape[1], floored(mask), given, to)
+        view.note(self._count_cost(view, budget(view, self, r, left), share, order))
+        return _ThresholdPlan(order, order[:, :0], order[:, :0], share.shape[1], clamp_keep_grad(mask), given, to)
 
     def merge(
         self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
@@ -132,22 +131,39 @@ class LTMP(Learned):
         return mean.gather(1, plan.keep[..., None].expand_as(x)), (total * plan.mask).gather(1, plan.keep)
 
     def loss(self, memory: dict[int, Any]) -> Tensor:
-        found, full = torch.stack(noted(memory, "cost")).sum(dim=0), sum(noted(memory, "full"))
-        planned = sum(noted(memory, "planned")) / full if self.flops is None else self.flops
-        loss: Tensor = self.budget_weight * (found / full - planned).square().mean()
+        notes = notes_of(memory, _CostNote)
+        cost, full = torch.stack([note.cost for note in notes]).sum(dim=0), sum(note.full for note in notes)
+        planned = sum(note.planned for note in notes) / full if self.flops is None else self.flops
+        loss: Tensor = self.budget_weight * (cost / full - planned).square().mean()
         return loss
 
     def _step(self, x: Tensor, at_border: bool = False) -> Tensor:
         hard = x >= 0 if at_border else x > 0
         return straight_through(hard.to(x.dtype), (x / self.temperature).sigmoid())
 
-    def _note_cost(self, view: TokenView, note: dict[str, Any], share: Tensor, left: Tensor) -> None:
-        """Note what the block costs with these tokens, with those that are planned, and with all, in MACs / C."""
+    def _count_cost(self, view: TokenView, note: BudgetNote, share: Tensor, order: Tensor) -> _CostNote:
+        """Return the note with what the block costs, and with its shares in the new `order` of tokens."""
         C, n, prefix = view.stream.shape[-1], share.shape[1], view.prefix
-        after = note["count"] + prefix
-        before = after + note["removed"]
-        note["cost"] = _cost(share.sum(dim=1) + prefix, left.sum(dim=1) + prefix, C)
-        note["planned"], note["full"] = _cost(before, after, C), _cost(n, n, C)
+        after = note.count + prefix
+        return _CostNote(
+            share=note.share.gather(1, order),
+            count=note.count,
+            removed=note.removed,
+            ratio=note.ratio,
+            target=note.target,
+            cost=_cost(share.sum(dim=1) + prefix, note.share.sum(dim=1) + prefix, C),
+            planned=_cost(after + note.removed, after, C),
+            full=_cost(n, n, C),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _CostNote(BudgetNote):
+    """What a block costs in MACs over the width: with the tokens that are there, as planned, and with all."""
+
+    cost: Tensor  # [B]
+    planned: float
+    full: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +194,7 @@ def _order(side_a: Tensor, gone: Tensor, prefix: int) -> Tensor:  # [A], [B, N]
     return rank.argsort(dim=1, stable=True)
 
 
-def _received(view: TokenView, share: Tensor) -> Tensor:
+def _received_attention(view: TokenView, share: Tensor) -> Tensor:
     """Return the mean attention that tokens get from those that are there, `[B, N]`."""
     assert view.q is not None and view.k is not None
     there = share.detach().clone()  # [B, N]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView, batch_count
+from tokenmerge.methods.base import Reduction, TokenView, Variants, batch_count
 from tokenmerge.plan import MatrixPlan
 
 __all__ = ["MaMe"]
@@ -19,19 +19,19 @@ __all__ = ["MaMe"]
 class MaMe(Reduction):
     """Matrix merging. Huo and Li, CVPR Findings 2026, arXiv:2604.13432.
 
-    Destinations are the tokens at odd places. A source's weight in one is what its cosine is above `tau`, each
-    destination's weights are divided by their sum, less the mean of those that are not 0, and divided again; the
-    destination then becomes the mean of itself and of the mean of its sources. Sources without weight anywhere stay.
-    `r` is the most that goes in a block: the sources most similar to any destination. Every image of a batch loses as
-    many as the one with the fewest, and exactly `r` when compiled: what the thresholds would keep then goes whole into
-    its most similar destination. `metric` is what tokens are compared by; raises `UnknownNameError` for an unknown one.
-    Published without training: DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25).
-    Differs from the paper: there a batch keeps whatever one of its images keeps, tokens count by their sizes here,
-    and the default `tau` is ours.
+    Destinations are the tokens at odd places. The weight of source i in destination j is `w = relu(cos_ij - tau)`, then
+    `w /= sum_i w`, `w = relu(w - mean of those above 0)` and `w /= sum_i w` again; the destination becomes the mean of
+    itself and of the mean of its sources. Sources without weight anywhere stay. `r` is the most that goes in a block:
+    the sources most similar to any destination. Every image of a batch loses as many as the one with the fewest, and
+    exactly `r` when compiled: what the thresholds would keep then goes whole into its most similar destination.
+    `metric` is what tokens are compared by; raises `UnknownNameError` for an unknown one. Published without training:
+    DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25). Differs from the paper: there a batch
+    keeps whatever one of its images keeps, tokens count by their sizes here, and the default `tau` is ours.
     """
 
     name: ClassVar[str] = "mame"
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({}, {"tau": 0.1, "metric": "k"}, {"tau": -2.0})
 
     metric: str = "x"
     tau: float = 0.5
@@ -41,14 +41,12 @@ class MaMe(Reduction):
         B, n, _ = unit.shape
         side_a, side_b = matching.alternating(n, view.prefix)
         cosine = matching.cosines(unit[:, side_a], unit[:, side_b])  # [B, A, E]
-        if view.valid is not None:
-            cosine = cosine.masked_fill(~(view.valid[:, side_a, None] & view.valid[:, None, side_b]), -1.0)
+        # what takes part in no pair of real tokens has no weight, whatever the threshold
+        cosine = matching.mask_pairs(cosine, view.valid, side_a, side_b, alike=float("-inf"), unlike=float("-inf"))
         weight, is_merged = self._weights(cosine)
         best, partner = cosine.max(dim=2)
         # those with weights come first, by how similar they are
-        rank = best + 4 * is_merged
-        if view.valid is not None:
-            rank = rank.masked_fill(~view.valid[:, side_a], float("inf"))
+        rank = matching.lift_padding(best + 4 * is_merged, view.valid, side_a)
         count = batch_count((rank > 2).sum(dim=1), r, best)
         order = rank.argsort(dim=1, descending=True, stable=True)
         gone, stays = order[:, :count], order[:, count:].sort(dim=1).values

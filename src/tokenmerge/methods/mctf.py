@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import ABOVE_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView
+from tokenmerge.methods.base import ABOVE_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import WeightedPlan
 
 __all__ = ["MCTF"]
@@ -32,6 +32,7 @@ class MCTF(Reduction):
     name: ClassVar[str] = "mctf"
     limits: ClassVar[Limits] = {"tau_sim": ABOVE_ZERO, "tau_info": ABOVE_ZERO, "tau_size": ABOVE_ZERO}
     choices: ClassVar[Choices] = {"score": POSITIVE}
+    variants: ClassVar[Variants] = ({}, {"score": "norm", "metric": "k"})
 
     metric: str = "x"
     score: str = "received"
@@ -51,9 +52,7 @@ class MCTF(Reduction):
         cosine = matching.cosines(unit[:, side_a], unit[:, side_b])  # [B, A, E]
         similarity = ((cosine + 1) / 2).clamp_min(1e-12).log() / self.tau_sim
         attraction = similarity - cost[:, side_a, None] - cost[:, None, side_b]
-        if view.valid is not None:
-            is_a, is_b = view.valid[:, side_a, None], view.valid[:, None, side_b]
-            attraction = attraction.masked_fill(is_a ^ is_b, -1e30).masked_fill(~is_a & ~is_b, 1e30)
+        attraction = matching.mask_pairs(attraction, view.valid, side_a, side_b)
         places = torch.arange(n, device=unit.device)
         src, into = _both_ways(attraction, r, places[side_a], places[side_b])
         plan = matching.absorb(src, into, n)

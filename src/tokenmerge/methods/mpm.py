@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import Reduction, TokenView, batch_count
+from tokenmerge.methods.base import Reduction, TokenView, Variants, batch_count
 from tokenmerge.plan import Plan
 
 __all__ = ["MPM"]
@@ -33,6 +33,7 @@ class MPM(Reduction):
     name: ClassVar[str] = "mpm"
     is_proportional: ClassVar[bool] = False
     is_adaptive: ClassVar[bool] = True
+    variants: ClassVar[Variants] = ({}, {"metric": "k"})
 
     metric: str = "x"
 
@@ -44,10 +45,11 @@ class MPM(Reduction):
         places = torch.arange(n - view.prefix, device=unit.device)
         is_mutual = partner.gather(1, partner) == places
         leads, follows = is_mutual & (places < partner), is_mutual & (places > partner)
-        if valid is not None:
-            follows = follows | (~valid & ~leads)
-        rank = torch.where(follows, best, best.clamp(-1, 1) - 4).masked_fill(leads, float("-inf"))
-        count = batch_count(follows.sum(dim=1), r, best)
+        rank = torch.where(follows, best, best.clamp(-1, 1) - 4)
+        # padding goes first, also where there is no other to pair it with
+        rank = matching.lift_padding(rank, valid).masked_fill(leads, float("-inf"))
+        goes = follows if valid is None else follows | (~valid & ~leads)
+        count = batch_count(goes.sum(dim=1), r, best)
         order = rank.argsort(dim=1, descending=True, stable=True)
         src, stays = order[:, :count] + view.prefix, order[:, count:].sort(dim=1).values + view.prefix
         into = partner.gather(1, order[:, :count]) + view.prefix
@@ -68,13 +70,12 @@ def _neighbours(unit: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:  #
     Two padding tokens are infinitely alike, padding and a real one not at all.
     """
     n = unit.shape[1]
-    places, found = torch.arange(n, device=unit.device), []
+    places, tiles = torch.arange(n, device=unit.device), []
     step = max(1, _TILE // max(1, n))
     for at in range(0, n, step):
-        scores = matching.cosines(unit[:, at : at + step], unit)  # [B, tile, n]
-        if valid is not None:
-            mine, others = valid[:, at : at + step, None], valid[:, None]
-            scores = scores.masked_fill(mine ^ others, float("-inf")).masked_fill(~mine & ~others, float("inf"))
-        found.append(scores.masked_fill(places[at : at + step, None] == places, float("-inf")).max(dim=2))
-    best, partner = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        tile = slice(at, at + step)
+        scores = matching.cosines(unit[:, tile], unit)  # [B, tile, n]
+        scores = matching.mask_pairs(scores, valid, tile, slice(None), alike=float("inf"), unlike=float("-inf"))
+        tiles.append(scores.masked_fill(places[tile, None] == places, float("-inf")).max(dim=2))
+    best, partner = (torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True))
     return best, partner

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["PiToMe"]
@@ -33,6 +33,7 @@ class PiToMe(Reduction):
     limits: ClassVar[Limits] = {"alpha": FROM_ZERO}
     # as in the paper's code for timm
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({}, {"margin": 0.0, "alpha": 0.1})
 
     metric: str = "k"
     margin: float = 0.9
@@ -53,10 +54,9 @@ def _energy(unit: Tensor, margin: float, alpha: float, valid: Tensor | None) -> 
     """Return the energies `[B, N]`, those of padding infinite: it goes first."""
     n = unit.shape[1]
     step = max(1, _TILE // n)
-    found = []
+    tiles = []
     for start in range(0, n, step):
         cosine = matching.cosines(unit[:, start : start + step], unit)  # [B, tile, N]
         each = torch.where(cosine >= margin, cosine, alpha * torch.expm1(cosine - margin))
-        found.append((each if valid is None else each * valid[:, None]).mean(dim=-1))
-    energy = torch.cat(found, dim=1)
-    return energy if valid is None else energy.masked_fill(~valid, float("inf"))
+        tiles.append((each if valid is None else each * valid[:, None]).mean(dim=-1))
+    return matching.lift_padding(torch.cat(tiles, dim=1), valid)

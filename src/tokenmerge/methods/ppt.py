@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge import plan as plans
-from tokenmerge.methods.base import FROM_ZERO, Choices, Limits, Reduction, TokenView
-from tokenmerge.plan import Plan
+from tokenmerge.methods.base import FROM_ZERO, Choices, Limits, Reduction, TokenView, Variants
+from tokenmerge.plan import DroppingPlan
 
 __all__ = ["PPT"]
 
@@ -34,33 +33,26 @@ class PPT(Reduction):
     name: ClassVar[str] = "ppt"
     limits: ClassVar[Limits] = {"threshold": FROM_ZERO}
     choices: ClassVar[Choices] = {"score": _SCORES}
+    variants: ClassVar[Variants] = ({}, {"threshold": 1.0}, {"score": "received"})
 
     threshold: float = 7e-5
     metric: str = "k"
     score: str = "class_value"
 
-    def plan(self, view: TokenView, r: int) -> Plan:
-        """Return a plan whose `dst` is -1 in images that drop their `src`."""
+    def plan(self, view: TokenView, r: int) -> DroppingPlan:
         score = view.score(self.score)
-        pools = _variance(score[:, view.prefix :]) < self.threshold
+        prunes = ~(_variance(score[:, view.prefix :]) < self.threshold)[:, None]  # [B, 1]
         pooled = matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)
         order = score[:, view.prefix :].argsort(dim=1, descending=True, stable=True) + view.prefix
         src = order[:, order.shape[1] - r :]
         pruned = matching.absorb(src[:, :0], src[:, :0], score.shape[1], src)
-        return Plan(
-            keep=torch.where(pools[:, None], pooled.keep, pruned.keep),
-            src=torch.where(pools[:, None], pooled.src, src),
-            dst=torch.where(pools[:, None], pooled.dst, -1),
+        return DroppingPlan(
+            keep=torch.where(prunes, pruned.keep, pooled.keep),
+            src=torch.where(prunes, src, pooled.src),
+            dst=torch.where(prunes, 0, pooled.dst),
             n=score.shape[1],
+            dropped=prunes.expand(-1, r),
         )
-
-    def merge(
-        self, plan: Any, x: Tensor, size: Tensor | None, branch: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        # what is dropped joins a group without weight
-        size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
-        weight = size.scatter(1, plan.src, size.gather(1, plan.src) * (plan.dst >= 0))
-        return plans.merge_weighted(replace(plan, dst=plan.dst.clamp_min(0)), x, weight, branch)
 
 
 def _variance(score: Tensor) -> Tensor:  # [B, N]

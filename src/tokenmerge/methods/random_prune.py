@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["RandomPrune"]
@@ -23,12 +23,11 @@ class RandomPrune(Reduction):
     name: ClassVar[str] = "random"
     leaves = "one"
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({}, {"seed": 3})
 
     seed: int = 0
 
     def plan(self, view: TokenView, r: int) -> Plan:
         B, n, _ = view.stream.shape
         score = matching.shuffle(n, self.seed + view.layer, view.stream.device).expand(B, -1).float()
-        if view.valid is not None:
-            score = score.masked_fill(~view.valid, float("-inf"))
-        return matching.prune(score, r, prefix=view.prefix)
+        return matching.prune(matching.sink_padding(score, view.valid), r, prefix=view.prefix)

@@ -14,13 +14,13 @@ from tokenmerge.methods.base import ABOVE_ZERO, FROM_ONE, FROM_ZERO, Limits, Mod
 from tokenmerge.methods.learned import (
     Learned,
     MaskedPlan,
-    drawn,
-    floored,
+    alive_share,
+    budget,
+    clamp_keep_grad,
+    gumbel_sigmoid,
+    mask_alive,
     module_of,
-    note_left,
     ratio_loss,
-    restricted,
-    share_of,
 )
 from tokenmerge.plan import WeightedPlan
 
@@ -54,17 +54,17 @@ class SPViT(Learned):
 
     def plan(self, view: TokenView, r: int) -> MaskedPlan | WeightedPlan:
         selector = module_of(view, self)
-        share = share_of(view)
+        share = alive_share(view)
         logit = selector(view.x, share)  # [B, N]
         if selector.training:
-            mask = restricted(view, drawn(logit, self.temperature))
+            mask = mask_alive(view, gumbel_sigmoid(logit, self.temperature))
             goes = (mask < 0.5) & (share > 0.5)
             best = logit.masked_fill(~goes, float("-inf")).argmax(dim=1, keepdim=True)
             package = torch.zeros_like(goes).scatter(1, best, True) & goes  # [B, N], one per image that drops any
-            note_left(view, self, r, share * mask + package)
+            view.note(budget(view, self, r, share * mask + package))
             plan = MaskedPlan.of(mask)
             return _PackagePlan(plan.keep, plan.src, plan.dst, plan.n, mask, logit.sigmoid(), package)
-        rank = logit if view.valid is None else logit.masked_fill(~view.valid, float("-inf"))
+        rank = matching.sink_padding(logit, view.valid)
         kept = matching.prune(rank, r, prefix=view.prefix).keep  # with the best of those that go
         B, n = rank.shape
         order = rank[:, view.prefix :].argsort(dim=1, descending=True, stable=True) + view.prefix
@@ -85,7 +85,7 @@ class SPViT(Learned):
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12)
         mean = (weight[..., None] * x.float()).sum(dim=1, keepdim=True).to(x.dtype)
         total = (gone * size).sum(dim=1, keepdim=True)
-        left = size * floored(plan.mask)
+        left = size * clamp_keep_grad(plan.mask)
         return torch.where(plan.package[..., None], mean, x), torch.where(plan.package, total, left)
 
     def loss(self, memory: dict[int, Any]) -> Tensor:

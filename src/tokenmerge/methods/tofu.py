@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import SHARE, Choices, Limits, Reduction, TokenView
+from tokenmerge.methods.base import SHARE, Choices, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["ToFu", "ToFuPlan"]
@@ -39,6 +39,7 @@ class ToFu(Reduction):
     name: ClassVar[str] = "tofu"
     limits: ClassVar[Limits] = {"early": SHARE}
     choices: ClassVar[Choices] = {"combine": ("mlerp", "average")}
+    variants: ClassVar[Variants] = ({}, {"early": 0.0}, {"early": 0.0, "combine": "average"})
 
     metric: str = "k"
     early: float = 0.5
@@ -58,10 +59,10 @@ class ToFu(Reduction):
             return plans.merge_average(plan, x, size, branch)
         x = x if branch is None else x + branch
         mean, new_size = plans.merge_average(plan, x, size)
-        return _stretched(plan, x, size, mean), new_size
+        return _stretch(plan, x, size, mean), new_size
 
 
-def _stretched(plan: Plan, x: Tensor, size: Tensor | None, mean: Tensor) -> Tensor:
+def _stretch(plan: Plan, x: Tensor, size: Tensor | None, mean: Tensor) -> Tensor:
     """Give each group's mean `[B, M, C]` the norm of the longest of its members in `x` `[B, N, C]`."""
     norm = x.float().norm(dim=-1, keepdim=True)  # [B, N, 1]
     if size is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import FROM_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan, WeightedPlan
 
 __all__ = ["TokenPooling"]
@@ -39,6 +39,7 @@ class TokenPooling(Reduction):
         "score": POSITIVE,
     }
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({}, {"algorithm": "kmedoids"}, {"weight": "none", "iterations": 2, "score": "norm"})
 
     algorithm: str = "kmeans"
     iterations: int = 5
@@ -54,7 +55,7 @@ class TokenPooling(Reduction):
         label, distance = _clusters(
             tokens, mass[:, prefix:], first, self.iterations, self.algorithm == "kmedoids", valid
         )
-        plan = _grouped(label, distance, first.shape[1], prefix, valid)
+        plan = _group(label, distance, first.shape[1], prefix, valid)
         return WeightedPlan(plan.keep, plan.src, plan.dst, plan.n, mass)
 
     def merge(
@@ -105,8 +106,7 @@ def _means(tokens: Tensor, mass: Tensor, label: Tensor, centres: Tensor) -> Tens
 
 
 def _distance(tokens: Tensor, centres: Tensor, label: Tensor, valid: Tensor | None) -> Tensor:
-    found: Tensor = (tokens - _rows(centres, label)).square().sum(dim=2)
-    return found if valid is None else found.masked_fill(~valid, float("inf"))
+    return matching.lift_padding((tokens - _rows(centres, label)).square().sum(dim=2), valid)
 
 
 def _leaders(label: Tensor, cost: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,12 +120,11 @@ def _leaders(label: Tensor, cost: Tensor, count: int) -> tuple[Tensor, Tensor, T
     return lead, has_any, torch.zeros_like(order).scatter_add(1, order, is_first) > 0
 
 
-def _grouped(label: Tensor, cost: Tensor, count: int, prefix: int, valid: Tensor | None) -> Plan:
+def _group(label: Tensor, cost: Tensor, count: int, prefix: int, valid: Tensor | None) -> Plan:
     """Return the plan of exactly `count` clusters, each led by its cheapest member; the dearest others fill up."""
     n = label.shape[1]
     lead, _, is_lead = _leaders(label, cost, count)
-    if valid is not None:
-        cost = cost.masked_fill(~valid, -1.0)
+    cost = matching.sink_padding(cost, valid)
     order = cost.masked_fill(is_lead, float("inf")).argsort(dim=1, descending=True, stable=True)
     src = order[:, count:].sort(dim=1).values
     return matching.absorb(src + prefix, lead.gather(1, label.gather(1, src)) + prefix, n + prefix)

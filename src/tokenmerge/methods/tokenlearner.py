@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import FROM_ONE, Limits, ModelShape, TokenView
+from tokenmerge.methods.base import FROM_ONE, Limits, ModelShape, TokenView, Variants
 from tokenmerge.methods.learned import Learned, module_of
 from tokenmerge.plan import MatrixPlan
 
@@ -31,6 +31,7 @@ class TokenLearner(Learned):
     leaves = "one"
     limits: ClassVar[Limits] = {"hidden": FROM_ONE}
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = ({"hidden": 16},)
 
     hidden: int = 64
 
@@ -53,6 +54,7 @@ class TokenLearner(Learned):
             )
         logit = learned(view.x[:, view.prefix :]).float().mT  # [B, S, N - prefix]
         if view.valid is not None:
+            # finite: an image of padding alone gives no NaN
             logit = logit.masked_fill(~view.valid[:, None, view.prefix :], -1e4)
         maps = logit.softmax(dim=-1)
         places = torch.arange(n, device=maps.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge import plan as plans
-from tokenmerge.methods.base import Choices, Reduction, TokenView
+from tokenmerge.methods.base import Choices, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMe"]
@@ -35,6 +35,14 @@ class ToMe(Reduction):
         "combine": ("weighted", "average", "max", "keep_one"),
         "partition": matching.PARTITIONS,
     }
+    variants: ClassVar[Variants] = (
+        {},
+        *({"metric": metric} for metric in ("q", "v", "x", "x_pre")),
+        {"heads": "concat"},
+        *({"distance": distance} for distance in matching.DISTANCES[1:]),
+        *({"combine": combine} for combine in ("average", "max", "keep_one")),
+        *({"partition": partition} for partition in matching.PARTITIONS[1:]),
+    )
 
     metric: str = "k"
     heads: str = "mean"
@@ -68,4 +76,4 @@ class ToMe(Reduction):
 
     def _metric(self, view: TokenView) -> Tensor:  # [B, N, D] or [B, H, N, D]
         metric: Tensor = getattr(view, self.metric)
-        return matching.join_heads(metric, self.heads) if self.metric in self.needs else metric
+        return matching.join_heads(metric, self.heads) if self.metric in self.captures else metric

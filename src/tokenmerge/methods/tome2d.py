@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmerge import matching
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMe2D"]
@@ -30,6 +30,7 @@ class ToMe2D(Reduction):
     """
 
     name: ClassVar[str] = "tome2d"
+    variants: ClassVar[Variants] = ({}, {"stride": 3, "seed": 1, "metric": "k"})
 
     stride: int = 2
     metric: str = "x"
@@ -51,9 +52,9 @@ class ToMe2D(Reduction):
     def plan(self, view: TokenView, r: int) -> Plan:
         cells, (rows, columns) = view.cells()
         tiles = -(-rows // self.stride) * -(-columns // self.stride)
-        drawn = matching.shuffle(rows * columns, self.seed + view.layer, cells.device)[cells]  # [B, n]
+        draw = matching.shuffle(rows * columns, self.seed + view.layer, cells.device)[cells]  # [B, n]
         tile = cells // columns // self.stride * columns + cells % columns // self.stride
-        rank = _turn(tile, drawn, rows * columns) * rows * columns + drawn
+        rank = _rank_in_tile(tile, draw, rows * columns) * rows * columns + draw
         if view.valid is not None:
             # padding absorbs nothing while there are others
             rank = rank + (~view.valid[:, view.prefix :]).long() * (rows * columns) ** 2
@@ -61,17 +62,16 @@ class ToMe2D(Reduction):
         count = min(tiles, n - r)
         into, others = (part.sort(dim=1).values for part in (order[:, :count], order[:, count:]))
         partner, best = matching.nearest(getattr(view, self.metric), others, into, valid=view.valid)
-        if view.valid is not None:
-            best = best.masked_fill(~view.valid.gather(1, others), float("inf"))
+        best = matching.lift_padding(best, view.valid, others)
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :r]
         return matching.absorb(others.gather(1, chosen), partner.gather(1, chosen), n + view.prefix)
 
 
-def _turn(tile: Tensor, drawn: Tensor, count: int) -> Tensor:  # [B, n]
-    """Return which of its tile's tokens each one is by what was drawn, from 0."""
-    order = (tile * count + drawn).argsort(dim=1)
+def _rank_in_tile(tile: Tensor, draw: Tensor, count: int) -> Tensor:  # [B, n]
+    """Return each token's rank by `draw` among the tokens of its tile, from 0."""
+    order = (tile * count + draw).argsort(dim=1)
     tile = tile.gather(1, order)
     places = torch.arange(tile.shape[1], device=tile.device).expand_as(tile)
     is_first = F.pad(tile[:, 1:] != tile[:, :-1], (1, 0), value=True)
-    turn = places - torch.where(is_first, places, 0).cummax(dim=1).values
-    return turn.gather(1, order.argsort(dim=1))
+    rank = places - torch.where(is_first, places, 0).cummax(dim=1).values
+    return rank.gather(1, order.argsort(dim=1))

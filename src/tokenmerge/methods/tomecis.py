@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import FROM_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, POSITIVE, Choices, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["ToMeCIS"]
@@ -30,6 +30,7 @@ class ToMeCIS(Reduction):
     name: ClassVar[str] = "tomecis"
     limits: ClassVar[Limits] = {"damping": FROM_ZERO}
     choices: ClassVar[Choices] = {"score": POSITIVE}
+    variants: ClassVar[Variants] = ({}, {"score": "received", "damping": 0.3})
 
     damping: float = 1.0
     metric: str = "k"
@@ -40,14 +41,14 @@ class ToMeCIS(Reduction):
         n = metric.shape[-2]
         side_a, side_b = matching.alternating(n, view.prefix)
         best, partner = matching.match(metric, side_a, side_b, "cosine", view.valid)  # [B, A]
-        score = _relative(view.score(self.score), view.prefix)
+        score = _relative_score(view.score(self.score), view.prefix)
         importance = torch.maximum(score[:, side_a], score[:, side_b].gather(1, partner))
         # infinite where padding is involved
         damped = torch.where(best.isinf(), best, best - self.damping * importance * best.abs())
         return Plan(*matching.choose(damped, partner, side_a, side_b, r, view.prefix), n=n)
 
 
-def _relative(score: Tensor, prefix: int) -> Tensor:  # [B, N]
+def _relative_score(score: Tensor, prefix: int) -> Tensor:  # [B, N]
     """Return scores divided by the highest of an unprotected token; 0 for padding, at minus infinity."""
     score = score.clamp_min(0)
     return score / score[:, prefix:].amax(dim=1, keepdim=True).clamp_min(1e-12)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import matching
-from tokenmerge.methods.base import Reduction, TokenView
+from tokenmerge.methods.base import Reduction, TokenView, Variants
 from tokenmerge.plan import WeightedPlan
 
 __all__ = ["VidTLDR"]
@@ -27,6 +27,7 @@ class VidTLDR(Reduction):
     """
 
     name: ClassVar[str] = "vid_tldr"
+    variants: ClassVar[Variants] = ({}, {"metric": "k", "score": "class"})
 
     metric: str = "x"
     score: str = "entropy"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge import importance, matching
-from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView
+from tokenmerge.methods.base import FROM_ZERO, SHARE, Limits, Reduction, TokenView, Variants
 from tokenmerge.plan import Plan
 
 __all__ = ["ZeroTPrune"]
@@ -19,19 +19,24 @@ __all__ = ["ZeroTPrune"]
 class ZeroTPrune(Reduction):
     """Prune by graph importance and similarity. Wang et al., CVPR 2024, arXiv:2305.17328.
 
-    Mass walks along the attention, from 1 on each token and sqrt(N) on the class token, for so many `iterations` in
-    the first, middle and last third of the blocks. A token's importance is the root of its mean square over heads,
-    those left out whose variance over tokens lies outside `variance` (all, if none is inside). Of the lower half those
-    go that are most similar (`metric`) to one of the upper half: the share `similar` of `r`. Mass walks on among the
-    others, and the lowest go. Raises `UnknownNameError` for an unknown metric. Published without training (read off a
-    figure): DeiT-S 79.3 at 2.8 GFLOPs, 78.3 at 2.2. Differs from the paper: its share of similar tokens was not found,
-    the default is ours, and its 30 to 50 and 5 to 10 iterations are the fewest of these.
+    Importance is PageRank on the attention graph, per head, from 1 on each token and sqrt(N) on the class token;
+    `iterations` are its steps in the first, middle and last third of the blocks. Heads are joined by the root of the
+    mean square, without those whose variance over tokens lies outside `variance` (all, if none is inside). Of the less
+    important half the tokens most similar (`metric`) to one of the other half go: the share `similar` of `r`. PageRank
+    goes on among those left, and the lowest go. Raises `UnknownNameError` for an unknown metric. Published without
+    training (read off a figure): DeiT-S 79.3 at 2.8 GFLOPs, 78.3 at 2.2. Differs from the paper: its share of similar
+    tokens was not found, the default is ours, and its 30 to 50 and 5 to 10 iterations are the fewest of these.
     """
 
     name: ClassVar[str] = "zero_tprune"
     leaves = "one"
     limits: ClassVar[Limits] = {"iterations": FROM_ZERO, "similar": SHARE, "variance": FROM_ZERO}
     is_proportional: ClassVar[bool] = False
+    variants: ClassVar[Variants] = (
+        {},
+        {"iterations": (2, 2, 2), "similar": 0.0},
+        {"similar": 1.0, "metric": "x"},
+    )
 
     iterations: tuple[int, int, int] = (30, 5, 1)
     similar: float = 0.5
@@ -56,9 +61,7 @@ class ZeroTPrune(Reduction):
                 start, bias = score.masked_fill(is_gone, 0.0), bias.masked_fill(is_gone, float("-inf"))
                 score = self._rank(view, start, bias)
             score = score.masked_fill(is_gone, float("-inf"))
-        if view.valid is not None:
-            score = score.masked_fill(~view.valid, float("-inf"))
-        return matching.prune(score, r, prefix=view.prefix)
+        return matching.prune(matching.sink_padding(score, view.valid), r, prefix=view.prefix)
 
     def _rank(self, view: TokenView, start: Tensor, bias: Tensor | None) -> Tensor:
         steps = self.iterations[min(2, 3 * view.layer // view.depth)]
@@ -73,11 +76,9 @@ class ZeroTPrune(Reduction):
 
     def _similar(self, view: TokenView, score: Tensor, count: int) -> Tensor:  # [B, N]
         """Return the tokens of the less important half that are most like one of the other half, `[B, count]`."""
-        if view.valid is not None:
-            score = score.masked_fill(~view.valid, float("-inf"))
+        score = matching.sink_padding(score, view.valid)
         order = score[:, view.prefix :].argsort(dim=1, stable=True) + view.prefix
         low, high = order[:, : order.shape[1] // 2], order[:, order.shape[1] // 2 :]
         _, best = matching.nearest(getattr(view, self.metric), low, high, valid=view.valid)
-        if view.valid is not None:
-            best = best.masked_fill(~view.valid.gather(1, low), float("inf"))
+        best = matching.lift_padding(best, view.valid, low)
         return low.gather(1, best.argsort(dim=1, descending=True, stable=True)[:, :count])
