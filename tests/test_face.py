@@ -12,11 +12,13 @@ import torch
 
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
-from tokenmerge import MergeConfig, Schedule, ToMe
+from tokenmerge import MergeConfig, Schedule, ToMe, kernels
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.timm_vit import TimmViT
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError
+from tokenmerge.functional import bipartite_soft_matching, merge_wavg
+from tokenmerge.kernels import cpu
 from tokenmerge.matching import bipartite
 
 NAMES = {"blocks": "blocks", "attn": "attn", "norm": "norm2", "mlp": "mlp", "prefix": 1}
@@ -134,6 +136,58 @@ def test_the_report_prints_itself() -> None:
     assert repr(report) == str(report)
     page = report._repr_html_()
     assert page.startswith("<table><tr><th>model</th>") and "metric=&#x27;x&#x27;" in page
+
+
+def test_the_report_names_the_kernels_that_ran() -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    fused = "reference" if cpu._LIBRARY is None else "cpu"
+    handle = tokenmerge.patch(model, r=8)
+    assert handle.report().kernels == {} and "known after a forward" in str(handle.report())
+    with torch.no_grad():
+        with kernels.force("matmul"):
+            model(x)
+        # what is forced now, and what other code runs, is not what the model ran on
+        assert handle.report().kernels["merge"] == "matmul"
+        with kernels.force("reference"):
+            merge_wavg(bipartite_soft_matching(x.flatten(2), 1)[0], x.flatten(2))
+            assert handle.report().kernels == {"bipartite": "reference", "merge": "matmul", "attend": "reference"}
+        model(x)
+        assert handle.report().kernels == {"bipartite": fused, "merge": fused, "attend": "reference"}
+        handle.r = 0
+        model(x)
+    assert handle.report().kernels == {} and "nothing was merged" in str(handle.report())
+
+
+def test_the_report_asks_for_no_width_but_the_model_s_own() -> None:
+    model = tiny_vit(embed_dim=2 * (cpu._WIDEST + 8), num_heads=2, depth=2, mlp_ratio=0.1)
+    handle = tokenmerge.patch(model, r=8)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    report = handle.report()
+    assert report.kernels["bipartite"] == "reference"
+    if cpu._LIBRARY is not None:
+        assert [line.split(",")[0] for line in report.fallbacks] == ["bipartite without its cpu version"]
+
+
+def test_the_report_knows_what_a_method_does_not_use() -> None:
+    model = tiny_vit()
+    with tokenmerge.patch(model, "evit", r=8) as handle, torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+        assert "bipartite" not in handle.report().kernels
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
+def test_the_report_names_the_kernels_in_a_graph(whole: bool) -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    handle = tokenmerge.patch(model, r=8)
+    for part in [model] if whole else model.blocks:
+        part.compile(backend="eager", fullgraph=whole)
+    with torch.no_grad():
+        with kernels.force("matmul"):
+            model(x)
+        assert handle.report().kernels["merge"] == "matmul"
+        tokenmerge.patch(tiny_vit(), r=8).model(x)
+        assert handle.report().kernels["merge"] == "matmul"
 
 
 def test_a_plan_says_its_size_not_its_tensors() -> None:

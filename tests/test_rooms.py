@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "functional": {"matching", "plan"},
     "schedule": {"errors"},
     "frames": {"schedule"},
-    "state": {"errors", "frames", "memory", "plan", "schedule", "tracing"},
+    "state": {"errors", "frames", "kernels", "memory", "plan", "schedule", "tracing"},
     "importance": {"kernels"},
     "methods": {"errors", "fields", "importance", "matching", "methods", "plan", "tracing"},
     "adapters": {"adapters", "errors", "memory", "tracing"},

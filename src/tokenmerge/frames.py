@@ -38,11 +38,12 @@ class Frame:
         self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
         self.schedule: Schedule | None = None  # that of its time; None: nothing was to be merged then
         self.family = 0  # of the model and its copies
+        self.ran: dict[tuple[str, str], str] = {}  # which kernels ran, see `kernels.watch`
 
     def fork(self, slot: int) -> Frame:
         """Return a frame that goes on from an entry in another way: somebody may hold what came of the first."""
         other, blank = copy.copy(self), vars(Frame(self.depth))
         for name in ("size", "assign", "kept", "shape", "inside", "restored"):
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
-        other.last, other.memory = slot, dict(self.memory)
+        other.last, other.memory, other.ran = slot, dict(self.memory), dict(self.ran)
         return other

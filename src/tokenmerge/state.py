@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenmerge import kernels
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.frames import Frame
 from tokenmerge.memory import recall, remember
@@ -25,8 +26,6 @@ _REMEDY = (
     "Unpatch the model and patch it as it is now, or patch with restore='dense', which puts every token back in its "
     "place after every block."
 )
-
-
 _FAMILIES = itertools.count(1)
 
 
@@ -94,10 +93,10 @@ class ForwardState:
         if not is_compiling():
             if self.is_merging():
                 refuse_symbols((x,))
-            return self._begin(layer, x, n, has_hooks)
+            return self._enter(layer, x, n, has_hooks)
         if is_tracing():
             return self._begin_traced(layer, x)
-        found: tuple[Frame, int] = outside_graph.run(self._begin, layer, x, n, has_hooks)
+        found: tuple[Frame, int] = outside_graph.run(self._enter, layer, x, n, has_hooks)
         return found
 
     def record(self, frame: Frame, slot: int, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
@@ -216,6 +215,11 @@ class ForwardState:
         if frame is not None and frame.last and recall(tokens)[0] is None:
             remember(tokens, _Known(frame, frame.last))
 
+    def _enter(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
+        frame, slot = self._begin(layer, x, n, has_hooks)
+        kernels.watch(frame.ran)
+        return frame, slot
+
     def _begin(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
         own, (known, is_same), in_backward = self._own, recall(x), _is_in_backward()
         if known is not None and known.frame.family != self.family:
@@ -283,9 +287,7 @@ class ForwardState:
         """Refuse, outside of a forward, what looks like merged tokens of another process or of a copy."""
         loose = self._own.loose
         is_next = loose is not None and loose.last == layer and not loose.restored[layer]
-        merged = (
-            is_next and loose is not None and loose.size[layer] is not None and (loose.shape[layer] or (0, 0))[1] == n
-        )
+        merged = is_next and loose is not None and loose.size[layer] is not None and n in (loose.shape[layer] or ())[1:]
         if merged or (self.tokens is not None and n < self.tokens):
             raise UnsupportedError(
                 f"block {layer} was called by itself on {n} tokens that no block of this model put out here; an "
@@ -318,6 +320,7 @@ class ForwardState:
         return "last" if is_loop else "every"
 
     def _put_out(self, frame: Frame, layer: int, out: Tensor, has_hooks: bool) -> None:
+        kernels.watch(None)
         if isinstance(out, Tensor):
             remember(out, _Known(frame, layer + 1))
             frame.out = (out.device, out.dtype, has_hooks)
