@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tokenmerge import MergeConfig, Schedule, ToMe, kernels
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.timm_vit import TimmViT
 from tokenmerge.adapters.within import Within
-from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError
+from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError, UnsupportedModelError
 from tokenmerge.functional import bipartite_soft_matching, merge_wavg
 from tokenmerge.kernels import cpu
 from tokenmerge.matching import bipartite
@@ -188,6 +190,57 @@ def test_the_report_names_the_kernels_in_a_graph(whole: bool) -> None:
         assert handle.report().kernels["merge"] == "matmul"
         tokenmerge.patch(tiny_vit(), r=8).model(x)
         assert handle.report().kernels["merge"] == "matmul"
+
+
+def test_support_says_why_not() -> None:
+    model = tiny_vit()
+    found, none = tokenmerge.supports(model), tokenmerge.supports(torch.nn.Linear(2, 2))
+    assert found and (found.adapter, found.reason, str(found)) == ("timm_vit", "", "supported by timm_vit")
+    with pytest.raises(UnsupportedModelError) as caught:
+        tokenmerge.patch(torch.nn.Linear(2, 2), r=0)
+    assert not none and none.reason == str(none) == str(caught.value)
+    tokenmerge.patch(model, r=8)
+    assert tokenmerge.supports(model).adapter == "timm_vit"
+
+
+@pytest.mark.parametrize("name", tokenmerge.list_methods())
+def test_a_method_is_described(name: str) -> None:
+    info, method = tokenmerge.describe(name), tokenmerge.methods.find(name)
+    first = (method.__doc__ or "").splitlines()[0]
+    assert info.name == name and f"{info.summary} {info.paper}".strip() == first and info.summary.endswith((".", ":"))
+    assert set(info.needs) == method().needs and info.is_adaptive is method.is_adaptive
+    assert all(text in str(info) for text in (info.summary, info.paper, *info.options))
+    assert bool(info.paper) is (name != "drop"), "the paper follows the first sentence"
+
+
+def test_a_method_with_options_is_described() -> None:
+    info = tokenmerge.describe("tome(metric='x')")
+    assert info.needs == () and info.options["metric"] == "x"
+    assert tokenmerge.describe(ToMe(metric="x")) == info != tokenmerge.describe("tome")
+    with pytest.raises(UnknownNameError, match="Did you mean 'tofu'"):
+        tokenmerge.describe("tofuu")
+
+
+def test_modules_are_there_after_the_import() -> None:
+    code = """if True:
+        import sys, tokenmerge
+        assert "tokenmerge.tools.compare" not in sys.modules
+        assert set(tokenmerge.tools.__all__) <= set(dir(tokenmerge.tools))
+        for name in tokenmerge.tools.__all__:
+            assert getattr(tokenmerge.tools, name) is sys.modules[f"tokenmerge.tools.{name}"], name
+        from tokenmerge.tools import bench
+        from tokenmerge.tools.compare import compare
+        assert bench.bench is tokenmerge.tools.bench.bench and tokenmerge.tools.compare.compare is compare
+        assert issubclass(tokenmerge.errors.DataError, tokenmerge.TokenMergeError)
+        assert tokenmerge.macs is tokenmerge.flops and tokenmerge.methods.ToFu and tokenmerge.kernels.force
+        try:
+            tokenmerge.tools.benhc
+        except AttributeError as error:
+            assert "no attribute 'benhc'; there are: bench," in str(error)
+        else:
+            raise AssertionError
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_plan_says_its_size_not_its_tensors() -> None:

@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "importance": {"kernels"},
     "methods": {"errors", "fields", "importance", "matching", "methods", "plan", "tracing"},
     "adapters": {"adapters", "errors", "memory", "tracing"},
+    "about": {"methods"},
     "config": {"errors", "fields", "files", "methods", "schedule"},
     "grids": {"adapters", "errors", "tracing"},
     "bindings": {"adapters"},
@@ -107,7 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools": {"", "adapters", "assets", "config", "errors", "files", "handle", "kernels", "schedule", "tools"},
     "training": {"", "assets", "errors", "fields", "files", "methods", "schedule", "tools", "training"},
     "cli": {"", "adapters", "cli", "errors", "files", "methods", "schedule", "tools", "training"},
-    "": {"adapters", "api", "config", "errors", "methods", "schedule", "tools"},
+    "": {"about", "functional", "kernels", "adapters", "api", "config", "errors", "methods", "schedule", "tools"},
 }
 
 

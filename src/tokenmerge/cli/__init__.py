@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tokenmerge import __version__, handle_of
+from tokenmerge import __version__, describe, handle_of, list_methods
 from tokenmerge.cli import train
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
@@ -309,10 +309,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from tokenmerge.adapters import ADAPTERS
-    from tokenmerge.methods import find, list_methods
     from tokenmerge.training.recipe import list_recipes
 
-    methods = {name: (find(name).__doc__ or "").splitlines()[0] for name in list_methods()}
+    infos = [describe(name) for name in list_methods()]
+    methods = {info.name: f"{info.summary} {info.paper}".strip() for info in infos}
     families = {adapter.name: adapter.families for adapter in ADAPTERS}
     recipes = list_recipes()
     if arguments.json:

@@ -15,7 +15,7 @@ from tokenmerge import adapters, kernels
 from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.handle import handle_of
 
-__all__ = ["Count", "count", "flops"]
+__all__ = ["Count", "count", "flops", "macs"]
 
 
 class Count(NamedTuple):
@@ -39,6 +39,9 @@ def flops(model: nn.Module, input_size: Sequence[int]) -> int:
     4.6
     """
     return count(model, input_size).model
+
+
+macs = flops  # by the name of what is counted
 
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Count:
