@@ -53,8 +53,8 @@ def test_attributes_read_what_keys_read(evaluation: Evaluation) -> None:
     assert (row.r, row.top1, row.images_per_second) == ("4", row["top-1 %"], row["images/s"])
     assert row.cosine is row.over_bound is None and "cosine" not in row
     assert row.tokens == 42 and evaluation.rows[0].tokens == 50
-    with pytest.raises(AttributeError):
-        row.tokens = 3  # type: ignore[misc, assignment]
+    with pytest.raises(AttributeError, match=r"set by its key: row\['tokens'\]"):
+        row.tokens = 3  # type: ignore[assignment]
 
 
 def test_a_row_is_the_dict_it_was(evaluation: Evaluation) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 
 __all__ = ["Column", "Record", "find_column"]
 
@@ -30,6 +30,9 @@ class Column(Generic[T]):
 
     def __get__(self, row: Record | None, owner: type) -> Column[T] | T:
         return self if row is None else cast(T, row.get(self.title))
+
+    def __set__(self, row: Record, value: NoReturn) -> None:
+        raise AttributeError(f"a column is read by its attribute and set by its key: row[{self.title!r}] = ...")
 
     def or_none(self) -> Column[T | None]:
         """Return the column for rows that may be without it: the attribute is None then."""
