@@ -219,6 +219,19 @@ def test_a_method_with_options_is_described() -> None:
     assert tokenmerge.describe(ToMe(metric="x")) == info != tokenmerge.describe("tome")
     with pytest.raises(UnknownNameError, match="Did you mean 'tofu'"):
         tokenmerge.describe("tofuu")
+    with pytest.raises(ConfigError, match="the method is 8; give a name"):
+        tokenmerge.describe(8)  # type: ignore[arg-type]
+
+
+def test_a_method_without_options_or_a_paper_is_described() -> None:
+    class Plain(tokenmerge.Reduction):
+        name = "plain"
+
+        def plan(self, view: Any, r: int) -> Any:
+            raise NotImplementedError
+
+    info = tokenmerge.describe(Plain())
+    assert (info.name, info.options, info.paper) == ("plain", {}, "") and "options                 none" in str(info)
 
 
 def test_modules_are_there_after_the_import() -> None:

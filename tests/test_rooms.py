@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "importance": {"kernels"},
     "methods": {"errors", "fields", "importance", "matching", "methods", "plan", "tracing"},
     "adapters": {"adapters", "errors", "memory", "tracing"},
-    "about": {"methods"},
+    "about": {"config", "methods"},
     "config": {"errors", "fields", "files", "methods", "schedule"},
     "grids": {"adapters", "errors", "tracing"},
     "bindings": {"adapters"},

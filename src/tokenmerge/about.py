@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from tokenmerge.methods import Learned, Reduction, parse
+from tokenmerge.config import MergeConfig
+from tokenmerge.methods import Learned, Reduction
 
 __all__ = ["MethodInfo", "describe"]
 
@@ -42,13 +43,14 @@ class MethodInfo:
 def describe(method: str | Reduction) -> MethodInfo:
     """Return what a method is: a name (`list_methods()`), a name with options, or an object.
 
-    Raises `UnknownNameError` for a name or an option that does not exist, with the nearest.
+    Raises `UnknownNameError` for a name or an option that does not exist, with the nearest, and
+    `ConfigError` for what is no method.
 
     >>> describe("tofu").paper, describe("tofu").needs
     ('Kim et al., WACV 2024, arXiv:2312.01026.', ('k',))
     """
-    if isinstance(method, str):
-        method = parse(method)
+    method = MergeConfig(method).method
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
     first, *_ = (type(method).__doc__ or "").strip().splitlines() or [""]
     summary, dot, paper = first.partition(". ")
     return MethodInfo(
@@ -59,5 +61,5 @@ def describe(method: str | Reduction) -> MethodInfo:
         is_adaptive=method.is_adaptive,
         is_learned=isinstance(method, Learned),
         is_proportional=method.is_proportional,
-        options={field.name: getattr(method, field.name) for field in dataclasses.fields(method)},  # type: ignore[arg-type]
+        options={field.name: getattr(method, field.name) for field in fields},
     )
