@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
-from tokenmerge import MergeConfig, Schedule, ToMe
+from tokenmerge import MergeConfig, Schedule, ToMe, kernels
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.timm.vit import TimmViT
 from tokenmerge.adapters.within import Within
-from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError
+from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError, UnsupportedModelError
+from tokenmerge.functional import bipartite_soft_matching, merge_wavg
+from tokenmerge.kernels import cpu
 from tokenmerge.matching import bipartite
 
 NAMES = {"blocks": "blocks", "attn": "attn", "norm": "norm2", "mlp": "mlp", "prefix": 1}
@@ -134,6 +138,122 @@ def test_the_report_prints_itself() -> None:
     assert repr(report) == str(report)
     page = report._repr_html_()
     assert page.startswith("<table><tr><th>model</th>") and "metric=&#x27;x&#x27;" in page
+
+
+def test_the_report_names_the_kernels_that_ran() -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    fused = "reference" if cpu._LIBRARY is None else "cpu"
+    handle = tokenmerge.patch(model, r=8)
+    assert handle.report().kernels == {} and "known after a forward" in str(handle.report())
+    with torch.no_grad():
+        with kernels.force("matmul"):
+            model(x)
+        # what is forced now, and what other code runs, is not what the model ran on
+        assert handle.report().kernels["merge"] == "matmul"
+        with kernels.force("reference"):
+            merge_wavg(bipartite_soft_matching(x.flatten(2), 1)[0], x.flatten(2))
+            assert handle.report().kernels == {"bipartite": "reference", "merge": "matmul", "attend": "reference"}
+        model(x)
+        assert handle.report().kernels == {"bipartite": fused, "merge": fused, "attend": "reference"}
+        handle.r = 0
+        model(x)
+    assert handle.report().kernels == {} and "nothing was merged" in str(handle.report())
+
+
+def test_the_report_asks_for_no_width_but_the_model_s_own() -> None:
+    model = tiny_vit(embed_dim=2 * (cpu._WIDEST + 8), num_heads=2, depth=2, mlp_ratio=0.1)
+    handle = tokenmerge.patch(model, r=8)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    report = handle.report()
+    assert report.kernels["bipartite"] == "reference"
+    if cpu._LIBRARY is not None:
+        assert [line.split(",")[0] for line in report.fallbacks] == ["bipartite without its cpu version"]
+
+
+def test_the_report_knows_what_a_method_does_not_use() -> None:
+    model = tiny_vit()
+    with tokenmerge.patch(model, "evit", r=8) as handle, torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+        assert "bipartite" not in handle.report().kernels
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
+def test_the_report_names_the_kernels_in_a_graph(whole: bool) -> None:
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    handle = tokenmerge.patch(model, r=8)
+    for part in [model] if whole else model.blocks:
+        part.compile(backend="eager", fullgraph=whole)
+    with torch.no_grad():
+        with kernels.force("matmul"):
+            model(x)
+        assert handle.report().kernels["merge"] == "matmul"
+        tokenmerge.patch(tiny_vit(), r=8).model(x)
+        assert handle.report().kernels["merge"] == "matmul"
+
+
+def test_support_says_why_not() -> None:
+    model = tiny_vit()
+    found, none = tokenmerge.supports(model), tokenmerge.supports(torch.nn.Linear(2, 2))
+    assert found and (found.adapter, found.reason, str(found)) == ("timm_vit", "", "supported by timm_vit")
+    with pytest.raises(UnsupportedModelError) as caught:
+        tokenmerge.patch(torch.nn.Linear(2, 2), r=0)
+    assert not none and none.reason == str(none) == str(caught.value)
+    tokenmerge.patch(model, r=8)
+    assert tokenmerge.supports(model).adapter == "timm_vit"
+
+
+@pytest.mark.parametrize("name", tokenmerge.list_methods())
+def test_a_method_is_described(name: str) -> None:
+    info, method = tokenmerge.describe(name), tokenmerge.methods.find(name)
+    first = (method.__doc__ or "").splitlines()[0]
+    assert info.name == name and f"{info.summary} {info.paper}".strip() == first and info.summary.endswith((".", ":"))
+    assert set(info.needs) == method().needs and info.is_adaptive is method.is_adaptive
+    assert all(text in str(info) for text in (info.summary, info.paper, *info.options))
+    assert bool(info.paper) is (name != "drop"), "the paper follows the first sentence"
+
+
+def test_a_method_with_options_is_described() -> None:
+    info = tokenmerge.describe("tome(metric='x')")
+    assert info.needs == () and info.options["metric"] == "x"
+    assert tokenmerge.describe(ToMe(metric="x")) == info != tokenmerge.describe("tome")
+    with pytest.raises(UnknownNameError, match="Did you mean 'tofu'"):
+        tokenmerge.describe("tofuu")
+    with pytest.raises(ConfigError, match="the method is 8; give a name"):
+        tokenmerge.describe(8)  # type: ignore[arg-type]
+
+
+def test_a_method_without_options_or_a_paper_is_described() -> None:
+    class Plain(tokenmerge.Reduction):
+        name = "plain"
+
+        def plan(self, view: Any, r: int) -> Any:
+            raise NotImplementedError
+
+    info = tokenmerge.describe(Plain())
+    assert (info.name, info.options, info.paper) == ("plain", {}, "") and "options                 none" in str(info)
+
+
+def test_modules_are_there_after_the_import() -> None:
+    code = """if True:
+        import sys, tokenmerge
+        assert "tokenmerge.tools.compare" not in sys.modules
+        assert set(tokenmerge.tools.__all__) <= set(dir(tokenmerge.tools))
+        for name in tokenmerge.tools.__all__:
+            assert getattr(tokenmerge.tools, name) is sys.modules[f"tokenmerge.tools.{name}"], name
+        from tokenmerge.tools import bench
+        from tokenmerge.tools.compare import compare
+        assert bench.bench is tokenmerge.tools.bench.bench and tokenmerge.tools.compare.compare is compare
+        assert issubclass(tokenmerge.errors.DataError, tokenmerge.TokenMergeError)
+        assert tokenmerge.macs is tokenmerge.flops and tokenmerge.methods.ToFu and tokenmerge.kernels.force
+        try:
+            tokenmerge.tools.benhc
+        except AttributeError as error:
+            assert "no attribute 'benhc'; there are: bench," in str(error)
+        else:
+            raise AssertionError
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_plan_says_its_size_not_its_tensors() -> None:

@@ -52,6 +52,7 @@ FLOORS = (
     "_intercept",
     "adapters",
     "config",
+    "about",
     "_runtime",
     "report",
     "handle",
@@ -100,6 +101,8 @@ def test_no_import_climbs(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "tokenmerge":
             room = parts[1] if len(parts) > 1 and parts[1] in rooms else ""
+            if _room(path) == "" and name == "tokenmerge.tools":
+                continue  # the package itself, which imports nothing before one of its tools is asked for
             assert FLOORS.index(room) <= own, f"{path.relative_to(SRC)} imports {name}, which stands above it"
 
 

@@ -1,12 +1,23 @@
-"""Make pretrained vision transformers faster by merging similar tokens: one line, no training."""
+"""Make pretrained vision transformers faster by merging similar tokens: one line, no training.
 
+Here are the functions that take a model, and the types they take and return. Three modules hold the rest, and are
+there after `import tokenmerge`: `tokenmerge.errors` every error, `tokenmerge.methods` every method,
+`tokenmerge.tools` every tool, each a module of its own (`tokenmerge.tools.bench.bench`).
+"""
+
+from tokenmerge import errors as errors
+from tokenmerge import functional as functional
+from tokenmerge import kernels as kernels
+from tokenmerge import methods as methods
+from tokenmerge import tools as tools
 from tokenmerge._moved import find_moved as _find_moved
 from tokenmerge._version import __version__ as __version__
+from tokenmerge.about import describe
 from tokenmerge.adapters import list_adapters
 from tokenmerge.api import Handle, handle_of, patch, patched, supports, unpatch
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import TokenMergeError
-from tokenmerge.measure.counting import flops
+from tokenmerge.measure.counting import flops, macs
 from tokenmerge.measure.simulate import simulate
 from tokenmerge.methods import Drop, Reduction, ToMe, list_methods
 from tokenmerge.schedule import Schedule
@@ -19,10 +30,12 @@ __all__ = [
     "Schedule",
     "ToMe",
     "TokenMergeError",
+    "describe",
     "flops",
     "handle_of",
     "list_adapters",
     "list_methods",
+    "macs",
     "patch",
     "patched",
     "simulate",

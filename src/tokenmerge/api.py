@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from tokenmerge.config import Options
 
-__all__ = ["Handle", "Report", "handle_of", "patch", "patched", "supports", "unpatch"]
+__all__ = ["Handle", "Report", "Support", "handle_of", "patch", "patched", "supports", "unpatch"]
 
 AUTO = "auto"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -147,15 +148,35 @@ def patched(
         yield handle
 
 
-def supports(model: nn.Module) -> bool:
-    """Say whether `patch` would take the model; nothing is changed. `patch` itself says why not."""
+@dataclass(frozen=True)
+class Support:
+    """Whether `patch` would take a model: true or false, with the adapter that describes it, or why there is none."""
+
+    adapter: str
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        return self.reason or f"supported by {self.adapter}"
+
+
+def supports(model: nn.Module) -> Support:
+    """Say whether `patch` would take the model, and if not, why; nothing is changed.
+
+    >>> import timm
+    >>> print(supports(timm.create_model("vit_tiny_patch16_224")), bool(supports(torch.nn.Linear(2, 2))))
+    supported by timm_vit False
+    """
     try:
-        with patched(model, r=0):
-            return True
+        with patched(model, r=0) as handle:
+            return Support(handle.report().adapter)
     except AlreadyPatchedError:
-        return True
-    except TokenMergeError:
-        return False
+        found = handle_of(model, None)
+        return Support("" if found is None else found.report().adapter)
+    except TokenMergeError as error:
+        return Support("", str(error))
 
 
 def _adapter(model: nn.Module, config: MergeConfig) -> Adapter:

@@ -177,10 +177,7 @@ class Handle:
         runner = self._attachment.runners[0]
         frame = self._state.last()
         planned = frame is None or not frame.last
-        # stand for the keys [B, H, N, D] and the tokens [B, N, C] of a forward without gradients
-        parameter = next(self.model.parameters(), torch.empty(0))
-        keys = torch.empty(1, 2, 2, 64, device=parameter.device, dtype=parameter.dtype)
-        seen = {"bipartite": keys, "merge": keys[0], "attend": keys}
+        ran = {} if frame is None else kernels.ran_in_trace(frame.trace) if frame.trace else frame.ran
         return Report(
             model=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             adapter=self._adapter.name,
@@ -191,8 +188,8 @@ class Handle:
             planned=planned,
             prop_attn=runner.is_proportional,
             attention=runner.tap.kind,
-            kernels={op: kernels.select(op, x).name for op, x in seen.items()},
-            fallbacks=[line for op, x in seen.items() for line in kernels.fallbacks(op, x)],
+            kernels={op: " and ".join(name for other, name in sorted(ran) if other == op) for op, _ in ran},
+            fallbacks=kernels.fallbacks(ran),
             parity=self._attachment.parity,
             limits=[*self._attachment.limits, *([_LOOSE] if self._state.ran_loose else [])],
             choice=self._choice,

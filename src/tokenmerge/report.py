@@ -27,14 +27,15 @@ class Report:
     planned: bool  # True: no forward has run, the tokens are those planned for the model's own input size
     prop_attn: bool
     attention: str  # how the tap sees the attention
-    kernels: dict[str, str]
-    fallbacks: list[str]  # operations without the fused version for this device, and what that needs
+    kernels: dict[str, str]  # what the last forward ran on, by operation: of those with more than one version
+    fallbacks: list[str]  # operations that ran without the fused version for their device, and what that needs
     parity: float  # largest difference of a re-composed block from its own forward, when attaching; NaN: not proved
     limits: list[str]  # what could not be done
     choice: str = ""  # what "auto" chose and why
 
     def _rows(self) -> list[tuple[str, str]]:
-        used = ", ".join(f"{op} {name}" for op, name in self.kernels.items())
+        unseen = "known after a forward" if self.planned else "none: nothing was merged"
+        used = ", ".join(f"{op} {name}" for op, name in self.kernels.items()) or unseen
         rows = [
             ("model", self.model),
             ("adapter", f"{self.adapter}, {self.blocks} blocks, attention seen by {self.attention}"),

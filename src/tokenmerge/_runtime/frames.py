@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tokenmerge.schedule import Schedule
 
-__all__ = ["Frame"]
+__all__ = ["Frame", "Known", "Own"]
 
 
 class Frame:
@@ -38,11 +39,30 @@ class Frame:
         self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
         self.schedule: Schedule | None = None  # that of its time; None: nothing was to be merged then
         self.family = 0  # of the model and its copies
+        self.ran: dict[tuple[str, str], str] = {}  # which kernels ran, see `kernels.watch`
 
     def fork(self, slot: int) -> Frame:
         """Return a frame that goes on from an entry in another way: somebody may hold what came of the first."""
         other, blank = copy.copy(self), vars(Frame(self.depth))
         for name in ("size", "assign", "kept", "shape", "inside", "restored"):
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
-        other.last, other.memory = slot, dict(self.memory)
+        other.last, other.memory, other.ran = slot, dict(self.memory), dict(self.ran)
         return other
+
+
+class Known(NamedTuple):
+    """What is known of tokens by the memory they lie in: the entry of a frame."""
+
+    frame: Frame
+    slot: int
+
+
+class Own(threading.local):
+    """What one thread does with the model."""
+
+    def __init__(self) -> None:
+        self.forwards = 0  # of the model itself, one inside the other
+        self.loops = 0  # of parts of it that run the blocks and hand tokens out
+        self.current: Frame | None = None  # of the innermost of these
+        self.loose: Frame | None = None  # of blocks that other code calls
+        self.newest: Frame | None = None

@@ -40,7 +40,10 @@ class KeyBias(Tensor):
 
 def key_bias(bias: Tensor) -> Tensor:  # [B, N]
     """Return the bias for a host's attention: as it is where a mask is what runs, else as a `KeyBias`."""
-    return bias.as_subclass(KeyBias) if kernels.is_replaced("attend") else bias
+    if kernels.is_replaced("attend"):
+        return bias.as_subclass(KeyBias)
+    kernels.note("attend", kernels.TABLE["attend"][-1], bias)
+    return bias
 
 
 def _plain(value: Any) -> Any:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge._runtime.frames import Frame
+from tokenmerge import kernels
+from tokenmerge._runtime.frames import Frame, Known, Own
 from tokenmerge._torch.memory import recall, remember
 from tokenmerge._torch.tracing import (
     fail,
@@ -35,24 +35,6 @@ _REMEDY = (
     "place after every block."
 )
 _FAMILIES = itertools.count(1)
-
-
-class _Known(NamedTuple):
-    """What is known of tokens by the memory they lie in: the entry of a frame."""
-
-    frame: Frame
-    slot: int
-
-
-class _Own(threading.local):
-    """What one thread does with the model."""
-
-    def __init__(self) -> None:
-        self.forwards = 0  # of the model itself, one inside the other
-        self.loops = 0  # of parts of it that run the blocks and hand tokens out
-        self.current: Frame | None = None  # of the innermost of these
-        self.loose: Frame | None = None  # of blocks that other code calls
-        self.newest: Frame | None = None
 
 
 class ForwardState:
@@ -101,10 +83,10 @@ class ForwardState:
         if not is_compiling():
             if self.is_merging():
                 refuse_symbols((x,))
-            return self._begin(layer, x, n, has_hooks)
+            return self._enter(layer, x, n, has_hooks)
         if is_tracing():
             return self._begin_traced(layer, x)
-        found: tuple[Frame, int] = outside_graph.run(self._begin, layer, x, n, has_hooks)
+        found: tuple[Frame, int] = outside_graph.run(self._enter, layer, x, n, has_hooks)
         return found
 
     def record(self, frame: Frame, slot: int, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
@@ -221,7 +203,12 @@ class ForwardState:
         """Note the forward in progress with tokens that it hands out."""
         frame = self._own.current
         if frame is not None and frame.last and recall(tokens)[0] is None:
-            remember(tokens, _Known(frame, frame.last))
+            remember(tokens, Known(frame, frame.last))
+
+    def _enter(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
+        frame, slot = self._begin(layer, x, n, has_hooks)
+        kernels.watch(frame.ran)
+        return frame, slot
 
     def _begin(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
         own, (known, is_same), in_backward = self._own, recall(x), is_in_backward()
@@ -253,7 +240,7 @@ class ForwardState:
             slot = current.last
             if current.size[slot] is not None:
                 self._check_changed(current, layer, x, n, has_hooks or self.is_wrapped)
-                remember(x, _Known(current, slot))  # a checkpoint may give them to the layer again
+                remember(x, Known(current, slot))  # a checkpoint may give them to the layer again
                 return current, slot
             if slot <= layer and current.shape[slot] == (_batch(x, n), n):
                 return current, slot
@@ -261,7 +248,7 @@ class ForwardState:
             self._check_whole(layer, n)
         return self._open(x, in_backward, layer), 0
 
-    def _check_known(self, known: _Known, layer: int, is_same: bool) -> int | None:
+    def _check_known(self, known: Known, layer: int, is_same: bool) -> int | None:
         """Return the entry of tokens that a layer put out, None where nothing has been merged in them."""
         frame, slot = known.frame, known.slot
         if slot <= layer and (layer or slot == 0) and is_same:
@@ -290,9 +277,7 @@ class ForwardState:
         """Refuse, outside of a forward, what looks like merged tokens of another process or of a copy."""
         loose = self._own.loose
         is_next = loose is not None and loose.last == layer and not loose.restored[layer]
-        merged = (
-            is_next and loose is not None and loose.size[layer] is not None and (loose.shape[layer] or (0, 0))[1] == n
-        )
+        merged = is_next and loose is not None and loose.size[layer] is not None and n in (loose.shape[layer] or ())[1:]
         if merged or (self.tokens is not None and n < self.tokens):
             raise UnsupportedError(
                 f"block {layer} was called by itself on {n} tokens that no block of this model put out here; an "
@@ -315,7 +300,7 @@ class ForwardState:
             own.current = frame
         elif self.is_merging():
             own.loose, self.ran_loose = frame, True
-        remember(x, _Known(frame, 0))  # a checkpoint may give them to the layer again
+        remember(x, Known(frame, 0))  # a checkpoint may give them to the layer again
         return frame
 
     def _mode(self, is_forward: bool, is_loop: bool) -> str:
@@ -325,8 +310,9 @@ class ForwardState:
         return "last" if is_loop else "every"
 
     def _put_out(self, frame: Frame, layer: int, out: Tensor, has_hooks: bool) -> None:
+        kernels.watch(None)
         if isinstance(out, Tensor):
-            remember(out, _Known(frame, layer + 1))
+            remember(out, Known(frame, layer + 1))
             frame.out = (out.device, out.dtype, has_hooks)
 
     def _begin_traced(self, layer: int, x: Tensor) -> tuple[Frame, int]:
@@ -378,7 +364,7 @@ class ForwardState:
 
     def _forget(self) -> None:
         outside_graph.prepare()
-        self._own = _Own()
+        self._own = Own()
         self.latest = self._traced = self._traced_out = None
         self._trace, self._trace_loops = 0, False
         self.ran_loose = False  # blocks were called by code that is not the model's

@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tokenmerge import __version__, handle_of
+from tokenmerge import __version__, describe, handle_of, list_methods
 from tokenmerge.cli import train
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
@@ -215,12 +215,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             progress=progress,
             **calibration_of(arguments, model),
         )
-    notes = (
-        [f"{len(result.corrupt)} of {len(data)} images could not be read and were left out:"] if result.corrupt else []
-    )
-    notes = [*result.notes, *notes, *(f"  {line}" for line in result.corrupt), *result.choices]
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
-    _print(arguments, result.rows, title, result.environment, notes, out)
+    _print(arguments, result.rows, title, result.environment, result.remarks, out)
     return 0
 
 
@@ -261,7 +257,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from tokenmerge.tools.doctor import examine
+    from tokenmerge.tools.doctor import Finding, examine
 
     model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
     diagnosis = examine(
@@ -273,15 +269,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
         preprocessing=preparation_of(arguments, model),
     )
     if diagnosis.is_healthy:
-        diagnosis.findings[1:1] = [("weights", None, said) for said in said_of(arguments, model)]
+        diagnosis.findings[1:1] = [Finding("weights", None, said) for said in said_of(arguments, model)]
     if arguments.json:
         print(json.dumps(diagnosis.as_dict(), indent=2))
     else:
-        marks = {True: "ok  ", False: "FAIL", None: "    "}
-        for name, good, sentence in diagnosis.findings:
-            print(f"{marks[good]} {name:<18} {sentence}")
-        if diagnosis.is_healthy:
-            print("Measured on: " + ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items()))
+        print(diagnosis)
     return 0 if diagnosis.is_healthy else 1
 
 
@@ -317,10 +309,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from tokenmerge.adapters import ADAPTERS
-    from tokenmerge.methods import find, list_methods
     from tokenmerge.training.recipe import list_recipes
 
-    methods = {name: (find(name).__doc__ or "").splitlines()[0] for name in list_methods()}
+    infos = [describe(name) for name in list_methods()]
+    methods = {info.name: f"{info.summary} {info.paper}".strip() for info in infos}
     families = {adapter.name: adapter.families for adapter in ADAPTERS}
     recipes = list_recipes()
     if arguments.json:
@@ -341,13 +333,13 @@ def _out(path: str | None) -> Path | None:
 
 def _print(
     arguments: argparse.Namespace,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     title: str,
     about: dict[str, str],
     notes: list[str],
     out: Path | None = None,
 ) -> None:
-    from tokenmerge.tools.results import save_rows, show
+    from tokenmerge.tools.results import measured_on, save_rows, show
 
     with ExitStack() as after:
         if out is not None:
@@ -359,4 +351,4 @@ def _print(
         show(rows, title, wide=arguments.wide)
         for note in notes:
             print(note)
-        print("Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items()))
+        print(measured_on(about))

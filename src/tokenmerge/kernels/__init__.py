@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tokenmerge._torch.tracing import is_compiling
+from tokenmerge._torch.tracing import is_compiling, trace_number
 from tokenmerge.errors import UnsupportedError, unknown_name
 from tokenmerge.kernels import attention, cpu, matmul, reference, triton_supports
 from tokenmerge.kernels.reference import Side, alternating, choose, full_precision, unit
 
 __all__ = [
+    "Ran",
     "Side",
     "alternating",
     "attend",
@@ -28,11 +30,16 @@ __all__ = [
     "is_replaced",
     "match",
     "merge",
+    "note",
+    "ran_in_trace",
     "reduce",
     "select",
     "unit",
     "unmerge",
+    "watch",
 ]
+
+Ran = dict[tuple[str, str], str]  # an operation and the implementation that ran, and the type of device it ran on
 
 
 class Kernel(NamedTuple):
@@ -116,6 +123,16 @@ NAMES = sorted({kernel.name for row in TABLE.values() for kernel in row})
 _forced = ""  # by `force`; module-wide, as the environment variable is
 
 
+class _Watch(threading.local):
+    """Where this thread notes what runs."""
+
+    ran: Ran | None = None
+
+
+_watch = _Watch()
+_traced: dict[int, Ran] = {}  # what the graphs of traces hold, by the trace's number
+
+
 def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Match tokens at even with tokens at odd places by cosine similarity and absorb the `r` best.
 
@@ -155,7 +172,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = 
 
     A bias that is learned through takes the reference: no other version gives it a gradient.
     """
-    kernel = TABLE["attend"][-1] if bias.requires_grad else select("attend", q)
+    kernel = note("attend", TABLE["attend"][-1], q) if bias.requires_grad else select("attend", q)
     out: Tensor = kernel.run(q, k, v, bias, scale)
     return out
 
@@ -186,12 +203,44 @@ def force(name: str) -> Iterator[None]:
         _forced = before
 
 
+def watch(ran: Ran | None) -> None:
+    """Note in `ran` what this thread runs from now on, of the operations with more than one version; None: nowhere."""
+    _watch.ran = ran
+
+
+def note(op: str, kernel: Kernel, x: Tensor) -> Kernel:
+    """Note that an implementation runs on a tensor like `x`, where somebody watches; returns it."""
+    if torch.compiler.is_dynamo_compiling():
+        _note_traced(trace_number(), op, kernel.name, x.device.type)
+    elif _watch.ran is not None:
+        _watch.ran[op, kernel.name] = x.device.type
+    return kernel
+
+
+def ran_in_trace(number: int) -> Ran:
+    """Return what was captured in the graph of a trace, by the trace's number."""
+    return _traced.get(number, {})
+
+
+def _note_traced(number: int, op: str, name: str, device: str) -> None:
+    _traced.setdefault(number, {})[op, name] = device
+
+
+# runs once, when the graph is captured: see tracing.py
+_note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def select(op: str, x: Tensor) -> Kernel:
     """Return the first implementation of `op` that supports `x`; `TOKENMERGE_KERNELS` forces one by name.
 
     Raises `UnknownNameError` for a forced name that does not exist and `UnsupportedError` where it cannot run. A
     compiled graph keeps what was chosen when it was captured; an exported one holds torch's own operators only.
     """
+    kernel = _choose(op, x)
+    return kernel if len(TABLE[op]) == 1 else note(op, kernel, x)
+
+
+def _choose(op: str, x: Tensor) -> Kernel:
     row, forced = TABLE[op], _wish()
     if _leaves_torch() and forced != "matmul":
         return row[-1]
@@ -214,13 +263,15 @@ def is_replaced(op: str) -> bool:
     return any(kernel.name == forced if forced else kernel.is_automatic for kernel in TABLE[op][:-1])
 
 
-def fallbacks(op: str, x: Tensor) -> list[str]:
-    """Say why `op` runs without the version made for the device of `x`, if there is one: what that would need."""
-    made = [kernel for kernel in TABLE[op] if kernel.device == x.device.type]
-    if not made or select(op, x) in made:
-        return []
-    how = "" if made[0].is_automatic else f" and has to be asked for: TOKENMERGE_KERNELS={made[0].name}"
-    return [f"{op} without its {made[0].name} version, which needs {made[0].needs}{how}"]
+def fallbacks(ran: Ran) -> list[str]:
+    """Say which operations ran without the version made for their device, if there is one, and what that needs."""
+    said = []
+    for (op, name), device in ran.items():
+        made = [kernel for kernel in TABLE[op] if kernel.device == device]
+        if made and all(kernel.name != name for kernel in made):
+            how = "" if made[0].is_automatic else f" and has to be asked for: TOKENMERGE_KERNELS={made[0].name}"
+            said.append(f"{op} without its {made[0].name} version, which needs {made[0].needs}{how}")
+    return said
 
 
 def _wish() -> str:

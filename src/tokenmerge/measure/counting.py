@@ -16,7 +16,7 @@ from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.handle import handle_of
 from tokenmerge.schedule import R, Schedule
 
-__all__ = ["CostModel", "Count", "count", "flops"]
+__all__ = ["CostModel", "Count", "count", "flops", "macs"]
 
 
 class Count(NamedTuple):
@@ -40,6 +40,9 @@ def flops(model: nn.Module, input_size: Sequence[int]) -> int:
     4.6
     """
     return count(model, input_size).model
+
+
+macs = flops  # by the name of what is counted
 
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Count:

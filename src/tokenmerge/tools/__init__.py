@@ -1,1 +1,57 @@
-"""What the command line does, as functions: built on the front door only."""
+"""What the command line does, as functions: built on the front door only.
+
+Every tool is a module, loaded when it is first asked for, and its function has the module's name:
+`tokenmerge.tools.bench.bench`, or `from tokenmerge.tools.bench import bench`. Of `doctor` it is `examine`.
+
+bench      times of a merged model beside the unmerged one and the free bound
+evaluate   accuracy and speed over labelled images
+compare    methods side by side on one model
+demo       the bundled model on the bundled images
+doctor     is a model supported, are its answers right, is it faster
+export     a merged model for another engine
+visualize  pictures of what was merged
+data       labelled images: `open_data`
+models     models and methods by what a user types: `load_model`, `read_method`
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenmerge.tools import (
+        bench,
+        compare,
+        data,
+        demo,
+        doctor,
+        evaluate,
+        export,
+        models,
+        visualize,
+    )
+
+__all__ = [
+    "bench",
+    "compare",
+    "data",
+    "demo",
+    "doctor",
+    "evaluate",
+    "export",
+    "models",
+    "visualize",
+]
+
+
+if not TYPE_CHECKING:  # a name that does not exist is an error for type checkers
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(
+                f"module 'tokenmerge.tools' has no attribute {name!r}; there are: {', '.join(__all__)}."
+            )
+        return importlib.import_module(f"tokenmerge.tools.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

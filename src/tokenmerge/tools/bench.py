@@ -27,21 +27,55 @@ from tokenmerge.measure.timing import (
     training_memory,
 )
 from tokenmerge.schedule import R
+from tokenmerge.tools import columns
+from tokenmerge.tools.columns import Record
 from tokenmerge.tools.models import Method, apply_method, choices_of
+from tokenmerge.tools.results import Results, measured_on
 
-__all__ = ["Bench", "bench"]
+__all__ = ["Bench", "BenchRow", "bench"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OnProgress = Callable[[int, int], None]  # done, total
 
 
-@dataclass
-class Bench:
+class BenchRow(Record):
+    """One `r` at one batch size: the merged model beside the unmerged one and the free bound."""
+
+    __slots__ = ()
+    model = columns.MODEL
+    r = columns.R
+    batch = columns.BATCH
+    ms = columns.MS
+    spread = columns.SPREAD
+    images_per_second = columns.IMAGES_PER_SECOND
+    unmerged_ms = columns.UNMERGED_MS
+    speed_up = columns.SPEED_UP
+    noise = columns.NOISE
+    bound_ms = columns.BOUND_MS
+    over_bound = columns.OVER_BOUND
+    reference_ms = columns.REFERENCE_MS.or_none()  # with compare=True
+    reference_over_merged = columns.REFERENCE_OVER_MERGED.or_none()
+    gmacs = columns.GMACS
+    matching_gmacs = columns.MATCHING_GMACS
+    tokens = columns.TOKENS
+    peak_mb = columns.PEAK_MB
+    unmerged_peak_mb = columns.UNMERGED_PEAK_MB
+    attention = columns.ATTENTION
+    unmerged_attention = columns.UNMERGED_ATTENTION
+    training_peak_mb = columns.TRAINING_PEAK_MB.or_none()  # with training=True
+    unmerged_training_peak_mb = columns.UNMERGED_TRAINING_PEAK_MB.or_none()
+
+
+@dataclass(repr=False)
+class Bench(Results[BenchRow]):
     """Rows of figures, what they were measured on, and what they mean in plain sentences."""
 
-    rows: list[dict[str, Any]]
+    rows: list[BenchRow]
     environment: dict[str, str]
     verdicts: list[str] = field(default_factory=list)
+
+    def _said(self) -> list[str]:
+        return [*self.verdicts, measured_on(self.environment)]
 
 
 def bench(
@@ -95,7 +129,7 @@ def bench(
         for j, r in enumerate(rs):
             inner = _inner_progress(progress, i * len(rs) + j, steps)
             row = _row(model, merged[j], bounds[j], r, x, rounds, compiled, compare, inner)
-            rows.append({"model": label, **row, **(_training(model, merged[j], x) if training else {})})
+            rows.append(BenchRow({"model": label, **row, **(_training(model, merged[j], x) if training else {})}))
     about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
     return Bench(rows, about, choices_of(zip(rs, merged, strict=True)) + _verdicts(rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,19 @@ from tokenmerge.measure.outputs import find_device
 from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
-from tokenmerge.tools.measure import BOUND, FIGURES, Subject
+from tokenmerge.tools.measure import BOUND, FIGURES, ComparisonRow, Subject
 from tokenmerge.tools.models import AUTO, Method, Trained, own_r, read_method, short_name
 from tokenmerge.tools.plots import plot_pareto
-from tokenmerge.tools.results import as_csv, as_html, as_latex, as_markdown, check_writable, plain
+from tokenmerge.tools.results import Results, as_csv, as_html, as_latex, as_markdown, check_writable, plain
 from tokenmerge.tools.visualize import require_viz
 
-__all__ = ["ALL", "Comparison", "compare"]
+__all__ = ["ALL", "Comparison", "ComparisonRow", "compare"]
 
 ALL = "all"
 RS: tuple[R, ...] = (8, 13, 16)
 _UNMERGED = "unmerged"
 _VERSION = 2
-# a row without numbers has None for its figures and says why in its note
-_COLUMNS = ("method", "asked", "r", *FIGURES, "note")
+_COLUMNS = ComparisonRow.titles()
 _MEASURED = "GMACs"  # a row has it as soon as it has any figures
 _MEANING = (
     "Agreement and KL divergence are with the unmerged model; ± is the standard error of the accuracy; GMACs are of "
@@ -44,15 +43,15 @@ _MEANING = (
 )
 
 
-@dataclass
-class Comparison:
+@dataclass(repr=False)
+class Comparison(Results[ComparisonRow]):
     """One row per method and amount, the unmerged model first, and what they were measured on.
 
     A row that could not be measured has None for numbers and the reason in `note`.
     """
 
     title: str
-    rows: list[dict[str, Any]]
+    rows: list[ComparisonRow]
     environment: list[dict[str, str]]  # of each row: runs that went on may have other versions
     images: int
     batch_size: int
@@ -70,7 +69,7 @@ class Comparison:
         return any(row[_MEASURED] is not None for row in self.rows if row["method"] != _UNMERGED)
 
     @property
-    def table(self) -> list[dict[str, Any]]:
+    def table(self) -> Sequence[Mapping[str, Any]]:
         """The rows without their notes, and without figures that this model has not."""
         empty = {name for name in FIGURES if all(row[name] is None for row in self.rows)} | {"note"}
         empty -= set() if self.has_numbers else {*FIGURES}
@@ -99,6 +98,9 @@ class Comparison:
         if self.corrupt:
             facts.append(f"{len(self.corrupt)} images could not be read and were left out: {'; '.join(self.corrupt)}.")
         return facts
+
+    def _said(self) -> list[str]:
+        return [*self.notes, *self.facts]
 
     def _shown(self) -> list[dict[str, Any]]:
         return [{**row, "note": whole["note"]} for row, whole in zip(self.table, self.rows, strict=True)]
@@ -178,7 +180,7 @@ def _comparison(label: str, data: FashionMNIST | Folder, ledger: _Ledger, asked:
     rows = list({**{key: ledger.rows[key] for key in asked}, **ledger.rows}.values())
     return Comparison(
         title=f"{label} on {len(data) - len(ledger.corrupt)} images of {data.source}",
-        rows=[{name: row[name] for name in _COLUMNS} for row in rows],
+        rows=[ComparisonRow({name: row[name] for name in _COLUMNS}) for row in rows],
         environment=[row["environment"] for row in rows],
         images=len(data) - len(ledger.corrupt),
         batch_size=data.batch_size,

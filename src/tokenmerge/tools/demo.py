@@ -18,7 +18,7 @@ from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.plots import plot_tradeoff
-from tokenmerge.tools.results import as_markdown, check_writable
+from tokenmerge.tools.results import as_markdown, check_writable, measured_on
 from tokenmerge.tools.visualize import draw_groups, require_viz, sheet
 
 __all__ = ["demo"]
@@ -50,10 +50,9 @@ def demo(
     model = load_model("reference")
     data = FashionMNIST(batch_size, limit)
     result = evaluate(model, data, rs=rs, device=device, bound=True, progress=progress)
-    facts = ", ".join(f"{name} {value}" for name, value in result.environment.items())
     title = f"Bundled ViT on {result.images} Fashion-MNIST test images, batch {batch_size}, fp32, eager"
     notes = "\n\n".join(result.notes)
-    text = f"# {title}\n\n{as_markdown(result.rows)}\n\n{notes}\n\nMeasured on: {facts}.\n"
+    text = f"# {title}\n\n{as_markdown(result.rows)}\n\n{notes}\n\n{measured_on(result.environment)}.\n"
     write_file(folder / "table.md", text)
     content = {"title": title, "environment": result.environment, "images": result.images, "rows": result.rows}
     content["notes"] = result.notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,11 +17,12 @@ from tokenmerge.measure.timing import NOISY, environment, interleave
 from tokenmerge.schedule import R
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
+from tokenmerge.tools.results import measured_on
 
-__all__ = ["Diagnosis", "examine"]
+__all__ = ["Diagnosis", "Finding", "examine"]
 
 TOLERANCE = 1e-4  # of the largest output, in float32
-Finding = tuple[str, bool | None, str]
+_MARKS = {True: "ok  ", False: "FAIL", None: "    "}
 _RIGHT = "Merging computes on this model what it should."
 _WRONG = (
     "Do not merge this model as it is: {names} failed, so its merged answers are not what the method promises. Examine "
@@ -29,16 +30,31 @@ _WRONG = (
 )
 
 
-@dataclass
+class Finding(NamedTuple):
+    """One thing that was looked at: its name, whether it is as it should be (None: no judgement), and a sentence."""
+
+    name: str
+    good: bool | None
+    sentence: str
+
+
+@dataclass(repr=False)
 class Diagnosis:
-    """The findings, each a name, whether it is as it should be (None: no judgement), and a sentence."""
+    """The findings, and what they were measured on; `str()` is a table."""
 
     findings: list[Finding]
     environment: dict[str, str]
 
     @property
     def is_healthy(self) -> bool:
+        """Whether no finding is wrong."""
         return all(good is not False for _, good, _ in self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"{_MARKS[good]} {name:<18} {sentence}" for name, good, sentence in self.findings]
+        return "\n".join(lines + ([measured_on(self.environment)] if self.is_healthy else []))
+
+    __repr__ = __str__
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "is_healthy": self.is_healthy}
@@ -69,11 +85,11 @@ def examine(
     try:
         handle = tokenmerge.patch(model, r=0, track=True, restore=restore)
     except TokenMergeError as error:
-        return Diagnosis([("adapter", False, str(error))], about)
+        return Diagnosis([Finding("adapter", False, str(error))], about)
     report = handle.report()
     findings: list[Finding] = [
-        ("adapter", True, f"{report.adapter}: {report.blocks} blocks, attention seen by {report.attention}"),
-        ("blocks", True, f"re-composed, they differ from their own forward by at most {report.parity:.2g}"),
+        Finding("adapter", True, f"{report.adapter}: {report.blocks} blocks, attention seen by {report.attention}"),
+        Finding("blocks", True, f"re-composed, they differ from their own forward by at most {report.parity:.2g}"),
     ]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *known_size(handle), generator=generator).to(where, next(model.parameters()).dtype)
@@ -86,12 +102,12 @@ def examine(
         handle.remove()
     with torch.inference_mode():
         findings.append(_compare("unpatch", answer(model(x)), unmerged, 0.0, "from the model before"))
-    findings.append(("preprocessing", None, _prepared(model, preprocessing)))
+    findings.append(Finding("preprocessing", None, _prepared(model, preprocessing)))
     wrong = [name for name, good, _ in findings if good is False]
     if wrong:
-        findings.append(("conclusion", False, _WRONG.format(names=" and ".join(wrong))))
+        findings.append(Finding("conclusion", False, _WRONG.format(names=" and ".join(wrong))))
         return Diagnosis(findings, about)
-    findings.append(("limitations", None if report.limits else True, "; ".join(report.limits) or "none"))
+    findings.append(Finding("limitations", None if report.limits else True, "; ".join(report.limits) or "none"))
     return Diagnosis([*findings, *_speed(model, x, r, restore, rounds)], about)
 
 
@@ -109,17 +125,17 @@ def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r
         try:
             merged = answer(model(x))
         except TokenMergeError as error:
-            return "merging", False, f"at r = {r} the model refuses: {error}"
+            return Finding("merging", False, f"at r = {r} the model refuses: {error}")
         if not handle.has_merged:
-            return "equivalence", None, f"not checked: r = {r} merges nothing in this model"
+            return Finding("equivalence", None, f"not checked: r = {r} merges nothing in this model")
         groups, positions, tokens = handle.groups, handle.positions, handle.tokens[-1]
         if not handle.report().prop_attn:
-            return "equivalence", None, "not checked: it does not hold without proportional attention"
+            return Finding("equivalence", None, "not checked: it does not hold without proportional attention")
         handle.remove()
         try:
             simulated = answer(tokenmerge.simulate(model, groups, x, positions=positions))
         except UnsupportedError as error:
-            return "equivalence", None, f"not checked: {error}"
+            return Finding("equivalence", None, f"not checked: {error}")
         if merged.shape != simulated.shape:
             # the model hands out its tokens: they are compared in their places
             with tokenmerge.patched(model, r=r, restore="dense"):
@@ -133,7 +149,7 @@ def _compare(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: fl
     if got.dtype not in (torch.float32, torch.float64):
         tolerance *= 1e3
     difference = float((got - expected).abs().max())
-    return name, difference <= tolerance * scale, f"max |difference| {difference:.2g} {what}"
+    return Finding(name, difference <= tolerance * scale, f"max |difference| {difference:.2g} {what}")
 
 
 def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: Restore | None, rounds: int) -> list[Finding]:
@@ -149,7 +165,8 @@ def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: Restore | None, rou
     where = f"batch {len(x)}, r = {r}"
     sentence = f"{gain:.2f} x the unmerged model's ({where}), {over:.3f} x the time of the free bound"
     if spread is None:
-        return [("speed", None, f"{sentence}; {rounds} rounds are too few to tell"), ("conclusion", True, _RIGHT)]
+        few = f"{sentence}; {rounds} rounds are too few to tell"
+        return [Finding("speed", None, few), Finding("conclusion", True, _RIGHT)]
     noise = max(spread, abs(timings["unmerged"].over(timings["again"]) - 1))
     sentence += f"; noise {100 * noise:.1f} %"
     sentence += ": other programs are running, measure again without them" if noise >= NOISY else ""
@@ -159,7 +176,7 @@ def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: Restore | None, rou
         what = f"It is SLOWER here ({where}): take a larger r or a larger batch; tokenmerge bench finds from where on."
     else:
         what = f"It is {gain:.2f} x as fast here ({where}); tokenmerge eval says what it costs on your images."
-    return [("speed", None, sentence), ("conclusion", True, f"{_RIGHT} {what}")]
+    return [Finding("speed", None, sentence), Finding("conclusion", True, f"{_RIGHT} {what}")]
 
 
 def _call(model: nn.Module, x: torch.Tensor) -> Any:

@@ -17,28 +17,60 @@ from tokenmerge.measure.counting import flops
 from tokenmerge.measure.outputs import answer, find_device, run_images, shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
+from tokenmerge.tools import columns
+from tokenmerge.tools.columns import Record
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.models import Method, apply_method, choices_of
 from tokenmerge.tools.quality import Judge, Question
+from tokenmerge.tools.results import Results, measured_on
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "EvaluationRow", "evaluate"]
 
 _QUALITY = ("top-1 %", "top-1 ±", "top-5 %", "agreement %", "error %", "cosine")
 
 
-@dataclass
-class Evaluation:
+class EvaluationRow(Record):
+    """The model at one `r` over all images. What its answers do not say is None."""
+
+    __slots__ = ()
+    r = columns.R
+    top1 = columns.TOP1.or_none()
+    top1_error = columns.TOP1_ERROR.or_none()
+    top5 = columns.TOP5.or_none()
+    agreement = columns.AGREEMENT.or_none()
+    error = columns.ERROR.or_none()
+    cosine = columns.COSINE.or_none()
+    images_per_second = columns.IMAGES_PER_SECOND
+    speed_up = columns.SPEED_UP
+    gmacs = columns.GMACS
+    tokens = columns.TOKENS
+    bound_images_per_second = columns.BOUND_IMAGES_PER_SECOND.or_none()  # with bound=True
+    over_bound = columns.OVER_BOUND.or_none()
+
+
+@dataclass(repr=False)
+class Evaluation(Results[EvaluationRow]):
     """One row per `r` (the unmerged model is r = 0), the images left out, what "auto" chose, and what it ran on.
 
     `notes` say how the images were prepared, and what the figures cannot say.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[EvaluationRow]
     environment: dict[str, str]
     images: int
     corrupt: list[str] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader has to know besides the figures, line by line."""
+        whole = self.images + len(self.corrupt)
+        lost = [f"{len(self.corrupt)} of {whole} images could not be read and were left out:"] if self.corrupt else []
+        return [*self.notes, *lost, *(f"  {line}" for line in self.corrupt), *self.choices]
+
+    def _said(self) -> list[str]:
+        return [*self.remarks, measured_on(self.environment)]
 
 
 class _Variant:
@@ -110,9 +142,9 @@ def evaluate(
         raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
     rows = [_row(variant, variants[0], bounds.get(i), bound, seen, shape) for i, variant in enumerate(variants)]
     empty = [name for name in rows[0] if name in _QUALITY and all(row[name] is None for row in rows)]
-    rows = [{name: value for name, value in row.items() if name not in empty} for row in rows]
+    whole = [EvaluationRow({name: value for name, value in row.items() if name not in empty}) for row in rows]
     choices = choices_of((variant.r, variant.model) for variant in variants[1:])
-    return Evaluation(rows, environment(where), seen, list(data.corrupt), choices, notes)
+    return Evaluation(whole, environment(where), seen, list(data.corrupt), choices, notes)
 
 
 def _patched(

@@ -17,30 +17,43 @@ from tokenmerge.measure.counting import Count, count
 from tokenmerge.measure.outputs import answer, run_images, shared_copy
 from tokenmerge.measure.timing import interleave
 from tokenmerge.schedule import R
+from tokenmerge.tools import columns
+from tokenmerge.tools.columns import Record
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.models import AUTO, Method, apply_method
 from tokenmerge.tools.quality import Judge, Question
 
-__all__ = ["BOUND", "FIGURES", "Subject"]
+__all__ = ["BOUND", "FIGURES", "ComparisonRow", "Subject"]
 
 _KEPT = 2**28  # bytes of the unmerged model's answers: those of 67,000 images of 1000 classes
 BOUND = "drop"  # the method that removes tokens at no cost
-# what is measured, in the order of the table; which of the first apply depends on what the model answers
-FIGURES = (
-    "top-1 %",
-    "top-1 ±",
-    "agreement %",
-    "KL",
-    "error %",
-    "cosine",
-    "GMACs",
-    "MACs share",
-    "matching GMACs",
-    "images/s",
-    "speed-up",
-    "over bound",
-    "tokens",
-)
+
+
+class ComparisonRow(Record):
+    """A method at one amount. What its answers do not say is None; a row without figures says why in `note`."""
+
+    __slots__ = ()
+    method = columns.METHOD
+    asked = columns.ASKED
+    r = columns.R
+    top1 = columns.TOP1.or_none()
+    top1_error = columns.TOP1_ERROR.or_none()
+    agreement = columns.AGREEMENT.or_none()
+    kl = columns.KL.or_none()
+    error = columns.ERROR.or_none()
+    cosine = columns.COSINE.or_none()
+    gmacs = columns.GMACS.or_none()
+    macs_share = columns.MACS_SHARE.or_none()
+    matching_gmacs = columns.MATCHING_GMACS.or_none()
+    images_per_second = columns.IMAGES_PER_SECOND.or_none()
+    speed_up = columns.SPEED_UP.or_none()
+    over_bound = columns.OVER_BOUND.or_none()
+    tokens = columns.MEAN_TOKENS.or_none()
+    note = columns.NOTE
+
+
+# what is measured; which of the first apply depends on what the model answers
+FIGURES = tuple(title for title in ComparisonRow.titles() if title not in ("method", "asked", "r", "note"))
 
 
 class Subject:

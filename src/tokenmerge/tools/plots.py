@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tokenmerge.tools.visualize import require_viz
 
 __all__ = ["plot_pareto", "plot_tradeoff"]
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 _ERROR = "top-1 ±"
 
 

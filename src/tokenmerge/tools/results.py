@@ -13,14 +13,31 @@ import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from tokenmerge.errors import DataError
+from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import new_part, write_file
+from tokenmerge.tools.columns import Record, find_column
 
-__all__ = ["Progress", "as_csv", "as_html", "as_latex", "as_markdown", "check_writable", "plain", "save_rows", "show"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = [
+    "Progress",
+    "Results",
+    "as_csv",
+    "as_html",
+    "as_latex",
+    "as_markdown",
+    "check_writable",
+    "measured_on",
+    "plain",
+    "save_rows",
+    "show",
+]
 
 Row = Mapping[str, Any]
+_Record = TypeVar("_Record", bound=Record)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; padding: 0 1.5em }
 h1 { font-size: 1.4em } img { max-width: 100% } .table { overflow-x: auto }
@@ -30,17 +47,65 @@ th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: n
 """.strip()
 
 
+class Results(Generic[_Record]):
+    """Rows that were measured: printed as a table, also in notebooks, and handed to pandas."""
+
+    rows: list[_Record]
+
+    @property
+    def table(self) -> Sequence[Row]:
+        """The rows as they are printed."""
+        return self.rows
+
+    def _said(self) -> list[str]:
+        """Return what is printed below the table, in sentences."""
+        return []
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a frame whose columns have the names that files have; needs pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise UnsupportedError("to_pandas() needs pandas: pip install pandas") from error
+        return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
+
+    def __str__(self) -> str:
+        return "\n".join([as_markdown(self.table) if self.rows else "no rows", *self._said()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        return "".join([_html(self.table) if self.rows else "", *(f"<p>{escape(note)}</p>" for note in self._said())])
+
+
+class _Text(NamedTuple):
+    """A column as text."""
+
+    title: str
+    is_number: bool  # numbers stand to the right
+    cells: list[str]
+
+
+def _as_text(rows: Sequence[Row]) -> list[_Text]:
+    """Return the columns of rows of equal keys."""
+    found = []
+    for title in rows[0]:
+        column, values = find_column(title), [row[title] for row in rows]
+        is_number = all(isinstance(value, (int, float, type(None))) for value in values)
+        found.append(_Text(title, is_number, [column.text(value) for value in values]))
+    return found
+
+
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return rows of equal keys as a Markdown table, numbers to the right."""
-    names = list(rows[0])
-    cells = [[_cell(_text(row[name], name)) for name in names] for row in rows]
-    widths = [max(2, len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
-    rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
-    lines = [[name.ljust(width) for name, width in zip(names, widths, strict=True)], rule]
-    for line in cells:
-        lines.append([c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines: list[list[str]] = []
+    for title, is_number, texts in _as_text(rows):
+        cells = [_cell(text) for text in texts]
+        width = max(2, len(title), *map(len, cells))
+        rule = ("-" * (width - 1) + ":") if is_number else "-" * width
+        lines.append([title.ljust(width), rule, *(c.rjust(width) if is_number else c.ljust(width) for c in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*lines, strict=True))
 
 
 # marks anywhere, an underscore at the edge of a word, an entity
@@ -73,11 +138,10 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def as_latex(rows: Sequence[Row]) -> str:
     """Return rows of equal keys as a LaTeX table (booktabs), numbers to the right."""
-    names = list(rows[0])
-    numeric = [all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names]
-    lines = [names, *([_text(row[name], name) for name in names] for row in rows)]
+    columns = _as_text(rows)
+    lines = zip(*([column.title, *column.cells] for column in columns), strict=True)
     head, *body = (" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines)
-    places = "".join("r" if right else "l" for right in numeric)
+    places = "".join("r" if column.is_number else "l" for column in columns)
     parts = [rf"\begin{{tabular}}{{{places}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
     return "\n".join(parts) + "\n"
 
@@ -102,26 +166,26 @@ def _escaped(text: str) -> str:
     return " ".join("".join(_LATEX.get(char, char) for char in text).split("\n"))
 
 
+def _html(rows: Sequence[Row]) -> str:
+    """Return rows of equal keys as the element `table`."""
+    styled = []
+    for title, is_number, cells in _as_text(rows):
+        style = ' class="number"' if is_number else ""
+        tagged = [f"<td{style}>{escape(cell)}</td>" for cell in cells]
+        styled.append([f"<th{style}>{escape(title)}</th>", *tagged])
+    lines = ("<tr>" + "".join(line) + "</tr>" for line in zip(*styled, strict=True))
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
 def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes) -> str:
     """Return one page that needs no other file: facts as sentences, a picture (PNG), and rows of equal keys."""
-    names = list(rows[0])
-    numeric = {name: all(isinstance(row[name], (int, float, type(None))) for row in rows) for name in names}
-
-    def line(cells: Mapping[str, str], tag: str) -> str:
-        style = {name: ' class="number"' if numeric[name] else "" for name in names}
-        return "<tr>" + "".join(f"<{tag}{style[name]}>{escape(cells[name])}</{tag}>" for name in names) + "</tr>"
-
-    lines = [line({name: name for name in names}, "th")]
-    lines += [line({name: _text(row[name], name) for name in names}, "td") for row in rows]
     encoded = base64.b64encode(picture).decode()
     parts = [
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
         f"<style>\n{_STYLE}\n</style>\n<h1>{escape(title)}</h1>",
         *(f"<p>{escape(fact)}</p>" for fact in facts),
         f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>',
-        '<div class="table"><table>',
-        *lines,
-        "</table></div>\n</html>\n",
+        f'<div class="table">{_html(rows)}</div>\n</html>\n',
     ]
     return "\n".join(parts)
 
@@ -145,9 +209,13 @@ def save_rows(path: Path, rows: Sequence[Row], about: Mapping[str, Any], notes: 
     elif path.suffix == ".csv":
         text = as_csv([{**row, **about} for row in rows])
     else:
-        facts = ", ".join(f"{name} {value}" for name, value in about.items())
-        text = "\n\n".join([as_markdown(rows), *map(plain, notes), plain(f"Measured on: {facts}.")]) + "\n"
+        text = "\n\n".join([as_markdown(rows), *map(plain, notes), plain(f"{measured_on(about)}.")]) + "\n"
     write_file(path, text)
+
+
+def measured_on(about: Mapping[str, Any]) -> str:
+    """Return the environment of figures as a line."""
+    return "Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def show(rows: Sequence[Row], title: str, *, wide: bool = False) -> None:
@@ -172,39 +240,20 @@ def _show_richly(rows: Sequence[Row], title: str, width: int) -> bool:
     except ImportError:
         return False
     table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        justify: Any = "right" if isinstance(rows[0][name], (int, float)) else "left"
-        table.add_column(name, justify=justify, no_wrap=True, overflow="ignore")
-    for row in rows:
-        table.add_row(*(_text(value, name) for name, value in row.items()))
+    columns = _as_text(rows)
+    for column in columns:
+        table.add_column(column.title, justify="right" if column.is_number else "left", no_wrap=True, overflow="ignore")
+    for line in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*line)
     Console(width=max(width, _width(rows, list(rows[0])))).print(table)
     return True
-
-
-# what a reader looks for first; other columns come after these, in their own order
-_IMPORTANCE: tuple[str, ...] = (
-    "method",
-    "r",
-    "batch",
-    "split",
-    "top-1 %",
-    "accuracy",
-    "error %",
-    "speed-up",
-    "agreement %",
-    "cosine",
-)
-_IMPORTANCE += ("images/s", "tokens", "top-1 ±", "noise %", "over bound", "ms", "unmerged ms", "KL")
-_LAST = ("model", "asked")  # they repeat what stands in the title, or beside it
 
 
 def fitting(rows: Sequence[Row], width: int) -> list[dict[str, Any]]:
     """Return rows with as many of the columns, the important ones first, as fit into a width."""
     names = list(rows[0])
-    order = [name for name in _IMPORTANCE if name in names]
-    order += [name for name in names if name not in (*order, *_LAST)] + [name for name in _LAST if name in names]
     chosen: list[str] = []
-    for name in order:
+    for name in sorted(names, key=lambda name: find_column(name).rank):
         if _width(rows, [*chosen, name]) <= width or not chosen:
             chosen.append(name)
     return [{name: row[name] for name in names if name in chosen} for row in rows]
@@ -212,7 +261,8 @@ def fitting(rows: Sequence[Row], width: int) -> list[dict[str, Any]]:
 
 def _width(rows: Sequence[Row], names: Sequence[str]) -> int:
     """Return how many characters a table of these columns takes."""
-    return 1 + sum(3 + max(2, len(name), *(len(_text(row[name], name)) for row in rows)) for name in names)
+    columns = _as_text([{name: row[name] for name in names} for row in rows])
+    return 1 + sum(3 + max(2, len(column.title), *map(len, column.cells)) for column in columns)
 
 
 class Progress:
@@ -263,16 +313,3 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _text(value: Any, name: str = "") -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        if name == "top-1 ±":
-            return f"{value:.1f}"
-        if 0 < abs(value) < 0.01:
-            return f"{value:.2g}"
-        decimals = 3 if abs(value) < 10 else 2 if abs(value) <= 100 else 1
-        return f"{value:.{decimals}f}"
-    return str(value)
