@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/tokenmerge demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # a contributor's loop: the core by itself, three families with three methods, and what they look like from outside
 QUICK := $(addprefix tests/test_,api.py config.py face.py files.py functional.py golden.py keybias.py matching.py \
@@ -26,7 +26,7 @@ QUICK := $(addprefix tests/test_,api.py config.py face.py files.py functional.py
   $(foreach family,timm_vit hf_vit torch_encoder,$(foreach method,tome tofu evit,\
   "tests/conformance/test_pairs.py::test_a_method_in_a_family[$(family)-$(method)]"))
 quick: .venv/ready
-	$(BIN)/python -m pytest --numprocesses auto $(QUICK)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(QUICK)
 
 check: .venv/ready
 	scripts/check
@@ -68,7 +68,7 @@ OLD := .venv-hosts/bin
 	touch $@
 
 hosts: .venv-hosts/ready
-	$(OLD)/python -m pytest --numprocesses auto tests/adapters tests/conformance/test_timm_registry.py
+	$(OLD)/python -m pytest --numprocesses auto --dist worksteal tests/adapters tests/conformance/test_timm_registry.py
 
 # the whole suite on the newest of everything, in an environment of its own: what the next constraints.txt has to pass
 NEW := .venv-latest/bin
@@ -76,7 +76,7 @@ latest:
 	$(PYTHON) -m venv .venv-latest
 	$(NEW)/python $(PIP) --upgrade --upgrade-strategy eager --editable ".[dev]"
 	$(NEW)/python -m pip freeze --exclude-editable
-	$(NEW)/python -m pytest --numprocesses auto
+	$(NEW)/python -m pytest --numprocesses auto --dist worksteal
 
 clean:
 	rm -rf .venv .venv-hosts .venv-latest tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
