@@ -1,4 +1,4 @@
-"""Modules that have another name since 0.7: the old one works and warns."""
+"""Modules that have another name since 0.6: the old one works and warns."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def class_names(module: nn.Module) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Adapters of others may know these two by the names they had before 0.7."""
+    """Adapters of others may know these two by the names they had before 0.6."""
     successor = {"Original": Override, "Replacement": Binding}.get(name)
     if successor is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
