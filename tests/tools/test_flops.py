@@ -144,10 +144,11 @@ def test_a_model_that_is_no_transformer() -> None:
 
 
 @pytest.mark.parametrize("family", ["timm_vit", "timm_cait", "timm_sam", "hf_clip", "hf_vjepa2", "dino", "vit_pytorch"])
-def test_a_cost_model_says_what_is_counted(family: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"multiple_of": 4}, {"restore": "dense"}], ids=str)
+def test_a_cost_model_says_what_is_counted(family: str, options: dict[str, Any]) -> None:
     """By a polynomial for each block, or by counting where that does not hold (windows)."""
     model, x = next(adapter for adapter in ADAPTERS if adapter.name == family).tiny()
-    handle = tokenmerge.patch(model, r=0)
+    handle = tokenmerge.patch(model, r=0, **options)
     size = tuple(x.shape[1:])
     macs = CostModel(model, size)
     assert handle.r == 0 and macs._is_exact == (family != "timm_sam")

@@ -66,7 +66,7 @@ class CostModel:
         depth = len(handle.runners)
         unmerged = self._twin.run([0] * depth)
         self.tokens = unmerged.tokens[0]  # that enter the first block
-        self._prefix, self._largest = handle.prefix, handle.config.method.largest_r
+        self._prefix, self._config = handle.prefix, handle.config
         few, many = max(1, self.tokens // (2 * depth)), self.tokens
         shapes = [[many] * depth, [few] * depth, [2 * few] * depth, [few, 0] * depth, [0, 3 * few] * depth]
         runs = [unmerged, *(self._twin.run(shape[:depth]) for shape in [*shapes, [many, 0, few] * depth])]
@@ -88,7 +88,8 @@ class CostModel:
         """Return the MACs of one forward at `r`, in any form that `patch` takes."""
         if not self._is_exact:
             return self._twin.run(r).model
-        schedule = Schedule.of(r, len(self._terms), largest=self._largest)
+        multiple_of = r.multiple_of if isinstance(r, Schedule) else self._config.multiple_of
+        schedule = Schedule.of(r, len(self._terms), multiple_of, self._config.method.largest_r)
         tokens = [self.tokens, *schedule.tokens(self.tokens, self._prefix)]
         pairs = zip(self._terms, tokens, tokens[1:], strict=False)
         return self._outside + sum(round((terms @ _powers(n, m)).item()) for terms, n, m in pairs)
