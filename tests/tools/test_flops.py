@@ -155,3 +155,14 @@ def test_a_cost_model_says_what_is_counted(family: str, options: dict[str, Any])
     for r in (0, 1, 5, (2, -1.0), 0.3, [3, 0, 1, 2][: len(handle.runners)]):
         handle.r = r if not isinstance(r, list) else (r * len(handle.runners))[: len(handle.runners)]
         assert macs(handle.r) == flops(model, size)
+
+
+@pytest.mark.parametrize("method", ["atm", "mame", "tofu", "drop"])
+def test_a_cost_model_follows_what_a_method_removes(method: str) -> None:
+    """An adaptive method may remove fewer tokens than planned; then every schedule is counted."""
+    model, x = next(adapter for adapter in ADAPTERS if adapter.name == "timm_vit").tiny()
+    handle = tokenmerge.patch(model, method, r=0)
+    macs = CostModel(model, tuple(x.shape[1:]))
+    for r in (0, 3, (2, -1.0), 30):
+        handle.r = r
+        assert macs(r) == flops(model, tuple(x.shape[1:]))

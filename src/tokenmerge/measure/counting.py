@@ -55,7 +55,7 @@ class CostModel:
 
     What a block costs is a polynomial of the tokens n that enter it and the m that leave it: both products of attention
     go with n * n, its projections with n, the MLP with m. A few forwards without storage determine it, block by block.
-    Where it does not hold (tokens are merged inside windows, blocks share work), every schedule is counted.
+    Where it does not hold (tokens are merged inside windows, a method goes by what it sees), every schedule is counted.
 
     Raises `NotPatchedError` for a model that is not patched. The model is left as it is.
     """
@@ -69,7 +69,8 @@ class CostModel:
         self._prefix, self._config = handle.prefix, handle.config
         few, many = max(1, self.tokens // (2 * depth)), self.tokens
         shapes = [[many] * depth, [few] * depth, [2 * few] * depth, [few, 0] * depth, [0, 3 * few] * depth]
-        runs = [unmerged, *(self._twin.run(shape[:depth]) for shape in [*shapes, [many, 0, few] * depth])]
+        schedules = [[0] * depth, *(shape[:depth] for shape in [*shapes, [many, 0, few] * depth])]
+        runs = [unmerged, *(self._twin.run(r) for r in schedules[1:])]
         self._outside = unmerged.model - sum(unmerged.blocks)
         self._terms: list[Tensor] = []  # [4] float64 a block
         worst = 0.0
@@ -82,17 +83,22 @@ class CostModel:
             worst = max(worst, (seen @ terms - macs).abs().max().item())
             self._terms.append(terms)
         outside = {run.model - sum(run.blocks) for run in runs}
-        self._is_exact = worst < 0.5 and len(outside) == 1 and not unmerged.is_local
+        is_as_planned = all(self._planned(r) == run.tokens for r, run in zip(schedules, runs, strict=True))
+        self._is_exact = worst < 0.5 and len(outside) == 1 and is_as_planned
 
     def __call__(self, r: R) -> int:
         """Return the MACs of one forward at `r`, in any form that `patch` takes."""
         if not self._is_exact:
             return self._twin.run(r).model
-        multiple_of = r.multiple_of if isinstance(r, Schedule) else self._config.multiple_of
-        schedule = Schedule.of(r, len(self._terms), multiple_of, self._config.method.largest_r)
-        tokens = [self.tokens, *schedule.tokens(self.tokens, self._prefix)]
+        tokens = self._planned(r)
         pairs = zip(self._terms, tokens, tokens[1:], strict=False)
         return self._outside + sum(round((terms @ _powers(n, m)).item()) for terms, n, m in pairs)
+
+    def _planned(self, r: R) -> list[int]:
+        """Return the tokens that enter the first block and that leave each, where `r` of them go in every block."""
+        multiple_of = r.multiple_of if isinstance(r, Schedule) else self._config.multiple_of
+        schedule = Schedule.of(r, len(self._terms), multiple_of, self._config.method.largest_r)
+        return [self.tokens, *schedule.tokens(self.tokens, self._prefix)]
 
 
 def _powers(n: int, m: int) -> Tensor:
@@ -105,7 +111,6 @@ class _Run(NamedTuple):
     model: int
     blocks: list[int]
     tokens: list[int]
-    is_local: bool  # tokens were merged for an attention alone
 
 
 class _Twin:
@@ -149,7 +154,7 @@ class _Twin:
         assert frame is not None
         tokens = [shape[1] if shape else 0 for shape in frame.shape]
         blocks = [(meter.seen - meter.method.seen) // 2 for meter in self.blocks]
-        return _Run(model, blocks, [self.blocks[0].entered, *tokens[1:]], any(frame.inside))
+        return _Run(model, blocks, [self.blocks[0].entered, *tokens[1:]])
 
 
 def _rank(model: nn.Module) -> int:
