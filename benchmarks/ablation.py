@@ -15,7 +15,7 @@ from tokenmerge.measure.timing import environment
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model
-from tokenmerge.tools.results import Progress
+from tokenmerge.report.table import Progress
 
 # part of the table, choice, options, proportional attention, the paper's top-1 (ViT-L/16 MAE, r = 8; (f) AugReg)
 ROWS: tuple[tuple[str, str, dict[str, str], bool, float], ...] = (

@@ -27,7 +27,7 @@ from benchmarks.gpu.steps import ROOT, Job, Process, Record, Row, Step, run
 
 from tokenmerge.errors import DataError, TokenMergeError, unknown_name
 from tokenmerge.files import write_file
-from tokenmerge.tools.results import as_markdown, save_rows
+from tokenmerge.report.table import as_markdown, save_rows
 
 RIGHT, FAST, MACHINE = "benchmarks.gpu.right", "benchmarks.gpu.fast", "benchmarks.gpu.machine"
 SHAPES = ("b256-h12-n197", "b64-h16-n577", "b1-h12-n197")

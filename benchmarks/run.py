@@ -30,7 +30,7 @@ from tokenmerge.errors import TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment, interleave, peak_memory, training_memory
 from tokenmerge.tools.bench import bench
-from tokenmerge.tools.results import Progress, save_rows, show
+from tokenmerge.report.table import Progress, save_rows, show
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

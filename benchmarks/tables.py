@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.tools.results import as_csv, as_markdown
+from tokenmerge.report.table import as_csv, as_markdown
 
 RESULTS = Path(__file__).parent / "results"
 

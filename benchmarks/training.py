@@ -21,7 +21,7 @@ import tokenmerge
 from tokenmerge.files import write_file
 from tokenmerge.measure.timing import Timing, environment, interleave, training_memory
 from tokenmerge.tools.models import apply_method
-from tokenmerge.tools.results import Progress
+from tokenmerge.report.table import Progress
 from tokenmerge.training.data import Loader, evaluation, open_source
 from tokenmerge.training.loop import train
 from tokenmerge.training.output import load

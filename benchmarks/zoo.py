@@ -23,7 +23,7 @@ from tokenmerge.methods import NEW, Drop, Learned, find
 from tokenmerge.tools.compare import Comparison, compare
 from tokenmerge.tools.data import FashionMNIST, calibration_images
 from tokenmerge.tools.models import AUTO, apply_method, load_model
-from tokenmerge.tools.results import Progress
+from tokenmerge.report.table import Progress
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import read_recipe
 

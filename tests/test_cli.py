@@ -773,7 +773,7 @@ def test_rows_are_shown_though_they_cannot_be_written(capsys: Capture, monkeypat
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device", "rows.csv")
 
-    monkeypatch.setattr("tokenmerge.tools.results.write_file", full)
+    monkeypatch.setattr("tokenmerge.report.table.write_file", full)
     monkeypatch.setattr(bench_module, "bench", lambda *args, **options: Bench([{"r": 0}], {"torch": "2"}))
     assert main(["bench", "reference", "--out", "rows.csv"]) == 2
     out, err = capsys.readouterr()

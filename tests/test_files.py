@@ -10,7 +10,7 @@ import pytest
 
 from tokenmerge.errors import DataError
 from tokenmerge.files import is_dir, is_file, is_part, replacing, write_file
-from tokenmerge.tools.results import as_markdown, check_writable
+from tokenmerge.report.table import as_markdown, check_writable
 
 
 def test_what_is_there_is_replaced_in_one_step(tmp_path: Path) -> None:

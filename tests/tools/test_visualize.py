@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.plots import plot_tradeoff
+from tokenmerge.report.plots import plot_tradeoff
 from tokenmerge.tools.visualize import draw_clip, draw_features, draw_groups, sheet
 
 ROWS: list[dict[str, Any]] = [

@@ -148,7 +148,7 @@ def _compare_parser(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.demo import demo
-    from tokenmerge.tools.results import Progress
+    from tokenmerge.report.table import Progress
 
     with Progress("images") as progress:
         result = demo(
@@ -167,7 +167,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.bench import bench
-    from tokenmerge.tools.results import Progress
+    from tokenmerge.report.table import Progress
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
@@ -198,7 +198,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.evaluate import evaluate
-    from tokenmerge.tools.results import Progress
+    from tokenmerge.report.table import Progress
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
@@ -222,7 +222,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.compare import compare
-    from tokenmerge.tools.results import Progress, show
+    from tokenmerge.report.table import Progress, show
 
     model, data = model_and_data(arguments)
     with Progress("rows") as progress:
@@ -279,7 +279,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from tokenmerge.tools.export import export, find_target
-    from tokenmerge.tools.results import check_writable
+    from tokenmerge.report.table import check_writable
 
     method, own = method_of(arguments)
     r = arguments.r if arguments.r is not None else 8 if own is None else own
@@ -326,7 +326,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _out(path: str | None) -> Path | None:
-    from tokenmerge.tools.results import check_writable
+    from tokenmerge.report.table import check_writable
 
     return check_writable(path) if path else None
 
@@ -339,7 +339,7 @@ def _print(
     notes: list[str],
     out: Path | None = None,
 ) -> None:
-    from tokenmerge.tools.results import measured_on, save_rows, show
+    from tokenmerge.report.table import measured_on, save_rows, show
 
     with ExitStack() as after:
         if out is not None:

@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, here or in processes that torchrun starts, and print the last evaluation."""
-    from tokenmerge.tools.results import Progress, show
+    from tokenmerge.report.table import Progress, show
     from tokenmerge.training.loop import train
     from tokenmerge.training.recipe import read_recipe
     from tokenmerge.training.world import is_started, launch

@@ -27,10 +27,10 @@ from tokenmerge.measure.timing import (
     training_memory,
 )
 from tokenmerge.schedule import R
-from tokenmerge.tools import columns
-from tokenmerge.tools.columns import Record
+from tokenmerge.report import columns
+from tokenmerge.report.columns import Record
 from tokenmerge.tools.models import Method, apply_method, choices_of
-from tokenmerge.tools.results import Results, measured_on
+from tokenmerge.report.table import Results, measured_on
 
 __all__ = ["Bench", "BenchRow", "bench"]
 

@@ -21,10 +21,10 @@ from tokenmerge.measure.outputs import find_device
 from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
-from tokenmerge.tools.measure import BOUND, FIGURES, ComparisonRow, Subject
+from tokenmerge.measure.trial import BOUND, FIGURES, ComparisonRow, Subject
 from tokenmerge.tools.models import AUTO, Method, Trained, own_r, read_method, short_name
-from tokenmerge.tools.plots import plot_pareto
-from tokenmerge.tools.results import Results, as_csv, as_html, as_latex, as_markdown, check_writable, plain
+from tokenmerge.report.plots import plot_pareto
+from tokenmerge.report.table import Results, as_csv, as_html, as_latex, as_markdown, check_writable, plain
 from tokenmerge.tools.visualize import require_viz
 
 __all__ = ["ALL", "Comparison", "ComparisonRow", "compare"]

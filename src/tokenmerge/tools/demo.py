@@ -17,8 +17,8 @@ from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
-from tokenmerge.tools.plots import plot_tradeoff
-from tokenmerge.tools.results import as_markdown, check_writable, measured_on
+from tokenmerge.report.plots import plot_tradeoff
+from tokenmerge.report.table import as_markdown, check_writable, measured_on
 from tokenmerge.tools.visualize import draw_groups, require_viz, sheet
 
 __all__ = ["demo"]

@@ -17,7 +17,7 @@ from tokenmerge.measure.timing import NOISY, environment, interleave
 from tokenmerge.schedule import R
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
-from tokenmerge.tools.results import measured_on
+from tokenmerge.report.table import measured_on
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 

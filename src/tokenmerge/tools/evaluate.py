@@ -17,12 +17,12 @@ from tokenmerge.measure.counting import flops
 from tokenmerge.measure.outputs import answer, find_device, run_images, shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
-from tokenmerge.tools import columns
-from tokenmerge.tools.columns import Record
+from tokenmerge.report import columns
+from tokenmerge.report.columns import Record
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.models import Method, apply_method, choices_of
-from tokenmerge.tools.quality import Judge, Question
-from tokenmerge.tools.results import Results, measured_on
+from tokenmerge.measure.quality import Judge, Question
+from tokenmerge.report.table import Results, measured_on
 
 __all__ = ["Evaluation", "EvaluationRow", "evaluate"]
 

@@ -27,7 +27,7 @@ from tokenmerge.tools.engines import INPUT, OUTPUT, TARGETS, Target, find_target
 from tokenmerge.tools.models import Method, apply_method
 from tokenmerge.tools.prepare import find_preprocessing
 from tokenmerge.tools.preprocessing import Preprocessing
-from tokenmerge.tools.results import check_writable
+from tokenmerge.report.table import check_writable
 
 __all__ = ["TARGETS", "Exported", "Target", "export", "find_target"]
 

@@ -13,7 +13,7 @@ import torch
 
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.files import write_file
-from tokenmerge.tools.results import as_csv
+from tokenmerge.report.table import as_csv
 
 __all__ = ["COLUMNS", "Log", "peak_mb", "read_rows", "writing"]
 

@@ -17,11 +17,11 @@ from tokenmerge.measure.counting import Count, count
 from tokenmerge.measure.outputs import answer, run_images, shared_copy
 from tokenmerge.measure.timing import interleave
 from tokenmerge.schedule import R
-from tokenmerge.tools import columns
-from tokenmerge.tools.columns import Record
+from tokenmerge.report import columns
+from tokenmerge.report.columns import Record
 from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.models import AUTO, Method, apply_method
-from tokenmerge.tools.quality import Judge, Question
+from tokenmerge.measure.quality import Judge, Question
 
 __all__ = ["BOUND", "FIGURES", "ComparisonRow", "Subject"]
 

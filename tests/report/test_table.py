@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tokenmerge.errors import DataError
-from tokenmerge.tools.results import Progress, as_csv, as_latex, as_markdown, check_writable, plain, save_rows, show
+from tokenmerge.report.table import Progress, as_csv, as_latex, as_markdown, check_writable, plain, save_rows, show
 
 ROWS: list[dict[str, Any]] = [
     {"r": "0", "images/s": 1234.5678, "speed-up": 1.0, "tokens": 197, "bound": None},

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import new_part, write_file
-from tokenmerge.tools.columns import Record, find_column
+from tokenmerge.report.columns import Record, find_column
 
 if TYPE_CHECKING:
     import pandas
