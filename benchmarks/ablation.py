@@ -12,10 +12,10 @@ import tokenmerge
 from tokenmerge import ToMe
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment
+from tokenmerge.report.progress import Progress
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model
-from tokenmerge.report.table import Progress
 
 # part of the table, choice, options, proportional attention, the paper's top-1 (ViT-L/16 MAE, r = 8; (f) AugReg)
 ROWS: tuple[tuple[str, str, dict[str, str], bool, float], ...] = (

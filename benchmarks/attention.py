@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tokenmerge.kernels import TABLE
 from tokenmerge.measure.outputs import find_device
 from tokenmerge.measure.timing import environment, interleave
-from tokenmerge.report.table import Progress, save_rows, show
+from tokenmerge.report.progress import Progress
+from tokenmerge.report.table import save_rows, show
 
 RESULTS = Path(__file__).parent / "results"
 # B, H, N, D

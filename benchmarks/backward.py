@@ -15,7 +15,7 @@ from tokenmerge.kernels import TABLE
 from tokenmerge.measure.outputs import find_device
 from tokenmerge.measure.timing import Timing, environment, interleave
 from tokenmerge.plan import Plan
-from tokenmerge.report.table import Progress
+from tokenmerge.report.progress import Progress
 
 # choice, option, the paper's top-1 (ViT-L/16 MAE without training, r = 8), what is to be known of its gradient
 ROWS = (

@@ -16,8 +16,9 @@ import timm
 import torch
 
 from tokenmerge.measure.timing import Timing, environment, interleave
+from tokenmerge.report.progress import Progress
+from tokenmerge.report.table import save_rows, show
 from tokenmerge.tools.export import TARGETS, export
-from tokenmerge.report.table import Progress, save_rows, show
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, R, BAR = "vit_small_patch16_224", 8, 13, 1.08

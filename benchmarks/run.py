@@ -29,8 +29,9 @@ from tokenmerge import kernels
 from tokenmerge.errors import TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment, interleave, peak_memory, training_memory
+from tokenmerge.report.progress import Progress
+from tokenmerge.report.table import save_rows, show
 from tokenmerge.tools.bench import bench
-from tokenmerge.report.table import Progress, save_rows, show
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge.files import write_file
 from tokenmerge.measure.timing import Timing, environment, interleave, training_memory
+from tokenmerge.report.progress import Progress
 from tokenmerge.tools.models import apply_method
-from tokenmerge.report.table import Progress
 from tokenmerge.training.data import Loader, evaluation, open_source
 from tokenmerge.training.loop import train
 from tokenmerge.training.output import load

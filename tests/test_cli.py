@@ -19,10 +19,10 @@ from helpers import tiny_vit
 from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.cli import main as run_command
+from tokenmerge.measure import trial as measure_module
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools import data as data_module
-from tokenmerge.tools import measure as measure_module
 from tokenmerge.tools import models as models_module
 from tokenmerge.tools.bench import Bench
 from tokenmerge.tools.compare import Comparison
@@ -445,7 +445,7 @@ def test_compare_json_and_going_on(capsys: Capture, monkeypatch: pytest.MonkeyPa
     content = json.loads(capsys.readouterr().out)
     assert list(content) == ["title", "environment", "rows", "notes"]
     assert content["rows"][1]["asked"] == "MACs 0.7" and content["rows"][1]["MACs share"] <= 0.7
-    monkeypatch.setattr(compare_module, "Subject", lambda *args, **options: pytest.fail("it was run again"))
+    monkeypatch.setattr(compare_module, "Trial", lambda *args, **options: pytest.fail("it was run again"))
     assert main([*plain, "--methods", "tome", "--macs", "0.7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == content
     _expect_failure(capsys, [*plain, "--limit", "9"], "out holds a comparison with other settings (images: asked 9")
@@ -473,7 +473,7 @@ def test_compare_on_a_folder_of_images(
     assert out.startswith(f"{models / 'tiny.pt'} on 5 images of images\n")
     assert "\n1 images could not be read and were left out: images/bee/1.png: cannot identify" in out
     assert Path("tokenmerge-compare/index.html").is_file()
-    monkeypatch.setattr(compare_module, "Subject", lambda *args, **options: pytest.fail("it was run again"))
+    monkeypatch.setattr(compare_module, "Trial", lambda *args, **options: pytest.fail("it was run again"))
     # the same folder under another name
     assert main([*line, "--data", str(images), "--calibrate", "images/"]) == 0
 
@@ -488,7 +488,7 @@ def test_compare_that_is_interrupted(capsys: Capture, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure_module.Subject, "measure", interrupt)
+        patch.setattr(measure_module.Trial, "measure", interrupt)
         assert main([*plain, "--methods", "tome", "-r", "4"]) == 130
     assert capsys.readouterr().err.endswith(
         "tokenmerge: interrupted, finished rows are kept, and the same command (without --fresh) goes on.\n"
@@ -503,7 +503,7 @@ def test_compare_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys
     images = torch.zeros(2, 1, 28, 28)
 
     def fake(model: nn.Module, data: Any, **options: Any) -> Comparison:
-        figures = {**dict.fromkeys(measure_module.FIGURES, 1.0), "note": ""}
+        figures = {**dict.fromkeys(compare_module.FIGURES, 1.0), "note": ""}
         given.update(options, batch_size=data.batch_size, images=len(data))
         return Comparison("title", [{**figures, "method": "tome", "asked": "r 4"}], [{}], 1, 1)
 
@@ -662,7 +662,7 @@ def test_eval_of_the_bundled_images_with_a_model_of_other_classes(capsys: Captur
     [
         ("missing/rows.csv", "No such file or directory."),
         ("folder.json", "Is a directory."),
-        ("rows.txt", "the name must end in .json, .csv, .md."),
+        ("rows.txt", "the name must end in .json, .csv, .md, .html, .tex."),
     ],
     ids=["missing-folder", "directory", "suffix"],
 )

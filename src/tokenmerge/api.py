@@ -7,25 +7,20 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from tokenmerge import adapters
-from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.generic import Generic
 from tokenmerge.config import MergeConfig, read_method
 from tokenmerge.errors import (
     AlreadyPatchedError,
     ConfigError,
     InvalidScheduleError,
     TokenMergeError,
-    UnsupportedModelError,
     unknown_name,
 )
-from tokenmerge.handle import ATTRIBUTE, Handle, handle_of, unpatch
+from tokenmerge.handle import Handle, attached, handle_of, require_free, unpatch
 from tokenmerge.methods import Reduction
 from tokenmerge.report import Calibration, Report
 from tokenmerge.schedule import R
@@ -40,7 +35,6 @@ __all__ = ["Handle", "Report", "Support", "handle_of", "patch", "patched", "supp
 
 AUTO = "auto"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_NAMES = ("blocks", "attn", "norm", "mlp")
 
 _OPTIONS = {field.name: field.default for field in dataclasses.fields(MergeConfig) if field.name != "method"}
 
@@ -95,19 +89,12 @@ def patch(
     """
     for name in options.keys() - _OPTIONS.keys():
         raise _unknown_keyword(name, method)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"patch takes a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}."
-        )
-    if ATTRIBUTE in model.__dict__:
-        raise AlreadyPatchedError(
-            f"this model is reduced already: {model.__dict__[ATTRIBUTE]!r}; call unpatch(model) first."
-        )
+    require_free(model)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found, choice = None, ""
     if method == AUTO and "r" in given:
         # what is handed out or recorded is not tried: the answers are compared with the unmerged ones
-        tried = {name: given.get(name) for name in (*_NAMES, "prefix", "prop_attn")}
+        tried = {name: value for name, value in given.items() if name not in ("r", "track", "restore", "multiple_of")}
         found, choice = _choose(model, given["r"], calibrate, tried)
         method = found.best.method if found else "tome"
         given["r"] = found.best.r if found else given["r"]
@@ -120,9 +107,8 @@ def patch(
         raise InvalidScheduleError("r is missing: say how many tokens each block removes, e.g. patch(model, r=8).")
     else:
         config = MergeConfig(method, **given)
-    handle = Handle(model, _adapter(model, config), config)
+    handle = attached(model, config)
     handle.calibration, handle._choice = found, choice
-    model.__dict__[ATTRIBUTE] = handle
     return handle
 
 
@@ -130,7 +116,7 @@ def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, An
     """Return what "auto" found on the images, and what the report shall say of it."""
     if images is None:
         return None, 'tome: "auto" chooses by images, and none were given (calibrate=images)'
-    found = run_trials(model, r, images, partial(patched, **options))
+    found = run_trials(model, r, images, options)
     return found, str(found)
 
 
@@ -177,18 +163,6 @@ def supports(model: nn.Module) -> Support:
         return Support("" if found is None else found.report().adapter)
     except TokenMergeError as error:
         return Support("", str(error))
-
-
-def _adapter(model: nn.Module, config: MergeConfig) -> Adapter:
-    names = {option: getattr(config, option) for option in _NAMES}
-    missing = [option for option, name in names.items() if name is None]
-    if len(missing) == len(names) and config.prefix is None:
-        return adapters.find(model)
-    if missing:
-        raise UnsupportedModelError(
-            f"a model patched by names needs blocks, attn, norm and mlp; missing: {', '.join(missing)}."
-        )
-    return Generic(**names, prefix=config.prefix)
 
 
 def _unknown_keyword(name: str, method: object) -> TokenMergeError:

@@ -11,20 +11,27 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tokenmerge import kernels
+from tokenmerge import adapters, kernels
 from tokenmerge._intercept.bindings import is_bound, undo
 from tokenmerge._runtime.attach import MODULES, attach, is_copied_part
 from tokenmerge._runtime.frames import Frame
 from tokenmerge._runtime.residual import ResidualRunner
 from tokenmerge._runtime.state import ForwardState
 from tokenmerge.adapters.base import Adapter
+from tokenmerge.adapters.generic import Generic
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import NotPatchedError, NotTrackedError, UnsupportedError
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    NotPatchedError,
+    NotTrackedError,
+    UnsupportedError,
+    UnsupportedModelError,
+)
 from tokenmerge.methods import Learned
 from tokenmerge.report import Calibration, Report
 from tokenmerge.schedule import R, Schedule
 
-__all__ = ["ATTRIBUTE", "Handle", "handle_of", "unpatch"]
+__all__ = ["ATTRIBUTE", "Handle", "attached", "handle_of", "require_free", "unpatch"]
 
 _RAISE = object()
 ATTRIBUTE = "_tokenmerge_handle"  # of a patched model, which holds its handle
@@ -255,6 +262,41 @@ class Handle:
         if frame is None or not frame.last:
             raise NotTrackedError("no forward has run since the model was patched; run the model first.")
         return frame
+
+
+def attached(model: nn.Module, config: MergeConfig) -> Handle:
+    """Put a reduction into a model by its whole configuration, in place: what `patch` ends in, and tools begin with.
+
+    Raises what `patch` raises; on any error the model stays as it was.
+    """
+    require_free(model)
+    handle = Handle(model, _adapter(model, config), config)
+    model.__dict__[ATTRIBUTE] = handle
+    return handle
+
+
+def require_free(model: nn.Module) -> None:
+    """Raise where a model cannot be patched whatever it is asked for: it is none, or holds a reduction already."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"patch takes a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}."
+        )
+    if ATTRIBUTE in model.__dict__:
+        raise AlreadyPatchedError(
+            f"this model is reduced already: {model.__dict__[ATTRIBUTE]!r}; call unpatch(model) first."
+        )
+
+
+def _adapter(model: nn.Module, config: MergeConfig) -> Adapter:
+    names = {option: getattr(config, option) for option in ("blocks", "attn", "norm", "mlp")}
+    missing = [option for option, name in names.items() if name is None]
+    if len(missing) == len(names) and config.prefix is None:
+        return adapters.find(model)
+    if missing:
+        raise UnsupportedModelError(
+            f"a model patched by names needs blocks, attn, norm and mlp; missing: {', '.join(missing)}."
+        )
+    return Generic(**names, prefix=config.prefix)
 
 
 def unpatch(model: nn.Module) -> None:

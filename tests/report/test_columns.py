@@ -12,13 +12,13 @@ import pytest
 from helpers import tiny_vit
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.report import columns
-from tokenmerge.tools.bench import Bench, BenchRow, bench
 from tokenmerge.report.columns import Column, Record, find_column
+from tokenmerge.report.table import fitting
+from tokenmerge.tools.bench import Bench, BenchRow, bench
+from tokenmerge.tools.compare import FIGURES, ComparisonRow
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.doctor import Diagnosis, Finding
 from tokenmerge.tools.evaluate import Evaluation, EvaluationRow, evaluate
-from tokenmerge.measure.trial import FIGURES, ComparisonRow
-from tokenmerge.report.table import fitting
 
 ROWS: list[type[Record]] = [BenchRow, EvaluationRow, ComparisonRow]
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from tokenmerge.errors import DataError
-from tokenmerge.report.table import Progress, as_csv, as_latex, as_markdown, check_writable, plain, save_rows, show
+from tokenmerge.report.progress import Progress
+from tokenmerge.report.table import as_csv, as_latex, as_markdown, check_writable, plain, save_rows, show
+from tokenmerge.tools.bench import Bench, BenchRow
 
 ROWS: list[dict[str, Any]] = [
     {"r": "0", "images/s": 1234.5678, "speed-up": 1.0, "tokens": 197, "bound": None},
@@ -79,6 +81,31 @@ def test_save_csv_carries_the_environment_in_every_row(tmp_path: Path) -> None:
     assert all({name: row[name] for name in ABOUT} == ABOUT for row in parsed)
 
 
+def test_save_html_and_latex(tmp_path: Path) -> None:
+    save_rows(tmp_path / "x.html", ROWS, ABOUT, ["a <b>note</b>"])
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("<tr>") == 3 and "<p>a &lt;b&gt;note&lt;/b&gt;</p>" in page and "<img" not in page
+    assert "<p>Measured on: device a machine, 2 cores, torch 2.x.</p>" in page
+    save_rows(tmp_path / "x.tex", ROWS, ABOUT)
+    assert (tmp_path / "x.tex").read_text() == as_latex(ROWS)
+
+
+def test_a_table_saves_itself_with_what_it_says(tmp_path: Path) -> None:
+    bench = Bench([BenchRow(row) for row in ROWS], ABOUT, ["r = 8: faster."])
+    bench.save(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "environment": ABOUT,
+        "rows": ROWS,
+        "notes": ["r = 8: faster."],
+    }
+    each = Bench([BenchRow(row) for row in ROWS], [{"torch": "2.6"}, {"torch": "2.14"}])  # of several runs
+    each.save(str(tmp_path / "x.csv"))
+    parsed = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
+    assert [row["torch"] for row in parsed] == ["2.6", "2.14"]
+    with pytest.raises(DataError, match=r"the name must end in \.json"):
+        bench.save(tmp_path / "x.txt")
+
+
 def test_save_markdown(tmp_path: Path) -> None:
     save_rows(tmp_path / "x.md", ROWS, ABOUT, ["a note"])
     table, note, facts = (tmp_path / "x.md").read_text().split("\n\n")
@@ -103,7 +130,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -
         check_writable(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.md"])
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.md", "a.html", "a.tex"])
 def test_a_path_that_can_be_written_is_left_as_it_was(tmp_path: Path, name: str) -> None:
     assert check_writable(str(tmp_path / name)) == tmp_path / name
     assert not (tmp_path / name).exists()

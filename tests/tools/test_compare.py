@@ -20,8 +20,11 @@ import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, methods
 from tokenmerge.errors import DataError, UnsupportedError, UnsupportedModelError
+from tokenmerge.measure import trial as measure
+from tokenmerge.report import plots
+from tokenmerge.report import progress as progress_module
+from tokenmerge.report import table as table_module
 from tokenmerge.tools import compare as module
-from tokenmerge.tools import measure, plots, results
 from tokenmerge.tools.compare import Comparison, compare
 from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
@@ -63,14 +66,15 @@ def _compare(
 def _measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record every row that is measured from now on."""
     calls: list[str] = []
-    unmerged, of_method = measure.Subject.unmerged, measure.Subject.measure
+    row = module._row
 
-    def note_method(self: Any, method: Any, r: Any = None, share: Any = None) -> dict[str, Any]:
-        calls.append(f"{method} {r if share is None else share}")
-        return of_method(self, method, r, share)
+    def note(trial: Any, task: Any, *args: Any) -> dict[str, Any]:
+        if not task.refusal:
+            amount = task.r if task.share is None else task.share
+            calls.append("unmerged" if task.method == "unmerged" else f"{task.method} {amount}")
+        return row(trial, task, *args)
 
-    monkeypatch.setattr(measure.Subject, "unmerged", lambda self: calls.append("unmerged") or unmerged(self))
-    monkeypatch.setattr(measure.Subject, "measure", note_method)
+    monkeypatch.setattr(module, "_row", note)
     return calls
 
 
@@ -199,7 +203,7 @@ def test_what_cannot_run_is_a_row_that_says_so_and_the_rest_goes_on(
 
 
 def test_all_are_the_listed_methods_without_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure.Subject, "measure", lambda *args: (_ for _ in ()).throw(RuntimeError("skipped")))
+    monkeypatch.setattr(measure.Trial, "measure", lambda *args: (_ for _ in ()).throw(RuntimeError("skipped")))
     listed = [name for name in tokenmerge.list_methods() if name != "drop"]
     plain = _compare(tmp_path / "a", methods=["all"], rs=[4])
     assert [row["method"] for row in plain.rows] == ["unmerged", *listed] and not plain.has_numbers
@@ -258,7 +262,7 @@ def test_a_finished_comparison_runs_nothing_again(tmp_path: Path, monkeypatch: p
     first = _compare(tmp_path, model, methods=["tome", "tofu"], rs=[4])
     (tmp_path / "plot.png").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Subject", lambda *args, **options: pytest.fail("a finished row was run again"))
+        patch.setattr(module, "Trial", lambda *args, **options: pytest.fail("a finished row was run again"))
         second = _compare(tmp_path, model, methods=["tome()", "tofu"], rs=[4])
     assert second.rows == first.rows and (tmp_path / "plot.png").exists()
     calls = _measured(monkeypatch)
@@ -279,15 +283,15 @@ def test_a_finished_comparison_runs_nothing_again(tmp_path: Path, monkeypatch: p
 def test_a_comparison_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, done = _model(), []
     calls = _measured(monkeypatch)
-    of_method = measure.Subject.measure
+    row = module._row
 
-    def interrupted(self: Any, method: Any, *args: Any) -> dict[str, Any]:
-        if method == "mpm":
+    def interrupted(trial: Any, task: Any, *args: Any) -> dict[str, Any]:
+        if task.method == "mpm":
             raise KeyboardInterrupt
-        return of_method(self, method, *args)
+        return row(trial, task, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure.Subject, "measure", interrupted)
+        patch.setattr(module, "_row", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _compare(tmp_path, model, methods=["tome", "mpm", "tofu"], rs=[4])
     assert {path.name for path in tmp_path.iterdir()} == {"rows.json"}
@@ -412,8 +416,8 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     table = (tmp_path / "table.md").read_text()
     assert table.startswith(r"# \<i\>model\</i\> on 40 images")
     assert sum(line.startswith("| ") for line in table.splitlines()) == 2 + len(found.rows)
-    assert all(f"- {results.plain(note)}" in table for note in found.notes) and len(found.notes) == 2
-    assert all(results.plain(fact) in table for fact in found.facts) and "Measured on: device " in table
+    assert all(f"- {table_module.plain(note)}" in table for note in found.notes) and len(found.notes) == 2
+    assert all(table_module.plain(fact) in table for fact in found.facts) and "Measured on: device " in table
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == [row["method"] for row in found.rows]
     assert rows[1]["top-1 %"] == str(found.rows[1]["top-1 %"]) and rows[3]["KL"] == ""
@@ -464,8 +468,8 @@ def test_a_model_that_is_not_described(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_bound_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    amounts = measure.Subject._amounts
-    monkeypatch.setattr(measure.Subject, "_amounts", lambda self, left: [*amounts(self, left)[:-1], 0])
+    amounts = measure.Trial._amounts
+    monkeypatch.setattr(measure.Trial, "_amounts", lambda self, left: [*amounts(self, left)[:-1], 0])
     (_, row) = _compare(tmp_path, rs=[4]).rows
     assert row["top-1 %"] is None and "the free bound cannot drop tokens where this model merges them" in row["note"]
 
@@ -528,8 +532,8 @@ def test_progress_says_how_much_time_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter((0.0, 20.0, 100.0, 120.0, 490.0))
-    monkeypatch.setattr(results.time, "monotonic", lambda: next(clock))
-    with results.Progress("rows") as progress:
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with progress_module.Progress("rows") as progress:
         for done in (50, 51, 52, 53, 99):
             progress(done, 100)
     # 50 were there before: they took no time; a line each tenth, and each minute
@@ -645,8 +649,9 @@ def test_what_is_kept_of_the_unmerged_answers_changes_no_figure(
 ) -> None:
     monkeypatch.setattr(measure, "_KEPT", kept)
     model, data = _model(), FashionMNIST(24, 60)
-    subject = measure.Subject(model, data, torch.device("cpu"), rounds=1)
-    found = [subject.unmerged(), subject.measure("tome", 4), subject.measure("tome", 4)]
+    subject = measure.Trial(model, data, torch.device("cpu"), rounds=1)
+    reduced = subject.reduced(MergeConfig("tome", r=4))
+    found = [subject.unmerged(), subject.measure(reduced), subject.measure(reduced)]
     held = sum(answers.nbytes for answers in subject._answers)
     assert held <= kept and len(subject._answers) == {0: 0, 24 * 10 * 4: 1, 2**20: 3}[kept]
     rows = evaluate(model, data, rs=[4]).rows
@@ -657,15 +662,15 @@ def test_what_is_kept_of_the_unmerged_answers_changes_no_figure(
 
 def test_images_that_changed_meanwhile_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     data = FashionMNIST(24, 60)
-    subject = measure.Subject(_model(), data, torch.device("cpu"), rounds=1)
+    subject = measure.Trial(_model(), data, torch.device("cpu"), rounds=1)
     subject.unmerged()
     data.labels = data.labels.clone()
     data.labels[50] += 1
     with pytest.raises(DataError, match="the images changed since the unmerged model saw them"):
-        subject.measure("tome", 4)
+        subject.measure(subject.reduced(MergeConfig("tome", r=4)))
     data.images, data.labels = data.images[:48], data.labels[:48]
     with pytest.raises(DataError, match="the images changed since the unmerged model saw them"):
-        subject.measure("tome", 4)
+        subject.measure(subject.reduced(MergeConfig("tome", r=4)))
 
 
 def test_points_in_one_place_are_all_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

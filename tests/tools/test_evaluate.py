@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge.errors import DataError, UnknownNameError, UnsupportedError, UnsupportedModelError
+from tokenmerge.measure import trial as trial_module
 from tokenmerge.tools import evaluate as module
 from tokenmerge.tools.data import Folder, open_data
 from tokenmerge.tools.evaluate import Evaluation, evaluate
@@ -90,7 +91,7 @@ def test_columns_with_and_without_the_bound(folder: Path) -> None:
 
 def test_speeds_follow_from_the_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(trial_module.time, "perf_counter", lambda: clock[0])
     model = _model()
 
     def tick(block: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -11,10 +11,10 @@ from tokenmerge import Handle, MergeConfig, Schedule, ToMe
 from tokenmerge.about import MethodInfo
 from tokenmerge.api import Report, Support
 from tokenmerge.functional import merge_wavg
+from tokenmerge.report.columns import Column
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools.bench import Bench, BenchRow, bench
-from tokenmerge.report.columns import Column
 from tokenmerge.tools.compare import Comparison, ComparisonRow, compare
 from tokenmerge.tools.data import open_data
 from tokenmerge.tools.doctor import Finding, examine

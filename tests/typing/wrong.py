@@ -60,7 +60,7 @@ def results(model: nn.Module) -> None:
     bench(model).rows[0].reference_ms + 1.0  # wrong None: only with compare=True
     bench(model).rows["speed-up"]  # wrong __getitem__: rows are a list
     data = open_data("images", model, batch_size=8)
-    evaluate(model, "images")  # wrong FashionMNIST: open_data opens a folder
+    evaluate(model, "images")  # wrong Labelled: open_data opens a folder
     evaluate(model, data).rows[0].kl  # wrong kl: of compare alone
     compare(model, data)  # wrong methods: methods are missing
     compare(model, data, methods=["tome"]).rows[0].note.missing  # wrong missing

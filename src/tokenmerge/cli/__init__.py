@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
 from tokenmerge.cli import train
@@ -32,6 +32,9 @@ from tokenmerge.cli.options import (
     said_of,
 )
 from tokenmerge.schedule import TEXT_FORMS
+
+if TYPE_CHECKING:
+    from tokenmerge.report.table import Table
 
 __all__ = ["main"]
 
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     model_arguments(evaluate)
     data_arguments(evaluate)
     evaluate.add_argument("--bound", action="store_true", help="time the free bound of each r beside it")
-    evaluate.add_argument("--out", help="also write the rows to this .csv, .json or .md")
+    evaluate.add_argument("--out", help="also write the rows to this .csv, .json, .md, .html or .tex")
     _compare_parser(commands)
 
     doctor = _command(
@@ -106,7 +109,7 @@ def _bench_parser(commands: Any) -> None:
     bench.add_argument("--compile", action="store_true", help="torch.compile all variants")
     bench.add_argument("--rounds", type=int, default=20, help="timed rounds per row (%(default)s)")
     bench.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    bench.add_argument("--out", help="also write the rows to this .csv, .json or .md")
+    bench.add_argument("--out", help="also write the rows to this .csv, .json, .md, .html or .tex")
     bench.add_argument("--compare", action="store_true", help="also time the merged model on the reference kernels")
     bench.add_argument("--training", action="store_true", help="also the peak memory of a training step")
     preparing_arguments(bench)
@@ -147,8 +150,8 @@ def _compare_parser(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from tokenmerge.report.progress import Progress
     from tokenmerge.tools.demo import demo
-    from tokenmerge.report.table import Progress
 
     with Progress("images") as progress:
         result = demo(
@@ -160,14 +163,14 @@ def _demo(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     title = f"Bundled ViT, {result.images} Fashion-MNIST test images"
-    _print(arguments, result.rows, title, result.environment, result.notes)
+    _print(arguments, result, title)
     print(f"Written to {arguments.out}: table.md, table.json, plot.png, merged.png", file=sys.stderr)
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    from tokenmerge.report.progress import Progress
     from tokenmerge.tools.bench import bench
-    from tokenmerge.report.table import Progress
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
@@ -190,15 +193,14 @@ def _bench(arguments: argparse.Namespace) -> int:
             progress=progress,
             **calibration_of(arguments, model),
         )
-    about = said_of(arguments, model)
-    title = f"{arguments.model}, medians of interleaved rounds"
-    _print(arguments, result.rows, title, result.environment, [*about, *result.verdicts], out)
+    result.verdicts[:0] = said_of(arguments, model)
+    _print(arguments, result, f"{arguments.model}, medians of interleaved rounds", out)
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from tokenmerge.report.progress import Progress
     from tokenmerge.tools.evaluate import evaluate
-    from tokenmerge.report.table import Progress
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
@@ -216,13 +218,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             **calibration_of(arguments, model),
         )
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
-    _print(arguments, result.rows, title, result.environment, result.remarks, out)
+    _print(arguments, result, title, out)
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from tokenmerge.report.progress import Progress
+    from tokenmerge.report.table import show
     from tokenmerge.tools.compare import compare
-    from tokenmerge.report.table import Progress, show
 
     model, data = model_and_data(arguments)
     with Progress("rows") as progress:
@@ -278,8 +281,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from tokenmerge.tools.export import export, find_target
     from tokenmerge.report.table import check_writable
+    from tokenmerge.tools.export import export, find_target
 
     method, own = method_of(arguments)
     r = arguments.r if arguments.r is not None else 8 if own is None else own
@@ -331,24 +334,18 @@ def _out(path: str | None) -> Path | None:
     return check_writable(path) if path else None
 
 
-def _print(
-    arguments: argparse.Namespace,
-    rows: Sequence[Mapping[str, Any]],
-    title: str,
-    about: dict[str, str],
-    notes: list[str],
-    out: Path | None = None,
-) -> None:
-    from tokenmerge.report.table import measured_on, save_rows, show
+def _print(arguments: argparse.Namespace, result: Table[Any], title: str, out: Path | None = None) -> None:
+    from tokenmerge.report.table import measured_on, show
 
     with ExitStack() as after:
         if out is not None:
             # at the end, whatever becomes of the other: a disk that is full, or a reader who has left
-            after.callback(save_rows, out, rows, about, notes)
+            after.callback(result.save, out)
         if arguments.json:
-            print(json.dumps({"title": title, "environment": about, "rows": rows, "notes": notes}, indent=2))
+            content = {"title": title, "environment": result.environment, "rows": result.rows, "notes": result.remarks}
+            print(json.dumps(content, indent=2))
             return
-        show(rows, title, wide=arguments.wide)
-        for note in notes:
+        show(result.table, title, wide=arguments.wide)
+        for note in result.remarks:
             print(note)
-        print(measured_on(about))
+        print(measured_on(result.environment))

@@ -27,7 +27,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, here or in processes that torchrun starts, and print the last evaluation."""
-    from tokenmerge.report.table import Progress, show
+    from tokenmerge.report.progress import Progress
+    from tokenmerge.report.table import show
     from tokenmerge.training.loop import train
     from tokenmerge.training.recipe import read_recipe
     from tokenmerge.training.world import is_started, launch

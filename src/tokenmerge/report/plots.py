@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenmerge.errors import UnsupportedError
 from tokenmerge.files import replacing
-from tokenmerge.tools.visualize import require_viz
 
-__all__ = ["plot_pareto", "plot_tradeoff"]
+__all__ = ["import_pil", "plot_pareto", "plot_tradeoff", "require_viz"]
 
 Row = Mapping[str, Any]
 _ERROR = "top-1 ±"
@@ -263,3 +263,21 @@ def _wrapped(title: str, width: int = 90) -> str:
 def _plain(text: str) -> str:
     """Keep matplotlib from reading a formula, and from failing at names of files that are no text."""
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+
+
+def require_viz() -> None:
+    """Raise `UnsupportedError` with the command that installs what plots and pictures need."""
+    import_pil()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError('plots need matplotlib: pip install "tokenmerge[viz]"') from error
+
+
+def import_pil() -> Any:
+    """Return PIL's Image; raises `UnsupportedError` with the command that installs it."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UnsupportedError('pictures need Pillow: pip install "tokenmerge[viz]"') from error
+    return Image

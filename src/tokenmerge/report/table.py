@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
-    "Progress",
-    "Results",
+    "Table",
     "as_csv",
     "as_html",
     "as_latex",
@@ -37,6 +35,7 @@ __all__ = [
 ]
 
 Row = Mapping[str, Any]
+KINDS = (".json", ".csv", ".md", ".html", ".tex")  # what rows are written as
 _Record = TypeVar("_Record", bound=Record)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; padding: 0 1.5em }
@@ -47,19 +46,26 @@ th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: n
 """.strip()
 
 
-class Results(Generic[_Record]):
-    """Rows that were measured: printed as a table, also in notebooks, and handed to pandas."""
+class Table(Generic[_Record]):
+    """Rows that were measured, and what on: printed, also in notebooks, saved in any format, handed to pandas."""
 
     rows: list[_Record]
+    environment: Any  # a dict for all rows, or one for each
 
     @property
     def table(self) -> Sequence[Row]:
         """The rows as they are printed."""
         return self.rows
 
-    def _said(self) -> list[str]:
-        """Return what is printed below the table, in sentences."""
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader has to know besides the figures, in sentences."""
         return []
+
+    def _said(self) -> list[str]:
+        """Return what is printed below the table."""
+        one = isinstance(self.environment, Mapping)
+        return [*self.remarks, *([measured_on(self.environment)] if one else [])]
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the rows as a frame whose columns have the names that files have; needs pandas."""
@@ -68,6 +74,10 @@ class Results(Generic[_Record]):
         except ImportError as error:
             raise UnsupportedError("to_pandas() needs pandas: pip install pandas") from error
         return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
+
+    def save(self, path: str | Path) -> None:
+        """Write rows, environment and notes as .json, .csv, .md, .tex or .html; raises `DataError` for other names."""
+        save_rows(check_writable(path), self.rows, self.environment, self.remarks)
 
     def __str__(self) -> str:
         return "\n".join([as_markdown(self.table) if self.rows else "no rows", *self._said()])
@@ -177,20 +187,21 @@ def _html(rows: Sequence[Row]) -> str:
     return "\n".join(["<table>", *lines, "</table>"])
 
 
-def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes) -> str:
+def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes = b"") -> str:
     """Return one page that needs no other file: facts as sentences, a picture (PNG), and rows of equal keys."""
     encoded = base64.b64encode(picture).decode()
+    drawn = f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>'
     parts = [
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
         f"<style>\n{_STYLE}\n</style>\n<h1>{escape(title)}</h1>",
         *(f"<p>{escape(fact)}</p>" for fact in facts),
-        f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>',
+        *([drawn] if picture else []),
         f'<div class="table">{_html(rows)}</div>\n</html>\n',
     ]
     return "\n".join(parts)
 
 
-def check_writable(path: str | Path, kinds: Sequence[str] = (".json", ".csv", ".md")) -> Path:
+def check_writable(path: str | Path, kinds: Sequence[str] = KINDS) -> Path:
     """Return the path if a file can be written there; raises `DataError` before any work is done."""
     path = Path(path)
     if path.suffix not in kinds:
@@ -202,15 +213,31 @@ def check_writable(path: str | Path, kinds: Sequence[str] = (".json", ".csv", ".
     return path
 
 
-def save_rows(path: Path, rows: Sequence[Row], about: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
-    """Write rows in the format the name ends in; `about` is the environment, `notes` plain sentences."""
+def save_rows(
+    path: Path, rows: Sequence[Row], about: Mapping[str, Any] | Sequence[Row], notes: Sequence[str] = ()
+) -> None:
+    """Write rows in the format the name ends in, one of `KINDS`.
+
+    `about` is the environment, of all rows or of each; `notes` are plain sentences.
+    """
+    said = [*notes, *_measured(about)]
     if path.suffix == ".json":
         text = json.dumps({"environment": about, "rows": rows, "notes": notes}, indent=2) + "\n"
     elif path.suffix == ".csv":
-        text = as_csv([{**row, **about} for row in rows])
+        each = [about] * len(rows) if isinstance(about, Mapping) else about
+        text = as_csv([{**row, **own} for row, own in zip(rows, each, strict=True)])
+    elif path.suffix == ".html":
+        text = as_html(path.stem, rows, said)
+    elif path.suffix == ".tex":
+        text = as_latex(rows)
     else:
-        text = "\n\n".join([as_markdown(rows), *map(plain, notes), plain(f"{measured_on(about)}.")]) + "\n"
+        text = "\n\n".join([as_markdown(rows), *map(plain, said)]) + "\n"
     write_file(path, text)
+
+
+def _measured(about: Mapping[str, Any] | Sequence[Row]) -> list[str]:
+    """Return the environment as a sentence, where all rows have one."""
+    return [f"{measured_on(about)}."] if isinstance(about, Mapping) else []
 
 
 def measured_on(about: Mapping[str, Any]) -> str:
@@ -263,53 +290,3 @@ def _width(rows: Sequence[Row], names: Sequence[str]) -> int:
     """Return how many characters a table of these columns takes."""
     columns = _as_text([{name: row[name] for name in names} for row in rows])
     return 1 + sum(3 + max(2, len(column.title), *map(len, column.cells)) for column in columns)
-
-
-class Progress:
-    """A progress line on stderr, with the time left: a rich bar on a terminal, else plain lines.
-
-    A plain line comes with every tenth, and where that takes longer, every minute.
-    """
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self._tenth = -1
-        self._bar: Any = None
-        self._first: tuple[float, int] | None = None  # when it began, with how much done before
-        self._shown = 0.0
-
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import MofNCompleteColumn
-                from rich.progress import Progress as Bar
-            except ImportError:
-                return self
-            # steps may take minutes: of a shorter period no speed could be told
-            columns = (*Bar.get_default_columns(), MofNCompleteColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=3600)
-            self._bar.start()
-            self._task = self._bar.add_task(self.label, total=None)
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        self._first = self._first or (now, done)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif 10 * done // total > self._tenth or now - self._shown > 60:
-            self._tenth, self._shown = 10 * done // total, now
-            print(f"{self.label}: {done}/{total}{self._left(now, done, total)}", file=sys.stderr, flush=True)
-
-    def _left(self, now: float, done: int, total: int) -> str:
-        assert self._first is not None
-        start, before = self._first
-        seconds = (now - start) / max(1, done - before) * (total - done)
-        if seconds < 10:
-            return ""
-        return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -26,11 +26,11 @@ from tokenmerge.measure.timing import (
     peak_memory,
     training_memory,
 )
-from tokenmerge.schedule import R
 from tokenmerge.report import columns
 from tokenmerge.report.columns import Record
+from tokenmerge.report.table import Table
+from tokenmerge.schedule import R
 from tokenmerge.tools.models import Method, apply_method, choices_of
-from tokenmerge.report.table import Results, measured_on
 
 __all__ = ["Bench", "BenchRow", "bench"]
 
@@ -67,15 +67,17 @@ class BenchRow(Record):
 
 
 @dataclass(repr=False)
-class Bench(Results[BenchRow]):
+class Bench(Table[BenchRow]):
     """Rows of figures, what they were measured on, and what they mean in plain sentences."""
 
     rows: list[BenchRow]
     environment: dict[str, str]
     verdicts: list[str] = field(default_factory=list)
 
-    def _said(self) -> list[str]:
-        return [*self.verdicts, measured_on(self.environment)]
+    @property
+    def remarks(self) -> list[str]:
+        """What the figures mean."""
+        return self.verdicts
 
 
 def bench(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ import tokenmerge
 from tokenmerge.config import Restore
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
-from tokenmerge.measure.outputs import find_device
+from tokenmerge.measure.labelled import Labelled
+from tokenmerge.measure.outputs import find_device, shared_copy
 from tokenmerge.measure.timing import environment
+from tokenmerge.measure.trial import BOUND, Trial
+from tokenmerge.report import columns
+from tokenmerge.report.columns import Record
+from tokenmerge.report.journal import Journal
+from tokenmerge.report.plots import plot_pareto, require_viz
+from tokenmerge.report.table import Table, as_csv, as_html, as_latex, as_markdown, check_writable, plain
 from tokenmerge.schedule import R
-from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
-from tokenmerge.measure.trial import BOUND, FIGURES, ComparisonRow, Subject
-from tokenmerge.tools.models import AUTO, Method, Trained, own_r, read_method, short_name
-from tokenmerge.report.plots import plot_pareto
-from tokenmerge.report.table import Results, as_csv, as_html, as_latex, as_markdown, check_writable, plain
-from tokenmerge.tools.visualize import require_viz
+from tokenmerge.tools.data import FASHION_MNIST
+from tokenmerge.tools.models import AUTO, Method, Trained, apply_method, own_r, read_method, short_name
 
 __all__ = ["ALL", "Comparison", "ComparisonRow", "compare"]
 
@@ -33,7 +36,6 @@ ALL = "all"
 RS: tuple[R, ...] = (8, 13, 16)
 _UNMERGED = "unmerged"
 _VERSION = 2
-_COLUMNS = ComparisonRow.titles()
 _MEASURED = "GMACs"  # a row has it as soon as it has any figures
 _MEANING = (
     "Agreement and KL divergence are with the unmerged model; ± is the standard error of the accuracy; GMACs are of "
@@ -43,8 +45,36 @@ _MEANING = (
 )
 
 
+class ComparisonRow(Record):
+    """A method at one amount. What its answers do not say is None; a row without figures says why in `note`."""
+
+    __slots__ = ()
+    method = columns.METHOD
+    asked = columns.ASKED
+    r = columns.R
+    top1 = columns.TOP1.or_none()
+    top1_error = columns.TOP1_ERROR.or_none()
+    agreement = columns.AGREEMENT.or_none()
+    kl = columns.KL.or_none()
+    error = columns.ERROR.or_none()
+    cosine = columns.COSINE.or_none()
+    gmacs = columns.GMACS.or_none()
+    macs_share = columns.MACS_SHARE.or_none()
+    matching_gmacs = columns.MATCHING_GMACS.or_none()
+    images_per_second = columns.IMAGES_PER_SECOND.or_none()
+    speed_up = columns.SPEED_UP.or_none()
+    over_bound = columns.OVER_BOUND.or_none()
+    tokens = columns.MEAN_TOKENS.or_none()
+    note = columns.NOTE
+
+
+_COLUMNS = ComparisonRow.titles()
+# what is measured; which of the first apply depends on what the model answers
+FIGURES = tuple(title for title in _COLUMNS if title not in ("method", "asked", "r", "note"))
+
+
 @dataclass(repr=False)
-class Comparison(Results[ComparisonRow]):
+class Comparison(Table[ComparisonRow]):
     """One row per method and amount, the unmerged model first, and what they were measured on.
 
     A row that could not be measured has None for numbers and the reason in `note`.
@@ -99,7 +129,9 @@ class Comparison(Results[ComparisonRow]):
             facts.append(f"{len(self.corrupt)} images could not be read and were left out: {'; '.join(self.corrupt)}.")
         return facts
 
-    def _said(self) -> list[str]:
+    @property
+    def remarks(self) -> list[str]:
+        """What rows say besides numbers, and what a reader needs to judge these."""
         return [*self.notes, *self.facts]
 
     def _shown(self) -> list[dict[str, Any]]:
@@ -123,7 +155,7 @@ class Comparison(Results[ComparisonRow]):
 
 def compare(
     model: nn.Module,
-    data: FashionMNIST | Folder,
+    data: Labelled,
     *,
     methods: Sequence[Method],
     rs: Sequence[R] | None = None,
@@ -153,39 +185,55 @@ def compare(
         raise DataError(f"a comparison needs at least 1 timed round; got {rounds}.")
     where = find_device(device)
     tasks = _tasks(methods, rs, macs, has_images=calibrate is not None)
-    ledger = _Ledger(Path(folder), _settings(label, model, data, where, calibrate, restore), fresh)
-    subject: Subject | None = None
-    done = sum(task.key in ledger.rows for task in tasks)
+    folder = Path(folder)
+    journal = _journal(folder, _settings(label, model, data, where, calibrate, restore), fresh)
+    check_writable(folder / "table.md")
+    trial: Trial | None = None
+    done = sum(task.key in journal.rows for task in tasks)
     if progress is not None:
         progress(done, len(tasks))
-    for task in [task for task in tasks if task.key not in ledger.rows]:
-        if subject is None and not task.refusal:
-            subject = Subject(model, data, where, rounds=rounds, images=calibrate, restore=restore)
-        row = _row(subject, task)
-        about = {**environment(where), "rounds": str(rounds)}
-        if subject is not None:
-            ledger.corrupt = subject.corrupt or ledger.corrupt
-            ledger.note = subject.question.note
-        ledger.add(task, row, about)
+    for task in [task for task in tasks if task.key not in journal.rows]:
+        if trial is None and not task.refusal:
+            trial = Trial(model, data, where, rounds=rounds, restore=restore)
+        row = _row(trial, task, calibrate)
+        if trial is not None:
+            journal.facts = {"corrupt": trial.corrupt or journal.facts["corrupt"], "note": trial.question.note}
+        journal.add(task.key, {**row, "environment": {**environment(where), "rounds": str(rounds)}})
         done += 1
         if progress is not None:
             progress(done, len(tasks))
-    found = _comparison(label, data, ledger, [task.key for task in tasks])
-    found.write(ledger.folder)
+    found = _comparison(label, data, journal, [task.key for task in tasks])
+    found.write(folder)
     return found
 
 
-def _comparison(label: str, data: FashionMNIST | Folder, ledger: _Ledger, asked: Sequence[str]) -> Comparison:
+def _journal(folder: Path, settings: dict[str, Any], fresh: bool) -> Journal:
+    """Return the rows that the folder holds; those without figures are tried again."""
+    journal = Journal(
+        folder / "rows.json",
+        "comparison",
+        settings,
+        version=_VERSION,
+        columns={*_COLUMNS, "environment"},
+        facts={"corrupt": [], "note": ""},  # the images left out, and why labels do not count, where they do not
+        fresh=fresh,
+    )
+    journal.rows = {key: row for key, row in journal.rows.items() if row[_MEASURED] is not None}
+    return journal
+
+
+def _comparison(label: str, data: Labelled, journal: Journal, asked: Sequence[str]) -> Comparison:
     """Return what the folder holds, the rows that were asked for first."""
-    rows = list({**{key: ledger.rows[key] for key in asked}, **ledger.rows}.values())
+    rows = list({**{key: journal.rows[key] for key in asked}, **journal.rows}.values())
+    corrupt, note = journal.facts["corrupt"], journal.facts["note"]
     return Comparison(
-        title=f"{label} on {len(data) - len(ledger.corrupt)} images of {data.source}",
+        title=f"{label} on {len(data) - len(corrupt)} images of {data.source}",
         rows=[ComparisonRow({name: row[name] for name in _COLUMNS}) for row in rows],
         environment=[row["environment"] for row in rows],
-        images=len(data) - len(ledger.corrupt),
+        images=len(data) - len(corrupt),
         batch_size=data.batch_size,
-        corrupt=ledger.corrupt,
-        about=[*data.preprocessing.notes(), *data.notes, *([ledger.note] if ledger.note else [])],
+        corrupt=corrupt,
+        about=[*data.preprocessing.notes(), *data.notes, *([note] if note else [])],
     )
 
 
@@ -238,7 +286,7 @@ def _tasks(
 def _settings(
     label: str,
     model: nn.Module,
-    data: FashionMNIST | Folder,
+    data: Labelled,
     where: torch.device,
     calibrate: Tensor | None,
     restore: Restore | None,
@@ -258,64 +306,31 @@ def _settings(
     }
 
 
-class _Ledger:
-    """The rows of a folder by their keys, in a file that is whole at any time."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any], fresh: bool) -> None:
-        self.folder, self.settings, self.fresh = folder, settings, fresh
-        self.path = folder / "rows.json"
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.corrupt: list[str] = []
-        self.note = ""  # why labels do not count, where they do not
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot write to {folder}: {error.strerror}.") from error
-        check_writable(folder / "table.md")
-        if self.path.exists() and not fresh:
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            seen, self.corrupt = dict(content["settings"]), list(content["corrupt"])
-            self.note = str(content["note"])
-            rows = {row["key"]: row for row in content["rows"]}
-            is_whole = all({*_COLUMNS, "environment"} <= {*row} for row in rows.values())
-            reason = "" if content["version"] == _VERSION and is_whole else "its version or its columns are others"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        hint = "Give another folder (--out), or start over (--fresh), which keeps it as rows.json.old."
-        if reason:
-            raise DataError(f"{self.path} cannot be read as a comparison: {reason}. {hint}")
-        names = [name for name in {**self.settings, **seen} if self.settings.get(name) != seen.get(name)]
-        if names:
-            different = "; ".join(f"{name}: asked {self.settings.get(name)}, there {seen.get(name)}" for name in names)
-            raise DataError(f"{self.folder} holds a comparison with other settings ({different}). {hint}")
-        # the others are tried again
-        self.rows = {key: row for key, row in rows.items() if row[_MEASURED] is not None}
-
-    def add(self, task: _Task, row: dict[str, Any], about: dict[str, str]) -> None:
-        self.rows[task.key] = {"key": task.key, **row, "environment": about}
-        if self.fresh and self.path.exists():
-            # not before there is a row to take its place
-            self.path.replace(self.path.with_name("rows.json.old"))
-        self.fresh = False
-        content = {"version": _VERSION, "settings": self.settings, "corrupt": self.corrupt, "note": self.note}
-        write_file(self.path, json.dumps({**content, "rows": list(self.rows.values())}, indent=2) + "\n")
-
-
-def _row(subject: Subject | None, task: _Task) -> dict[str, Any]:
+def _row(trial: Trial | None, task: _Task, calibrate: Tensor | None) -> dict[str, Any]:
     """Return one row; whatever keeps a method from running on this model becomes its note."""
     row: dict[str, Any] = {**dict.fromkeys(_COLUMNS), "method": task.text, "asked": task.asked, "r": "-", "note": ""}
-    if subject is None or task.refusal:
+    if trial is None or task.refusal:
         return {**row, "note": task.refusal}
     if task.method == _UNMERGED:
-        return {**row, **subject.unmerged()}
+        return row | _of_table(trial.unmerged())
+
+    def reduce(method: Method, r: R | None) -> nn.Module:
+        twin = shared_copy(trial.model)
+        apply_method(twin, method, r=r, calibrate=calibrate, restore=trial.restore)
+        return twin
+
     try:
-        return {**row, **subject.measure(task.method, task.r, task.share)}
+        r = task.r
+        if task.share is not None:
+            # for "auto" that of tome
+            r = trial.smallest_r(partial(reduce, "tome" if task.method == AUTO else task.method), task.share)
+        return row | _of_table(trial.measure(reduce(task.method, r)))
     except RuntimeError as error:
         return {**row, "note": " ".join(str(error).split()) or type(error).__name__}
+
+
+def _of_table(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if name in _COLUMNS}
 
 
 def _identity(method: Method) -> str:

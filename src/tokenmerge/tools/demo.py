@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge.errors import DataError
 from tokenmerge.files import replacing, write_file
+from tokenmerge.report.plots import plot_tradeoff, require_viz
+from tokenmerge.report.table import as_markdown, check_writable, measured_on
 from tokenmerge.schedule import R
 from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
-from tokenmerge.report.plots import plot_tradeoff
-from tokenmerge.report.table import as_markdown, check_writable, measured_on
-from tokenmerge.tools.visualize import draw_groups, require_viz, sheet
+from tokenmerge.tools.visualize import draw_groups, sheet
 
 __all__ = ["demo"]
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
-from tokenmerge.errors import DataError
 from tokenmerge.measure.counting import flops
-from tokenmerge.measure.outputs import answer, find_device, run_images, shared_copy
+from tokenmerge.measure.labelled import Labelled
+from tokenmerge.measure.outputs import find_device, run_images, shared_copy
 from tokenmerge.measure.timing import environment
-from tokenmerge.schedule import R
+from tokenmerge.measure.trial import BOUND, Seen, Trial
 from tokenmerge.report import columns
 from tokenmerge.report.columns import Record
-from tokenmerge.tools.data import FashionMNIST, Folder
+from tokenmerge.report.table import Table
+from tokenmerge.schedule import R
 from tokenmerge.tools.models import Method, apply_method, choices_of
-from tokenmerge.measure.quality import Judge, Question
-from tokenmerge.report.table import Results, measured_on
 
 __all__ = ["Evaluation", "EvaluationRow", "evaluate"]
 
@@ -49,7 +46,7 @@ class EvaluationRow(Record):
 
 
 @dataclass(repr=False)
-class Evaluation(Results[EvaluationRow]):
+class Evaluation(Table[EvaluationRow]):
     """One row per `r` (the unmerged model is r = 0), the images left out, what "auto" chose, and what it ran on.
 
     `notes` say how the images were prepared, and what the figures cannot say.
@@ -69,30 +66,10 @@ class Evaluation(Results[EvaluationRow]):
         lost = [f"{len(self.corrupt)} of {whole} images could not be read and were left out:"] if self.corrupt else []
         return [*self.notes, *lost, *(f"  {line}" for line in self.corrupt), *self.choices]
 
-    def _said(self) -> list[str]:
-        return [*self.remarks, measured_on(self.environment)]
-
-
-class _Variant:
-    """One model in the pass: how its answers compare, and the seconds of its forwards."""
-
-    def __init__(self, model: nn.Module, r: R) -> None:
-        self.model, self.r = model, r
-        self.judge: Judge | None = None
-        self.seconds = 0.0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        start = time.perf_counter()
-        output = self.model(images)
-        if images.device.type == "cuda":
-            torch.cuda.synchronize(images.device)
-        self.seconds += time.perf_counter() - start
-        return answer(output)
-
 
 def evaluate(
     model: nn.Module,
-    data: FashionMNIST | Folder,
+    data: Labelled,
     *,
     rs: Sequence[R] = (0, 8, 16),
     method: Method = "tome",
@@ -114,37 +91,21 @@ def evaluate(
     """
     where = find_device(device)
     model = shared_copy(model.to(where)).eval()  # the caller's may be in training
-    dtype = next(model.parameters()).dtype
-    variants = [_Variant(model, 0)]
-    bounds: dict[int, _Variant] = {}
-    for r in rs:
-        if r == 0:
-            continue
-        variants.append(_Variant(_patched(model, method, r, prop_attn, restore, calibrate), r))
-        if bound:
-            bounds[len(variants) - 1] = _Variant(_patched(model, "drop", r, False, restore), r)
-    everyone = variants + list(bounds.values())
-    seen = 0
-    shape: tuple[int, ...] | None = None
-    notes = [*data.preprocessing.notes(), *data.notes]
-    with torch.inference_mode():
-        for turn, (images, labels) in enumerate(data):
-            images, labels = images.to(where, dtype), labels.to(where)
-            if shape is None:
-                shape = tuple(images.shape[1:])
-                question = _warm_up(everyone, images, data)
-                notes += [question.note] if question.note else []
-            _one_batch(variants, everyone, images, labels, turn)
-            seen += len(images)
-            if progress is not None:
-                progress(seen, len(data))
-    if shape is None:
-        raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
-    rows = [_row(variant, variants[0], bounds.get(i), bound, seen, shape) for i, variant in enumerate(variants)]
+    merged = {i: _patched(model, method, r, prop_attn, restore, calibrate) for i, r in enumerate(rs) if r != 0}
+    bounds = {i: _patched(model, BOUND, rs[i], False, restore) for i in merged} if bound else {}
+    trial = Trial(model, data, where, keep=0)
+    models = [trial.model, *merged.values(), *bounds.values()]
+    for twin in models[1:]:
+        trial.question.check(run_images(twin, trial.batch), run_images(trial.model, trial.batch))
+    unmerged, *others = trial.judge(models, progress)
+    found = dict(zip([*merged, *(~i for i in bounds)], others, strict=True))
+    rows = [_row("0", unmerged, unmerged, trial.model, trial, None, bound)]
+    rows += [_row(str(rs[i]), found[i], unmerged, twin, trial, found.get(~i), bound) for i, twin in merged.items()]
     empty = [name for name in rows[0] if name in _QUALITY and all(row[name] is None for row in rows)]
     whole = [EvaluationRow({name: value for name, value in row.items() if name not in empty}) for row in rows]
-    choices = choices_of((variant.r, variant.model) for variant in variants[1:])
-    return Evaluation(whole, environment(where), seen, list(data.corrupt), choices, notes)
+    notes = [*data.preprocessing.notes(), *data.notes, *([trial.question.note] if trial.question.note else [])]
+    choices = choices_of((rs[i], twin) for i, twin in merged.items())
+    return Evaluation(whole, environment(where), unmerged.judge.seen, trial.corrupt, choices, notes)
 
 
 def _patched(
@@ -160,46 +121,20 @@ def _patched(
     return twin
 
 
-def _warm_up(everyone: list[_Variant], images: Tensor, data: FashionMNIST | Folder) -> Question:
-    """Run the first batch once untimed, and say what can be asked of the answers."""
-    answers = [run_images(variant.model, images) for variant in everyone]
-    question = Question(everyone[0].model, data, tuple(answers[0].shape))
-    for variant, got in zip(everyone, answers, strict=True):
-        question.check(got, answers[0])
-        variant.judge = Judge(question)
-    return question
-
-
-def _one_batch(variants: list[_Variant], everyone: list[_Variant], images: Tensor, labels: Tensor, turn: int) -> None:
-    first = turn % len(everyone)
-    answers = {id(variant): variant(images) for variant in everyone[first:] + everyone[:first]}
-    for variant in variants:
-        assert variant.judge is not None
-        variant.judge.add(answers[id(variant)], answers[id(variants[0])], labels)
-
-
 def _row(
-    variant: _Variant, unmerged: _Variant, bound: _Variant | None, with_bound: bool, seen: int, shape: tuple[int, ...]
+    r: str, seen: Seen, unmerged: Seen, model: nn.Module, trial: Trial, bound: Seen | None, with_bound: bool
 ) -> dict[str, Any]:
-    assert variant.judge is not None
-    quality = variant.judge.figures()
+    images, quality = unmerged.judge.seen, seen.judge.figures()
+    handle = tokenmerge.handle_of(model, None)
     row: dict[str, Any] = {
-        "r": str(variant.r),
+        "r": r,
         **{name: quality[name] for name in _QUALITY},
-        "images/s": round(seen / variant.seconds, 1),
-        "speed-up": round(unmerged.seconds / variant.seconds, 2),
-        "GMACs": round(flops(variant.model, shape) / 1e9, 4),
-        "tokens": _tokens(variant.model),
+        "images/s": round(images / seen.seconds, 1),
+        "speed-up": round(unmerged.seconds / seen.seconds, 2),
+        "GMACs": round((flops(model, trial.size) if handle else trial.macs) / 1e9, 4),
+        "tokens": (handle.tokens if handle else trial.tokens)[-1],
     }
     if with_bound:
-        row["bound images/s"] = round(seen / bound.seconds, 1) if bound else None
-        row["over bound"] = round(variant.seconds / bound.seconds, 3) if bound else None
+        row["bound images/s"] = round(images / bound.seconds, 1) if bound else None
+        row["over bound"] = round(seen.seconds / bound.seconds, 3) if bound else None
     return row
-
-
-def _tokens(model: nn.Module) -> int:
-    handle = tokenmerge.handle_of(model, None)
-    if handle:
-        return handle.tokens[-1]
-    with tokenmerge.patched(model, r=0) as handle:
-        return handle.tokens[-1]

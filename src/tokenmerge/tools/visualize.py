@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.errors import DataError
+from tokenmerge.report.plots import import_pil
 
-__all__ = ["draw_clip", "draw_features", "draw_groups", "require_viz", "sheet"]
+__all__ = ["draw_clip", "draw_features", "draw_groups", "sheet"]
 
 
 def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
@@ -20,7 +21,7 @@ def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple
     not given). A group of one patch keeps its pixels,
     dropped patches (-1) are black. Raises `DataError` where patches and image do not fit.
     """
-    image_module = _pil()
+    image_module = import_pil()
     rows, columns = grid or (image.height // patch_size, image.width // patch_size)
     if groups.numel() != rows * columns:
         raise DataError(f"{groups.numel()} patches do not fit an image of {rows} x {columns} patches of {patch_size}.")
@@ -49,7 +50,7 @@ def draw_clip(frames: Sequence[Any], groups: Tensor, *, grid: tuple[int, int, in
         raise DataError(f"{len(frames)} frames do not fit tubelets of {times} times; give one frame for each.")
     width, height = frames[0].size
     # one tall image: what is one group there is one over time
-    strip = _pil().new("RGB", (width, times * height))
+    strip = import_pil().new("RGB", (width, times * height))
     for number, frame in enumerate(frames):
         strip.paste(frame.convert("RGB"), (0, number * height))
     drawn = draw_groups(strip, groups, patch_size=patch_size, grid=(times * rows, columns))
@@ -61,7 +62,7 @@ def draw_features(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Any]:  
 
     The components are those of the first map, so that colours compare. Raises `DataError` for maps of other shapes.
     """
-    image_module = _pil()
+    image_module = import_pil()
     shape = maps[0].shape
     if len(shape) != 3 or any(features.shape != shape for features in maps):
         raise DataError(f"expected maps of one shape [C, rows, columns]; got {[tuple(m.shape) for m in maps]}.")
@@ -82,7 +83,7 @@ def draw_features(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Any]:  
 
 def sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], *, side: int = 168, gap: int = 8) -> Any:
     """Return one PIL image: rows of images of equal size, with a label above each column."""
-    image_module = _pil()
+    image_module = import_pil()
     from PIL import ImageDraw
 
     top = 24
@@ -96,15 +97,6 @@ def sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], *, side: int = 1
             spot = (gap + column * (side + gap), top + gap + line * (side + gap))
             page.paste(image.resize((side, side), image_module.NEAREST), spot)
     return page
-
-
-def require_viz() -> None:
-    """Raise `UnsupportedError` with the command that installs what plots and pictures need."""
-    _pil()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedError('plots need matplotlib: pip install "tokenmerge[viz]"') from error
 
 
 def _border(index: Tensor) -> Tensor:  # [height, width] -> bool [height, width]
@@ -124,11 +116,3 @@ def _colours(count: int) -> Tensor:
     offsets = torch.tensor([5.0, 3.0, 1.0])
     k = (hue[:, None] + offsets) % 6
     return 255 * (1 - 0.85 * torch.minimum(k, 4 - k).clamp(0, 1))
-
-
-def _pil() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UnsupportedError('pictures need Pillow: pip install "tokenmerge[viz]"') from error
-    return Image

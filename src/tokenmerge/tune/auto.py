@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import matching
+from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
+from tokenmerge.handle import Handle, attached
 from tokenmerge.measure.counting import CostModel
 from tokenmerge.measure.outputs import answer
 from tokenmerge.methods import Reduction, ToFu, ToMe, ToMeCIS
@@ -25,18 +27,17 @@ __all__ = ["calibrate"]
 
 _BATCH = 32
 _STEPS = 10  # of the search for one threshold of similarity
-Patched = Callable[..., AbstractContextManager[Any]]
 
 
-def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calibration:
+def calibrate(model: nn.Module, r: R, images: Tensor, options: Mapping[str, Any]) -> Calibration:
     """Try a small set of candidates with the MACs of ToMe at `r` and return what each does to the unmerged answers.
 
     First the shape of the schedule (as asked; falling to 0 in a straight line, and steeper; and as many pairs in each
-    block as are alike by one threshold) for keys and for token features, then, with the best shape, other metrics,
+    block as are alike by one threshold) for keys and for token features. Then, with the best shape, other metrics,
     early pruning and norms, and class importance. Damage is the squared distance of the output from the unmerged
     model's, relative to that: of logits too, since the KL divergence of a few images is that of the one or two that
-    the model is unsure of. `patched` is `tokenmerge.patched`. The model is left as it was. Raises `ConfigError` for
-    images it cannot use.
+    the model is unsure of. `options` are those of `MergeConfig` besides the method and `r`. The model is left as it
+    was. Raises `ConfigError` for images it cannot use.
     """
     if not isinstance(images, Tensor) or images.dim() < 2 or len(images) == 0:
         seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -44,7 +45,7 @@ def calibrate(model: nn.Module, r: R, images: Tensor, patched: Patched) -> Calib
             f"calibrate takes a batch of the model's inputs as one tensor, e.g. [64, 3, 224, 224]; got {seen}."
         )
     with _evaluating(model):
-        trial = _Trial(model, images, patched)
+        trial = _Trial(model, images, options)
         shapes = trial.shapes(r)
         for method in (ToMe(), ToMe(metric="x")):
             for shape, amounts in shapes.items():
@@ -89,24 +90,27 @@ class _AsAlike(ToMe):
 
 
 class _Trial:
-    def __init__(self, model: nn.Module, images: Tensor, patched: Patched) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, options: Mapping[str, Any]) -> None:
         parameter = next(model.parameters())
-        self.model, self.patched = model, patched
+        self.model, self.options = model, options
         self.batches = images.to(parameter.device, parameter.dtype).split(_BATCH)
         self.size = tuple(images.shape[1:])
         self.expected = self._unmerged()
         self.found = Calibration(len(images))
-        with patched(model, r=0) as handle:
+        with self._reduced(ToMe(), 0) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
             self.model(self.batches[0][:1])
             self._tokens = int(handle.tokens[0])
             self._macs = CostModel(model, self.size)
 
     def __call__(self, method: Reduction, shape: str, r: R) -> None:
-        with self.patched(self.model, method, r=r):
+        with self._reduced(method, r):
             answers = self._answers()
         damage = (answers - self.expected).square().sum() / self.expected.square().sum().clamp_min(1e-12)
         self.found.tried.append(Candidate(method, shape, r, self._macs(r), damage.item()))
+
+    def _reduced(self, method: Reduction, r: R) -> Handle:
+        return attached(self.model, MergeConfig(method, r=r, **self.options))
 
     def shapes(self, r: R) -> dict[str, R]:
         """Return the schedules to try: what was asked for, and falling ones that cost no more MACs than it."""
@@ -134,7 +138,7 @@ class _Trial:
         for _ in range(_STEPS):
             middle = (low + high) / 2
             counter = _AsAlike(**vars(method), threshold=1 - math.exp(middle))
-            with self.patched(self.model, counter, r=self._tokens):
+            with self._reduced(counter, self._tokens):
                 self.model(self.batches[0][:16])
             amounts: R = [counter.amounts.get(layer, 0) for layer in range(self.depth)]
             if self._macs(amounts) <= most:

@@ -1,0 +1,73 @@
+"""Results that outlive the process: rows by their keys in a JSON file that is whole at any time, to go on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenmerge.errors import DataError
+from tokenmerge.files import write_file
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """Rows of one piece of work, each written when it is finished; whoever does the same work again goes on with them.
+
+    `settings` are what all rows have in common: work with other ones is refused, with the differences named. `facts`
+    are kept beside the rows: set them at any time, they are written with the next row. With `fresh` the file is left
+    alone until there is a row to take its place, and is then kept as NAME.old.
+    Raises `DataError` for a folder that cannot be written, and for a file that holds something else.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        settings: Mapping[str, Any],
+        *,
+        version: int,
+        columns: Collection[str],
+        facts: Mapping[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self.path, self.settings, self.fresh = path, dict(settings), fresh
+        self._kind, self._version, self._columns = kind, version, {*columns}
+        self.facts: dict[str, Any] = dict(facts or {})
+        self.rows: dict[str, dict[str, Any]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot write to {path.parent}: {error.strerror}.") from error
+        if path.exists() and not fresh:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            seen = dict(content["settings"])
+            facts = {name: type(plain)(content[name]) for name, plain in self.facts.items()}
+            rows = {row["key"]: row for row in content["rows"]}
+            is_whole = all({*row} >= self._columns for row in rows.values())
+            reason = "" if content["version"] == self._version and is_whole else "its version or its columns are others"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        hint = f"Give another folder (--out), or start over (--fresh), which keeps it as {self.path.name}.old."
+        if reason:
+            raise DataError(f"{self.path} cannot be read as a {self._kind}: {reason}. {hint}")
+        names = [name for name in {**self.settings, **seen} if self.settings.get(name) != seen.get(name)]
+        if names:
+            different = "; ".join(f"{name}: asked {self.settings.get(name)}, there {seen.get(name)}" for name in names)
+            raise DataError(f"{self.path.parent} holds a {self._kind} with other settings ({different}). {hint}")
+        self.facts, self.rows = facts, rows
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Write a row; one of the same key is replaced."""
+        self.rows[key] = {"key": key, **row}
+        if self.fresh and self.path.exists():
+            self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+        self.fresh = False
+        content = {"version": self._version, "settings": self.settings, **self.facts, "rows": [*self.rows.values()]}
+        write_file(self.path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,59 @@
+"""How far a long piece of work is, and how much time is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """A progress line on stderr, with the time left: a rich bar on a terminal, else plain lines.
+
+    A plain line comes with every tenth, and where that takes longer, every minute.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._tenth = -1
+        self._bar: Any = None
+        self._first: tuple[float, int] | None = None  # when it began, with how much done before
+        self._shown = 0.0
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            try:
+                from rich.console import Console
+                from rich.progress import MofNCompleteColumn
+                from rich.progress import Progress as Bar
+            except ImportError:
+                return self
+            # steps may take minutes: of a shorter period no speed could be told
+            columns = (*Bar.get_default_columns(), MofNCompleteColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=3600)
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=None)
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif 10 * done // total > self._tenth or now - self._shown > 60:
+            self._tenth, self._shown = 10 * done // total, now
+            print(f"{self.label}: {done}/{total}{self._left(now, done, total)}", file=sys.stderr, flush=True)
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        assert self._first is not None
+        start, before = self._first
+        seconds = (now - start) / max(1, done - before) * (total - done)
+        if seconds < 10:
+            return ""
+        return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
