@@ -18,8 +18,8 @@ import tokenmerge
 from helpers import answer, assert_close, bound_attributes, randomised, run_in_threads, shortened, tiny_vit
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
 from tokenmerge.errors import AlreadyPatchedError
+from tokenmerge.testing.models.plain import MAEStandIn, SwagStandIn
 
 Make = Callable[[], nn.Module]
 Family = Callable[[], tuple[nn.Module, Tensor]]

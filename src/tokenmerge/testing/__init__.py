@@ -1,0 +1,1 @@
+"""For test suites, also those of others: small models of every family."""
