@@ -18,7 +18,7 @@ from tokenmerge.api import patched
 from tokenmerge.handle import Handle
 from tokenmerge.measure.simulate import simulate
 from tokenmerge.report import Report
-from tokenmerge.testing.comparing import TOLERANCE, assert_close, assert_equal, expect, traces
+from tokenmerge.testing.comparing import assert_close, assert_equal, expect, traces
 
 __all__ = ["FamilyCase", "group_mean"]
 
@@ -202,6 +202,6 @@ def _first_wrong(case: FamilyCase, groups: Sequence[Tensor], positions: Sequence
         if one.shape != other.shape:
             return f"block {name} leaves {tuple(one.shape)}, the simulation {tuple(other.shape)}"
         difference = (one - other).abs().max().item()
-        if difference > TOLERANCE[one.dtype] * max(1.0, other.abs().max().item()):
+        if difference > case.tolerance * max(1.0, other.abs().max().item()):
             return f"the first block with wrong tokens is {name}: max |difference| {difference:.3g}"
     return "the tokens of all blocks are right: it is what follows them (pooling, the head)"
