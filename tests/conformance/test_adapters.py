@@ -83,8 +83,11 @@ WITHOUT = {
 @pytest.mark.parametrize("promise", PROMISES)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_family_keeps_a_promise(name: str, promise: str) -> None:
-    tiny_of(BY_NAME[name])
-    check_adapter(BY_NAME[name], only=[promise], skip=WITHOUT.get(name))
+    try:
+        check_adapter(BY_NAME[name], only=[promise], skip=WITHOUT.get(name))
+    except ModuleNotFoundError:
+        tiny_of(BY_NAME[name])  # skips where the host is missing
+        raise
 
 
 every_variant = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +41,14 @@ def _tiny(adapter: Adapter) -> tuple[nn.Module, Tensor]:
     return randomised(model).eval(), torch.randn(2, *x.shape[1:])
 
 
+@lru_cache(maxsize=4)
+def _kept(adapter: Adapter) -> tuple[nn.Module, Tensor]:
+    """The model that all promises of a family are checked on, each on a copy of its own."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return _tiny(adapter)
+
+
 def check_adapter(
     adapter: Adapter | nn.Module,
     *inputs: Any,
@@ -73,9 +82,7 @@ def check_adapter(
     promise that is broken, the block and the numbers, `DataError` for a model without inputs.
     """
     if isinstance(adapter, Adapter):
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            model, x = _tiny(adapter)
+        model, x = _kept(adapter)
         subject, inputs = f"the family {adapter.name!r}", inputs or (x,)
     else:
         model, subject = adapter, f"this {type(adapter).__qualname__}"
