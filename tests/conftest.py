@@ -7,12 +7,10 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -54,18 +52,12 @@ def _compiler() -> Iterator[None]:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison() -> Iterator[None]:
     """Fill memory that nobody has written yet with values that no test expects."""
+    from tokenmerge.testing.kernels import poisoned_memory
 
-    def poisoned(allocate: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            fresh: Tensor = allocate(*args, **kwargs)
-            return fresh.fill_(float("nan") if fresh.is_floating_point() else -(2**31))
-
-        return run
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    with poisoned_memory():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

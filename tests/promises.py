@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import assert_close
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.testing import check_adapter
 
 Output = Callable[[Any], Tensor]
 
@@ -51,54 +52,27 @@ def check_promises(
     family: Family | None = None,
     **options: Any,
 ) -> list[int]:
-    """Check a model in eval mode whose parameters are randomised; returns the tokens after each block.
+    """Check the promise of merging on a model in eval mode whose parameters are randomised, and note it for the page.
 
-    r = 0 is the original, as many tokens go as planned, sizes add up to the input's tokens, merging changes the answer,
-    the answer and all restored tokens are those of the group-mean simulation (`is_simulated`), and removal is
-    bit-exact. `output` picks the tensor to compare out of what the model returns for `inputs` and `options`; `patch`
-    are further options of `tokenmerge.patch`, `family` the model's place on the page of what is supported. Use
-    float64 models where the tolerance should mean something.
+    Returns the tokens after each block. The arguments are those of `check_adapter`; `options` are the model's, `family`
+    is the model's place on the page of what is supported. Use float64 models where the tolerance should mean something.
     """
-    settings = {"prop_attn": prop_attn, "track": True, **(patch or {})}
-
-    def run() -> Tensor:
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return output(model(*inputs, **options)).clone()
-
-    unmerged, keys, before = run(), list(model.state_dict()), _attributes(model)
-    assert unmerged.isfinite().all()
-    handle = tokenmerge.patch(model, r=0, **settings)
-    assert list(model.state_dict()) == keys
-    assert_close(run(), unmerged, tolerance)
-    handle.r = r
-    merged = run()
-    groups, positions = handle.groups, handle.positions
-    n, left = groups[0].shape[1], []
-    for _ in groups:
-        n -= min(r, (n - handle.prefix) // 2)
-        left.append(n)
-    assert handle.tokens == left and handle.sizes.shape[1] == left[-1]
-    assert left[-1] < groups[0].shape[1], "no token was removed"
-    assert (handle.sizes.sum(dim=1) == groups[0].shape[1]).all()
-    report = handle.report()
-    handle.remove()
-    assert torch.equal(run(), unmerged)
-    assert _attributes(model) == before
-    assert merged.shape != unmerged.shape or (merged - unmerged).abs().max() > 10 * tolerance, "merging changed nothing"
-    with tokenmerge.patched(model, r=r, **{**settings, "restore": "dense"}) as handle:
-        restored = run()
-        for got, expected in zip(handle.groups, groups, strict=True):
-            assert torch.equal(got, expected)
-    assert restored.shape == unmerged.shape
-    if is_simulated:
-        simulated = output(tokenmerge.simulate(model, groups, *inputs, positions=positions, adapter=adapter, **options))
-        assert_close(restored, simulated, tolerance)
-        if merged.shape == simulated.shape:
-            assert_close(merged, simulated, tolerance)
+    report = check_adapter(
+        model,
+        *inputs,
+        r=r,
+        output=output,
+        options=options,
+        patch={"prop_attn": prop_attn, **(patch or {})},
+        described_by=adapter,
+        tolerance=tolerance,
+        is_simulated=is_simulated,
+        only=["group_mean"],
+    )
+    assert report is not None
     shown = "; ".join(report.limits) if is_simulated else "; ".join(("equivalence not compared", *report.limits))
     note(family or _own_family(model), "supported", shown, report.adapter)
-    return left
+    return report.tokens
 
 
 def _own_family(model: nn.Module) -> Family:
@@ -124,9 +98,3 @@ def check_intermediates(model: Any, x: Tensor, r: int = 3, tolerance: float = 1e
     assert len(maps) == len(entered) + 1
     for got, tokens in zip(maps, entered, strict=False):
         assert_close(got.flatten(2).mT, tokens[:, prefix:], tolerance)
-
-
-def _attributes(model: nn.Module) -> dict[str, list[str]]:
-    hooks = {path: [*module._forward_hooks, *module._forward_pre_hooks] for path, module in model.named_modules()}
-    assert not any(hooks.values())
-    return {path: sorted(module.__dict__) for path, module in model.named_modules()}

@@ -338,7 +338,7 @@ def test_an_attention_without_a_mask_gets_no_bias_and_the_report_says_so() -> No
 
 
 def test_proportional_attention_follows_the_paper_for_mae() -> None:
-    from tokenmerge.adapters.standins.plain import MAEStandIn
+    from tokenmerge.testing.models.plain import MAEStandIn
 
     handle = tokenmerge.patch(MAEStandIn(), r=2)
     assert handle.report().prop_attn and "off-the-shelf MAE" in handle.report().limits[0]

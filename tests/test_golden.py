@@ -15,9 +15,9 @@ from torch import nn
 import tokenmerge
 from helpers import assert_close
 from tokenmerge import functional
-from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
 from tokenmerge.compat import tome
 from tokenmerge.schedule import parse_r
+from tokenmerge.testing.models.plain import MAEStandIn, SwagStandIn
 
 GOLDEN = Path(__file__).parent / "golden"
 MATCHING = np.load(GOLDEN / "matching.npz")

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -66,9 +67,10 @@ EXAMPLES = [(page.name, block.split("```")[0]) for page in PAGES for block in pa
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
 def test_examples_of_the_pages_run(page: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
-    exec(compile(example, page, "exec"), names)
-    assert names.keys() & {"tokenmerge", "tome"}, "an example that does not use the library"
+    script = ModuleType("__main__")  # as if it were run: what it defines can be pickled
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    exec(compile(example, page, "exec", dont_inherit=True), vars(script))
+    assert vars(script).keys() & {"tokenmerge", "tome"}, "an example that does not use the library"
 
 
 def test_there_are_examples_to_run() -> None:

@@ -1,14 +1,16 @@
 """Make pretrained vision transformers faster by merging similar tokens: one line, no training.
 
-Here are the functions that take a model, and the types they take and return. Three modules hold the rest, and are
+Here are the functions that take a model, and the types they take and return. Four modules hold the rest, and are
 there after `import tokenmerge`: `tokenmerge.errors` every error, `tokenmerge.methods` every method,
-`tokenmerge.tools` every tool, each a module of its own (`tokenmerge.tools.bench.bench`).
+`tokenmerge.tools` every tool, each a module of its own (`tokenmerge.tools.bench.bench`), `tokenmerge.testing` checks
+of methods, models and kernels of your own.
 """
 
 from tokenmerge import errors as errors
 from tokenmerge import functional as functional
 from tokenmerge import kernels as kernels
 from tokenmerge import methods as methods
+from tokenmerge import testing as testing
 from tokenmerge import tools as tools
 from tokenmerge._moved import find_moved as _find_moved
 from tokenmerge._version import __version__ as __version__

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import randomised, tiny_vit
 from promises import Family, note
-from tokenmerge.adapters.standins.clip import ClipTowerStandIn, NewOpenClipBlockStandIn
-from tokenmerge.adapters.standins.dino import DinoStandIn, DinoV2StandIn
 from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.testing.models.clip import ClipTowerStandIn, NewOpenClipBlockStandIn
+from tokenmerge.testing.models.dino import DinoStandIn, DinoV2StandIn
 
 Make = Callable[[], nn.Module]
 IMAGES = (2, 3, 32, 32)

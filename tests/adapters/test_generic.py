@@ -17,7 +17,7 @@ from promises import Family, check_promises
 from tokenmerge import ToMe
 from tokenmerge import errors as e
 from tokenmerge.adapters.generic import Generic
-from tokenmerge.adapters.standins.plain import PlainStandIn
+from tokenmerge.testing.models.plain import PlainStandIn
 
 NAMES = {"blocks": "layers", "attn": "mix", "norm": "between", "mlp": "feed"}
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge import flops
-from tokenmerge.adapters.standins.video import VideoMAEStandIn
+from tokenmerge.testing.models.video import VideoMAEStandIn
 
 TOLERANCE = 0.002
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import answer, assert_close, bound_attributes, randomised
 from promises import Family, check_promises
-from tokenmerge.adapters.standins.clip import ClipStandIn, ClipTowerStandIn, NewOpenClipBlockStandIn
 from tokenmerge.errors import AlreadyPatchedError, UnsupportedError, UnsupportedModelError
+from tokenmerge.testing.models.clip import ClipStandIn, ClipTowerStandIn, NewOpenClipBlockStandIn
 
 
 def test_only_the_vision_tower_of_clip_is_patched() -> None:

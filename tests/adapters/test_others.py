@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import answer, assert_close, randomised
 from promises import Family, check_promises
-from tokenmerge.adapters.standins.clip import ClipStandIn
-from tokenmerge.adapters.standins.dino import DinoStandIn, DinoV2StandIn
-from tokenmerge.adapters.standins.video import VideoMAEStandIn
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError, UnsupportedModelError
+from tokenmerge.testing.models.clip import ClipStandIn
+from tokenmerge.testing.models.dino import DinoStandIn, DinoV2StandIn
+from tokenmerge.testing.models.video import VideoMAEStandIn
 
 every_variant = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers import randomised
 from promises import Family, check_promises
-from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
+from tokenmerge.testing.models.plain import MAEStandIn, SwagStandIn
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mae-global-pool": lambda: MAEStandIn(patch_size=4),

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import tokenmerge
 from helpers import answer, assert_close, bound_attributes, randomised, tiny_vit
-from tokenmerge.adapters.standins.clip import ClipTowerStandIn
-from tokenmerge.adapters.standins.dino import DinoStandIn, DinoV2StandIn
-from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
-from tokenmerge.adapters.standins.video import VideoMAEStandIn
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.testing.models.clip import ClipTowerStandIn
+from tokenmerge.testing.models.dino import DinoStandIn, DinoV2StandIn
+from tokenmerge.testing.models.plain import MAEStandIn, SwagStandIn
+from tokenmerge.testing.models.video import VideoMAEStandIn
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
 CLIP = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(2)).double()

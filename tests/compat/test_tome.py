@@ -9,9 +9,9 @@ import torch
 
 import tokenmerge
 from helpers import assert_close, bound_attributes, tiny_vit
-from tokenmerge.adapters.standins.plain import MAEStandIn, SwagStandIn
 from tokenmerge.compat import tome
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
+from tokenmerge.testing.models.plain import MAEStandIn, SwagStandIn
 
 
 def test_the_readme_script() -> None:

@@ -6,15 +6,14 @@ further examples of a method are captured side by side, without a model.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenmerge
-from helpers import assert_close, randomised, tiny_vit, view_of
+from helpers import assert_close, randomised, tiny_vit
 from tokenmerge.methods import (
     ATM,
     DSM,
@@ -29,10 +28,11 @@ from tokenmerge.methods import (
     list_methods,
 )
 from tokenmerge.plan import AnyPlan
+from tokenmerge.testing import check_method
+from tokenmerge.testing.graphs import check_graphs
 
 pytestmark = pytest.mark.hosts
 ANY_BATCH = {0: torch.export.Dim("batch", min=1, max=512)}
-PARTS = ("stream", "x_pre", "q", "k", "v", "size", "branch")
 LEARNED = [name for name in list_methods() if issubclass(find(name), Learned)]
 FIXED = [name for name in list_methods() if name not in LEARNED]
 
@@ -54,42 +54,9 @@ def _in_model(name: str) -> list[Reduction]:
 OTHERS = {name: [example for example in find(name).examples() if example not in _in_model(name)] for name in FIXED}
 
 
-class _Reductions(nn.Module):
-    """Methods that each reduce the same tokens, side by side in one graph."""
-
-    def __init__(self, methods: list[Reduction], view: TokenView, r: int) -> None:
-        super().__init__()
-        self.methods, self.view, self.r = methods, view, r
-
-    def forward(self, *parts: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        view, reduced = replace(self.view, **dict(zip(PARTS, parts, strict=True))), []
-        for method in self.methods:
-            plan = method.plan(replace(view, memory={}), self.r)
-            reduced.append(method.merge(plan, view.stream, view.size, view.branch))
-        return reduced
-
-
 @pytest.mark.parametrize("name", [name for name, examples in OTHERS.items() if examples])
 def test_examples_in_graphs(name: str) -> None:
-    # in the third of four blocks ZeroTPrune takes few steps, which are unrolled
-    examples, view = OTHERS[name], view_of(layer=2)
-    view = replace(view, branch=torch.randn_like(view.stream))
-    parts, reductions = [getattr(view, part) for part in PARTS], _Reductions(examples, view, 5)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        eager = reductions(*parts)
-        compiled = torch.compile(reductions, backend="eager", fullgraph=True)(*parts)
-        exported = torch.export.export(reductions, tuple(parts), dynamic_shapes=((ANY_BATCH,) * len(parts),)).module()
-        whole, single = exported(*parts), exported(*(part[:1] for part in parts))
-    for at, method in enumerate(examples):
-        for in_eager, in_graph, for_any, for_one in zip(eager[at], compiled[at], whole[at], single[at], strict=True):
-            assert in_graph.shape[1] == 21 and in_graph.isfinite().all(), method
-            # an adaptive method may remove fewer in eager mode
-            if in_eager.shape == in_graph.shape:
-                assert_close(in_graph, in_eager)
-            assert method.is_adaptive or in_eager.shape == in_graph.shape
-            assert_close(for_any, in_graph)
-            assert_close(for_one, in_graph[:1])
+    check_graphs(OTHERS[name])
 
 
 class _Relay(Reduction):
@@ -148,16 +115,6 @@ def test_a_model_in_graphs(methods: list[Reduction]) -> None:
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_learned_in_graphs(name: str) -> None:
-    """Two blocks: what a layer notes, the next one reads."""
-    method, model, images = find(name).examples()[0], tiny_vit(depth=2), torch.randn(2, 3, 32, 32)
-    handle = tokenmerge.patch(model, method, r=[5, 7])
-    if not isinstance(method, (AViT, LTMP)):
-        randomised(model.tokenmerge_modules)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        eager = model(images)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(images)
-        assert handle.tokens == [60, 53] and compiled.isfinite().all()
-        if not method.is_adaptive:
-            assert_close(compiled, eager)
-        assert_close(torch.export.export(model, (images,)).module()(images), compiled)
+    method = find(name).examples()[0]
+    keep = isinstance(method, (AViT, LTMP))
+    check_method(method, prepare=(lambda modules: modules) if keep else randomised, only=["graphs"])

@@ -11,7 +11,9 @@ from tokenmerge import Handle, MergeConfig, Schedule, ToMe
 from tokenmerge.about import MethodInfo
 from tokenmerge.api import Report, Support
 from tokenmerge.functional import merge_wavg
+from tokenmerge.kernels import reference
 from tokenmerge.report.columns import Column
+from tokenmerge.testing import check_kernel, check_method
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools.bench import Bench, BenchRow, bench
@@ -72,6 +74,10 @@ def questions(model: nn.Module) -> None:
 def modules(model: nn.Module) -> None:
     assert_type(tokenmerge.tools.bench.bench(model, rs=[8]), Bench)
     assert_type(bench_module.bench(model), Bench)
+    assert_type(tokenmerge.testing.check_adapter(model, torch.zeros(2, 3, 224, 224)), Report | None)
+    assert_type(tokenmerge.testing.tiny_model("timm_vit"), tuple[nn.Module, Tensor])
+    check_method(tokenmerge.methods.ToFu)
+    check_kernel("merge", reference.merge, device="cuda")
     assert_type(compare_module.compare(model, open_data("images", model, batch_size=8), methods=["tome"]), Comparison)
     tokenmerge.patch(model, tokenmerge.methods.ToFu(early=0.5), r=8)
     try:

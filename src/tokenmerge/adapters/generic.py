@@ -77,7 +77,7 @@ class Generic(Adapter):
         )
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.plain import PlainStandIn
+        from tokenmerge.testing.models.plain import PlainStandIn
 
         return PlainStandIn().eval(), torch.randn(2, 3, 32, 32)
 

@@ -104,7 +104,7 @@ class OpenClip(Adapter):
         return [Binding(model, "_global_pool", _Unchanged(model, is_merging))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.clip import ClipTowerStandIn
+        from tokenmerge.testing.models.clip import ClipTowerStandIn
 
         return ClipTowerStandIn().eval(), torch.randn(2, 3, 32, 32)
 

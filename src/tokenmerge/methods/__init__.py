@@ -6,114 +6,50 @@ import ast
 import dataclasses
 
 from tokenmerge.errors import ConfigError, UnknownNameError, unknown_name
-from tokenmerge.methods.adavit import AdaViT
-from tokenmerge.methods.algm import ALGM
-from tokenmerge.methods.atm import ATM
-from tokenmerge.methods.ats import ATS
-from tokenmerge.methods.attention_prune import AttentionPrune
-from tokenmerge.methods.avit import AViT
-from tokenmerge.methods.base import Reduction, TokenView
-from tokenmerge.methods.diffrate import DiffRate
-from tokenmerge.methods.drop import Drop
-from tokenmerge.methods.dsm import DSM
-from tokenmerge.methods.dtem import DTEM
-from tokenmerge.methods.dynamicvit import DynamicViT
-from tokenmerge.methods.evit import EViT
-from tokenmerge.methods.greedy import Greedy
-from tokenmerge.methods.gtp import GTP
-from tokenmerge.methods.learned import NEW, Learned
-from tokenmerge.methods.ltmp import LTMP
-from tokenmerge.methods.mame import MaMe
-from tokenmerge.methods.mctf import MCTF
-from tokenmerge.methods.mpm import MPM
-from tokenmerge.methods.pitome import PiToMe
-from tokenmerge.methods.ppt import PPT
-from tokenmerge.methods.random_prune import RandomPrune
-from tokenmerge.methods.spvit import SPViT
-from tokenmerge.methods.tofu import ToFu
-from tokenmerge.methods.token_pooling import TokenPooling
-from tokenmerge.methods.tokenlearner import TokenLearner
-from tokenmerge.methods.tome import ToMe
-from tokenmerge.methods.tome2d import ToMe2D
-from tokenmerge.methods.tomecis import ToMeCIS
-from tokenmerge.methods.vid_tldr import VidTLDR
-from tokenmerge.methods.zero_tprune import ZeroTPrune
+from tokenmerge.methods.base import Reduction as Reduction
+from tokenmerge.methods.base import TokenView as TokenView
+from tokenmerge.methods.learned import NEW as NEW
+from tokenmerge.methods.learned import Learned as Learned
 
-__all__ = [
-    "ALGM",
-    "ATM",
-    "ATS",
-    "AViT",
-    "AdaViT",
-    "AttentionPrune",
-    "DSM",
-    "DTEM",
-    "DiffRate",
-    "Drop",
-    "DynamicViT",
-    "EViT",
-    "GTP",
-    "Greedy",
-    "LTMP",
-    "Learned",
-    "MCTF",
-    "MPM",
-    "MaMe",
-    "NEW",
-    "PPT",
-    "PiToMe",
-    "RandomPrune",
-    "Reduction",
-    "SPViT",
-    "ToFu",
-    "ToMe",
-    "ToMe2D",
-    "ToMeCIS",
-    "TokenLearner",
-    "TokenPooling",
-    "TokenView",
-    "VidTLDR",
-    "ZeroTPrune",
-    "find",
-    "list_methods",
-    "parse",
-    "register",
-]
+# One line per method, in the order the documentation shows them: a class that is imported here and has a name is
+# one that `list_methods` knows.
+# isort: off
+from tokenmerge.methods.tome import ToMe as ToMe
+from tokenmerge.methods.tofu import ToFu as ToFu
+from tokenmerge.methods.pitome import PiToMe as PiToMe
+from tokenmerge.methods.mctf import MCTF as MCTF
+from tokenmerge.methods.diffrate import DiffRate as DiffRate
+from tokenmerge.methods.ppt import PPT as PPT
+from tokenmerge.methods.atm import ATM as ATM
+from tokenmerge.methods.mame import MaMe as MaMe
+from tokenmerge.methods.greedy import Greedy as Greedy
+from tokenmerge.methods.tomecis import ToMeCIS as ToMeCIS
+from tokenmerge.methods.dsm import DSM as DSM
+from tokenmerge.methods.evit import EViT as EViT
+from tokenmerge.methods.attention_prune import AttentionPrune as AttentionPrune
+from tokenmerge.methods.random_prune import RandomPrune as RandomPrune
+from tokenmerge.methods.ats import ATS as ATS
+from tokenmerge.methods.token_pooling import TokenPooling as TokenPooling
+from tokenmerge.methods.zero_tprune import ZeroTPrune as ZeroTPrune
+from tokenmerge.methods.gtp import GTP as GTP
+from tokenmerge.methods.algm import ALGM as ALGM
+from tokenmerge.methods.mpm import MPM as MPM
+from tokenmerge.methods.vid_tldr import VidTLDR as VidTLDR
+from tokenmerge.methods.tome2d import ToMe2D as ToMe2D
+from tokenmerge.methods.dynamicvit import DynamicViT as DynamicViT
+from tokenmerge.methods.avit import AViT as AViT
+from tokenmerge.methods.adavit import AdaViT as AdaViT
+from tokenmerge.methods.spvit import SPViT as SPViT
+from tokenmerge.methods.tokenlearner import TokenLearner as TokenLearner
+from tokenmerge.methods.dtem import DTEM as DTEM
+from tokenmerge.methods.ltmp import LTMP as LTMP
+from tokenmerge.methods.drop import Drop as Drop
+# isort: on
 
 _METHODS: dict[str, type[Reduction]] = {
-    method.name: method
-    for method in (
-        ToMe,
-        ToFu,
-        PiToMe,
-        MCTF,
-        DiffRate,
-        PPT,
-        ATM,
-        MaMe,
-        Greedy,
-        ToMeCIS,
-        DSM,
-        EViT,
-        AttentionPrune,
-        RandomPrune,
-        ATS,
-        TokenPooling,
-        ZeroTPrune,
-        GTP,
-        ALGM,
-        MPM,
-        VidTLDR,
-        ToMe2D,
-        DynamicViT,
-        AViT,
-        AdaViT,
-        SPViT,
-        TokenLearner,
-        DTEM,
-        LTMP,
-        Drop,
-    )
+    kind.name: kind
+    for kind in [*globals().values()]
+    if isinstance(kind, type) and issubclass(kind, Reduction) and hasattr(kind, "name")
 }
 
 

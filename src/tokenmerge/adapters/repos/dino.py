@@ -43,7 +43,7 @@ class Dino(Adapter):
         return ProjectionTap(block, "attn")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.dino import DinoStandIn
+        from tokenmerge.testing.models.dino import DinoStandIn
 
         return DinoStandIn().eval(), torch.randn(2, 3, 32, 32)
 
@@ -90,7 +90,7 @@ class DinoV2(Adapter):
         return [Binding(model, "forward_features_list", _OneTensor(model, "forward_features_list"))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.dino import DinoV2StandIn
+        from tokenmerge.testing.models.dino import DinoV2StandIn
 
         return DinoV2StandIn().eval(), torch.randn(2, 3, 32, 32)
 

@@ -72,6 +72,6 @@ class MAE(Adapter):
         )
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.plain import MAEStandIn
+        from tokenmerge.testing.models.plain import MAEStandIn
 
         return MAEStandIn().eval(), torch.randn(2, 3, 32, 32)

@@ -67,7 +67,7 @@ class MAEst(Adapter):
         )
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.video import VideoMAEStandIn
+        from tokenmerge.testing.models.video import VideoMAEStandIn
 
         return VideoMAEStandIn().eval(), torch.randn(2, 3, 8, 32, 32)
 

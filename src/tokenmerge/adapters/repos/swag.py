@@ -57,6 +57,6 @@ class Swag(Adapter):
         return [Binding(norm, "forward", OutputMean(norm, sizes, start=0, batch_first=False))], []
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
-        from tokenmerge.adapters.standins.plain import SwagStandIn
+        from tokenmerge.testing.models.plain import SwagStandIn
 
         return SwagStandIn().eval(), torch.randn(2, 3, 32, 32)

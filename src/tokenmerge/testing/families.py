@@ -1,0 +1,244 @@
+"""What every model family promises, checked on one model of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge import adapters
+from tokenmerge.adapters.base import Adapter
+from tokenmerge.api import patch as patch_model
+from tokenmerge.errors import AlreadyPatchedError, DataError, unknown_name
+from tokenmerge.handle import handle_of
+from tokenmerge.measure.outputs import answer
+from tokenmerge.report import Report
+from tokenmerge.testing.comparing import assert_close, assert_equal, expect, keep_promises, traces
+from tokenmerge.testing.lives import checkpointing, copies, export, one_graph, threads
+from tokenmerge.testing.merging import FamilyCase, group_mean
+from tokenmerge.testing.models.drawn import randomised
+
+__all__ = ["PROMISES", "check_adapter", "tiny_model"]
+
+
+def tiny_model(family: str) -> tuple[nn.Module, Tensor]:
+    """Return a small model of a family by its name, every parameter drawn, in eval mode, and an input of two for it.
+
+    Raises `UnknownNameError` for a name that no family has, `ModuleNotFoundError` where its host is not installed.
+    """
+    for adapter in adapters.ADAPTERS:
+        if adapter.name == family:
+            return _tiny(adapter)
+    raise unknown_name("model family", family, adapters.list_adapters())
+
+
+def _tiny(adapter: Adapter) -> tuple[nn.Module, Tensor]:
+    model, x = adapter.tiny()
+    return randomised(model).eval(), torch.randn(2, *x.shape[1:])
+
+
+@lru_cache(maxsize=4)
+def _kept(adapter: Adapter) -> tuple[nn.Module, Tensor]:
+    """The model that all promises of a family are checked on, each on a copy of its own."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return _tiny(adapter)
+
+
+def check_adapter(
+    adapter: Adapter | nn.Module,
+    *inputs: Any,
+    r: Any = 2,
+    output: Callable[[Any], Tensor] = answer,
+    options: Mapping[str, Any] | None = None,
+    patch: Mapping[str, Any] | None = None,
+    described_by: Adapter | None = None,
+    tolerance: float = 1e-5,
+    is_simulated: bool = True,
+    only: Iterable[str] = (),
+    skip: Mapping[str, str] | None = None,
+) -> Report | None:
+    """Check a model family on its own small model, or any model that can be patched.
+
+    Args:
+        adapter: the family's adapter, whose `tiny()` model is checked; or a model in eval mode, best with the
+            parameters that `randomised` draws: a fresh one hides mistakes.
+        inputs: what the model is called with, a batch of two or more different ones; of an adapter those of `tiny()`.
+        r: how many tokens each block shall remove.
+        output: picks the tensor to compare out of what the model returns.
+        options: further arguments of the model, by name.
+        patch: further options of `tokenmerge.patch`, such as the names of a model that no adapter describes.
+        described_by: the adapter of a model that `patch` finds by such names.
+        tolerance: how far merging may be from the group-mean simulation, relative to the largest value.
+        is_simulated: False for a model that the simulation does not know, such as one that merges inside windows.
+        only: the names of some of `PROMISES`; all by default.
+        skip: promises that mean nothing for this model, each with the reason.
+
+    Returns the report of the model that merged, where `group_mean` was checked. Raises `AssertionError` with the
+    promise that is broken, the block and the numbers, `DataError` for a model without inputs.
+    """
+    if isinstance(adapter, Adapter):
+        model, x = _kept(adapter)
+        subject, inputs = f"the family {adapter.name!r}", inputs or (x,)
+    else:
+        model, subject = adapter, f"this {type(adapter).__qualname__}"
+    if not inputs and not options:
+        raise DataError(f"{subject} needs inputs, a batch of two or more different ones: check_adapter(model, x).")
+    case = FamilyCase(
+        model,
+        inputs,
+        dict(options or {}),
+        {"prop_attn": True, "track": True, **(patch or {})},
+        r,
+        output,
+        tolerance,
+        is_simulated,
+        adapter if isinstance(adapter, Adapter) else described_by,
+        is_named=isinstance(adapter, Adapter),
+    )
+    keep_promises(subject, PROMISES, case, only, skip)
+    return case.reports[-1] if case.reports else None
+
+
+def found(case: FamilyCase) -> None:
+    """`patch` takes this adapter for its own model, whatever other families there are."""
+    if not case.is_named:
+        return
+    assert case.adapter is not None
+    used, name = adapters.find(case.model), case.adapter.name
+    expect(used.name == name, f"{type(case.model).__qualname__} is taken for {used.name!r}, listed before {name!r}")
+
+
+def original(case: FamilyCase) -> None:
+    """With r = 0 the answers are the model's own, in eval and in train mode; removal leaves no trace."""
+    model = case.fresh()
+    keys, own, before = list(model.state_dict()), case.run(model), (traces(model), set(dir(model)))
+    expect(own.isfinite().all(), f"{int((~own.isfinite()).sum())} values of the model's own answer are not finite")
+    in_train = case.run(model.train())
+    handle = patch_model(model.eval(), r=0, **case.patch)
+    expect(list(model.state_dict()) == keys, "the names of the state dict are others while patched")
+    assert_equal(case.run(model), own, "r = 0, eval mode")
+    assert_equal(case.run(model.train()), in_train, "r = 0, train mode")
+    handle.r = case.r
+    merged = case.run(model.eval())
+    same = merged.shape == own.shape and torch.equal(merged, own)
+    expect(not same, f"r = {case.r} gives the same answer as r = 0: nothing was merged")
+    handle.remove()
+    assert_equal(case.run(model), own, "after removal, eval mode")
+    assert_equal(case.run(model.train()), in_train, "after removal, train mode")
+    after = traces(model.eval()), set(dir(model))
+    changed = sorted(path or "the model" for path in before[0] if before[0][path] != after[0].get(path))
+    expect(before == after, f"removal leaves traces in {', '.join(changed) or 'the model'}")
+
+
+def recomposed(case: FamilyCase) -> None:
+    """Every block, put together from its parts as its description says, computes what its own forward does."""
+    model = case.fresh()
+    own, handle = case.run(model), patch_model(model, r=0, **case.patch)
+    for runner, name in zip(handle.runners, case.blocks(model), strict=True):
+        bound = runner.block.__dict__["forward"]
+        runner.block.__dict__["forward"] = runner.parity
+        assert_close(case.run(model), own, 1e-6 if own.dtype != torch.float64 else 1e-12, f"block {name}")
+        runner.block.__dict__["forward"] = bound
+
+
+def deterministic(case: FamilyCase) -> None:
+    """The same inputs give the same answer, bit by bit."""
+    model = case.merging()
+    assert_equal(case.run(model), case.run(model), "two runs")
+
+
+def single(case: FamilyCase) -> None:
+    """The answer to an input does not depend on the others in its batch."""
+    model = case.merging()
+    whole = case.run(model)
+    for at in range(len(whole)):
+        alone = case.taking(lambda value, at=at: value[at : at + 1]).run(model)  # type: ignore[misc]
+        assert_close(alone[0], whole[at], what=f"input {at} alone and in its batch")
+
+
+def gradients(case: FamilyCase) -> None:
+    """Gradients reach the inputs, and every parameter that they reach without merging."""
+    model, case = case.fresh().train(), case.differentiable()
+    case.loss(model).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    case = case.differentiable()
+    patch_model(model, r=case.r, **case.patch)
+    case.loss(model).backward()
+    for value in case.leaves():
+        assert value.grad is not None, "no gradient reaches the inputs"
+        expect(value.grad.abs().sum() > 0, "the gradient of the inputs is zero")
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    lost, more = sorted(trained - grads.keys()), sorted(grads.keys() - trained)
+    expect(not lost and not more, f"parameters that lost their gradient: {lost}; that got one: {more}")
+    bad = sorted(name for name, grad in grads.items() if not grad.isfinite().all())
+    expect(not bad, f"the gradients of {bad} are not finite")
+
+
+def low_precision(case: FamilyCase) -> None:
+    """It runs in bfloat16, under autocast and in inference mode, with answers near those of full precision."""
+    model = case.fresh()
+    own = case.run(model)
+    patch_model(model, r=case.r, **case.patch)
+    expected = case.run(model)
+    with torch.inference_mode():
+        assert_close(case.output(case.call(model)), expected, 1e-6, "inference mode")
+    low, inputs = copy.deepcopy(model).bfloat16(), case.taking(_halved)
+    out = inputs.run(low)
+    expect(
+        out.dtype == torch.bfloat16 and out.isfinite().all(), f"in bfloat16 the answer is {out.dtype}, or not finite"
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        expect(case.run(model).isfinite().all(), "under autocast the answer is not finite")
+    unmerged = copy.deepcopy(model).bfloat16()
+    handle_of(unmerged).r = 0
+    assert_close(inputs.run(unmerged).float(), own.float(), 0.1, "r = 0 in bfloat16")
+
+
+def _halved(value: Tensor) -> Tensor:
+    return value.bfloat16() if value.is_floating_point() else value
+
+
+def backends(case: FamilyCase) -> None:
+    """Fused and unfused attention give the same answer."""
+    model = case.merging()
+    expected = case.run(model)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert_close(case.run(model), expected, what="unfused attention")
+
+
+def attached_once(case: FamilyCase) -> None:
+    """Patching again is refused, and the first one stays."""
+    model = case.merging()
+    expected = case.run(model)
+    try:
+        patch_model(model, r=1, **case.patch)
+    except AlreadyPatchedError as error:
+        expect("call unpatch" in str(error), f"the refusal does not say what to do: {error}")
+    else:
+        raise AssertionError("a second patch was taken")
+    assert_equal(case.run(model), expected, "after a refused patch")
+
+
+def random_state(case: FamilyCase) -> None:
+    """Patching does not move the random state."""
+    model = case.fresh()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    patch_model(model, r=case.r, **case.patch)
+    assert_equal(torch.rand(3), expected, "what is drawn after patching")
+
+
+PROMISES: dict[str, Callable[[FamilyCase], None]] = {
+    check.__name__: check
+    for check in (
+        *(found, original, recomposed, group_mean, deterministic, single, gradients, checkpointing, copies, threads),
+        *(low_precision, backends, attached_once, random_state, one_graph, export),
+    )
+}
