@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge._intercept.pooling import OutputMean
 from tokenmerge._intercept.projections import ProjectionTap
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Sizes, TokenLayout
-from tokenmerge.adapters.timm.vit import timm_blocks
+from tokenmerge.adapters.base import Adapter, Binding, Context, Spec, Surroundings, TokenLayout
+from tokenmerge.adapters.repos.base import PRE_NORM, mean_behind
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["MAEst"]
-
-_SPEC = BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=("norm2", "mlp", "drop_path"))
 
 
 class MAEst(Adapter):
     name = "mae_st"
     families = "spatiotemporal MAE fine-tuning models of their own repository (video)"
     landmarks = ("blocks", "norm1", "attn", "q", "k", "v", "norm2", "mlp", "patch_embed")
+    specs = (PRE_NORM,)
 
     def matches(self, model: Any) -> bool:
         conv = getattr(getattr(model, "patch_embed", None), "proj", None)
@@ -30,10 +29,7 @@ class MAEst(Adapter):
         # VideoMAE's own models have these as well, and one projection for q, k and v
         return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
 
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
-
-    def spec(self, block: Any) -> BlockSpec:
+    def spec(self, block: Any) -> Spec:
         attn = getattr(block, "attn", None)
         # attentions that look at frames and places in turn ask for tokens in four axes
         is_joint = not getattr(attn, "requires_t_shape", False)
@@ -42,7 +38,7 @@ class MAEst(Adapter):
                 f"the attention of a {type(block).__qualname__} is not that of spatiotemporal MAE: expected the "
                 "children q, k, v and proj, and one sequence of all the clip's tokens."
             )
-        return _SPEC
+        return super().spec(block)
 
     def layout(self, model: Any) -> TokenLayout:
         conv = model.patch_embed.proj
@@ -55,16 +51,12 @@ class MAEst(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        # what leaves the last block is averaged, without the class token, and normalised then
-        last = self.blocks(model)[-1][1]
-        return [Binding(last, "forward", OutputMean(last, sizes, start=_prefix(model)))], []
+    def surroundings(self, model: Any) -> Surroundings:
+        return replace(super().surroundings(model), without_merging=None)
 
-    def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
-        return False, (
-            "proportional attention is on, as for MAE models trained with merging; an off-the-shelf MAE checkpoint "
-            "is better with prop_attn=False (arXiv:2210.09461, table 1f), and the weights do not tell"
-        )
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        # what leaves the last block is averaged, without the class token, and normalised then
+        return mean_behind(self.blocks(model)[-1][1], context, start=_prefix(model))
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.adapters.standins.video import VideoMAEStandIn

@@ -6,6 +6,7 @@ Shapes: B batch, N queries, M keys, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept.override import ChildOverride
 from tokenmerge._intercept.taps import AttentionTap, SeamTap, Slot
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, TokenLayout, class_names
-from tokenmerge.adapters.timm.vit import timm_blocks, timm_layout
+from tokenmerge.adapters.base import Binding, BlockSpec, Surroundings, TokenLayout, class_names
+from tokenmerge.adapters.timm.base import TIMM, TimmAdapter
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmCait"]
@@ -25,20 +26,11 @@ _SPEC = BlockSpec(
 )
 
 
-class TimmCait(Adapter):
+class TimmCait(TimmAdapter):
     name = "timm_cait"
     families = "timm CaiT (its patch stage)"
     landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
-    cut_by = "patch_embed"
-    token_methods = ("forward_features", "forward_intermediates")
-    package = "timm"
-    loops = ("forward", "forward_features", "blocks.forward")
-
-    def matches(self, model: Any) -> bool:
-        return f"{_MODULE}.Cait" in class_names(model)
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
+    host = replace(TIMM, models=(f"{_MODULE}.Cait",))
 
     def spec(self, block: Any) -> BlockSpec:
         kind, attention = class_names(block), class_names(block.attn)
@@ -51,13 +43,15 @@ class TimmCait(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         # the class token comes after these blocks
-        return timm_layout(model, prefix=0)
+        whole = super().layout(model)
+        tokens = None if whole.tokens is None else whole.tokens - whole.prefix
+        return replace(whole, prefix=0, tokens=tokens)
 
     def tap(self, block: Any) -> AttentionTap:
         return _TalkingTap(block, "attn")
 
-    def grid_head(self, model: Any) -> str | None:
-        return "the class token attends to every patch"
+    def surroundings(self, model: Any) -> Surroundings:
+        return replace(super().surroundings(model), last="the class token attends to every patch", handed_out=None)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.cait import Cait

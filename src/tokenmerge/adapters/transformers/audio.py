@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import HookSpec, TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap
-from tokenmerge.adapters.transformers.video import TINY
+from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap
 from tokenmerge.adapters.transformers.vit import HFViT
 from tokenmerge.errors import UnsupportedModelError
 
@@ -36,7 +36,9 @@ class HFAST(HFAdapter):
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import ASTConfig, ASTForAudioClassification
 
-        config: Any = ASTConfig(**TINY, patch_size=8, frequency_stride=8, time_stride=8, max_length=40, num_mel_bins=32)
+        config: Any = ASTConfig(
+            **SIZES, patch_size=8, frequency_stride=8, time_stride=8, max_length=40, num_mel_bins=32
+        )
         return ASTForAudioClassification(config).eval(), torch.randn(2, 40, 32)
 
 
@@ -47,11 +49,9 @@ class HFWhisper(HFAdapter):
     families = "transformers Whisper (the encoder)"
     landmarks = ("encoder", "self_attn_layer_norm", "self_attn", "final_layer_norm", "conv1", "conv2")
     towers: ClassVar = {"WhisperEncoder": ("layers",)}
-    ignores_rest = True  # eager attention's weights in transformers 4
-
-    def spec(self, block: Any) -> HookSpec:
-        # its dropouts are no children, and half precision is clamped at the end: the block runs its own forward
-        return HookSpec(attn="self_attn", norm="final_layer_norm", mlp="fc2")
+    host = replace(HF, ignores_rest=True)  # eager attention's weights in transformers 4
+    # its dropouts are no children, and half precision is clamped at the end: the block runs its own forward
+    specs = (HookSpec(attn="self_attn", norm="final_layer_norm", mlp="fc2"),)
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]

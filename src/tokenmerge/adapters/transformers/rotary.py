@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept import follow
 from tokenmerge.adapters.base import PROBED, Binding, BlockSpec, Override, TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap, no_change
-from tokenmerge.adapters.transformers.video import TINY, clip_layout
+from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap, no_change
+from tokenmerge.adapters.transformers.video import clip_layout
 
 __all__ = ["HFDINOv3", "HFVJEPA2"]
 
@@ -32,8 +33,9 @@ class HFDINOv3(HFAdapter):
         ),
     )
     # the tap moves the tables: they do not say how many tokens stand in front of the patches
-    followers: ClassVar = {"position_embeddings": no_change, "output_hidden_states": no_change}
-    is_positional = True
+    host = replace(
+        HF, followers={"position_embeddings": no_change, "output_hidden_states": no_change}, is_positional=True
+    )
 
     def prefix(self, tower: Any) -> int:
         return 1 + int(tower.config.num_register_tokens)
@@ -46,14 +48,10 @@ class HFDINOv3(HFAdapter):
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_embeddings", _Tables(self.prefix(block.attention)))
 
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        tables = _Tables(self.prefix(block.attention))
-        return [Binding(block.attention, "forward", _Placed(block.attention, "position_embeddings", tables, places))]
-
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-        config: Any = DINOv3ViTConfig(**TINY, image_size=32, patch_size=8, num_register_tokens=2)
+        config: Any = DINOv3ViTConfig(**SIZES, image_size=32, patch_size=8, num_register_tokens=2)
         return DINOv3ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
 
 
@@ -67,8 +65,7 @@ class HFVJEPA2(HFAdapter):
     specs = (
         BlockSpec(attention=("norm1", "attention", "drop_path"), attn="attention", mlp=("norm2", "mlp", "drop_path")),
     )
-    is_positional = True
-    ignores_rest = True  # eager attention's weights
+    host = replace(HF, is_positional=True, ignores_rest=True)  # eager attention's weights
 
     def layout(self, model: Any) -> TokenLayout:
         config = self.tower(model)[1].config
@@ -77,9 +74,6 @@ class HFVJEPA2(HFAdapter):
 
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_mask", _places)
-
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        return [Binding(block.attention, "forward", _Placed(block.attention, "position_mask", _places, places))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import VJEPA2Config, VJEPA2ForVideoClassification
@@ -113,6 +107,9 @@ class _PlacedTap(InterfaceTap):
     def __init__(self, block: nn.Module, path: str, argument: str, move: Move) -> None:
         super().__init__(block, path)
         self.argument, self.move = argument, move
+
+    def placed(self, places: Tensor) -> list[Binding]:
+        return [Binding(self.attn, "forward", _Placed(self.attn, self.argument, self.move, places))]
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         told = given.get(self.argument)

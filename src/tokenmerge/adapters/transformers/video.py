@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.adapters.base import TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, pair
+from tokenmerge.adapters.transformers.base import SIZES, HFAdapter, pair
 from tokenmerge.adapters.transformers.vit import HFViT
 
-__all__ = ["TINY", "HFVideoMAE", "HFVivit", "clip_layout"]
-
-TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+__all__ = ["HFVideoMAE", "HFVivit", "clip_layout"]
 
 
 class HFVideoMAE(HFAdapter):
@@ -33,7 +31,7 @@ class HFVideoMAE(HFAdapter):
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-        config: Any = VideoMAEConfig(**TINY, image_size=32, patch_size=16, num_frames=8)
+        config: Any = VideoMAEConfig(**SIZES, image_size=32, patch_size=16, num_frames=8)
         return VideoMAEForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
 
 
@@ -54,7 +52,7 @@ class HFVivit(HFAdapter):
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import VivitConfig, VivitForVideoClassification
 
-        config: Any = VivitConfig(**TINY, image_size=32, tubelet_size=[2, 16, 16], num_frames=8)
+        config: Any = VivitConfig(**SIZES, image_size=32, tubelet_size=[2, 16, 16], num_frames=8)
         return VivitForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
 
 

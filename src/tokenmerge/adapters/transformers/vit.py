@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import BlockSpec, TokenLayout
+from tokenmerge.adapters.base import BlockSpec, Surroundings, TokenLayout
 from tokenmerge.adapters.transformers.base import TINY, HFAdapter, hf_names
 
 __all__ = ["HFViT"]
@@ -59,8 +59,9 @@ class HFViT(HFAdapter):
         seen = int((layout.tokens - layout.prefix) * (1 - masked))
         return dataclasses.replace(layout, grid=None, tokens=layout.prefix + seen)
 
-    def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
-        return "ViTMAEModel" in hf_names(self.tower(model)[1]), None
+    def surroundings(self, model: Any) -> Surroundings:
+        is_mae = "ViTMAEModel" in hf_names(self.tower(model)[1])
+        return dataclasses.replace(super().surroundings(model), without_merging=is_mae)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import ViTConfig, ViTForImageClassification

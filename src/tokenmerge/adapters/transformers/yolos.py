@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenmerge._torch.memory import carry, watched
 from tokenmerge._torch.tracing import is_compiling
-from tokenmerge.adapters.base import Binding, Override, TokenLayout, first_of
+from tokenmerge.adapters.base import Binding, Context, Override, Surroundings, TokenLayout, first_of
 from tokenmerge.adapters.transformers.base import TINY, HFAdapter
 from tokenmerge.adapters.transformers.vit import HFViT
 from tokenmerge.errors import UnsupportedModelError
@@ -49,13 +50,14 @@ class HFYolos(HFAdapter):
     def prefix(self, tower: Any) -> int:
         return super().prefix(tower) + int(tower.config.num_detection_tokens)
 
-    def grid_head(self, model: Any) -> str:
-        return "detection tokens stand behind the patches (in handle.groups and handle.sizes, in front of all others)"
+    def surroundings(self, model: Any) -> Surroundings:
+        why = "detection tokens stand behind the patches (in handle.groups and handle.sizes, in front of all others)"
+        return replace(super().surroundings(model), last=why)
 
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
-        found, count = super().finish(model, is_merging, restore), self.tower(model)[1].config.num_detection_tokens
-        blocks = (block for _, block in self.blocks(model))
-        return [*found, *(Binding(block, "forward", _Turned(block, is_merging, count)) for block in blocks)]
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        count = self.tower(model)[1].config.num_detection_tokens
+        turned = [_Turned(block, context.is_merging, count) for _, block in self.blocks(model)]
+        return [*super().overrides(model, context), *(Binding(block.owner, "forward", block) for block in turned)]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import YolosConfig, YolosModel
