@@ -38,7 +38,7 @@ _FAMILIES = (
     "transformers.rotary.HFVJEPA2",
     "transformers.audio.HFAST",
     "transformers.audio.HFWhisper",
-    "transformers.vit.HFViT",
+    "transformers.plain.HFViT",
     "transformers.clip.HFCLIP",
     "transformers.dinov2.HFDinov2",
     "transformers.internvl.HFInternVL",

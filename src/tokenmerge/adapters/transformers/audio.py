@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import HookSpec, TokenLayout
 from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap
-from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.plain import HFViT
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["HFAST", "HFWhisper"]

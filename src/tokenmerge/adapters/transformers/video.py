@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenmerge.adapters.base import TokenLayout
 from tokenmerge.adapters.transformers.base import SIZES, HFAdapter, pair
-from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.plain import HFViT
 
 __all__ = ["HFVideoMAE", "HFVivit", "clip_layout"]
 

@@ -16,7 +16,7 @@ from tokenmerge._torch.memory import carry, watched
 from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.adapters.base import Binding, Context, Override, Surroundings, TokenLayout, first_of
 from tokenmerge.adapters.transformers.base import TINY, HFAdapter
-from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.plain import HFViT
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["HFYolos"]
