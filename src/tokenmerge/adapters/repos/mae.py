@@ -1,4 +1,4 @@
-"""MAE's fine-tuning models as their own repository defines them: a ViT with a boolean `global_pool`."""
+"""Fine-tuning models of MAE, and of spatiotemporal MAE for clips, as their own repositories define them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Context, Host, Surroundings, TokenLayout
+from tokenmerge._intercept.projections import ProjectionTap
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Context, Host, Spec, Surroundings, TokenLayout
 from tokenmerge.adapters.repos.base import PRE_NORM, mean_behind, square_layout
+from tokenmerge.errors import UnsupportedModelError
 
-__all__ = ["MAE"]
+__all__ = ["MAE", "MAEst"]
 
 
 class MAE(Adapter):
+    """A ViT with a boolean `global_pool`."""
+
     name = "mae"
     families = "MAE fine-tuning models of their own repository (class token or global pool)"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
@@ -46,3 +51,54 @@ class MAE(Adapter):
         from tokenmerge.adapters.standins.plain import MAEStandIn
 
         return MAEStandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+class MAEst(MAE):
+    """A ViT of clips, which always averages its tokens."""
+
+    name = "mae_st"
+    families = "spatiotemporal MAE fine-tuning models of their own repository (video)"
+    landmarks = ("blocks", "norm1", "attn", "q", "k", "v", "norm2", "mlp", "patch_embed")
+    host = Host()
+    specs = (PRE_NORM,)
+
+    def matches(self, model: Any) -> bool:
+        conv = getattr(getattr(model, "patch_embed", None), "proj", None)
+        has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
+        # VideoMAE's own models have these as well, and one projection for q, k and v
+        return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
+
+    def spec(self, block: Any) -> Spec:
+        attn = getattr(block, "attn", None)
+        # attentions that look at frames and places in turn ask for tokens in four axes
+        is_joint = not getattr(attn, "requires_t_shape", False)
+        if not is_joint or not all(hasattr(attn, name) for name in ("q", "k", "v", "proj")):
+            raise UnsupportedModelError(
+                f"the attention of a {type(block).__qualname__} is not that of spatiotemporal MAE: expected the "
+                "children q, k, v and proj, and one sequence of all the clip's tokens."
+            )
+        return super().spec(block)
+
+    def layout(self, model: Any) -> TokenLayout:
+        conv = model.patch_embed.proj
+        prefix = _prefix(model)
+        frames, rows, columns = model.patch_embed.input_size  # in patches
+        size = [patches * step for patches, step in zip((frames, rows, columns), conv.stride, strict=True)]
+        # three axes are no grid of rows and columns: a method that needs one is told there is none
+        return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
+
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
+
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        # what leaves the last block is averaged, without the class token, and normalised then
+        return mean_behind(self.blocks(model)[-1][1], context, start=_prefix(model))
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.adapters.standins.video import VideoMAEStandIn
+
+        return VideoMAEStandIn().eval(), torch.randn(2, 3, 8, 32, 32)
+
+
+def _prefix(model: Any) -> int:
+    return 1 if isinstance(getattr(model, "cls_token", None), Tensor) else 0

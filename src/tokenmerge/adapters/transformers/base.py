@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept import follow
@@ -96,6 +97,10 @@ class HFAdapter(Adapter):
     class_models: ClassVar[frozenset[str]] = frozenset()
     # models that put out all tokens, and besides nothing but what they make of class tokens
     token_models: ClassVar[frozenset[str]] = frozenset()
+    # a small model: its class, its configuration, the shape of an input
+    example: ClassVar[str]
+    sizes: ClassVar[Mapping[str, Any]] = TINY
+    shape: ClassVar[tuple[int, ...]] = (2, 3, 32, 32)
     # further options of the tower's call that are refused while tokens are merged; `_REASONS` says why
     refused: ClassVar[tuple[str, ...]] = ()
 
@@ -205,6 +210,12 @@ class HFAdapter(Adapter):
             if hasattr(block, "gradient_checkpointing") and type(block).__call__ is nn.Module.__call__
         ]
         return [*checkpointed, *guards]
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        import transformers
+
+        cls: Any = getattr(transformers, self.example)
+        return cls(cls.config_class(**self.sizes)).eval(), torch.randn(self.shape)
 
 
 def hf_names(module: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept import follow
 from tokenmerge.adapters.base import PROBED, Binding, BlockSpec, Override, TokenLayout
-from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap, no_change
+from tokenmerge.adapters.transformers.base import HF, TINY, HFAdapter, InterfaceTap, no_change
 from tokenmerge.adapters.transformers.video import clip_layout
 
 __all__ = ["HFDINOv3", "HFVJEPA2"]
@@ -23,6 +23,7 @@ class HFDINOv3(HFAdapter):
     name = "hf_dinov3"
     families = "transformers DINOv3 ViT"
     landmarks = ("rope_embeddings", "norm1", "layer_scale1", "norm2", "layer_scale2", "register_tokens")
+    example, sizes = "DINOv3ViTModel", TINY | {"num_register_tokens": 2}
     # transformers 5 asks the encoder for hidden states, even where the model was not asked
     towers: ClassVar = {"DINOv3ViTEncoder": ("layer",), "DINOv3ViTModel": ("layer",)}
     specs = (
@@ -48,12 +49,6 @@ class HFDINOv3(HFAdapter):
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_embeddings", _Tables(self.prefix(block.attention)))
 
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-        config: Any = DINOv3ViTConfig(**SIZES, image_size=32, patch_size=8, num_register_tokens=2)
-        return DINOv3ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
-
 
 class HFVJEPA2(HFAdapter):
     """The predictor and the attentive pooler read every token: they are put back for them."""
@@ -61,6 +56,20 @@ class HFVJEPA2(HFAdapter):
     name = "hf_vjepa2"
     families = "transformers V-JEPA 2 (the encoder)"
     landmarks = ("encoder", "predictor", "norm1", "attention", "norm2", "mlp", "proj")
+    example, shape = "VJEPA2ForVideoClassification", (2, 8, 3, 32, 32)
+    sizes: ClassVar = {
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2.0,
+        "pred_hidden_size": 48,
+        "pred_num_hidden_layers": 1,
+        "pred_num_attention_heads": 4,
+        "crop_size": 32,
+        "patch_size": 16,
+        "frames_per_clip": 8,
+        "num_pooler_layers": 1,
+    }
     towers: ClassVar = {"VJEPA2Model": ("encoder.layer",)}
     specs = (
         BlockSpec(attention=("norm1", "attention", "drop_path"), attn="attention", mlp=("norm2", "mlp", "drop_path")),
@@ -74,14 +83,6 @@ class HFVJEPA2(HFAdapter):
 
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_mask", _places)
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import VJEPA2Config, VJEPA2ForVideoClassification
-
-        sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2.0}
-        sizes |= {"pred_hidden_size": 48, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 4}
-        config: Any = VJEPA2Config(**sizes, crop_size=32, patch_size=16, frames_per_clip=8, num_pooler_layers=1)
-        return VJEPA2ForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
 
 
 class _Tables:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ class HFYolos(HFAdapter):
         "bbox_predictor",
         "class_labels_classifier",
     )
+    example = "YolosModel"
+    sizes: ClassVar = {
+        **TINY,
+        "image_size": [32, 32],
+        "num_detection_tokens": 3,
+        "use_mid_position_embeddings": False,
+    }
     towers = dict.fromkeys(("YolosModel",), ("encoder.layer",))
     specs = HFViT.specs
 
@@ -58,14 +65,6 @@ class HFYolos(HFAdapter):
         count = self.tower(model)[1].config.num_detection_tokens
         turned = [_Turned(block, context.is_merging, count) for _, block in self.blocks(model)]
         return [*super().overrides(model, context), *(Binding(block.owner, "forward", block) for block in turned)]
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import YolosConfig, YolosModel
-
-        sizes = {**TINY, "image_size": [32, 32], "num_detection_tokens": 3, "use_mid_position_embeddings": False}
-        config = YolosConfig(**sizes)
-        model: nn.Module = YolosModel(config)
-        return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 class _Turned(Override):
