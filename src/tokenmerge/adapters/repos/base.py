@@ -9,8 +9,11 @@ from torch import nn
 from tokenmerge._intercept.pooling import OutputMean
 from tokenmerge.adapters.base import Binding, BlockSpec, Context, TokenLayout
 
-__all__ = ["PRE_NORM", "mean_behind", "square_layout"]
+__all__ = ["LAYER_SCALED", "PRE_NORM", "mean_behind", "square_layout"]
 
+LAYER_SCALED = BlockSpec(
+    attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
+)
 # a block without layer scale, with one drop path for both branches
 PRE_NORM = BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=("norm2", "mlp", "drop_path"))
 

@@ -13,7 +13,6 @@ from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import (
     Adapter,
     Binding,
-    BlockSpec,
     Context,
     Host,
     Override,
@@ -21,7 +20,7 @@ from tokenmerge.adapters.base import (
     Surroundings,
     TokenLayout,
 )
-from tokenmerge.adapters.repos.base import PRE_NORM, square_layout
+from tokenmerge.adapters.repos.base import LAYER_SCALED, PRE_NORM, square_layout
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
@@ -61,11 +60,7 @@ class DinoV2(Adapter):
         token_methods=("get_intermediate_layers",),
         restored_methods=("forward_features",),
     )
-    specs = (
-        BlockSpec(
-            attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
-        ),
-    )
+    specs = (LAYER_SCALED,)
 
     def matches(self, model: Any) -> bool:
         return any(hasattr(part, "prepare_tokens_with_masks") for part in (model, getattr(model, "backbone", None)))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept.projections import ProjectionTap
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Context, Host, Spec, Surroundings, TokenLayout
-from tokenmerge.adapters.repos.base import PRE_NORM, mean_behind, square_layout
+from tokenmerge.adapters.base import Adapter, Binding, Context, Host, Spec, Surroundings, TokenLayout
+from tokenmerge.adapters.repos.base import LAYER_SCALED, PRE_NORM, mean_behind, square_layout
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["MAE", "MAEst"]
@@ -25,12 +25,7 @@ class MAE(Adapter):
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
     host = Host(cut_by="patch_embed.proj")
     # older copies of the block have no layer scale, and one drop path for both branches
-    specs = (
-        BlockSpec(
-            attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
-        ),
-        PRE_NORM,
-    )
+    specs = (LAYER_SCALED, PRE_NORM)
 
     def matches(self, model: Any) -> bool:
         children = dict(model.named_children())

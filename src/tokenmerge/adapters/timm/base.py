@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokenmerge._intercept.pooling import BiasedPool, PoolGuard
 from tokenmerge.adapters.base import Adapter, Binding, Context, Host, Override, Sizes, Surroundings, TokenLayout
@@ -20,10 +22,20 @@ TIMM = Host(
     token_methods=("forward_features", "forward_intermediates"),
     cut_by="patch_embed",
 )
+_SIZES: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+}
 
 
 class TimmAdapter(Adapter):
     """A family of timm. A subclass says its models and blocks in `host` and `specs`, and how they pool."""
+
+    sizes: ClassVar[Mapping[str, Any]] = {}  # of a small model, besides `_SIZES`
 
     def layout(self, model: Any) -> TokenLayout:
         embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
@@ -42,6 +54,11 @@ class TimmAdapter(Adapter):
         is_pooled = model.global_pool or getattr(model, "attn_pool", None) is not None
         handed_out = None if is_pooled else "global_pool='' hands out every token"
         return replace(super().surroundings(model), handed_out=handed_out)
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        module, _, name = next(iter(self.host.models)).rpartition(".")
+        model: nn.Module = getattr(import_module(module), name)(**_SIZES, **self.sizes)
+        return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 def pooling(

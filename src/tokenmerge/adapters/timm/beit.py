@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from tokenmerge._intercept.pair_bias import PairTap, pairs, sample_pairs
 from tokenmerge._intercept.pooling import HeadMean
 from tokenmerge._intercept.projections import listen_with_biases
@@ -22,6 +19,7 @@ class TimmBeit(TimmAdapter):
     name = "timm_beit"
     families = "timm BEiT, BEiT v2"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos_bias")
+    sizes: ClassVar = {"init_values": 0.5, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
     host = replace(
         TIMM,
         models=("timm.models.beit.Beit",),
@@ -48,22 +46,6 @@ class TimmBeit(TimmAdapter):
         if model.rel_pos_bias is None:
             return n, {}
         return n, {"shared_rel_pos_bias": sample_pairs(block.attn.num_heads, n, block.attn.proj.weight)}
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.beit import Beit
-
-        model = Beit(
-            img_size=32,
-            patch_size=8,
-            embed_dim=32,
-            depth=4,
-            num_heads=4,
-            num_classes=10,
-            init_values=0.5,
-            use_abs_pos_emb=False,
-            use_rel_pos_bias=True,
-        )
-        return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 def _table(block: Any) -> str | None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept.override import ChildOverride
@@ -30,6 +29,7 @@ class TimmCait(TimmAdapter):
     name = "timm_cait"
     families = "timm CaiT (its patch stage)"
     landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
+    sizes: ClassVar = {"init_values": 0.5}
     host = replace(TIMM, models=(f"{_MODULE}.Cait",))
 
     def spec(self, block: Any) -> BlockSpec:
@@ -52,12 +52,6 @@ class TimmCait(TimmAdapter):
 
     def surroundings(self, model: Any) -> Surroundings:
         return replace(super().surroundings(model), last="the class token attends to every patch", handed_out=None)
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.cait import Cait
-
-        model = Cait(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, init_values=0.5)
-        return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 class _TalkingTap(SeamTap):

@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, M tokens left, C channels, H heads, D head width.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,7 @@ class TimmEva(TimmAdapter):
     name = "timm_eva"
     families = "timm EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, LingBot-Vision, Sapiens2"
     landmarks = ("blocks", "norm1", "attn", "norm2", "mlp", "patch_embed", "rope", "fc_norm")
+    sizes: ClassVar = {"init_values": 0.5, "swiglu_mlp": True, "use_rot_pos_emb": True}
     host = replace(
         TIMM,
         models=("timm.models.eva.Eva",),
@@ -131,19 +132,3 @@ class TimmEva(TimmAdapter):
 
     def overrides(self, model: Any, context: Context) -> list[Binding]:
         return pooling(model, context, InputMean)
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.eva import Eva
-
-        model = Eva(
-            img_size=32,
-            patch_size=8,
-            embed_dim=32,
-            depth=4,
-            num_heads=4,
-            num_classes=10,
-            init_values=0.5,
-            swiglu_mlp=True,
-            use_rot_pos_emb=True,
-        )
-        return model.eval(), torch.randn(2, 3, 32, 32)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import Any, ClassVar
 
 from tokenmerge._intercept.pair_bias import PairTap, pairs, sample_pairs
 from tokenmerge._intercept.pooling import HeadMean
@@ -22,6 +19,7 @@ class TimmRelPos(TimmAdapter):
     name = "timm_relpos"
     families = "timm ViTs with relative positions (vit_relpos_*, vit_srelpos_*)"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "rel_pos")
+    sizes: ClassVar = {"rel_pos_dim": 16}
     host = replace(
         TIMM,
         models=("timm.models.vision_transformer_relpos.VisionTransformerRelPos",),
@@ -44,14 +42,6 @@ class TimmRelPos(TimmAdapter):
             return layout.tokens or 0, {}
         n = super().sample(model, block, layout)[0]
         return n, {"shared_rel_pos": sample_pairs(block.attn.num_heads, n, block.attn.proj.weight)}
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-
-        model = VisionTransformerRelPos(
-            img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, rel_pos_dim=16
-        )
-        return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 def _table(block: Any) -> str | None:

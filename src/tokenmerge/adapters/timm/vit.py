@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenmerge._intercept.parallel import BranchesTap, ScalingTap
 from tokenmerge._intercept.pooling import InputMean
@@ -38,6 +37,7 @@ class TimmViT(TimmAdapter):
     name = "timm_vit"
     families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, hybrids, ViTamin, parallel blocks"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    sizes: ClassVar = {"init_values": 0.5, "reg_tokens": 1}
     host = replace(
         TIMM,
         models=("timm.models.vision_transformer.VisionTransformer",),
@@ -69,14 +69,6 @@ class TimmViT(TimmAdapter):
         # `pool` has cut the prefix off before the attention pool sees the tokens
         start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
         return pooling(model, context, InputMean, start)
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.vision_transformer import VisionTransformer
-
-        model = VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, init_values=0.5, reg_tokens=1
-        )
-        return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 def _why_all(pool: nn.Module) -> str | None:
