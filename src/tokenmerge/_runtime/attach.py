@@ -136,7 +136,7 @@ def attach(
         if around.cutter is not None and "places" in method.requires and layout.grid:
             grids = runners[0].grids = Grids()
             attachment.bind(Binding(around.cutter, "forward", Listener(adapter, around.cutter, grids)))
-        _bind_outputs(attachment, model, adapter, around, state, restore)
+        _bind_outputs(attachment, model, adapter, around, restore)
         refuses = restore is None and state.restore != "every"
         attachment.bind(*(ways := entries(model, adapter, around, state, refuses)))
         settle(ways)
@@ -210,16 +210,11 @@ def _shape(layout: TokenLayout, state: ForwardState, blocks: list[tuple[str, nn.
 
 
 def _bind_outputs(
-    attachment: Bindings,
-    model: nn.Module,
-    adapter: Adapter,
-    around: Surroundings,
-    state: ForwardState,
-    restore: str | None,
+    attachment: Bindings, model: nn.Module, adapter: Adapter, around: Surroundings, restore: str | None
 ) -> None:
     """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
+    state, runner = attachment.state, attachment.runners[-1]
     state.hands_out_merged = restore == "merged"
-    runner = attachment.runners[-1]
     state.restore, reason = decide(around, runner.layout, runner.rest, restore)
     if reason:
         which = "every block" if state.restore == "every" else "the last block"

@@ -110,9 +110,8 @@ def list_adapters() -> list[str]:
     return [adapter.name for adapter in _all()]
 
 
-def find(model: nn.Module) -> Adapter:
-    """Return the adapter of the model; raises `UnsupportedModelError` that says what was tried and what is nearest."""
-    # before the adapters: a wrapper answers for what it wraps, so they would take it for that
+def _check_bare(model: nn.Module) -> None:
+    """Refuse what stands for a model: a wrapper answers for what it wraps, so adapters would take it for that."""
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(inner, nn.Module):
         raise UnsupportedModelError(
@@ -124,6 +123,11 @@ def find(model: nn.Module) -> Adapter:
             f"this {type(model).__qualname__} was made by torch.jit: its code is compiled, and nothing can be put into "
             "it. Patch the nn.Module that it was made from, then trace that (torch.jit.script takes no patched model)."
         )
+
+
+def find(model: nn.Module) -> Adapter:
+    """Return the adapter of the model; raises `UnsupportedModelError` that says what was tried and what is nearest."""
+    _check_bare(model)
     for adapter in _all():
         if adapter.matches(model):
             return adapter.resolve(model)
