@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,10 @@ class MAE(Adapter):
 
     name = "mae"
     families = "MAE fine-tuning models of their own repository (class token or global pool)"
-    landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    landmarks: ClassVar[tuple[str, ...]] = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
     host = Host(cut_by="patch_embed.proj")
     # older copies of the block have no layer scale, and one drop path for both branches
-    specs = (LAYER_SCALED, PRE_NORM)
+    specs: ClassVar[Sequence[Spec]] = (LAYER_SCALED, PRE_NORM)
 
     def matches(self, model: Any) -> bool:
         children = dict(model.named_children())
