@@ -73,6 +73,14 @@ def register(adapter: Adapter) -> Adapter:
         adapter: an instance of a subclass of `tokenmerge.adapters.base.Adapter` with a name of its own.
 
     Raises `ConfigError` for anything but an instance, `UnknownNameError` where the name is taken.
+
+    >>> from tokenmerge.adapters.timm.vit import TimmViT
+    >>> class MyViT(TimmViT):
+    ...     name = "my_vit"
+    >>> adapter = register(MyViT())
+    >>> list_adapters()[:2]
+    ['my_vit', 'timm_vit']
+    >>> _ = unregister("my_vit")
     """
     if not isinstance(adapter, Adapter):
         given = f"the class {adapter.__qualname__}" if isinstance(adapter, type) else f"a {type(adapter).__qualname__}"
