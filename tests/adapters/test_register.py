@@ -227,6 +227,20 @@ def test_names_of_older_releases_work_and_warn() -> None:
         OutsideFamily().nothing  # noqa: B018
 
 
+def test_functions_of_older_adapters_of_timm() -> None:
+    from tokenmerge.adapters.timm import vit
+
+    model, _ = ADAPTERS[0].tiny()
+    with pytest.warns(DeprecationWarning, match=r"timm_blocks is TimmAdapter\.blocks now"):
+        assert vit.timm_blocks(model) == ADAPTERS[0].blocks(model)
+    with pytest.warns(DeprecationWarning, match="timm_layout"):
+        layout = vit.timm_layout(model, 0)
+    assert (layout.prefix, layout.grid, layout.tokens, layout.input_size) == (0, (4, 4), 16, (3, 32, 32))
+    model.global_pool = ""
+    with pytest.warns(DeprecationWarning, match="timm_tokens"):
+        assert vit.timm_tokens(model) == "global_pool='' hands out every token"
+
+
 @pytest.mark.parametrize(("name", "text"), [("valid", "host.padding"), ("placed", "of the tap"), ("grid_of", "host")])
 def test_older_names_that_could_go_wrong_unseen_are_refused(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"Older.{name} is not asked any more: say it as .*{text}"):

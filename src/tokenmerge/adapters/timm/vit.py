@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -90,6 +91,24 @@ def timm_spec(block: nn.Module) -> BlockSpec:
             "(CONTRIBUTING.md, 'a new family')."
         )
     return _SPECS[kind]
+
+
+def __getattr__(name: str) -> Any:
+    """Adapters of others may know these by the names they had before `TimmAdapter`."""
+    successors = {"timm_blocks": "blocks", "timm_layout": "layout", "timm_tokens": "surroundings"}
+    if name not in successors:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    method = successors[name]
+    warnings.warn(f"{__name__}.{name} is TimmAdapter.{method} now.", DeprecationWarning, stacklevel=2)
+
+    def function(model: Any, prefix: int | None = None) -> Any:
+        found: Any = getattr(TimmViT(), method)(model)
+        if method != "layout" or prefix is None:
+            return found.handed_out if method == "surroundings" else found
+        tokens = None if found.tokens is None else found.tokens - found.prefix + prefix
+        return replace(found, prefix=prefix, tokens=tokens)
+
+    return function
 
 
 def _kind(block: nn.Module) -> str | None:
