@@ -133,10 +133,11 @@ def attach(
         attachment.learn(model, method.build(_shape(layout, state, blocks)))
         for runner in runners:
             attachment.bind(Binding(runner.block, "forward", runner))
+        _bind_outputs(attachment, model, adapter, around, restore)
+        # behind the trial, which cuts images of its own
         if around.cutter is not None and "places" in method.requires and layout.grid:
             grids = runners[0].grids = Grids()
             attachment.bind(Binding(around.cutter, "forward", Listener(adapter, around.cutter, grids)))
-        _bind_outputs(attachment, model, adapter, around, restore)
         refuses = restore is None and state.restore != "every"
         attachment.bind(*(ways := entries(model, adapter, around, state, refuses)))
         settle(ways)
