@@ -242,8 +242,9 @@ class Adapter(ABC):
             if names:
                 return self.specs[names[0]]
             known = " or ".join(name.rpartition(".")[2] for name in self.specs)
+            whose = self.name if len(self.host.models) != 1 else next(iter(self.host.models)).rpartition(".")[2]
             raise UnsupportedModelError(
-                f"blocks of class {class_names(block)[0]} are not described: {self.name} has {known}."
+                f"blocks of class {class_names(block)[0]} are not described: {whose} has {known}."
             )
         for spec in self.specs:
             if has_parts(block, spec.children):
