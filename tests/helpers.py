@@ -52,8 +52,8 @@ def tiny_of(adapter: Any) -> tuple[nn.Module, Tensor]:
     try:
         return adapter.tiny()  # type: ignore[no-any-return]
     except ModuleNotFoundError:
-        if adapter.package:
-            pytest.importorskip(adapter.package, _SINCE.get(adapter.name))
+        if adapter.host.package:
+            pytest.importorskip(adapter.host.package, _SINCE.get(adapter.name))
         raise
 
 

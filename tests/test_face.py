@@ -6,6 +6,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, Schedule, ToMe, kernels
-from tokenmerge.adapters.base import Adapter
+from tokenmerge.adapters.base import Host
 from tokenmerge.adapters.timm.vit import TimmViT
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError, UnsupportedModelError
@@ -262,9 +263,11 @@ def test_a_plan_says_its_size_not_its_tensors() -> None:
 
 def test_a_part_describes_itself_as_the_whole_does() -> None:
     class Ignoring(TimmViT):
-        ignores_rest = True
+        host = replace(TimmViT.host, ignores_rest=True)
 
     inner, whole = Ignoring(), Within("vision", Ignoring())
-    of_the_whole = {"token_methods", "restored_methods", "cut_by", "package", "loops", "heads"}
-    for name in {name for cls in (Adapter, TimmViT) for name in cls.__annotations__} - of_the_whole:
+    for field in {field.name for field in fields(Host)} - {"token_methods", "restored_methods"}:
+        assert getattr(whole.host, field) == getattr(inner.host, field), field
+    for name in ("name", "families", "landmarks"):
         assert getattr(whole, name) == getattr(inner, name), name
+    assert whole.host.token_methods == tuple(f"vision.{name}" for name in inner.host.token_methods)

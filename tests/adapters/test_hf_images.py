@@ -277,7 +277,7 @@ def test_an_implementation_with_block_masks(monkeypatch: pytest.MonkeyPatch) -> 
         model.set_attn_implementation("flex_attention")
         assert_close(_run(model, case), expected, 1e-9)
     with pytest.raises(UnsupportedError, match=r"mask is a str, .*set_attn_implementation\('sdpa'\)"):
-        adapters.find(model).valid({"attention_mask": "a BlockMask, which stands for no tokens"})
+        adapters.find(model).host.padding["attention_mask"]("a BlockMask, which stands for no tokens")
 
 
 def test_gradient_checkpointing_by_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:

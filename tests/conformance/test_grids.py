@@ -58,7 +58,7 @@ PLACED = [adapter for adapter in ADAPTERS if _places(adapter)]
 def test_the_grid_of_a_familys_own_size(adapter: Adapter) -> None:
     model, x = adapter.tiny()
     resolved = adapter.resolve(model)
-    assert resolved.cutter(model) is not None
+    assert resolved.surroundings(model).cutter is not None
     assert _grids(model, x) == {resolved.layout(model).grid}
 
 

@@ -28,7 +28,7 @@ def test_a_registered_model_keeps_the_promises(name: str) -> None:
         check_windows(model, x, family=family)
         return
     check_promises(model, x, output=answer, family=family)
-    if not tokenmerge.adapters.find(model).is_positional:
+    if not tokenmerge.adapters.find(model).host.is_positional:
         _check_constant(model, torch.randn(2, 3, 1, 1).double().expand(2, *size))
 
 

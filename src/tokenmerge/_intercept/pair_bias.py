@@ -62,6 +62,9 @@ class PairTap(SeamTap):
             found.append(Binding(table.owner, self.method, table))
         return found
 
+    def placed(self, places: Tensor) -> list[Binding]:
+        return placed_pairs(self.block, self.table, self.method, places)
+
 
 class _Pairs(ChildOverride):
     """A method that returns the bias of all pairs of places: while a tap is at work, that of the tokens left."""

@@ -84,6 +84,13 @@ class AttentionTap:
         self.needs: tuple[str, ...] = ()  # what must have been seen when the attention has run
         self.following: list[ChildOverride] = []
 
+    def placed(self, places: Tensor) -> list[Binding]:
+        """Return what makes the unpatched attention take token n for one that stands at `places` `[B, N]`.
+
+        Default: nothing, for an attention that knows no places, or is told them by an argument of its block.
+        """
+        return []
+
     def found(self) -> Any:
         """Return what stands where the attention was when the model was patched."""
         module: Any = self.block

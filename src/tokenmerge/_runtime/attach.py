@@ -26,7 +26,10 @@ from tokenmerge.adapters.base import (
     Adapter,
     Binding,
     BlockSpec,
+    Context,
     HookSpec,
+    Spec,
+    Surroundings,
     TokenLayout,
     WindowSpec,
 )
@@ -38,6 +41,10 @@ __all__ = ["MODULES", "Bindings", "attach", "is_copied_part"]
 MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
 # packages whose blocks are described by their class; of torch's own only the encoder's layer is a block
 _HOSTS = ("timm.", "transformers.", "torchvision.", "open_clip.", "vit_pytorch.", "torch.nn.modules.transformer")
+_DOUBT = (
+    "proportional attention is on, as for MAE models trained with merging; an off-the-shelf MAE checkpoint is better "
+    "with prop_attn=False (arXiv:2210.09461, table 1f), and the weights do not tell"
+)
 _RUNNERS: dict[type, type[ResidualRunner]] = {
     BlockSpec: ResidualRunner,
     HookSpec: HookedRunner,
@@ -104,12 +111,13 @@ def attach(
     specs = _specs(adapter, blocks)
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
-    is_proportional, limits = _proportional(adapter, model, taps, prop_attn, method)
-    if "q" in method.captures and adapter.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
+    around = adapter.surroundings(model)
+    is_proportional, limits = _proportional(around, taps, prop_attn, method)
+    if "q" in method.captures and adapter.host.is_positional and any(tap.kind == SeamTap.kind for tap in taps):
         limits.append(f"{method.name} sees queries and keys as they are before the attention turns them by their place")
     method, remarks = _seeing(method, adapter, model, taps, layout)
     attachment = Bindings(limits + remarks, state)
-    state.needs_places = adapter.is_positional or bool(adapter.followers) or "places" in method.requires
+    state.needs_places = adapter.host.is_positional or bool(adapter.host.followers) or "places" in method.requires
     try:
         attachment.bind(*adapter.wiring(model))
         runners = attachment.runners = [
@@ -125,13 +133,13 @@ def attach(
         attachment.learn(model, method.build(_shape(layout, state, blocks)))
         for runner in runners:
             attachment.bind(Binding(runner.block, "forward", runner))
-        _bind_outputs(attachment, model, adapter, state, restore)
-        cutter = adapter.cutter(model) if "places" in method.requires and layout.grid else None
-        if cutter is not None:
+        _bind_outputs(attachment, model, adapter, around, restore)
+        # behind the trial, which cuts images of its own
+        if around.cutter is not None and "places" in method.requires and layout.grid:
             grids = runners[0].grids = Grids()
-            attachment.bind(Binding(cutter, "forward", Listener(adapter, cutter, grids)))
-        attachment.bind(*adapter.finish(model, state.is_at_work, "dense" if state.restore == "every" else restore))
-        attachment.bind(*(ways := entries(model, adapter, state, restore is None and state.restore != "every")))
+            attachment.bind(Binding(around.cutter, "forward", Listener(adapter, around.cutter, grids)))
+        refuses = restore is None and state.restore != "every"
+        attachment.bind(*(ways := entries(model, adapter, around, state, refuses)))
         settle(ways)
     except BaseException:
         attachment.undo()
@@ -203,25 +211,20 @@ def _shape(layout: TokenLayout, state: ForwardState, blocks: list[tuple[str, nn.
 
 
 def _bind_outputs(
-    attachment: Bindings, model: nn.Module, adapter: Adapter, state: ForwardState, restore: str | None
+    attachment: Bindings, model: nn.Module, adapter: Adapter, around: Surroundings, restore: str | None
 ) -> None:
     """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
+    state, runner = attachment.state, attachment.runners[-1]
     state.hands_out_merged = restore == "merged"
-    runner = attachment.runners[-1]
-    state.restore, reason = decide(model, adapter, runner.layout, runner.rest, restore)
+    state.restore, reason = decide(around, runner.layout, runner.rest, restore)
     if reason:
         which = "every block" if state.restore == "every" else "the last block"
         attachment.limits.append(f"tokens are put back in their places after {which}: {reason}")
-    if not state.restore:
-        head, limits = adapter.head(model, state.final_size)
-        attachment.limits += limits
-        handed_out = adapter.hands_out(model)
-        if handed_out:
-            attachment.limits.append(f"merged tokens are handed out, weigh them with handle.sizes: {handed_out}")
-        for replacement in head:
-            attachment.bind(replacement)
-    if restore is None and not state.restore:
-        attachment.bind(*adapter.guards(model, state.is_at_work))
+    if not state.restore and around.handed_out:
+        attachment.limits.append(f"merged tokens are handed out, weigh them with handle.sizes: {around.handed_out}")
+    sizes = None if state.restore else state.final_size
+    context = Context(state.is_at_work, sizes, "dense" if state.restore == "every" else restore)
+    attachment.bind(*adapter.overrides(model, context))
 
 
 def _check_shared(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
@@ -244,7 +247,7 @@ def is_copied_part(module: nn.Module) -> bool:
     return bool(states) and states[0].model is None
 
 
-def _check_children(block: nn.Module, layer: int, spec: BlockSpec | HookSpec | WindowSpec) -> None:
+def _check_children(block: nn.Module, layer: int, spec: Spec) -> None:
     names = (*spec.attention, *spec.mlp) if isinstance(spec, BlockSpec) else dataclasses.astuple(spec)
     missing = []
     for name in filter(None, names):
@@ -280,7 +283,7 @@ def _seeing(
 
     Where nothing but its names is known of a block, children that its attention does not call are no projections.
     """
-    if not adapter.may_match_features:
+    if not adapter.host.may_match_features:
         return method, []
     for tap in taps:
         if isinstance(tap, SeamTap):
@@ -298,9 +301,7 @@ def _seeing(
     return method, []
 
 
-def _check_needs(
-    method: Reduction, model: nn.Module, layout: TokenLayout, specs: list[BlockSpec | HookSpec | WindowSpec]
-) -> None:
+def _check_needs(method: Reduction, model: nn.Module, layout: TokenLayout, specs: list[Spec]) -> None:
     """Refuse a method that needs what this model does not have."""
     if "class" in method.requires and not layout.leads_with_class:
         other = ' (for example score="received")' if hasattr(method, "score") else ""
@@ -321,7 +322,7 @@ def _check_needs(
 
 
 def _proportional(
-    adapter: Adapter, model: nn.Module, taps: list[AttentionTap], prop_attn: bool | str, method: Reduction
+    around: Surroundings, taps: list[AttentionTap], prop_attn: bool | str, method: Reduction
 ) -> tuple[bool, list[str]]:
     """Decide on proportional attention; returns it and what the report should say."""
     can = all(tap.takes_bias for tap in taps)
@@ -336,13 +337,12 @@ def _proportional(
         return bool(prop_attn), []
     if not method.is_proportional:
         return False, [f"no proportional attention: {method.name} is without it; prop_attn=True adds it"]
-    without, doubt = adapter.trained_without_merging(model)
-    if without:
+    if around.without_merging:
         return False, ["no proportional attention: an MAE model trained without merging is better without it"]
-    return True, [doubt] if doubt else []
+    return True, [_DOUBT] if around.without_merging is None else []
 
 
-def _specs(adapter: Adapter, blocks: list[tuple[str, nn.Module]]) -> list[BlockSpec | HookSpec | WindowSpec]:
+def _specs(adapter: Adapter, blocks: list[tuple[str, nn.Module]]) -> list[Spec]:
     """Return how each block is made; raises for one that is not made so."""
     specs = [adapter.spec(block) for _, block in blocks]
     for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
@@ -391,7 +391,7 @@ def _prove(
         seen[make] = runner
         label = f"{name} ({type(block).__module__}.{type(block).__qualname__})"
         tokens, given = adapter.sample(model, block, runner.layout)
-        has_places = adapter.is_positional or any(value is not None for value in given.values())
+        has_places = adapter.host.is_positional or any(value is not None for value in given.values())
         probe = Probe(tokens, given, runner.layout, label, has_places)
         counted = None if isinstance(runner, LocalRunner) else runner.counted
         found.append(check_parity(block, runner.probe, runner.parity, probe, counted))

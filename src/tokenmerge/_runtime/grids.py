@@ -74,5 +74,5 @@ class Listener(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.original(*args, **kwargs)
         image = next(iter((*args, *kwargs.values())), None)
-        self.grids.note(self.adapter.grid_of(self.owner, image, out))
+        self.grids.note(self.adapter.host.grid_of(self.owner, image, out))
         return out

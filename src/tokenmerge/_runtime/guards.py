@@ -11,29 +11,30 @@ from torch import Tensor, nn
 from tokenmerge._intercept.trust import insides, leads_to_ours, methods_of, stranger
 from tokenmerge._runtime.state import ForwardState
 from tokenmerge._torch.tracing import WHOLE, fail, is_compiling, refuse_symbols, trace_number
-from tokenmerge.adapters.base import Adapter, Binding, Override
+from tokenmerge.adapters.base import Adapter, Binding, Override, Surroundings
 from tokenmerge.errors import UnsupportedError
 
 __all__ = ["entries", "settle"]
 
 
-def entries(model: nn.Module, adapter: Adapter, state: ForwardState, refuses: bool) -> list[Binding]:
+def entries(
+    model: nn.Module, adapter: Adapter, around: Surroundings, state: ForwardState, refuses: bool
+) -> list[Binding]:
     """Return what is bound on every way into the blocks: the forwards around them and the methods that run them.
 
-    `refuses`: the methods named by the adapter's `token_methods` are refused from outside while tokens are merged.
+    `refuses`: the methods named by the host's `token_methods` are refused from outside while tokens are merged.
     """
-    pooling = adapter.pooling_parts(model)
-    looping = [part for part in adapter.looping_parts(model) if all(part is not other for other in pooling)]
     # where every block hands out every token, nobody has to be trusted
-    watch = None if state.restore == "every" else _Watch(adapter, model)
+    watch = None if state.restore == "every" else _Watch(around)
     lists = _ListsOf([block for _, block in adapter.blocks(model)])
-    found: list[Override] = [Entry(part, state, lists, is_loop=False, watch=watch) for part in pooling]
-    found += [Entry(part, state, lists, is_loop=True) for part in looping]
-    for name in (*adapter.token_methods, *adapter.restored_methods):
+    found: list[Override] = [Entry(around.part, state, lists, is_loop=False, watch=watch)]
+    found += [Entry(part, state, lists, is_loop=True) for part in around.loops if part is not around.part]
+    host = adapter.host
+    for name in (*host.token_methods, *host.restored_methods):
         path, _, method = name.rpartition(".")
         owner = _find(model, path)
         if owner is not None and callable(getattr(owner, method, None)):
-            found.append(_TokenMethod(owner, method, state, lists, refuses and name in adapter.token_methods))
+            found.append(_TokenMethod(owner, method, state, lists, refuses and name in host.token_methods))
     found.append(_Unscriptable(model, "__prepare_scriptable__"))
     return [Binding(entry.owner, entry.attribute, entry) for entry in found]
 
@@ -94,9 +95,9 @@ class _ListsOf(dict[nn.Module, _BlockLists]):
 class _Watch:
     """The methods of a model that are trusted with merged tokens, as they were when it was patched."""
 
-    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
-        inner, self.part = adapter.core(model)
-        self.loops, self.heads, self.package = inner.loop_methods(self.part), inner.heads, inner.package
+    def __init__(self, around: Surroundings) -> None:
+        host, self.part = around.adapter.host, around.part
+        self.loops, self.heads, self.package = around.trusted, host.heads, host.package
         self.before: list[Any] | None = None
 
     def problem(self) -> str:

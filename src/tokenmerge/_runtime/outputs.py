@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from tokenmerge._intercept.prove import token_width, undisturbed
 from tokenmerge._intercept.trust import insides, is_of, methods_of, mixing, stranger
-from tokenmerge.adapters.base import Adapter, Binding, Override, TokenLayout
+from tokenmerge.adapters.base import Adapter, Binding, Context, Override, Surroundings, TokenLayout
 
 __all__ = ["Outputs", "decide"]
 
@@ -30,25 +30,23 @@ class Outputs(NamedTuple):
     reason: str
 
 
-def decide(
-    model: nn.Module, adapter: Adapter, layout: TokenLayout, rest: tuple[None, ...] | None, restore: str | None
-) -> Outputs:
+def decide(around: Surroundings, layout: TokenLayout, rest: tuple[None, ...] | None, restore: str | None) -> Outputs:
     """Say where tokens are put back. `rest` is what blocks return behind their tokens, `restore` the user's wish."""
     if restore == "dense":
         return Outputs("every", "")
-    inner, part = adapter.core(model)
-    everywhere = adapter.collects(model)
-    if everywhere and restore == "merged" and not inner.package:
+    host, part, everywhere = around.adapter.host, around.part, around.every
+    if everywhere and restore == "merged" and not host.package:
         return Outputs("", "")  # a model known by names: its user knows what it does with merged tokens
-    if everywhere is None and inner.package:
-        everywhere = stranger(inner.loop_methods(part), inner.package) if is_of(part, inner.package) else None
+    is_known = is_of(part, host.package)
+    if everywhere is None and is_known:
+        everywhere = stranger(around.trusted, host.package)
     if everywhere:
         return Outputs("every", everywhere)
-    last = adapter.grid_head(model) or (None if restore == "merged" else adapter.hands_out(model))
-    if not inner.package or not is_of(part, inner.package):
-        return _tried(inner, part, layout, rest, last)
-    heads = methods_of(part, inner.heads)
-    last = last or stranger(insides(heads), inner.package) or mixing(insides(heads)) or _hooked(heads)
+    last = around.last or (None if restore == "merged" else around.handed_out)
+    if not is_known:
+        return _tried(around.adapter, part, layout, rest, last)
+    heads = methods_of(part, host.heads)
+    last = last or stranger(insides(heads), host.package) or mixing(insides(heads)) or _hooked(heads)
     return Outputs("last" if last else "", last or "")
 
 
@@ -121,7 +119,8 @@ class _Trial:
             given.append(_Given(self.blocks[layer], out if self.rest is None else (out, *self.rest)))
         stand_ins = [Binding(block.owner, "forward", block) for block in given]
         size = self.groups[-1].bincount().float().expand(2, -1)
-        head = [] if restore else self.adapter.head(self.model, lambda x, cut: size)[0]
+        context = Context(lambda: False, lambda x, cut: size, "merged")
+        head = [] if restore else self.adapter.overrides(self.model, context)
         with undisturbed(self.model) as run:
             self.model.eval()
             for owner, attribute, value in (*stand_ins, *head):

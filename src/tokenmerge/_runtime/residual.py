@@ -211,7 +211,7 @@ class ResidualRunner(Override):
     def _follow(self, call: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
         """Return the block's further arguments for the tokens that are left; raises for one that cannot follow."""
         given = {name: value for name, value in call.items() if value is not None and value is not False}
-        followers = self.adapter.followers
+        followers = self.adapter.host.followers
         unknown = [repr(name) for name in given if name not in followers]
         if unknown:
             raise UnsupportedError(
@@ -222,7 +222,8 @@ class ResidualRunner(Override):
 
     def _begin_sizes(self, frame: Frame, call: Mapping[str, Any], B: int) -> Tensor | None:
         """Return the sizes before any merging, where some tokens are padding: 0 for these, 1 for the others."""
-        valid = self.adapter.valid(call)
+        given = ((call.get(name), real) for name, real in self.adapter.host.padding.items())
+        valid = next((real(argument) for argument, real in given if argument is not None), None)
         frame.has_padding = valid is not None
         return None if valid is None else valid.float().expand(B, -1)
 
@@ -250,7 +251,7 @@ class ResidualRunner(Override):
     def learn_output(self, output: Any) -> None:
         """Note how the block's own forward returns its tokens: alone, or as the first of a tuple of nothing else."""
         self.rest = output[1:] if isinstance(output, tuple) else None
-        if self.rest and self.adapter.ignores_rest:
+        if self.rest and self.adapter.host.ignores_rest:
             self.rest = (None,) * len(self.rest)
         if self.rest and any(entry is not None for entry in self.rest):
             raise AdapterMismatchError(

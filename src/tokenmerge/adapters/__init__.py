@@ -1,86 +1,126 @@
-"""The model families; the first adapter that matches describes the model."""
+"""The model families: those built in, one line each, and those that a user registers."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 from torch import nn
 
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.open_clip import OpenClip
 from tokenmerge.adapters.refused import refusal
-from tokenmerge.adapters.repos.dino import Dino, DinoV2
-from tokenmerge.adapters.repos.mae import MAE
-from tokenmerge.adapters.repos.mae_st import MAEst
-from tokenmerge.adapters.repos.swag import Swag
-from tokenmerge.adapters.timm.beit import TimmBeit
-from tokenmerge.adapters.timm.cait import TimmCait
-from tokenmerge.adapters.timm.eva import TimmEva
-from tokenmerge.adapters.timm.naflex import TimmNaFlex
-from tokenmerge.adapters.timm.relpos import TimmRelPos
-from tokenmerge.adapters.timm.sam import TimmSAM
-from tokenmerge.adapters.timm.vit import TimmViT
-from tokenmerge.adapters.timm.vlm import TimmVLM
-from tokenmerge.adapters.torch_encoder import TorchEncoder
-from tokenmerge.adapters.torchvision_vit import TorchvisionViT
-from tokenmerge.adapters.transformers.aimv2 import HFAimv2
-from tokenmerge.adapters.transformers.audio import HFAST, HFWhisper
-from tokenmerge.adapters.transformers.beit import HFBeit
-from tokenmerge.adapters.transformers.clip import HFCLIP
-from tokenmerge.adapters.transformers.dinov2 import HFDinov2
-from tokenmerge.adapters.transformers.internvl import HFInternVL
-from tokenmerge.adapters.transformers.rotary import HFVJEPA2, HFDINOv3
-from tokenmerge.adapters.transformers.timm_wrapper import HFTimm
-from tokenmerge.adapters.transformers.video import HFVideoMAE, HFVivit
-from tokenmerge.adapters.transformers.vit import HFViT
-from tokenmerge.adapters.transformers.yolos import HFYolos
-from tokenmerge.adapters.vit_pytorch import VitPytorch
-from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedModelError
 
-__all__ = ["ADAPTERS", "find", "list_adapters"]
+__all__ = ["ADAPTERS", "find", "known", "list_adapters", "register", "unregister"]
 
-ADAPTERS: tuple[Adapter, ...] = (
-    TimmViT(),
-    TimmBeit(),
-    TimmRelPos(),
-    TimmCait(),
-    TimmEva(),
-    TimmNaFlex(),
-    TimmSAM(),
-    TimmVLM(),
-    MAEst(),
-    MAE(),
-    Swag(),
-    TorchvisionViT(),
-    OpenClip(),
-    Dino(),
-    DinoV2(),
-    VitPytorch(),
-    HFBeit(),
-    HFDINOv3(),
-    HFVideoMAE(),
-    HFVivit(),
-    HFVJEPA2(),
-    HFAST(),
-    HFWhisper(),
-    HFViT(),
-    HFCLIP(),
-    HFDinov2(),
-    HFInternVL(),
-    HFAimv2(),
-    HFTimm(),
-    HFYolos(),
-    TorchEncoder(),
+# tried in this order: the first that matches describes the model
+_FAMILIES = (
+    "timm.vit.TimmViT",
+    "timm.beit.TimmBeit",
+    "timm.relpos.TimmRelPos",
+    "timm.cait.TimmCait",
+    "timm.eva.TimmEva",
+    "timm.naflex.TimmNaFlex",
+    "timm.sam.TimmSAM",
+    "timm.vlm.TimmVLM",
+    "repos.mae.MAEst",
+    "repos.mae.MAE",
+    "repos.swag.Swag",
+    "torchvision_vit.TorchvisionViT",
+    "open_clip.OpenClip",
+    "repos.dino.Dino",
+    "repos.dino.DinoV2",
+    "vit_pytorch.VitPytorch",
+    "transformers.beit.HFBeit",
+    "transformers.rotary.HFDINOv3",
+    "transformers.video.HFVideoMAE",
+    "transformers.video.HFVivit",
+    "transformers.rotary.HFVJEPA2",
+    "transformers.audio.HFAST",
+    "transformers.audio.HFWhisper",
+    "transformers.plain.HFViT",
+    "transformers.plain.HFCLIP",
+    "transformers.plain.HFDinov2",
+    "transformers.plain.HFInternVL",
+    "transformers.plain.HFAimv2",
+    "transformers.timm_wrapper.HFTimm",
+    "transformers.yolos.HFYolos",
+    "torch_encoder.TorchEncoder",
 )
+
+
+def _built_in(path: str) -> Adapter:
+    module, _, name = path.rpartition(".")
+    adapter: Adapter = getattr(import_module(f"{__name__}.{module}"), name)()
+    return adapter
+
+
+ADAPTERS: tuple[Adapter, ...] = tuple(map(_built_in, _FAMILIES))
+_registered: list[Adapter] = []
+
+
+def known() -> tuple[Adapter, ...]:
+    """Return the families in the order they are tried: those registered, then those built in."""
+    return (*_registered, *ADAPTERS)
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Add a model family from outside the library; `patch` and all tools know it from then on. Returns the adapter.
+
+    Registered families are tried before the built-in ones, in the order they were registered: some of those know a
+    model by its parts alone, and would take one of yours for theirs. `unregister` takes a family out again.
+
+    Args:
+        adapter: an instance of a subclass of `tokenmerge.adapters.base.Adapter` with a name of its own.
+
+    Raises `ConfigError` for anything but an instance, `UnknownNameError` where the name is taken.
+
+    >>> from tokenmerge.adapters.timm.vit import TimmViT
+    >>> class MyViT(TimmViT):
+    ...     name = "my_vit"
+    >>> adapter = register(MyViT())
+    >>> list_adapters()[:2]
+    ['my_vit', 'timm_vit']
+    >>> _ = unregister("my_vit")
+    """
+    if not isinstance(adapter, Adapter):
+        given = f"the class {adapter.__qualname__}" if isinstance(adapter, type) else f"a {type(adapter).__qualname__}"
+        raise ConfigError(f"register() takes an instance of an Adapter, and was given {given}: register(MyFamily()).")
+    lacking = [name for name in ("name", "families") if not isinstance(getattr(adapter, name, None), str)]
+    if type(adapter).matches is Adapter.matches and not adapter.host.models:
+        lacking.append("matches (or host.models)")
+    if lacking:
+        raise ConfigError(f"{type(adapter).__qualname__} does not say its {', '.join(lacking)}.")
+    taken = next((other for other in known() if other.name == adapter.name), None)
+    if taken is not None:
+        raise UnknownNameError(
+            f"the name {adapter.name!r} is taken by the adapter {type(taken).__qualname__}. Give yours another `name`"
+            + (f", or take that one out first: unregister({taken.name!r})." if taken in _registered else ".")
+        )
+    _registered.append(adapter)
+    return adapter
+
+
+def unregister(name: str) -> Adapter:
+    """Take out a registered family and return its adapter; patched models keep theirs.
+
+    Raises `UnknownNameError` for a name that was not registered; built-in families stay.
+    """
+    adapter = next((adapter for adapter in _registered if adapter.name == name), None)
+    if adapter is None:
+        names = ", ".join(repr(adapter.name) for adapter in _registered) or "none"
+        raise UnknownNameError(f"no adapter {name!r} was registered. Registered are: {names}; built-in families stay.")
+    _registered.remove(adapter)
+    return adapter
 
 
 def list_adapters() -> list[str]:
     """Return the names of the model families, in the order they are tried."""
-    return [adapter.name for adapter in ADAPTERS]
+    return [adapter.name for adapter in known()]
 
 
-def find(model: nn.Module) -> Adapter:
-    """Return the adapter of the model; raises `UnsupportedModelError` that says what was tried and what is nearest."""
-    # before the adapters: a wrapper answers for what it wraps, so they would take it for that
+def _check_bare(model: nn.Module) -> None:
+    """Refuse what stands for a model: a wrapper answers for what it wraps, so adapters would take it for that."""
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(inner, nn.Module):
         raise UnsupportedModelError(
@@ -92,7 +132,12 @@ def find(model: nn.Module) -> Adapter:
             f"this {type(model).__qualname__} was made by torch.jit: its code is compiled, and nothing can be put into "
             "it. Patch the nn.Module that it was made from, then trace that (torch.jit.script takes no patched model)."
         )
-    for adapter in ADAPTERS:
+
+
+def find(model: nn.Module) -> Adapter:
+    """Return the adapter of the model; raises `UnsupportedModelError` that says what was tried and what is nearest."""
+    _check_bare(model)
+    for adapter in known():
         if adapter.matches(model):
             return adapter.resolve(model)
     reason = refusal(model)
@@ -108,7 +153,9 @@ def find(model: nn.Module) -> Adapter:
             f"{type(model).__module__}.{type(model).__qualname__} can be patched."
         )
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
-    nearest = max(ADAPTERS, key=lambda adapter: len(present.intersection(adapter.landmarks)) / len(adapter.landmarks))
+    nearest = max(
+        known(), key=lambda adapter: len(present.intersection(adapter.landmarks)) / max(1, len(adapter.landmarks))
+    )
     missing = [name for name in nearest.landmarks if name not in present]
     shared = len(nearest.landmarks) - len(missing)
     near = (
@@ -138,7 +185,7 @@ def _part(model: nn.Module, depth: int = 4) -> str | None:
 
 
 def _describes(part: nn.Module) -> bool:
-    for adapter in ADAPTERS:
+    for adapter in known():
         if adapter.matches(part):
             try:
                 return bool(adapter.resolve(part).blocks(part))

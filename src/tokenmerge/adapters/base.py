@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tokenmerge._intercept.follow import Follow
 from tokenmerge._intercept.layout import PROBED, TokenLayout, first_of
+from tokenmerge._intercept.multihead import MultiheadTap, multihead
 from tokenmerge._intercept.override import Binding, Override
 from tokenmerge._intercept.pooling import Sizes
-from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge._intercept.trust import methods_of
+from tokenmerge._intercept.taps import AttentionTap, SeamTap
+from tokenmerge._intercept.trust import Method, methods_of
+from tokenmerge.adapters import _older
+from tokenmerge.errors import UnsupportedModelError
 
 __all__ = [
     "PROBED",
     "Adapter",
+    "Binding",
     "BlockSpec",
+    "Context",
     "Follow",
     "HookSpec",
+    "Host",
     "Override",
-    "Binding",
     "Sizes",
+    "Spec",
+    "Surroundings",
     "TokenLayout",
     "WindowSpec",
     "class_names",
     "first_of",
+    "grid_of_call",
+    "has_parts",
 ]
 
 
@@ -49,6 +59,11 @@ class BlockSpec:
     mlp: tuple[str, ...] = ()
     closes: str = ""
 
+    @property
+    def children(self) -> tuple[str, ...]:
+        """The names of all children that are run."""
+        return (*self.attention, *self.mlp, *filter(None, (self.closes,)))
+
 
 @dataclass(frozen=True)
 class HookSpec:
@@ -60,6 +75,11 @@ class HookSpec:
     attn: str
     norm: str
     mlp: str
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """The names of the three."""
+        return (self.attn, self.norm, self.mlp)
 
 
 @dataclass(frozen=True)
@@ -73,147 +93,210 @@ class WindowSpec:
     attn: str
     window: str
 
+    @property
+    def children(self) -> tuple[str, ...]:
+        """The names of both."""
+        return (self.attn, self.window)
+
+
+Spec = BlockSpec | HookSpec | WindowSpec
+Grid = tuple[int, int]  # rows and columns
+
+
+def grid_of_call(cutter: Any, image: Any, out: Any) -> Grid | None:
+    """Return what timm says of an image of this size, else rows and columns of the map `[B, C, rows, columns]` put out.
+
+    `cutter` cut the `image` into `out`; None where that is no map.
+    """
+    if hasattr(cutter, "dynamic_feat_size"):
+        rows, columns = cutter.dynamic_feat_size(tuple(image.shape[-2:]))
+        return rows, columns
+    return (out.shape[-2], out.shape[-1]) if isinstance(out, Tensor) and out.dim() == 4 else None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What is known of a family's own code, as data. Dotted names are paths inside the model.
+
+    Args:
+        package: the package whose classes are known by name. "": a model is known by its parts alone, and is tried.
+        models: the models' classes, `package.module.Class`, for an adapter that has no `matches` of its own.
+        blocks: where the list of blocks is.
+        loops: methods that run the blocks; trusted with merged tokens while they are the package's own.
+        heads: methods that make an answer of what leaves the blocks; trusted in the same way.
+        token_methods: methods that hand tokens out by their place: refused unless the user says what to hand out.
+        restored_methods: methods that hand every token out in its place, as tokens are restored after the last block.
+        cut_by: the module that cuts images into patches, whose call says their rows and columns; "": not known.
+        grid_of: makes rows and columns of a call of that module: itself, the image, what it put out.
+        followers: further arguments of a block that belong to its tokens (rotary tables, masks), and how each follows
+            the tokens that are left.
+        padding: arguments of the first block that say which tokens are real, and what makes `[B, N]` bool of each.
+        is_positional: the attention knows where a token lies, and needs the places of those that are left.
+        may_match_features: a method that compares keys may compare features where the attention shows no keys.
+        ignores_rest: nothing reads what a block returns behind its tokens (attention weights): None may stand for it.
+    """
+
+    package: str = ""
+    models: Collection[str] = ()
+    blocks: str = "blocks"
+    loops: tuple[str, ...] = ("forward",)
+    heads: tuple[str, ...] = ()
+    token_methods: tuple[str, ...] = ()
+    restored_methods: tuple[str, ...] = ()
+    cut_by: str = ""
+    grid_of: Callable[[Any, Any, Any], Grid | None] = grid_of_call
+    followers: Mapping[str, Follow] = field(default_factory=dict)
+    padding: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
+    is_positional: bool = False
+    may_match_features: bool = False
+    ignores_rest: bool = False
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is around the blocks of one model, and why it needs tokens in their places: a sentence, or None.
+
+    Args:
+        adapter: the adapter of `part`.
+        part: the module that makes an answer of its tokens: the model, or the tower inside it.
+        trusted: methods that run the blocks and have to be the host's own, each a module and a name.
+        loops: modules besides `part` that run the blocks and hand out tokens.
+        cutter: the module that cuts images into patches.
+        every: why what leaves every block is needed with every token in its place.
+        last: why what follows the last block needs every token in its place.
+        handed_out: which tokens the model hands out; they are put in their places unless merged ones are asked for.
+        without_merging: it is an MAE model never trained with merging, which is better without proportional attention;
+            None: its weights do not tell.
+    """
+
+    adapter: Adapter
+    part: nn.Module
+    trusted: Sequence[Method] = ()
+    loops: Sequence[nn.Module] = ()
+    cutter: nn.Module | None = None
+    every: str | None = None
+    last: str | None = None
+    handed_out: str | None = None
+    without_merging: bool | None = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """How a model is patched, for what stands in around its blocks.
+
+    Args:
+        is_merging: says, in a call, whether tokens are merged in it.
+        sizes: gives the sizes of tokens that left the last block; None where all are put back in their places.
+        restore: what the user asked for; "dense" also where every block has to hand out every token.
+    """
+
+    is_merging: Callable[[], bool]
+    sizes: Sizes | None
+    restore: str | None
+
+    @property
+    def must_refuse(self) -> bool:
+        """Whether merged tokens leave the blocks and nobody asked for them: what would hand them out is refused."""
+        return self.sizes is not None and self.restore is None
+
 
 class Adapter(ABC):
-    """One model family. Adapters recognise a model by its structure and import their host inside functions only."""
+    """One model family. Adapters recognise a model by its structure and import their host inside functions only.
+
+    A family has to say its names, `layout` and `tiny`, and, where `specs` and `host` say too little, `matches`,
+    `blocks`, `spec` and `tap`.
+    """
 
     name: ClassVar[str]
     families: ClassVar[str]  # what `tokenmerge list` shows
-    landmarks: ClassVar[tuple[str, ...]]  # names of children that this family has; an error compares them
-    # further arguments of a block that belong to its tokens (rotary tables, masks), and how each follows those left
-    followers: ClassVar[Mapping[str, Follow]] = {}
-    # the attention knows where a token lies: it needs the places of the tokens that are left
-    is_positional: ClassVar[bool] = False
-    # methods of the model that hand tokens out by their place: refused unless the user says what to hand out
-    token_methods: ClassVar[tuple[str, ...]] = ()
-    # those of them that put every token in its place, since tokens are restored after the last block
-    restored_methods: ClassVar[tuple[str, ...]] = ()
-    # a method that compares keys may compare features where the attention shows no keys
-    may_match_features: ClassVar[bool] = False
-    # nothing reads what a block returns behind its tokens (attention weights): None may stand for it
-    ignores_rest: ClassVar[bool] = False
-    # path of the module that cuts images into patches, whose call says their rows and columns; none where it is found
-    # in another way, or no module is known to
-    cut_by: ClassVar[str] = ""
-    # the host's package, whose classes are known by name; "" where a model is known by its parts alone
-    package: ClassVar[str] = ""
-    # methods that run the blocks, and those that make an answer of what leaves them: trusted where they are the
-    # package's own. Dotted names are methods of parts
-    loops: ClassVar[tuple[str, ...]] = ("forward",)
-    heads: ClassVar[tuple[str, ...]] = ()
+    landmarks: ClassVar[tuple[str, ...]] = ()  # names of children that this family has; an error compares them
+    host: ClassVar[Host] = Host()
+    # how its blocks are made: by their class `package.module.Class`, or several of which the first whose children a
+    # block has describes it
+    specs: ClassVar[Mapping[str, Spec] | Sequence[Spec]] = ()
 
-    @abstractmethod
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _older.adopt(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        return _older.read(self, name)
+
     def matches(self, model: nn.Module) -> bool:
-        """Say whether this adapter describes the model."""
+        """Say whether this adapter describes the model. Default: by its class, of `host.models`."""
+        return not set(self.host.models).isdisjoint(class_names(model))
 
     def resolve(self, model: nn.Module) -> Adapter:
         """Return the adapter that describes the model: this one, or that of the one part of it where tokens are."""
         return self
 
-    def wiring(self, model: nn.Module) -> list[Binding]:
-        """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
-        return []
-
-    def pooling_parts(self, model: nn.Module) -> list[nn.Module]:
-        """Return the modules whose forward runs the blocks and knows what to do with merged tokens. Default: itself."""
-        return [model]
-
-    def looping_parts(self, model: nn.Module) -> list[nn.Module]:
-        """Return the parts of the model that run the blocks and hand out tokens. Default: none."""
-        return []
-
-    @abstractmethod
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Return the blocks in order, with their names in the model."""
+        """Return the blocks in order, with their names in the model. Default: the children of `host.blocks`."""
+        path = self.host.blocks
+        return [(f"{path}.{name}", block) for name, block in attrgetter(path)(model).named_children()]
 
-    @abstractmethod
-    def spec(self, block: nn.Module) -> BlockSpec | HookSpec | WindowSpec:
-        """Describe one block; raises `UnsupportedModelError` where it is not of this family."""
+    def spec(self, block: nn.Module) -> Spec:
+        """Describe one block, by `specs`; raises `UnsupportedModelError` where it is not of this family."""
+        if isinstance(self.specs, Mapping):
+            names = [name for name in class_names(block) if name in self.specs]
+            if names:
+                return self.specs[names[0]]
+            known = " or ".join(name.rpartition(".")[2] for name in self.specs)
+            whose = self.name if len(self.host.models) != 1 else next(iter(self.host.models)).rpartition(".")[2]
+            raise UnsupportedModelError(
+                f"blocks of class {class_names(block)[0]} are not described: {whose} has {known}."
+            )
+        for spec in self.specs:
+            if has_parts(block, spec.children):
+                return spec
+        raise UnsupportedModelError(
+            f"blocks of class {class_names(block)[0]} with the children {[name for name, _ in block.named_children()]} "
+            f"are not described: {self.name} has {' or '.join(str(list(spec.children)) for spec in self.specs)}."
+        )
 
     @abstractmethod
     def layout(self, model: nn.Module) -> TokenLayout:
         """Return where the tokens lie, for the input size the model was built with."""
 
-    def cutter(self, model: nn.Module) -> nn.Module | None:
-        """Return the module that cuts each image into patches, by `cut_by`; None where there is none."""
-        found: Any = model
-        for name in filter(None, self.cut_by.split(".")):
-            found = getattr(found, name, None)
-        return found if isinstance(found, nn.Module) and found is not model else None
-
-    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
-        """Return the rows and columns of the patches that the cutter has made, from a call of it; None: not known.
-
-        By default what timm's say of an image of its size, else those of the map `[B, C, rows, columns]` it puts out.
-        """
-        if hasattr(cutter, "dynamic_feat_size"):
-            rows, columns = cutter.dynamic_feat_size(tuple(image.shape[-2:]))
-            return rows, columns
-        if not isinstance(out, Tensor) or out.dim() != 4:
-            return None
-        return out.shape[-2], out.shape[-1]
-
-    @abstractmethod
     def tap(self, block: nn.Module) -> AttentionTap:
-        """Build the tap of the block's attention, not attached yet."""
+        """Build the tap of the block's attention, not attached yet. Default: by its projections or norms of q, k, v."""
+        path = self.spec(block).attn
+        return (SeamTap if multihead(attrgetter(path)(block)) is None else MultiheadTap)(block, path)
 
-    def head(self, model: nn.Module, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        """Return what makes pooling weigh tokens by size, and what could not be done. Default: nothing."""
-        return [], []
+    def surroundings(self, model: nn.Module) -> Surroundings:
+        """Return what is around the blocks. Default: by `host`, of a model that needs no token in its place."""
+        cutter: Any = model
+        for name in filter(None, self.host.cut_by.split(".")):
+            cutter = getattr(cutter, name, None)
+        is_known = isinstance(cutter, nn.Module) and cutter is not model
+        trusted = methods_of(model, self.host.loops)
+        return Surroundings(self, model, trusted, cutter=cutter if is_known else None)
 
-    def grid_head(self, model: nn.Module) -> str | None:
-        """Say why what follows the last block needs every token in its place; they are then put back there."""
-        return None
-
-    def hands_out(self, model: nn.Module) -> str | None:
-        """Say which tokens the model hands out; they are put back in their places unless merged ones are asked for."""
-        return None
-
-    def collects(self, model: nn.Module) -> str | None:
-        """Say why what leaves every block is needed with every token in its place."""
-        return None
-
-    def core(self, model: nn.Module) -> tuple[Adapter, nn.Module]:
-        """Return the part of the model that makes an answer of its tokens, and the adapter of that part."""
-        return self, model
-
-    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
-        """Return the methods of `loops` that this model has, each as a module and a name."""
-        return methods_of(model, self.loops)
-
-    def guards(self, model: nn.Module, is_merging: Callable[[], bool]) -> list[Binding]:
-        """Return what refuses, while tokens are merged, outputs that were changed since patching. Default: none.
-
-        It is asked for where merged tokens leave the blocks and nobody has asked for them.
-        """
+    def wiring(self, model: nn.Module) -> list[Binding]:
+        """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
         return []
 
-    def finish(self, model: nn.Module, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
-        """Return what is bound last, around everything else; it is asked for whatever `restore` says. Default: none."""
+    def overrides(self, model: nn.Module, context: Context) -> list[Binding]:
+        """Return what is bound last, around the blocks: pooling that weighs by size, refusals. Default: nothing."""
         return []
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         """Return how many tokens to probe a block with, and the further arguments the model would call it with."""
         return layout.prefix + PROBED, {}
 
-    def placed(self, block: nn.Module, places: Tensor) -> list[Binding]:
-        """Return what makes the unpatched block's attention take token n for one that stands at `places` `[B, N]`.
-
-        For attentions that know places by themselves, not by an argument in `followers`; `simulate` asks.
-        """
-        return []
-
-    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
-        """Return which tokens are real, `[B, N]` bool, from the first block's arguments; None: all."""
-        return None
-
-    def trained_without_merging(self, model: nn.Module) -> tuple[bool, str | None]:
-        """Say whether this is an MAE model never trained with merging (then no proportional attention); any doubt."""
-        return False, None
-
     @abstractmethod
     def tiny(self) -> tuple[nn.Module, Tensor]:
         """Return a small random model of the family in eval mode and an input for it."""
+
+
+def has_parts(module: nn.Module, paths: Collection[str]) -> bool:
+    """Say whether the module has all of these; names may have dots."""
+    try:
+        for path in paths:
+            attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def class_names(module: nn.Module) -> list[str]:

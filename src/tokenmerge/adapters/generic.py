@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge._intercept.multihead import MultiheadTap, multihead
-from tokenmerge._intercept.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.base import PROBED, Adapter, Binding, HookSpec, Override, TokenLayout
+from tokenmerge._intercept.multihead import multihead
+from tokenmerge.adapters.base import (
+    PROBED,
+    Adapter,
+    Binding,
+    Context,
+    HookSpec,
+    Host,
+    Override,
+    Surroundings,
+    TokenLayout,
+)
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedError, UnsupportedModelError
 
 __all__ = ["Generic", "count_prefix"]
@@ -22,8 +31,7 @@ class Generic(Adapter):
 
     name = "generic"
     families = "any pre-norm model, told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)"
-    landmarks = ()
-    may_match_features = True
+    host = Host(may_match_features=True)
 
     def __init__(self, blocks: str, attn: str, norm: str, mlp: str, prefix: int | None = None) -> None:
         if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
@@ -54,27 +62,24 @@ class Generic(Adapter):
         prefix = count_prefix(model) if self.prefix is None else self.prefix
         return TokenLayout(prefix, None, None, None, batch_first)
 
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
         if self.prefix is None:
             return []
         first = self.blocks(model)[0][1]
         return [Binding(first, "forward", _Prefixed(first, self.prefix, self.layout(model).batch_first))]
-
-    def tap(self, block: Any) -> AttentionTap:
-        is_multihead = multihead(block.get_submodule(self.names.attn)) is not None
-        return (MultiheadTap if is_multihead else SeamTap)(block, self.names.attn)
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         behind = list(inspect.signature(type(block).forward).parameters.values())[2:]
         plain = [p for p in behind if p.kind is p.POSITIONAL_OR_KEYWORD]
         return PROBED, {p.name: None for p in plain if p.default is p.empty}
 
-    def collects(self, model: Any) -> str:
+    def surroundings(self, model: Any) -> Surroundings:
         prefix = self.layout(model).prefix
-        return (
+        every = (
             "what a model that is only known by names does with its tokens is not known (in front, "
             f"{prefix} {'is' if prefix == 1 else 'are'} protected)"
         )
+        return replace(super().surroundings(model), every=every)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.testing.models.plain import PlainStandIn

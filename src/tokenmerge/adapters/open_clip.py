@@ -6,15 +6,26 @@ Shapes: B batch, M tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge._intercept.multihead import MultiheadTap, multihead
+from tokenmerge._intercept.multihead import multihead
 from tokenmerge._intercept.pooling import weigh
-from tokenmerge._intercept.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Override, Sizes, TokenLayout, class_names
+from tokenmerge.adapters.base import (
+    Adapter,
+    Binding,
+    BlockSpec,
+    Context,
+    Host,
+    Override,
+    Sizes,
+    Surroundings,
+    TokenLayout,
+    class_names,
+)
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
@@ -27,12 +38,15 @@ class OpenClip(Adapter):
     name = "open_clip"
     families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
-    token_methods = ("forward_intermediates",)
-    cut_by = "conv1"
     # OpenAI's repository is known by its parts: it is tried
-    package = "open_clip"
-    loops = ("forward", "transformer.forward")
-    heads = ("_pool", "_global_pool", "ln_post.forward")
+    host = Host(
+        "open_clip",
+        blocks="transformer.resblocks",
+        loops=("forward", "transformer.forward"),
+        heads=("_pool", "_global_pool", "ln_post.forward"),
+        token_methods=("forward_intermediates",),
+        cut_by="conv1",
+    )
 
     def matches(self, model: Any) -> bool:
         return any(_is_ours(part) for part in (model, getattr(model, "visual", None)))
@@ -43,7 +57,7 @@ class OpenClip(Adapter):
         # the text tower is made of the same blocks; what is patched are those of the vision tower only
         path = "visual" if isinstance(getattr(model, "visual", None), nn.Module) else "trunk"
         part = getattr(model, path, None)
-        return self if part is None else Within(path, find(part), self.token_methods)
+        return self if part is None else Within(path, find(part), self.host.token_methods)
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         if not _is_tower(model):
@@ -54,9 +68,7 @@ class OpenClip(Adapter):
                 else f"{type(model).__qualname__} is convolutional: it has no tokens before its attention pool. Choose "
                 "a ViT model of CLIP."
             )
-        return [
-            (f"transformer.resblocks.{name}", block) for name, block in model.transformer.resblocks.named_children()
-        ]
+        return super().blocks(model)
 
     def spec(self, block: Any) -> BlockSpec:
         if getattr(block, "attn_mask", None) is not None or hasattr(block, "ln_1_kv"):
@@ -80,28 +92,22 @@ class OpenClip(Adapter):
         batch_first = plain is None or plain.batch_first
         return TokenLayout(1, (int(rows), int(columns)), tokens, (conv.in_channels, *pixels), batch_first)
 
-    def tap(self, block: Any) -> AttentionTap:
-        return (SeamTap if multihead(block.attn) is None else MultiheadTap)(block, "attn")
-
-    def grid_head(self, model: Any) -> str | None:
+    def surroundings(self, model: Any) -> Surroundings:
+        last = None
         if getattr(model, "attn_pool", None) is not None:
-            return "its attention pool looks at every token"
-        if getattr(model, "global_average_pool", False):
-            return "versions of open_clip before pool_type average all tokens, the class token too"
-        return None
+            last = "its attention pool looks at every token"
+        elif getattr(model, "global_average_pool", False):
+            last = "versions of open_clip before pool_type average all tokens, the class token too"
+        handed_out = "the tower hands its tokens out (output_tokens, or pool_type='none')" if _is_open(model) else None
+        return replace(super().surroundings(model), last=last, handed_out=handed_out)
 
-    def hands_out(self, model: Any) -> str | None:
-        return "the tower hands its tokens out (output_tokens, or pool_type='none')" if _is_open(model) else None
-
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        if not hasattr(model, "_global_pool"):
-            return [], []
-        return [Binding(model, "_global_pool", _PatchMean(model, sizes))], []
-
-    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Binding]:
-        if not hasattr(model, "_global_pool"):
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        if context.sizes is None or not hasattr(model, "_global_pool"):
             return []
-        return [Binding(model, "_global_pool", _Unchanged(model, is_merging))]
+        found: list[Override] = [_PatchMean(model, context.sizes)]
+        if context.must_refuse:
+            found.append(_Unchanged(model, context.is_merging))
+        return [Binding(model, "_global_pool", override) for override in found]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.testing.models.clip import ClipTowerStandIn

@@ -5,8 +5,8 @@ Shapes: B batch, N tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenmerge._intercept import follow
 from tokenmerge._intercept.multihead import MultiheadTap
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
+from tokenmerge.adapters.base import Adapter, BlockSpec, Host, Surroundings, TokenLayout
 from tokenmerge.adapters.generic import count_prefix
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
@@ -27,13 +27,23 @@ _SPEC = BlockSpec(
 )
 
 
+def _added(padding: Tensor) -> Tensor:
+    """Return a padding mask, True for padding or added to the scores already, as one that is added."""
+    if padding.dtype != torch.bool:
+        return padding
+    return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, float("-inf"))
+
+
+def _real(padding: Tensor) -> Tensor:
+    return follow.keys_of_mask(_added(padding))
+
+
 class TorchEncoder(Adapter):
     name = "torch_encoder"
     families = "torch.nn.TransformerEncoder with norm_first=True, alone or as the one encoder of a model"
     landmarks = ("layers", "norm1", "self_attn", "linear1", "linear2", "norm2")
     # True where a token is padding; what the encoder makes of it is added to the scores
-    followers: ClassVar[Mapping[str, follow.Follow]] = {"src_key_padding_mask": follow.mask}
-    package = "torch"
+    host = Host("torch", followers={"src_key_padding_mask": follow.mask}, padding={"src_key_padding_mask": _real})
 
     def matches(self, model: nn.Module) -> bool:
         return bool(_encoders(model))
@@ -63,18 +73,9 @@ class TorchEncoder(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         return _EncoderTap(block, "self_attn")
 
-    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
-        return [(_one_encoder(model)[1], "forward")]
-
-    def grid_head(self, model: nn.Module) -> str | None:
-        return _tokens(model) if _one_encoder(model)[0] else None
-
-    def hands_out(self, model: nn.Module) -> str:
-        return _tokens(model)
-
-    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
-        padding = given.get("src_key_padding_mask")
-        return None if padding is None else follow.keys_of_mask(_added(padding))
+    def surroundings(self, model: nn.Module) -> Surroundings:
+        (path, encoder), why = _one_encoder(model), _tokens(model)
+        return Surroundings(self, model, [(encoder, "forward")], last=why if path else None, handed_out=why)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
@@ -100,13 +101,6 @@ class _EncoderTap(MultiheadTap):
 def _tokens(model: nn.Module) -> str:
     prefix = count_prefix(model)
     return f"a torch encoder hands out tokens by their place (in front, {prefix} are protected as class tokens)"
-
-
-def _added(padding: Tensor) -> Tensor:
-    """Return a padding mask, True for padding or added to the scores already, as one that is added."""
-    if padding.dtype != torch.bool:
-        return padding
-    return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, float("-inf"))
 
 
 def _encoders(model: nn.Module) -> list[tuple[str, nn.TransformerEncoder]]:

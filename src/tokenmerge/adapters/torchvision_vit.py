@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge._intercept.multihead import MultiheadTap, multihead
-from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import Adapter, BlockSpec, TokenLayout
+from tokenmerge._intercept.multihead import multihead
+from tokenmerge.adapters.base import Adapter, BlockSpec, Host, Spec, TokenLayout
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TorchvisionViT"]
-
-_SPEC = BlockSpec(attention=("ln_1", "self_attention", "dropout"), attn="self_attention", mlp=("ln_2", "mlp"))
 
 
 class TorchvisionViT(Adapter):
     name = "torchvision_vit"
     families = "torchvision VisionTransformer (vit_b_16 to vit_h_14)"
     landmarks = ("encoder", "layers", "ln_1", "self_attention", "ln_2", "mlp", "conv_proj", "heads")
-    cut_by = "conv_proj"
-
-    package = "torchvision"
-    loops = ("forward", "encoder.forward", "encoder.layers.forward")
-    heads = ("encoder.ln.forward",)
+    host = Host(
+        "torchvision",
+        blocks="encoder.layers",
+        loops=("forward", "encoder.forward", "encoder.layers.forward"),
+        heads=("encoder.ln.forward",),
+        cut_by="conv_proj",
+    )
+    specs = (BlockSpec(attention=("ln_1", "self_attention", "dropout"), attn="self_attention", mlp=("ln_2", "mlp")),)
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)
@@ -40,9 +40,9 @@ class TorchvisionViT(Adapter):
                 "never calls. Patch the model itself, then trace it with its blocks as leaves: "
                 "create_feature_extractor(model, ..., tracer_kwargs={'leaf_modules': [EncoderBlock]})."
             )
-        return [(f"encoder.layers.{name}", block) for name, block in model.encoder.layers.named_children()]
+        return super().blocks(model)
 
-    def spec(self, block: Any) -> BlockSpec:
+    def spec(self, block: Any) -> Spec:
         attention: Any = getattr(block, "self_attention", None)
         plain = multihead(attention)
         if plain is None or not plain.batch_first:
@@ -50,7 +50,7 @@ class TorchvisionViT(Adapter):
                 f"the self_attention of a {type(block).__qualname__} is a {type(attention).__qualname__}, not the "
                 "batch-first nn.MultiheadAttention of torchvision's blocks."
             )
-        return _SPEC
+        return super().spec(block)
 
     def layout(self, model: Any) -> TokenLayout:
         self.blocks(model)
@@ -59,9 +59,6 @@ class TorchvisionViT(Adapter):
         pixels = int(model.image_size)
         channels = next((m.in_channels for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d)), 3)
         return TokenLayout(1, (side, side), tokens, (channels, pixels, pixels))
-
-    def tap(self, block: Any) -> AttentionTap:
-        return MultiheadTap(block, "self_attention")
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from torchvision.models import VisionTransformer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,11 @@ from tokenmerge.adapters.base import (
     Adapter,
     Binding,
     BlockSpec,
+    Context,
+    Host,
     Override,
     Sizes,
+    Surroundings,
     TokenLayout,
     class_names,
 )
@@ -30,15 +34,25 @@ __all__ = ["VitPytorch"]
 _MODELS = frozenset(("vit_pytorch.vit.ViT", "vit_pytorch.simple_vit.SimpleViT"))
 
 
+def _grid_of(cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+    # einops cuts it: "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
+    patch = getattr(cutter[0], "axes_lengths", {})
+    return (image.shape[-2] // patch["p1"], image.shape[-1] // patch["p2"]) if {"p1", "p2"} <= set(patch) else None
+
+
 class VitPytorch(Adapter):
     name = "vit_pytorch"
     families = "vit-pytorch ViT and SimpleViT (lucidrains)"
     landmarks = ("to_patch_embedding", "transformer", "layers", "to_qkv", "to_latent")
-    cut_by = "to_patch_embedding"
-
-    package = "vit_pytorch"
-    loops = ("forward", "transformer.forward")
-    heads = ("transformer.norm.forward",)
+    host = Host(
+        "vit_pytorch",
+        blocks="transformer.layers",
+        loops=("forward", "transformer.forward"),
+        heads=("transformer.norm.forward",),
+        cut_by="to_patch_embedding",
+        grid_of=_grid_of,
+    )
+    specs = (BlockSpec(attention=("0",), attn="0", mlp=("1",)),)  # each member normalises what it is given
 
     def matches(self, model: nn.Module) -> bool:
         return any(name.startswith("vit_pytorch.") for name in class_names(model))
@@ -58,11 +72,7 @@ class VitPytorch(Adapter):
                 f"{class_names(model)[0]} is not described: of vit-pytorch only ViT and SimpleViT are. Patch the ViT "
                 "inside, if it holds one."
             )
-        return [(f"transformer.layers.{name}", pair) for name, pair in model.transformer.layers.named_children()]
-
-    def spec(self, block: Any) -> BlockSpec:
-        # each member normalises what it is given
-        return BlockSpec(attention=("0",), attn="0", mlp=("1",))
+        return super().blocks(model)
 
     def layout(self, model: Any) -> TokenLayout:
         self.blocks(model)
@@ -76,20 +86,16 @@ class VitPytorch(Adapter):
             return TokenLayout(prefix, None, tokens, None)
         return TokenLayout(prefix, (side, side), tokens, (channels, side * height, side * width))
 
-    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
-        # einops cuts it: "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
-        patch = getattr(cutter[0], "axes_lengths", {})
-        return (image.shape[-2] // patch["p1"], image.shape[-1] // patch["p2"]) if {"p1", "p2"} <= set(patch) else None
-
     def tap(self, block: Any) -> AttentionTap:
         return ProjectionTap(block, "0", qkv=("to_qkv",), before=("norm",), after=("to_out",), drop="dropout")
 
-    def hands_out(self, model: Any) -> str | None:
-        return "without a classifier the model hands its tokens out" if _is_open(model) else None
+    def surroundings(self, model: Any) -> Surroundings:
+        handed_out = "without a classifier the model hands its tokens out" if _is_open(model) else None
+        return replace(super().surroundings(model), handed_out=handed_out)
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
         norm = model.transformer.norm
-        return [Binding(norm, "forward", _NormMean(norm, sizes, model))], []
+        return [Binding(norm, "forward", _NormMean(norm, context.sizes, model))] if context.sizes else []
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from vit_pytorch import ViT

@@ -60,7 +60,7 @@ def simulate(
             if positions is not None and layer:
                 places = positions[layer - 1].gather(1, groups[layer - 1])  # [B, N]
                 hooks.append(block.register_forward_pre_hook(_Places(adapter, block, places), with_kwargs=True))
-                for owner, attribute, value in adapter.placed(block, places):
+                for owner, attribute, value in adapter.tap(block).placed(places):
                     owner.__dict__[attribute] = value
                     bound.append((owner, attribute))
         with torch.no_grad():
@@ -106,7 +106,7 @@ class _Places:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        followers = self.adapter.followers
+        followers = self.adapter.host.followers
         moved = {
             name: followers[name](value, self.places) if name in followers and value is not None else value
             for name, value in call.items()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +31,7 @@ def tiny_model(family: str) -> tuple[nn.Module, Tensor]:
 
     Raises `UnknownNameError` for a name that no family has, `ModuleNotFoundError` where its host is not installed.
     """
-    for adapter in adapters.ADAPTERS:
+    for adapter in adapters.known():
         if adapter.name == family:
             return _tiny(adapter)
     raise unknown_name("model family", family, adapters.list_adapters())
@@ -100,8 +101,22 @@ def check_adapter(
         adapter if isinstance(adapter, Adapter) else described_by,
         is_named=isinstance(adapter, Adapter),
     )
-    keep_promises(subject, PROMISES, case, only, skip)
+    with _listed(adapter):
+        keep_promises(subject, PROMISES, case, only, skip)
     return case.reports[-1] if case.reports else None
+
+
+@contextmanager
+def _listed(adapter: Any) -> Iterator[None]:
+    """Let `patch` find a family that is not registered yet."""
+    is_new = isinstance(adapter, Adapter) and adapter.name not in adapters.list_adapters()
+    if is_new:
+        adapters.register(adapter)
+    try:
+        yield
+    finally:
+        if is_new:
+            adapters.unregister(adapter.name)
 
 
 def found(case: FamilyCase) -> None:
@@ -110,7 +125,7 @@ def found(case: FamilyCase) -> None:
         return
     assert case.adapter is not None
     used, name = adapters.find(case.model), case.adapter.name
-    expect(used.name == name, f"{type(case.model).__qualname__} is taken for {used.name!r}, listed before {name!r}")
+    expect(used.name == name, f"{type(case.model).__qualname__} is taken for {used.name!r}, not for {name!r}")
 
 
 def original(case: FamilyCase) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept.projections import ProjectionTap
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Override, TokenLayout
-from tokenmerge.adapters.timm.vit import timm_blocks
+from tokenmerge.adapters.base import (
+    Adapter,
+    Binding,
+    Context,
+    Host,
+    Override,
+    Spec,
+    Surroundings,
+    TokenLayout,
+)
+from tokenmerge.adapters.repos.base import LAYER_SCALED, PRE_NORM, square_layout
 from tokenmerge.adapters.within import Within
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
@@ -22,19 +31,13 @@ class Dino(Adapter):
     name = "dino"
     families = "DINO ViTs of their own repository"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "pos_drop")
-    cut_by = "patch_embed.proj"
-    token_methods = ("get_intermediate_layers", "get_last_selfattention")
+    host = Host(cut_by="patch_embed.proj", token_methods=("get_intermediate_layers", "get_last_selfattention"))
+    specs = (PRE_NORM,)
 
     def matches(self, model: Any) -> bool:
         # iBOT's models have these too, and a forward that may hand out tokens
         has_parts = hasattr(model, "prepare_tokens") and hasattr(model, "get_last_selfattention")
         return has_parts and not hasattr(model, "return_all_tokens")
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
-
-    def spec(self, block: Any) -> BlockSpec:
-        return BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=("norm2", "mlp", "drop_path"))
 
     def layout(self, model: Any) -> TokenLayout:
         return _square(model, prefix=1)
@@ -52,9 +55,12 @@ class DinoV2(Adapter):
     name = "dinov2"
     families = "DINOv2 ViTs of their own repository (with registers, in chunks), alone or as a `backbone`"
     landmarks = ("blocks", "norm1", "attn", "qkv", "ls1", "norm2", "mlp", "ls2", "patch_embed")
-    cut_by = "patch_embed.proj"
-    token_methods = ("get_intermediate_layers",)
-    restored_methods = ("forward_features",)
+    host = Host(
+        cut_by="patch_embed.proj",
+        token_methods=("get_intermediate_layers",),
+        restored_methods=("forward_features",),
+    )
+    specs = (LAYER_SCALED,)
 
     def matches(self, model: Any) -> bool:
         return any(hasattr(part, "prepare_tokens_with_masks") for part in (model, getattr(model, "backbone", None)))
@@ -66,15 +72,13 @@ class DinoV2(Adapter):
         # blocks lie in a list, or in chunks that start with placeholders
         return [(f"blocks.{name}", block) for name, block in model.blocks.named_modules() if hasattr(block, "norm1")]
 
-    def spec(self, block: Any) -> BlockSpec:
+    def spec(self, block: Any) -> Spec:
         if getattr(block, "sample_drop_ratio", 0.0) > 0.1:
             raise UnsupportedModelError(
                 f"in training this block leaves out whole samples (sample_drop_ratio={block.sample_drop_ratio}) in a "
                 "way of its own. Build the model with drop_path_rate=0, or set block.sample_drop_ratio = 0."
             )
-        return BlockSpec(
-            attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
-        )
+        return super().spec(block)
 
     def layout(self, model: Any) -> TokenLayout:
         registers = getattr(model, "register_tokens", None)
@@ -83,10 +87,11 @@ class DinoV2(Adapter):
     def tap(self, block: Any) -> AttentionTap:
         return ProjectionTap(block, "attn")
 
-    def hands_out(self, model: Any) -> str:
-        return "forward_features and forward(is_training=True) hand every token out"
+    def surroundings(self, model: Any) -> Surroundings:
+        handed_out = "forward_features and forward(is_training=True) hand every token out"
+        return replace(super().surroundings(model), handed_out=handed_out)
 
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
         return [Binding(model, "forward_features_list", _OneTensor(model, "forward_features_list"))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
@@ -106,10 +111,5 @@ class _OneTensor(Override):
 
 
 def _square(model: Any, prefix: int) -> TokenLayout:
-    """The layout for the input size that the position embeddings, with one for the class token, were made for."""
-    conv = getattr(model.patch_embed, "proj", None)
-    if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
-        return TokenLayout(prefix, None, None, None)
-    side = int((model.pos_embed.shape[1] - 1) ** 0.5)
-    height, width = side * conv.stride[0], side * conv.stride[1]
-    return TokenLayout(prefix, (side, side), prefix + side**2, (conv.in_channels, height, width))
+    """Return the layout by the position embeddings, of which one is for the class token."""
+    return square_layout(getattr(model.patch_embed, "proj", None), model.pos_embed.shape[1] - 1, prefix)

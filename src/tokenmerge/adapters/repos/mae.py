@@ -1,77 +1,100 @@
-"""MAE's fine-tuning models as their own repository defines them: a ViT with a boolean `global_pool`."""
+"""Fine-tuning models of MAE, and of spatiotemporal MAE for clips, as their own repositories define them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge._intercept.pooling import OutputMean
-from tokenmerge._intercept.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Sizes, TokenLayout
-from tokenmerge.adapters.timm.vit import timm_blocks
+from tokenmerge._intercept.projections import ProjectionTap
+from tokenmerge._intercept.taps import AttentionTap
+from tokenmerge.adapters.base import Adapter, Binding, Context, Host, Spec, Surroundings, TokenLayout
+from tokenmerge.adapters.repos.base import LAYER_SCALED, PRE_NORM, mean_behind, square_layout
 from tokenmerge.errors import UnsupportedModelError
 
-__all__ = ["MAE"]
-
-# older copies of the block have no layer scale, and one drop path for both branches
-_SPECS = (
-    BlockSpec(attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")),
-    BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=("norm2", "mlp", "drop_path")),
-)
+__all__ = ["MAE", "MAEst"]
 
 
 class MAE(Adapter):
+    """A ViT with a boolean `global_pool`."""
+
     name = "mae"
     families = "MAE fine-tuning models of their own repository (class token or global pool)"
-    landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
-    cut_by = "patch_embed.proj"
+    landmarks: ClassVar[tuple[str, ...]] = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
+    host = Host(cut_by="patch_embed.proj")
+    # older copies of the block have no layer scale, and one drop path for both branches
+    specs: ClassVar[Sequence[Spec]] = (LAYER_SCALED, PRE_NORM)
 
     def matches(self, model: Any) -> bool:
         children = dict(model.named_children())
         has_parts = {"blocks", "patch_embed", "head"} <= children.keys() and hasattr(model, "cls_token")
         return has_parts and isinstance(getattr(model, "global_pool", None), bool)
 
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
-
-    def spec(self, block: Any) -> BlockSpec:
-        children = {name for name, _ in block.named_children()}
-        for spec in _SPECS:
-            if set(spec.attention + spec.mlp) <= children:
-                return spec
-        raise UnsupportedModelError(
-            f"a block with the children {sorted(children)} is not one of MAE's: expected "
-            f"{sorted(set(_SPECS[1].attention + _SPECS[1].mlp))}."
-        )
-
     def layout(self, model: Any) -> TokenLayout:
-        conv = getattr(model.patch_embed, "proj", None)
-        if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
-            return TokenLayout(1, None, None, None)
-        tokens = int(model.pos_embed.shape[1])
-        side = int((tokens - 1) ** 0.5)
-        pixels = side * conv.stride[0]
-        return TokenLayout(1, (side, side), tokens, (conv.in_channels, pixels, pixels))
+        return square_layout(getattr(model.patch_embed, "proj", None), int(model.pos_embed.shape[1]) - 1, prefix=1)
 
-    def tap(self, block: Any) -> AttentionTap:
-        return SeamTap(block, "attn")
+    def surroundings(self, model: Any) -> Surroundings:
+        return replace(super().surroundings(model), without_merging=None)
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        if not model.global_pool:
-            return [], []
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
         # forward_features averages the last block's patches before fc_norm
-        last = self.blocks(model)[-1][1]
-        return [Binding(last, "forward", OutputMean(last, sizes, start=1))], []
-
-    def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
-        return False, (
-            "proportional attention is on, as for MAE models trained with merging; an off-the-shelf MAE checkpoint "
-            "is better with prop_attn=False (arXiv:2210.09461, table 1f), and the weights do not tell"
-        )
+        return mean_behind(self.blocks(model)[-1][1], context, start=1) if model.global_pool else []
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from tokenmerge.testing.models.plain import MAEStandIn
 
         return MAEStandIn().eval(), torch.randn(2, 3, 32, 32)
+
+
+class MAEst(MAE):
+    """A ViT of clips, which always averages its tokens."""
+
+    name = "mae_st"
+    families = "spatiotemporal MAE fine-tuning models of their own repository (video)"
+    landmarks = ("blocks", "norm1", "attn", "q", "k", "v", "norm2", "mlp", "patch_embed")
+    host = Host()
+    specs = (PRE_NORM,)
+
+    def matches(self, model: Any) -> bool:
+        conv = getattr(getattr(model, "patch_embed", None), "proj", None)
+        has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
+        # VideoMAE's own models have these as well, and one projection for q, k and v
+        return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
+
+    def spec(self, block: Any) -> Spec:
+        attn = getattr(block, "attn", None)
+        # attentions that look at frames and places in turn ask for tokens in four axes
+        is_joint = not getattr(attn, "requires_t_shape", False)
+        if not is_joint or not all(hasattr(attn, name) for name in ("q", "k", "v", "proj")):
+            raise UnsupportedModelError(
+                f"the attention of a {type(block).__qualname__} is not that of spatiotemporal MAE: expected the "
+                "children q, k, v and proj, and one sequence of all the clip's tokens."
+            )
+        return super().spec(block)
+
+    def layout(self, model: Any) -> TokenLayout:
+        conv = model.patch_embed.proj
+        prefix = _prefix(model)
+        frames, rows, columns = model.patch_embed.input_size  # in patches
+        size = [patches * step for patches, step in zip((frames, rows, columns), conv.stride, strict=True)]
+        # three axes are no grid of rows and columns: a method that needs one is told there is none
+        return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
+
+    def tap(self, block: Any) -> AttentionTap:
+        return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
+
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        # what leaves the last block is averaged, without the class token, and normalised then
+        return mean_behind(self.blocks(model)[-1][1], context, start=_prefix(model))
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from tokenmerge.testing.models.video import VideoMAEStandIn
+
+        return VideoMAEStandIn().eval(), torch.randn(2, 3, 8, 32, 32)
+
+
+def _prefix(model: Any) -> int:
+    return 1 if isinstance(getattr(model, "cls_token", None), Tensor) else 0

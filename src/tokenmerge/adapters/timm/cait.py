@@ -6,15 +6,15 @@ Shapes: B batch, N queries, M keys, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept.override import ChildOverride
 from tokenmerge._intercept.taps import AttentionTap, SeamTap, Slot
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, TokenLayout, class_names
-from tokenmerge.adapters.timm.vit import timm_blocks, timm_layout
+from tokenmerge.adapters.base import Binding, BlockSpec, Surroundings, TokenLayout, class_names
+from tokenmerge.adapters.timm.base import TIMM, TimmAdapter
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmCait"]
@@ -25,20 +25,12 @@ _SPEC = BlockSpec(
 )
 
 
-class TimmCait(Adapter):
+class TimmCait(TimmAdapter):
     name = "timm_cait"
     families = "timm CaiT (its patch stage)"
     landmarks = ("blocks", "blocks_token_only", "norm1", "attn", "qkv", "proj_l", "proj_w", "norm2", "mlp")
-    cut_by = "patch_embed"
-    token_methods = ("forward_features", "forward_intermediates")
-    package = "timm"
-    loops = ("forward", "forward_features", "blocks.forward")
-
-    def matches(self, model: Any) -> bool:
-        return f"{_MODULE}.Cait" in class_names(model)
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
+    sizes: ClassVar = {"init_values": 0.5}
+    host = replace(TIMM, models=(f"{_MODULE}.Cait",))
 
     def spec(self, block: Any) -> BlockSpec:
         kind, attention = class_names(block), class_names(block.attn)
@@ -51,19 +43,15 @@ class TimmCait(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         # the class token comes after these blocks
-        return timm_layout(model, prefix=0)
+        whole = super().layout(model)
+        tokens = None if whole.tokens is None else whole.tokens - whole.prefix
+        return replace(whole, prefix=0, tokens=tokens)
 
     def tap(self, block: Any) -> AttentionTap:
         return _TalkingTap(block, "attn")
 
-    def grid_head(self, model: Any) -> str | None:
-        return "the class token attends to every patch"
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.cait import Cait
-
-        model = Cait(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, init_values=0.5)
-        return model.eval(), torch.randn(2, 3, 32, 32)
+    def surroundings(self, model: Any) -> Surroundings:
+        return replace(super().surroundings(model), last="the class token attends to every patch", handed_out=None)
 
 
 class _TalkingTap(SeamTap):

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, M tokens left, C channels, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept.follow import rows
 from tokenmerge._intercept.override import Override
-from tokenmerge._intercept.pooling import BiasedPool, InputMean, PoolGuard
+from tokenmerge._intercept.pooling import InputMean
 from tokenmerge._intercept.projections import listen_with_biases
 from tokenmerge._intercept.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.base import PROBED, Adapter, Binding, BlockSpec, Follow, Sizes, TokenLayout, class_names
-from tokenmerge.adapters.timm.vit import TimmViT, timm_blocks, timm_tokens
-from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.adapters.base import PROBED, Binding, BlockSpec, Context, TokenLayout
+from tokenmerge.adapters.timm.base import TIMM, TimmAdapter, pooling, stem_layout
+from tokenmerge.adapters.timm.vit import TimmViT
 
-__all__ = ["EVA_SPECS", "RopeTap", "TimmEva", "moved_by_tap", "placed_by_rope", "sample_rope"]
+__all__ = ["EVA_SPECS", "RopeTap", "TimmEva", "moved_by_tap", "sample_rope"]
 
 EVA_SPECS = {
     "timm.models.eva.EvaBlock": BlockSpec(
@@ -62,6 +62,9 @@ class RopeTap(SeamTap):
         """Return the table's rows for the tokens behind the prefix, `[B, 1 or H, M, 2D]`."""
         return _turned(self.attn, table, kept, self.is_by_head)
 
+    def placed(self, places: Tensor) -> list[Binding]:
+        return [Binding(self.attn, "forward", _Placed(self.attn, places))]
+
     def seams(self, needs: frozenset[str]) -> list[Binding]:
         attn: Any = self.attn
         found = super().seams(needs)
@@ -87,11 +90,6 @@ def _turned(attn: Any, table: Tensor, kept: Tensor, is_by_head: bool) -> Tensor:
     return turned if turned.dim() == 4 else turned[:, None]
 
 
-def placed_by_rope(attn: nn.Module, places: Tensor) -> list[Binding]:
-    """Return what makes an unpatched attention turn token n as one that stands at `places` `[B, N]`."""
-    return [Binding(attn, "forward", _Placed(attn, places))]
-
-
 class _Placed(Override):
     def __init__(self, attn: nn.Module, places: Tensor) -> None:
         super().__init__(attn)
@@ -109,42 +107,22 @@ def sample_rope(attn: Any, n: int) -> Tensor:
     return torch.arange(n * width, device=weight.device).view(n, width).sin().to(weight.dtype)
 
 
-class TimmEva(Adapter):
+class TimmEva(TimmAdapter):
     name = "timm_eva"
     families = "timm EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, LingBot-Vision, Sapiens2"
     landmarks = ("blocks", "norm1", "attn", "norm2", "mlp", "patch_embed", "rope", "fc_norm")
-    cut_by = "patch_embed"
-    followers: ClassVar[Mapping[str, Follow]] = {"rope": moved_by_tap}
-    is_positional = True
-    token_methods = ("forward_features", "forward_intermediates")
-    package = "timm"
-    loops, heads = TimmViT.loops, TimmViT.heads
-
-    def matches(self, model: Any) -> bool:
-        return "timm.models.eva.Eva" in class_names(model)
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
-
-    def spec(self, block: Any) -> BlockSpec:
-        spec = next((EVA_SPECS[name] for name in class_names(block) if name in EVA_SPECS), None)
-        if spec is None:
-            raise UnsupportedModelError(
-                f"blocks of class {class_names(block)[0]} are not described: an Eva of timm has "
-                f"{' or '.join(name.rpartition('.')[2] for name in EVA_SPECS)}."
-            )
-        return spec
+    sizes: ClassVar = {"init_values": 0.5, "swiglu_mlp": True, "use_rot_pos_emb": True}
+    host = replace(
+        TIMM,
+        models=("timm.models.eva.Eva",),
+        followers={"rope": moved_by_tap},
+        is_positional=True,
+        heads=TimmViT.host.heads,
+    )
+    specs = EVA_SPECS
 
     def layout(self, model: Any) -> TokenLayout:
-        embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
-        has_class = model.cls_token is not None
-        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
-            return TokenLayout(prefix, None, None, None, has_class=has_class)
-        height, width = embed.grid_size
-        channels = embed.proj.in_channels
-        return TokenLayout(
-            prefix, (height, width), prefix + height * width, (channels, *embed.img_size), has_class=has_class
-        )
+        return stem_layout(model.patch_embed, int(model.num_prefix_tokens), model.cls_token is not None)
 
     def tap(self, block: Any) -> AttentionTap:
         return RopeTap(block, "attn")
@@ -152,35 +130,5 @@ class TimmEva(Adapter):
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         return layout.prefix + PROBED, {} if model.rope is None else {"rope": sample_rope(block.attn, PROBED)}
 
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        return placed_by_rope(block.attn, places)
-
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        # both: an attention pool may be taken out later
-        found = [Binding(model, "pool", InputMean(model, sizes))]
-        if isinstance(model.attn_pool, nn.Module):
-            # it attends to prefix tokens too
-            found.append(Binding(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start=0)))
-        return found, []
-
-    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Binding]:
-        return [Binding(model, "pool", PoolGuard(model, "pool", is_merging))]
-
-    def hands_out(self, model: Any) -> str | None:
-        return timm_tokens(model)
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.eva import Eva
-
-        model = Eva(
-            img_size=32,
-            patch_size=8,
-            embed_dim=32,
-            depth=4,
-            num_heads=4,
-            num_classes=10,
-            init_values=0.5,
-            swiglu_mlp=True,
-            use_rot_pos_emb=True,
-        )
-        return model.eval(), torch.randn(2, 3, 32, 32)
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        return pooling(model, context, InputMean)

@@ -6,8 +6,9 @@ Shapes: B batch, N tokens (prefix, then patches, then padding), M tokens left, H
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,19 @@ from torch import Tensor, nn
 from tokenmerge._intercept import follow
 from tokenmerge._intercept.override import Override
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import PROBED, Adapter, Binding, BlockSpec, TokenLayout, class_names
-from tokenmerge.adapters.timm.eva import EVA_SPECS, RopeTap, moved_by_tap, placed_by_rope, sample_rope
-from tokenmerge.adapters.timm.vit import TimmViT, timm_blocks, timm_spec, timm_tokens
+from tokenmerge.adapters.base import (
+    PROBED,
+    Binding,
+    BlockSpec,
+    Context,
+    Surroundings,
+    TokenLayout,
+    class_names,
+    grid_of_call,
+)
+from tokenmerge.adapters.timm.base import TIMM, TimmAdapter
+from tokenmerge.adapters.timm.eva import EVA_SPECS, RopeTap, moved_by_tap, sample_rope
+from tokenmerge.adapters.timm.vit import TimmViT, timm_spec
 from tokenmerge.errors import UnsupportedError
 
 __all__ = ["TimmNaFlex"]
@@ -32,22 +43,31 @@ def _mask(given: Tensor, kept: Tensor) -> Tensor:
     return follow.mask(_by_image(given), kept)
 
 
-class TimmNaFlex(Adapter):
+def _seen(mask: Tensor) -> Tensor:
+    """Return which keys any query of any head sees."""
+    return follow.keys_of_mask(_by_image(mask).amax(dim=1, keepdim=True))
+
+
+def _grid_of(cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+    # patches come with coordinates, of images of any shapes; an image with the grid it was cut into
+    if isinstance(out, tuple):
+        return out[1] and (out[1][0], out[1][1])
+    return grid_of_call(cutter, image, out) if image.dim() == 4 else None
+
+
+class TimmNaFlex(TimmAdapter):
     name = "timm_naflex"
     families = "timm NaFlexViT and C-RADIO, images or dictionaries of padded patches; use_naflex=True of ViT and EVA"
     landmarks = ("embeds", "blocks", "norm1", "attn", "norm2", "mlp", "fc_norm", "attn_pool")
-    cut_by = "embeds"
-    token_methods = ("forward_features", "forward_intermediates")
-    package = "timm"
-    loops = ("forward", "forward_features", "blocks.forward")
-    followers: ClassVar[Mapping[str, follow.Follow]] = {"rope": moved_by_tap, "attn_mask": _mask}
-    is_positional = True  # where rotary tables are given
-
-    def matches(self, model: Any) -> bool:
-        return "timm.models.naflexvit.NaFlexVit" in class_names(model)
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
+    host = replace(
+        TIMM,
+        models=("timm.models.naflexvit.NaFlexVit",),
+        followers={"rope": moved_by_tap, "attn_mask": _mask},
+        padding={"attn_mask": _seen},
+        is_positional=True,  # where rotary tables are given
+        cut_by="embeds",
+        grid_of=_grid_of,
+    )
 
     def spec(self, block: Any) -> BlockSpec:
         return _eva_spec(block) or timm_spec(block)
@@ -68,12 +88,6 @@ class TimmNaFlex(Adapter):
         channels = embeds.proj.weight[0].numel() // (height * width)
         return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, *size), has_class=has_class)
 
-    def grid_of(self, cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
-        # patches come with coordinates, of images of any shapes; an image with the grid it was cut into
-        if isinstance(out, tuple):
-            return out[1] and (out[1][0], out[1][1])
-        return super().grid_of(cutter, image, out) if image.dim() == 4 else None
-
     def tap(self, block: Any) -> AttentionTap:
         return RopeTap(block, "attn") if _eva_spec(block) else TimmViT().tap(block)
 
@@ -81,22 +95,14 @@ class TimmNaFlex(Adapter):
         rope = getattr(model, "rope", None)  # timm 1.0.16 has none here
         return layout.prefix + PROBED, {} if rope is None else {"rope": sample_rope(block.attn, PROBED)}
 
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        return placed_by_rope(block.attn, places) if _eva_spec(block) else []
+    def surroundings(self, model: Any) -> Surroundings:
+        found = super().surroundings(model)
+        masked = "pooling leaves out padding by a mask that is made for every place"
+        return replace(found, last=None if found.handed_out else masked)
 
-    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
-        mask = given.get("attn_mask")
-        # a key that any query of any head sees
-        return None if mask is None else follow.keys_of_mask(_by_image(mask).amax(dim=1, keepdim=True))
-
-    def grid_head(self, model: Any) -> str | None:
-        return None if timm_tokens(model) else "pooling leaves out padding by a mask that is made for every place"
-
-    def hands_out(self, model: Any) -> str | None:
-        return timm_tokens(model)
-
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
-        return [Binding(model, name, _Masked(model, name, is_merging)) for name in ("forward", *self.token_methods)]
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        names = ("forward", *self.host.token_methods)
+        return [Binding(model, name, _Masked(model, name, context.is_merging)) for name in names]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.naflexvit import NaFlexVit

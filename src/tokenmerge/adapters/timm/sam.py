@@ -5,6 +5,7 @@ Shapes: W windows, N tokens of a window, M tokens left of it, C channels, H head
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import Adapter, Binding, TokenLayout, WindowSpec, class_names
-from tokenmerge.adapters.timm.vit import timm_blocks
+from tokenmerge.adapters.base import Adapter, Binding, Host, TokenLayout, WindowSpec, class_names
+from tokenmerge.adapters.timm.base import stem_layout
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmSAM"]
@@ -83,15 +84,8 @@ class TimmSAM(Adapter):
     name = "timm_sam"
     families = "timm's Segment Anything encoders (samvit), merged inside windows for the attention only"
     landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "neck")
-    is_positional = True
-    package = "timm"
-    loops = ()  # every block hands out every token
-
-    def matches(self, model: Any) -> bool:
-        return f"{_HOST}.VisionTransformerSAM" in class_names(model)
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
+    # nobody has to be trusted: every block hands out every token
+    host = Host("timm", models=(f"{_HOST}.VisionTransformerSAM",), loops=(), is_positional=True)
 
     def spec(self, block: Any) -> WindowSpec:
         attn: Any = getattr(block, "attn", None)
@@ -103,11 +97,8 @@ class TimmSAM(Adapter):
         return WindowSpec(attn="attn", window="window_size")
 
     def layout(self, model: Any) -> TokenLayout:
-        embed = model.patch_embed
-        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
-            return TokenLayout(0, None, None, None)
         # as many tokens as a window has, and windows differ from block to block
-        return TokenLayout(0, tuple(embed.grid_size), None, (embed.proj.in_channels, *embed.img_size))
+        return replace(stem_layout(model.patch_embed), tokens=None)
 
     def tap(self, block: Any) -> AttentionTap:
         return SAMTap(block, "attn")

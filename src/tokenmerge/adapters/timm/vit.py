@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
-from typing import Any
+import warnings
+from dataclasses import replace
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenmerge._intercept.parallel import BranchesTap, ScalingTap
-from tokenmerge._intercept.pooling import BiasedPool, InputMean, PoolGuard
+from tokenmerge._intercept.pooling import InputMean
 from tokenmerge._intercept.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.base import Adapter, Binding, BlockSpec, Sizes, TokenLayout, class_names
+from tokenmerge.adapters.base import Binding, BlockSpec, Context, Surroundings, class_names
+from tokenmerge.adapters.timm.base import TIMM, TimmAdapter, pooling
 from tokenmerge.errors import UnsupportedModelError
 
-__all__ = ["TimmViT", "timm_blocks", "timm_layout", "timm_spec", "timm_tokens"]
+__all__ = ["TimmViT", "timm_spec"]
 
-_MODEL = "timm.models.vision_transformer.VisionTransformer"
 _PRE_NORM = BlockSpec(
     attention=("norm1", "attn", "ls1", "drop_path1"), attn="attn", mlp=("norm2", "mlp", "ls2", "drop_path2")
 )
@@ -35,27 +34,24 @@ _SPECS = {
 }
 
 
-class TimmViT(Adapter):
+class TimmViT(TimmAdapter):
     name = "timm_vit"
     families = "timm ViT, DeiT, DeiT-III, DINOv2 (with registers), CLIP, SigLIP, hybrids, ViTamin, parallel blocks"
     landmarks = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
-    cut_by = "patch_embed"
-    token_methods = ("forward_features", "forward_intermediates", "get_intermediate_layers")
-    package = "timm"
-    loops = ("forward", "forward_features", "blocks.forward")
-    heads = ("forward_head", "pool", "attn_pool.forward", "norm.forward", "fc_norm.forward")
+    sizes: ClassVar = {"init_values": 0.5, "reg_tokens": 1}
+    host = replace(
+        TIMM,
+        models=("timm.models.vision_transformer.VisionTransformer",),
+        token_methods=(*TIMM.token_methods, "get_intermediate_layers"),
+        heads=("forward_head", "pool", "attn_pool.forward", "norm.forward", "fc_norm.forward"),
+    )
 
     def matches(self, model: Any) -> bool:
-        return _MODEL in class_names(model) and not isinstance(getattr(model, "global_pool", None), bool)
-
-    def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        return timm_blocks(model)
+        # MAE's own models are made from timm's, and say by true or false whether they pool
+        return super().matches(model) and not isinstance(getattr(model, "global_pool", None), bool)
 
     def spec(self, block: Any) -> BlockSpec:
         return timm_spec(block)
-
-    def layout(self, model: Any) -> TokenLayout:
-        return timm_layout(model, int(model.num_prefix_tokens))
 
     def tap(self, block: Any) -> AttentionTap:
         kind = _kind(block)
@@ -65,68 +61,24 @@ class TimmViT(Adapter):
             return ScalingTap(block, has_heads_last=kind == "ParallelScalingBlock")
         return SeamTap(block, "attn")
 
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        # both: an attention pool may be taken out later
-        found = [Binding(model, "pool", InputMean(model, sizes))]
-        if isinstance(model.attn_pool, nn.Module):
-            # `pool` has cut the prefix off before the attention pool sees the tokens
-            start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
-            found.append(Binding(model.attn_pool, "forward", BiasedPool(model.attn_pool, sizes, start)))
-        return found, []
-
-    def guards(self, model: Any, is_merging: Callable[[], bool]) -> list[Binding]:
-        return [Binding(model, "pool", PoolGuard(model, "pool", is_merging))]
-
-    def hands_out(self, model: Any) -> str | None:
-        return timm_tokens(model)
-
-    def grid_head(self, model: Any) -> str | None:
-        pool = model.attn_pool
-        if not isinstance(pool, nn.Module):
-            return None
-        if "attn_mask" not in inspect.signature(type(pool).forward).parameters:
-            return f"{type(pool).__name__} takes no mask to weigh merged tokens by"
-        if getattr(pool, "pos_embed", None) is not None:
-            return f"{type(pool).__name__} adds position embeddings of its own to the tokens"
-        return None
-
-    def trained_without_merging(self, model: Any) -> tuple[bool, str | None]:
+    def surroundings(self, model: Any) -> Surroundings:
         tag = (getattr(model, "pretrained_cfg", None) or {}).get("tag") or ""
-        return tag.startswith("mae"), None
+        last = _why_all(model.attn_pool) if isinstance(model.attn_pool, nn.Module) else None
+        return replace(super().surroundings(model), last=last, without_merging=tag.startswith("mae"))
 
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from timm.models.vision_transformer import VisionTransformer
-
-        model = VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=10, init_values=0.5, reg_tokens=1
-        )
-        return model.eval(), torch.randn(2, 3, 32, 32)
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        # `pool` has cut the prefix off before the attention pool sees the tokens
+        start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
+        return pooling(model, context, InputMean, start)
 
 
-def timm_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """Return `model.blocks` with their names."""
-    return [(f"blocks.{name}", block) for name, block in model.blocks.named_children()]
-
-
-def timm_layout(model: Any, prefix: int) -> TokenLayout:
-    """Return where the tokens lie in a model with timm's `patch_embed`."""
-    embed: Any = model.patch_embed
-    has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
-    if not hasattr(embed, "dynamic_feat_size"):
-        # a stem of the user's own: how many tokens it gives is seen in the forward, and no rows and columns are known
-        return TokenLayout(prefix, None, None, None, has_class=has_class)
-    size = tuple(getattr(embed, "img_size", None) or (224, 224))
-    grid = embed.dynamic_feat_size(size)
-    channels = next((m.in_channels for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
-    # three axes, of clips, are no grid of rows and columns: a method that needs one is told there is none
-    plane = grid if len(grid) == 2 else None
-    return TokenLayout(prefix, plane, prefix + math.prod(grid), (channels, *size), has_class=has_class)
-
-
-def timm_tokens(model: Any) -> str | None:
-    """Say whether the model puts out its tokens, where a pool would make one of them."""
-    is_pooled = model.global_pool or getattr(model, "attn_pool", None) is not None
-    return None if is_pooled else "global_pool='' hands out every token"
+def _why_all(pool: nn.Module) -> str | None:
+    """Say why an attention pool needs every token in its place."""
+    if "attn_mask" not in inspect.signature(type(pool).forward).parameters:
+        return f"{type(pool).__name__} takes no mask to weigh merged tokens by"
+    if getattr(pool, "pos_embed", None) is not None:
+        return f"{type(pool).__name__} adds position embeddings of its own to the tokens"
+    return None
 
 
 def timm_spec(block: nn.Module) -> BlockSpec:
@@ -139,6 +91,24 @@ def timm_spec(block: nn.Module) -> BlockSpec:
             "(CONTRIBUTING.md, 'a new family')."
         )
     return _SPECS[kind]
+
+
+def __getattr__(name: str) -> Any:
+    """Adapters of others may know these by the names they had before `TimmAdapter`."""
+    successors = {"timm_blocks": "blocks", "timm_layout": "layout", "timm_tokens": "surroundings"}
+    if name not in successors:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    method = successors[name]
+    warnings.warn(f"{__name__}.{name} is TimmAdapter.{method} now.", DeprecationWarning, stacklevel=2)
+
+    def function(model: Any, prefix: int | None = None) -> Any:
+        found: Any = getattr(TimmViT(), method)(model)
+        if method != "layout" or prefix is None:
+            return found.handed_out if method == "surroundings" else found
+        tokens = None if found.tokens is None else found.tokens - found.prefix + prefix
+        return replace(found, prefix=prefix, tokens=tokens)
+
+    return function
 
 
 def _kind(block: nn.Module) -> str | None:

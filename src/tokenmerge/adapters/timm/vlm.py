@@ -5,17 +5,17 @@ Shapes: B batch, N tokens, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept.follow import keys_of_mask, mask, rows
 from tokenmerge._intercept.taps import AttentionTap, SeamTap
-from tokenmerge.adapters.base import PROBED, Adapter, Binding, BlockSpec, Follow, TokenLayout, class_names
-from tokenmerge.adapters.timm.eva import EVA_SPECS, RopeTap, moved_by_tap, placed_by_rope, sample_rope
-from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.adapters.base import PROBED, Adapter, BlockSpec, Host, Surroundings, TokenLayout, class_names
+from tokenmerge.adapters.timm.base import stem_layout
+from tokenmerge.adapters.timm.eva import EVA_SPECS, RopeTap, moved_by_tap, sample_rope
 
 __all__ = ["TimmVLM"]
 
@@ -46,48 +46,36 @@ class TimmVLM(Adapter):
     name = "timm_vlm"
     families = "timm's vision towers of Qwen3, Gemma 4 and DeepSeek, with their projector or as classifiers"
     landmarks = ("blocks", "norm1", "attn", "q_norm", "k_norm", "norm2", "mlp", "patch_embed")
-    followers: ClassVar[Mapping[str, Follow]] = {
-        "rope": moved_by_tap,
-        "rope_cos": rows,
-        "rope_sin": rows,
-        "attn_mask": mask,
-    }
-    is_positional = True
-    token_methods = ("forward_intermediates", "encoder.forward_intermediates")
-    package = "timm"
-    loops = ("forward", "forward_features", "encoder.forward", "encoder.forward_features", "encoder._encode")
-
-    def matches(self, model: Any) -> bool:
-        return not _MODELS.isdisjoint(class_names(model))
+    host = Host(
+        "timm",
+        models=_MODELS,
+        loops=("forward", "forward_features", "encoder.forward", "encoder.forward_features", "encoder._encode"),
+        token_methods=("forward_intermediates", "encoder.forward_intermediates"),
+        followers={"rope": moved_by_tap, "rope_cos": rows, "rope_sin": rows, "attn_mask": mask},
+        padding={"attn_mask": keys_of_mask},
+        is_positional=True,
+    )
+    specs = _SPECS
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         tower = _tower(model)
         path = "blocks" if tower is model else "encoder.blocks"
         return [(f"{path}.{name}", block) for name, block in tower.blocks.named_children()]
 
-    def spec(self, block: Any) -> BlockSpec:
-        spec = next((_SPECS[name] for name in class_names(block) if name in _SPECS), None)
-        if spec is None:
-            raise UnsupportedModelError(f"blocks of class {class_names(block)[0]} are not described.")
-        return spec
-
     def layout(self, model: Any) -> TokenLayout:
-        embed = _tower(model).patch_embed
-        # Gemma's holds no image size, and a stem of the user's own may hold nothing
-        if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):
-            return TokenLayout(0, None, None, None)
-        height, width = embed.grid_size
-        return TokenLayout(0, (height, width), height * width, (embed.proj.in_channels, *embed.img_size))
-
-    def cutter(self, model: Any) -> nn.Module | None:
-        found: Any = _tower(model).patch_embed
-        return found if isinstance(found, nn.Module) else None
+        # Gemma's holds no image size
+        return stem_layout(_tower(model).patch_embed)
 
     def tap(self, block: Any) -> AttentionTap:
         return _GemmaTap(block, "attn") if _GEMMA in class_names(block) else RopeTap(block, "attn")
 
-    def grid_head(self, model: Any) -> str:
-        return "the tower hands its tokens out as a map, or pools them by their places"
+    def surroundings(self, model: Any) -> Surroundings:
+        embed: Any = _tower(model).patch_embed
+        return replace(
+            super().surroundings(model),
+            cutter=embed if isinstance(embed, nn.Module) else None,
+            last="the tower hands its tokens out as a map, or pools them by their places",
+        )
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         if _GEMMA not in class_names(block):
@@ -95,13 +83,6 @@ class TimmVLM(Adapter):
         weight: Tensor = block.norm1.weight
         table = torch.arange(2 * PROBED * block.attn.head_dim, device=weight.device).view(2, PROBED, -1)  # [B, N, D]
         return PROBED, {"rope_cos": table.cos().to(weight.dtype), "rope_sin": table.sin().to(weight.dtype)}
-
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        return [] if _GEMMA in class_names(block) else placed_by_rope(block.attn, places)
-
-    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
-        given_mask = given.get("attn_mask")
-        return None if given_mask is None else keys_of_mask(given_mask)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from timm.models.qwen3_vit import Qwen3VitClassifier

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
 
 from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import HookSpec, TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap
-from tokenmerge.adapters.transformers.video import TINY
-from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap
+from tokenmerge.adapters.transformers.plain import HFViT
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["HFAST", "HFWhisper"]
@@ -21,6 +18,14 @@ class HFAST(HFAdapter):
     name = "hf_ast"
     families = "transformers audio spectrogram transformer (AST)"
     landmarks = ("audio_spectrogram_transformer", *HFViT.landmarks)
+    example, shape = "ASTForAudioClassification", (2, 40, 32)
+    sizes: ClassVar = SIZES | {
+        "patch_size": 8,
+        "frequency_stride": 8,
+        "time_stride": 8,
+        "max_length": 40,
+        "num_mel_bins": 32,
+    }
     towers: ClassVar = {"ASTModel": ("layers", "encoder.layer")}
     specs = HFViT.specs
     class_models = frozenset(("ASTForAudioClassification",))
@@ -33,12 +38,6 @@ class HFAST(HFAdapter):
             prefix, (rows, columns), prefix + rows * columns, (tower.config.max_length, tower.config.num_mel_bins)
         )
 
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import ASTConfig, ASTForAudioClassification
-
-        config: Any = ASTConfig(**TINY, patch_size=8, frequency_stride=8, time_stride=8, max_length=40, num_mel_bins=32)
-        return ASTForAudioClassification(config).eval(), torch.randn(2, 40, 32)
-
 
 class HFWhisper(HFAdapter):
     """The decoder's cross-attention and the classifier's mean read every token: they are put back for them."""
@@ -46,12 +45,25 @@ class HFWhisper(HFAdapter):
     name = "hf_whisper"
     families = "transformers Whisper (the encoder)"
     landmarks = ("encoder", "self_attn_layer_norm", "self_attn", "final_layer_norm", "conv1", "conv2")
+    example, shape = "WhisperForAudioClassification", (2, 16, 32)
+    sizes: ClassVar = {
+        "d_model": 32,
+        "num_mel_bins": 16,
+        "max_source_positions": 16,
+        "vocab_size": 64,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "classifier_proj_size": 16,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 3,
+    }
     towers: ClassVar = {"WhisperEncoder": ("layers",)}
-    ignores_rest = True  # eager attention's weights in transformers 4
-
-    def spec(self, block: Any) -> HookSpec:
-        # its dropouts are no children, and half precision is clamped at the end: the block runs its own forward
-        return HookSpec(attn="self_attn", norm="final_layer_norm", mlp="fc2")
+    host = replace(HF, ignores_rest=True)  # eager attention's weights in transformers 4
+    # its dropouts are no children, and half precision is clamped at the end: the block runs its own forward
+    specs = (HookSpec(attn="self_attn", norm="final_layer_norm", mlp="fc2"),)
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]
@@ -66,12 +78,3 @@ class HFWhisper(HFAdapter):
 
     def tap(self, block: Any) -> AttentionTap:
         return InterfaceTap(block, "self_attn")
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import WhisperConfig, WhisperForAudioClassification
-
-        sizes: dict[str, Any] = {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 16, "vocab_size": 64}
-        sizes |= {"encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "classifier_proj_size": 16}
-        sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
-        config: Any = WhisperConfig(**sizes)
-        return WhisperForAudioClassification(config).eval(), torch.randn(2, 16, 32)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept import follow
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge.adapters.base import PROBED, Adapter, Binding, BlockSpec, HookSpec, TokenLayout
+from tokenmerge.adapters.base import PROBED, Adapter, Binding, Context, Host, Spec, Surroundings, TokenLayout, has_parts
 from tokenmerge.adapters.transformers.interface import InterfaceTap, hf_tap
 from tokenmerge.adapters.transformers.options import Checkpointed, RefusedOptions
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = [
+    "HF",
+    "SIZES",
     "TINY",
+    "TOKENS_OUT",
     "TOWERS",
     "HFAdapter",
     "InterfaceTap",
@@ -29,18 +33,20 @@ __all__ = [
     "follow_mask",
     "hf_names",
     "no_change",
+    "not_known",
     "pair",
 ]
 
 _OLDEST = (4, 57)
+TOKENS_OUT = "last_hidden_state holds one token per place"
 _POOLS = ("pooler", "head", "predictor")  # parts of a tower that make something of its tokens
 # the ends of names of models that read the tokens of several blocks
 _DENSE = ("ForDepthEstimation", "ForSemanticSegmentation", "ForImageSegmentation", "ForUniversalSegmentation")
 _PREFIXES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # parameters of the embeddings
 
 # a configuration for tiny models
-TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-TINY |= {"image_size": 32, "patch_size": 8}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+TINY: dict[str, Any] = SIZES | {"image_size": 32, "patch_size": 8}
 
 
 def follow_mask(value: Any, kept: Tensor) -> Tensor:
@@ -57,6 +63,10 @@ def _tensor_mask(value: Any) -> Tensor:
     return value
 
 
+def _real_keys(mask: Any) -> Tensor:
+    return follow.keys_of_mask(_tensor_mask(mask))
+
+
 def no_change(value: Any, kept: Tensor) -> Any:
     """Hand on an argument that does not belong to tokens."""
     return value
@@ -70,18 +80,27 @@ _UNCHANGED: dict[str, follow.Follow] = {
 }
 
 
+HF = Host(
+    package="transformers",
+    followers={"attention_mask": follow_mask, **_UNCHANGED},
+    padding={"attention_mask": _real_keys},
+)
+
+
 class HFAdapter(Adapter):
     """A family of transformers models. A subclass says which classes are its towers and how its blocks are made."""
 
-    followers: ClassVar[Mapping[str, follow.Follow]] = {"attention_mask": follow_mask, **_UNCHANGED}
+    host = HF
     # class of the module whose forward runs the blocks -> where its list of blocks can be, tried in order
     towers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    specs: ClassVar[tuple[BlockSpec, ...]]  # the first whose children a block has describes it
-    package = "transformers"
     # models that put out nothing but what they make of class tokens (or of a mean that is known)
     class_models: ClassVar[frozenset[str]] = frozenset()
     # models that put out all tokens, and besides nothing but what they make of class tokens
     token_models: ClassVar[frozenset[str]] = frozenset()
+    # a small model: its class, its configuration, the shape of an input
+    example: ClassVar[str]
+    sizes: ClassVar[Mapping[str, Any]] = TINY
+    shape: ClassVar[tuple[int, ...]] = (2, 3, 32, 32)
     # further options of the tower's call that are refused while tokens are merged; `_REASONS` says why
     refused: ClassVar[tuple[str, ...]] = ()
 
@@ -100,23 +119,17 @@ class HFAdapter(Adapter):
         """Return the module that runs the blocks: its name, itself, the path from it to its list of blocks."""
         return find_towers(model, self.towers)[0]
 
-    def looping_parts(self, model: Any) -> list[nn.Module]:
-        return [self.tower(model)[1]]
-
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
         name, tower, path = self.tower(model)
         start = ".".join(filter(None, (name, path)))
         return [(f"{start}.{child}", block) for child, block in attrgetter(path)(tower).named_children()]
 
-    def spec(self, block: Any) -> BlockSpec | HookSpec:
-        for spec in self.specs:
-            if all(_has(block, child) for child in filter(None, (*spec.attention, *spec.mlp, spec.closes))):
-                return spec
-        raise UnsupportedModelError(
-            f"blocks of class {type(block).__module__}.{type(block).__qualname__} with the children "
-            f"{[name for name, _ in block.named_children()]} are not described. This was written for transformers "
-            f"{_OLDEST[0]}.{_OLDEST[1]} to 5.24."
-        )
+    def spec(self, block: Any) -> Spec:
+        try:
+            return super().spec(block)
+        except UnsupportedModelError as error:
+            written = f"This was written for transformers {_OLDEST[0]}.{_OLDEST[1]} to 5.24."
+            raise UnsupportedModelError(f"{error} {written}") from None
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]
@@ -133,28 +146,31 @@ class HFAdapter(Adapter):
         given = (getattr(tower.embeddings, name, None) for name in _PREFIXES)
         return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
 
-    def cutter(self, model: Any) -> nn.Module | None:
-        # a tower, or what is around it, holds what embeds
-        holders = (getattr(owner, "embeddings", None) for owner in reversed(_path(model, self.tower(model)[0])))
-        embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
-        return next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None)
-
     def tap(self, block: Any) -> AttentionTap:
         return hf_tap(block, self.spec(block).attn)
 
-    def loop_methods(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+    def surroundings(self, model: Any) -> Surroundings:
         name, tower, path = self.tower(model)
+        way = _path(model, name)
+        # a tower, or what is around it, holds what embeds
+        holders = (getattr(owner, "embeddings", None) for owner in reversed(way))
+        embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
         # what is around the tower may be somebody's own module, which calls it; a class made from a host's may be more
-        around = [module for module in _path(model, name) if hf_names(module)]
+        around = [module for module in way if hf_names(module)]
         inside = [tower.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == "."]
         # norms behind the blocks, which take each token by itself
         norms = [child for child_name, child in tower.named_children() if "norm" in child_name]
-        return [(module, "forward") for module in (*around, *inside, *norms)]
-
-    def grid_head(self, model: Any) -> str | None:
-        if self.is_plain(model):
-            return None
-        return f"{type(model).__qualname__} is not known to use the class token alone"
+        takes_class_tokens = bool(self.class_models.intersection(hf_names(model)[:1]))
+        return Surroundings(
+            self,
+            model,
+            trusted=[(module, "forward") for module in (*around, *inside, *norms)],
+            loops=[tower],
+            cutter=next((m for m in reversed(list(embeddings.modules())) if isinstance(m, nn.Conv2d)), None),
+            every=next(filter(None, map(_why_every, way)), None),
+            last=None if self.is_plain(model) else not_known(model),
+            handed_out=None if takes_class_tokens else TOKENS_OUT,
+        )
 
     def is_plain(self, model: Any) -> bool:
         """Say whether the model makes nothing of its tokens but to take class tokens and hand all of them out."""
@@ -165,51 +181,41 @@ class HFAdapter(Adapter):
         pools = (getattr(module, pool, None) for module in _path(model, name) for pool in _POOLS)
         return is_tower and not any(isinstance(pool, nn.Module) for pool in pools)
 
-    def hands_out(self, model: Any) -> str | None:
-        if self.class_models.intersection(hf_names(model)[:1]):
-            return None
-        return "last_hidden_state holds one token per place"
-
-    def collects(self, model: Any) -> str | None:
-        for module in _path(model, self.tower(model)[0]):
-            why = _collects(module)
-            if why:
-                return f"{type(module).__qualname__} {why}"
-        return None
-
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         # masks that a block has no default for
         parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
         asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         return layout.prefix + PROBED, dict.fromkeys(asked)
 
-    def valid(self, given: Mapping[str, Any]) -> Tensor | None:
-        mask = given.get("attention_mask")
-        return None if mask is None else follow.keys_of_mask(_tensor_mask(mask))
-
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
-        name = self.tower(model)[0]
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        name, restore, around = self.tower(model)[0], context.restore, self.surroundings(model)
         needs = ["output_attentions", *self.refused]
         # merged hidden states are for those who asked for them, not for a model that goes on computing with them
         is_tower = bool(self.towers.keys() & hf_names(model))  # or a thin shell around it
-        goes_on = self.grid_head(model) is not None and not is_tower
+        goes_on = around.last is not None and not is_tower
         if restore is None or (restore == "merged" and goes_on):
             needs.append("output_hidden_states")
         depth = len(self.blocks(model))
-        is_restored = self.grid_head(model) or (restore is None and self.hands_out(model))
+        is_restored = around.last or (restore is None and around.handed_out)
         right = {0, -depth - 1} | ({depth, -1} if is_restored else set())
         guards = [
-            Binding(owner, "forward", RefusedOptions(owner, is_merging, tuple(needs), right))
+            Binding(owner, "forward", RefusedOptions(owner, context.is_merging, tuple(needs), right))
             for owner in _path(model, name)
             if hasattr(owner, "config")
         ]
         checkpointed = [
-            Binding(block, "forward", Checkpointed(block, is_merging))
+            Binding(block, "forward", Checkpointed(block, context.is_merging))
             for _, block in self.blocks(model)
             # transformers 5 checkpoints in the class's forward, transformers 4 in __call__, which we leave alone
             if hasattr(block, "gradient_checkpointing") and type(block).__call__ is nn.Module.__call__
         ]
         return [*checkpointed, *guards]
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        import transformers
+
+        cls: Any = getattr(transformers, self.example)
+        return cls(cls.config_class(**self.sizes)).eval(), torch.randn(self.shape)
 
 
 def hf_names(module: nn.Module) -> list[str]:
@@ -226,15 +232,20 @@ def is_backbone(module: nn.Module) -> bool:
     return any(name.endswith("Backbone") for name in hf_names(module))
 
 
-def _collects(module: Any) -> str | None:
+def not_known(model: nn.Module) -> str:
+    """Say why tokens are put back for a model that is around a tower."""
+    return f"{type(model).__qualname__} is not known to use the class token alone"
+
+
+def _why_every(module: Any) -> str | None:
     """Say why a module of transformers reads what leaves several blocks, or a block before the last."""
-    config = getattr(module, "config", None)
+    config, name = getattr(module, "config", None), type(module).__qualname__
     if is_backbone(module) or any(name.endswith(_DENSE) for name in hf_names(module)):
-        return "reads the tokens of several blocks"
+        return f"{name} reads the tokens of several blocks"
     if getattr(config, "use_weighted_layer_sum", False):
-        return "takes a weighted sum over what leaves its blocks (use_weighted_layer_sum)"
+        return f"{name} takes a weighted sum over what leaves its blocks (use_weighted_layer_sum)"
     layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    return None if layers in (None, -1, [-1], (-1,)) else f"takes its tokens after layer {layers}"
+    return None if layers in (None, -1, [-1], (-1,)) else f"{name} takes its tokens after layer {layers}"
 
 
 def pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -250,7 +261,9 @@ def find_towers(model: nn.Module, towers: Mapping[str, tuple[str, ...]]) -> list
     """Return the towers in the model: their names, themselves, the path from each to its list of blocks."""
     found: list[tuple[str, Any, str]] = []
     for name, module in model.named_modules():
-        path = next((path for cls in hf_names(module) for path in towers.get(cls, ()) if _has(module, path)), None)
+        path = next(
+            (path for cls in hf_names(module) for path in towers.get(cls, ()) if has_parts(module, (path,))), None
+        )
         # a tower inside a tower is the same one
         if path is not None and not any(name.startswith(f"{outer}." if outer else "") for outer, _, _ in found):
             found.append((name, module, path))
@@ -261,14 +274,6 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules from the model to the one of this name, both included."""
     parts = name.split(".") if name else []
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        attrgetter(path)(module)
-    except AttributeError:
-        return False
-    return True
 
 
 def check_host(model: nn.Module) -> None:

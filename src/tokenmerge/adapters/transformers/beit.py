@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,8 @@ from tokenmerge._intercept.pair_bias import PairTap, pairs, placed_pairs, sample
 from tokenmerge._intercept.pooling import OutputMean
 from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge._torch.tracing import is_compiling
-from tokenmerge.adapters.base import Binding, BlockSpec, Override, Sizes, TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap, follow_mask, no_change
-from tokenmerge.adapters.transformers.video import TINY
+from tokenmerge.adapters.base import Binding, BlockSpec, Context, Override, TokenLayout
+from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap, follow_mask, no_change
 
 __all__ = ["HFBeit"]
 
@@ -34,16 +33,20 @@ class HFBeit(HFAdapter):
     families = "transformers BEiT, Data2Vec-Vision"
     landmarks = ("layernorm_before", "attention", "layernorm_after", "drop_path", "relative_position_bias", "lambda_1")
     towers: ClassVar = {"BeitEncoder": ("layer",), "BeitModel": ("layers",), "Data2VecVisionEncoder": ("layer",)}
-    followers: ClassVar = {
-        **HFAdapter.followers,
-        "attention_mask": _biases,
-        "relative_position_bias": pairs,
-        "interpolate_pos_encoding": _at_its_size,
-        "resolution": no_change,
-    }
+    host = replace(
+        HF,
+        followers={
+            **HF.followers,
+            "attention_mask": _biases,
+            "relative_position_bias": pairs,
+            "interpolate_pos_encoding": _at_its_size,
+            "resolution": no_change,
+        },
+        padding={},  # what comes as a mask is the shared bias
+        is_positional=True,
+    )
     refused = ("attention_mask",)
     class_models = frozenset(("BeitForImageClassification", "Data2VecVisionForImageClassification"))
-    is_positional = True
 
     def prefix(self, tower: Any) -> int:
         return 1
@@ -73,9 +76,6 @@ class HFBeit(HFAdapter):
             return _MaskTap(block)
         return PairTap(block, "attention.attention", _table(block), "forward", "relative_position_bias")
 
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        return placed_pairs(block, _table(block), "forward", places)
-
     def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         config = self.tower(model)[1].config
         given: dict[str, Any] = {"resolution": (3 * config.patch_size, 6 * config.patch_size)}
@@ -84,27 +84,20 @@ class HFBeit(HFAdapter):
             given[name] = sample_pairs(config.num_attention_heads, 19, block.layernorm_before.weight)
         return 19, given
 
-    def valid(self, given: Any) -> Tensor | None:
-        return None  # what comes as a mask is the shared bias
-
-    def head(self, model: Any, sizes: Sizes) -> tuple[list[Binding], list[str]]:
-        if self.hands_out(model):
-            return [], []
-        # the pooler averages the patches that leave this norm, an identity then
-        norm = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layernorm")
-        found = [Binding(norm, "forward", OutputMean(norm, sizes, start=1))] if model.config.use_mean_pooling else []
-        return found, []
-
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        found = super().overrides(model, context)
+        if context.sizes and not self.surroundings(model).handed_out and model.config.use_mean_pooling:
+            # the pooler averages the patches that leave this norm, an identity then
+            norm = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layernorm")
+            found.append(Binding(norm, "forward", OutputMean(norm, context.sizes, start=1)))
         shared = getattr(self.tower(model)[1], "relative_position_bias", None)
-        whole = [] if shared is None else [Binding(shared, "forward", _Whole(shared))]
-        return [*whole, *super().finish(model, is_merging, restore)]
+        return found if shared is None else [*found, Binding(shared, "forward", _Whole(shared))]
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import BeitConfig, BeitForImageClassification
 
         # fused attention rounds differently where the bias needs no gradient, as in reentrant checkpointing
-        config: Any = BeitConfig(**TINY, image_size=32, patch_size=8, use_relative_position_bias=True)
+        config: Any = BeitConfig(**SIZES, image_size=32, patch_size=8, use_relative_position_bias=True)
         config._attn_implementation = "eager"
         return BeitForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
 
@@ -114,6 +107,9 @@ class _MaskTap(InterfaceTap):
 
     def __init__(self, block: Any) -> None:
         super().__init__(block, "attention")
+
+    def placed(self, places: Tensor) -> list[Binding]:
+        return placed_pairs(self.block, _table(self.block), "forward", places)
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         height, width = given.pop("resolution")

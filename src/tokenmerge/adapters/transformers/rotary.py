@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from tokenmerge._intercept import follow
 from tokenmerge.adapters.base import PROBED, Binding, BlockSpec, Override, TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, InterfaceTap, no_change
-from tokenmerge.adapters.transformers.video import TINY, clip_layout
+from tokenmerge.adapters.transformers.base import HF, TINY, HFAdapter, InterfaceTap, no_change
+from tokenmerge.adapters.transformers.video import clip_layout
 
 __all__ = ["HFDINOv3", "HFVJEPA2"]
 
@@ -22,6 +23,7 @@ class HFDINOv3(HFAdapter):
     name = "hf_dinov3"
     families = "transformers DINOv3 ViT"
     landmarks = ("rope_embeddings", "norm1", "layer_scale1", "norm2", "layer_scale2", "register_tokens")
+    example, sizes = "DINOv3ViTModel", TINY | {"num_register_tokens": 2}
     # transformers 5 asks the encoder for hidden states, even where the model was not asked
     towers: ClassVar = {"DINOv3ViTEncoder": ("layer",), "DINOv3ViTModel": ("layer",)}
     specs = (
@@ -32,8 +34,9 @@ class HFDINOv3(HFAdapter):
         ),
     )
     # the tap moves the tables: they do not say how many tokens stand in front of the patches
-    followers: ClassVar = {"position_embeddings": no_change, "output_hidden_states": no_change}
-    is_positional = True
+    host = replace(
+        HF, followers={"position_embeddings": no_change, "output_hidden_states": no_change}, is_positional=True
+    )
 
     def prefix(self, tower: Any) -> int:
         return 1 + int(tower.config.num_register_tokens)
@@ -46,16 +49,6 @@ class HFDINOv3(HFAdapter):
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_embeddings", _Tables(self.prefix(block.attention)))
 
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        tables = _Tables(self.prefix(block.attention))
-        return [Binding(block.attention, "forward", _Placed(block.attention, "position_embeddings", tables, places))]
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-        config: Any = DINOv3ViTConfig(**TINY, image_size=32, patch_size=8, num_register_tokens=2)
-        return DINOv3ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
-
 
 class HFVJEPA2(HFAdapter):
     """The predictor and the attentive pooler read every token: they are put back for them."""
@@ -63,12 +56,25 @@ class HFVJEPA2(HFAdapter):
     name = "hf_vjepa2"
     families = "transformers V-JEPA 2 (the encoder)"
     landmarks = ("encoder", "predictor", "norm1", "attention", "norm2", "mlp", "proj")
+    example, shape = "VJEPA2ForVideoClassification", (2, 8, 3, 32, 32)
+    sizes: ClassVar = {
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2.0,
+        "pred_hidden_size": 48,
+        "pred_num_hidden_layers": 1,
+        "pred_num_attention_heads": 4,
+        "crop_size": 32,
+        "patch_size": 16,
+        "frames_per_clip": 8,
+        "num_pooler_layers": 1,
+    }
     towers: ClassVar = {"VJEPA2Model": ("encoder.layer",)}
     specs = (
         BlockSpec(attention=("norm1", "attention", "drop_path"), attn="attention", mlp=("norm2", "mlp", "drop_path")),
     )
-    is_positional = True
-    ignores_rest = True  # eager attention's weights
+    host = replace(HF, is_positional=True, ignores_rest=True)  # eager attention's weights
 
     def layout(self, model: Any) -> TokenLayout:
         config = self.tower(model)[1].config
@@ -77,17 +83,6 @@ class HFVJEPA2(HFAdapter):
 
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_mask", _places)
-
-    def placed(self, block: Any, places: Tensor) -> list[Binding]:
-        return [Binding(block.attention, "forward", _Placed(block.attention, "position_mask", _places, places))]
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import VJEPA2Config, VJEPA2ForVideoClassification
-
-        sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2.0}
-        sizes |= {"pred_hidden_size": 48, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 4}
-        config: Any = VJEPA2Config(**sizes, crop_size=32, patch_size=16, frames_per_clip=8, num_pooler_layers=1)
-        return VJEPA2ForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
 
 
 class _Tables:
@@ -113,6 +108,9 @@ class _PlacedTap(InterfaceTap):
     def __init__(self, block: nn.Module, path: str, argument: str, move: Move) -> None:
         super().__init__(block, path)
         self.argument, self.move = argument, move
+
+    def placed(self, places: Tensor) -> list[Binding]:
+        return [Binding(self.attn, "forward", _Placed(self.attn, self.argument, self.move, places))]
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         told = given.get(self.argument)

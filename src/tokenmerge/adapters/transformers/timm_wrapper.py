@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept.trust import stranger
-from tokenmerge.adapters.base import Adapter, Binding
+from tokenmerge.adapters.base import Adapter, Binding, Context, Surroundings
 from tokenmerge.adapters.timm.vit import TimmViT
-from tokenmerge.adapters.transformers.base import TOWERS, RefusedOptions, check_host, find_towers, hf_names
+from tokenmerge.adapters.transformers.base import (
+    TOKENS_OUT,
+    TOWERS,
+    RefusedOptions,
+    check_host,
+    find_towers,
+    hf_names,
+    not_known,
+)
 from tokenmerge.adapters.within import Within
 
 __all__ = ["HFTimm"]
@@ -29,10 +37,8 @@ class HFTimm(Within):
     def __init__(self, path: str = "timm_model", inner: Adapter | None = None, hands_tokens_out: bool = True) -> None:
         super().__init__(path, inner or TimmViT())
         vars(self).update(name=HFTimm.name, families=HFTimm.families)
-        if not hands_tokens_out:
-            return
-        # the wrapper's own forward calls them
-        self.token_methods = ()  # type: ignore[misc]
+        if hands_tokens_out:  # the wrapper's own forward calls them
+            vars(self).update(host=replace(self.host, token_methods=()))
 
     def matches(self, model: nn.Module) -> bool:
         return bool(find_towers(model, _WRAPPERS))
@@ -46,30 +52,24 @@ class HFTimm(Within):
         hands_tokens_out = "TimmWrapperForImageClassification" not in hf_names(model)
         return HFTimm(path, find(model.get_submodule(path)), hands_tokens_out)
 
-    def looping_parts(self, model: nn.Module) -> list[nn.Module]:
-        return [model.get_submodule(self.path.rpartition(".")[0]), *super().looping_parts(model)]
-
-    def collects(self, model: nn.Module) -> str | None:
+    def surroundings(self, model: nn.Module) -> Surroundings:
+        inner = self.inner.surroundings(self.part(model))
         names = self.path.split(".")[:-1]
         around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
         own = [(module, "forward") for module in around if hf_names(module)]
-        return stranger(own, "transformers") or super().collects(model)
+        return replace(
+            inner,
+            loops=[around[-1], *inner.loops],
+            every=stranger(own, "transformers") or inner.every,
+            last=inner.last if _WRAPPERS.keys() & hf_names(model) else not_known(model),
+            handed_out=TOKENS_OUT if "TimmWrapperModel" in hf_names(model) else inner.handed_out,
+        )
 
-    def grid_head(self, model: nn.Module) -> str | None:
-        if _WRAPPERS.keys() & hf_names(model):
-            return self.inner.grid_head(self.part(model))
-        return f"{type(model).__qualname__} is not known to use the class token alone"
-
-    def hands_out(self, model: nn.Module) -> str | None:
-        if "TimmWrapperModel" in hf_names(model):
-            return "last_hidden_state holds one token per place"
-        return self.inner.hands_out(self.part(model))
-
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
-        found = super().finish(model, is_merging, restore)
-        if restore is None or (restore == "merged" and self.grid_head(model)):
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        found = super().overrides(model, context)
+        if context.restore is None or (context.restore == "merged" and self.surroundings(model).last):
             wrapper = model.get_submodule(self.path.rpartition(".")[0])
-            guard = RefusedOptions(wrapper, is_merging, ("output_hidden_states",))
+            guard = RefusedOptions(wrapper, context.is_merging, ("output_hidden_states",))
             found.append(Binding(wrapper, "forward", guard))
         return found
 

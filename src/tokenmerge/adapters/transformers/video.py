@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from tokenmerge.adapters.base import TokenLayout
-from tokenmerge.adapters.transformers.base import HFAdapter, pair
-from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.base import SIZES, HFAdapter, pair
+from tokenmerge.adapters.transformers.plain import HFViT
 
-__all__ = ["TINY", "HFVideoMAE", "HFVivit", "clip_layout"]
-
-TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+__all__ = ["HFVideoMAE", "HFVivit", "clip_layout"]
 
 
 class HFVideoMAE(HFAdapter):
@@ -22,6 +17,8 @@ class HFVideoMAE(HFAdapter):
     name = "hf_videomae"
     families = "transformers VideoMAE"
     landmarks = ("videomae", *HFViT.landmarks)
+    example, sizes = "VideoMAEForVideoClassification", {**SIZES, "image_size": 32, "patch_size": 16, "num_frames": 8}
+    shape = (2, 8, 3, 32, 32)
     towers: ClassVar = {"VideoMAEModel": ("encoder.layer",)}
     specs = HFViT.specs
 
@@ -30,17 +27,14 @@ class HFVideoMAE(HFAdapter):
         tubelet = (config.tubelet_size, *pair(config.patch_size))
         return clip_layout(0, config.num_frames, config.num_channels, pair(config.image_size), tubelet)
 
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-
-        config: Any = VideoMAEConfig(**TINY, image_size=32, patch_size=16, num_frames=8)
-        return VideoMAEForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
-
 
 class HFVivit(HFAdapter):
     name = "hf_vivit"
     families = "transformers ViViT"
     landmarks = ("vivit", *HFViT.landmarks)
+    example = "VivitForVideoClassification"
+    sizes: ClassVar = {**SIZES, "image_size": 32, "tubelet_size": [2, 16, 16], "num_frames": 8}
+    shape = (2, 8, 3, 32, 32)
     towers: ClassVar = {"VivitModel": ("layers", "encoder.layer")}
     specs = HFViT.specs
     class_models = frozenset(("VivitForVideoClassification",))
@@ -50,12 +44,6 @@ class HFVivit(HFAdapter):
         config = self.tower(model)[1].config
         size = pair(config.image_size)
         return clip_layout(1, config.num_frames, config.num_channels, size, tuple(config.tubelet_size))
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import VivitConfig, VivitForVideoClassification
-
-        config: Any = VivitConfig(**TINY, image_size=32, tubelet_size=[2, 16, 16], num_frames=8)
-        return VivitForVideoClassification(config).eval(), torch.randn(2, 8, 3, 32, 32)
 
 
 def clip_layout(

@@ -6,16 +6,17 @@ Shapes: B batch, N tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge._torch.memory import carry, watched
 from tokenmerge._torch.tracing import is_compiling
-from tokenmerge.adapters.base import Binding, Override, TokenLayout, first_of
+from tokenmerge.adapters.base import Binding, Context, Override, Surroundings, TokenLayout, first_of
 from tokenmerge.adapters.transformers.base import TINY, HFAdapter
-from tokenmerge.adapters.transformers.vit import HFViT
+from tokenmerge.adapters.transformers.plain import HFViT
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["HFYolos"]
@@ -34,6 +35,13 @@ class HFYolos(HFAdapter):
         "bbox_predictor",
         "class_labels_classifier",
     )
+    example = "YolosModel"
+    sizes: ClassVar = {
+        **TINY,
+        "image_size": [32, 32],
+        "num_detection_tokens": 3,
+        "use_mid_position_embeddings": False,
+    }
     towers = dict.fromkeys(("YolosModel",), ("encoder.layer",))
     specs = HFViT.specs
 
@@ -49,21 +57,14 @@ class HFYolos(HFAdapter):
     def prefix(self, tower: Any) -> int:
         return super().prefix(tower) + int(tower.config.num_detection_tokens)
 
-    def grid_head(self, model: Any) -> str:
-        return "detection tokens stand behind the patches (in handle.groups and handle.sizes, in front of all others)"
+    def surroundings(self, model: Any) -> Surroundings:
+        why = "detection tokens stand behind the patches (in handle.groups and handle.sizes, in front of all others)"
+        return replace(super().surroundings(model), last=why)
 
-    def finish(self, model: Any, is_merging: Callable[[], bool], restore: str | None) -> list[Binding]:
-        found, count = super().finish(model, is_merging, restore), self.tower(model)[1].config.num_detection_tokens
-        blocks = (block for _, block in self.blocks(model))
-        return [*found, *(Binding(block, "forward", _Turned(block, is_merging, count)) for block in blocks)]
-
-    def tiny(self) -> tuple[nn.Module, Tensor]:
-        from transformers import YolosConfig, YolosModel
-
-        sizes = {**TINY, "image_size": [32, 32], "num_detection_tokens": 3, "use_mid_position_embeddings": False}
-        config = YolosConfig(**sizes)
-        model: nn.Module = YolosModel(config)
-        return model.eval(), torch.randn(2, 3, 32, 32)
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        count = self.tower(model)[1].config.num_detection_tokens
+        turned = [_Turned(block, context.is_merging, count) for _, block in self.blocks(model)]
+        return [*super().overrides(model, context), *(Binding(block.owner, "forward", block) for block in turned)]
 
 
 class _Turned(Override):

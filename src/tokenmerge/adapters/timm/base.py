@@ -1,0 +1,89 @@
+"""What timm's models share: their list of blocks, the layout their `patch_embed` says, and how they pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge._intercept.pooling import BiasedPool, PoolGuard
+from tokenmerge.adapters.base import Adapter, Binding, Context, Host, Override, Sizes, Surroundings, TokenLayout
+
+__all__ = ["TIMM", "TimmAdapter", "pooling", "stem_layout"]
+
+TIMM = Host(
+    package="timm",
+    loops=("forward", "forward_features", "blocks.forward"),
+    token_methods=("forward_features", "forward_intermediates"),
+    cut_by="patch_embed",
+)
+_SIZES: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+
+
+class TimmAdapter(Adapter):
+    """A family of timm. A subclass says its models and blocks in `host` and `specs`, and how they pool."""
+
+    sizes: ClassVar[Mapping[str, Any]] = {}  # of a small model, besides `_SIZES`
+
+    def layout(self, model: Any) -> TokenLayout:
+        embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
+        has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
+        if not hasattr(embed, "dynamic_feat_size"):
+            # a stem of the user's own: how many tokens it gives is seen in the forward, and no grid is known
+            return TokenLayout(prefix, None, None, None, has_class=has_class)
+        size = tuple(getattr(embed, "img_size", None) or (224, 224))
+        grid = embed.dynamic_feat_size(size)
+        channels = next((m.in_channels for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
+        # three axes, of clips, are no grid of rows and columns: a method that needs one is told there is none
+        plane = grid if len(grid) == 2 else None
+        return TokenLayout(prefix, plane, prefix + math.prod(grid), (channels, *size), has_class=has_class)
+
+    def surroundings(self, model: Any) -> Surroundings:
+        is_pooled = model.global_pool or getattr(model, "attn_pool", None) is not None
+        handed_out = None if is_pooled else "global_pool='' hands out every token"
+        return replace(super().surroundings(model), handed_out=handed_out)
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        module, _, name = next(iter(self.host.models)).rpartition(".")
+        model: nn.Module = getattr(import_module(module), name)(**_SIZES, **self.sizes)
+        return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+def pooling(
+    model: Any, context: Context, mean: Callable[[nn.Module, Sizes], Override], start: int = 0
+) -> list[Binding]:
+    """Return what makes a model of timm pool by size, and refuse kinds of pooling that came after it was patched.
+
+    `mean` stands in for the method that pools; an attention pool sees the tokens from `start` on.
+    """
+    if context.sizes is None:
+        return []
+    found = [mean(model, context.sizes)]
+    # both: an attention pool may be taken out later
+    pool = getattr(model, "attn_pool", None)
+    if isinstance(pool, nn.Module):
+        found.append(BiasedPool(pool, context.sizes, start))
+    if context.must_refuse:
+        found.append(PoolGuard(model, found[0].attribute, context.is_merging))
+    return [Binding(override.owner, override.attribute, override) for override in found]
+
+
+def stem_layout(embed: Any, prefix: int = 0, has_class: bool | None = None) -> TokenLayout:
+    """Return the layout that a patch embedding says which was built for one size of image."""
+    if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
+        return TokenLayout(prefix, None, None, None, has_class=has_class)
+    height, width = embed.grid_size
+    size = (embed.proj.in_channels, *embed.img_size)
+    return TokenLayout(prefix, (height, width), prefix + height * width, size, has_class=has_class)
