@@ -19,14 +19,14 @@ from helpers import tiny_vit
 from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.cli import main as run_command
+from tokenmerge.data import labelled as data_module
+from tokenmerge.data.labelled import normalise
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
-from tokenmerge.tools import data as data_module
 from tokenmerge.tools import measure as measure_module
 from tokenmerge.tools import models as models_module
 from tokenmerge.tools.bench import Bench
 from tokenmerge.tools.compare import Comparison
-from tokenmerge.tools.data import normalise
 
 Capture = pytest.CaptureFixture[str]
 

@@ -56,11 +56,12 @@ FLOORS = (
     "_runtime",
     "report",
     "handle",
+    "assets",
+    "data",
     "measure",
     "tune",
     "api",
     "",  # the front door
-    "assets",
     "tools",
     "compat",
     "training",

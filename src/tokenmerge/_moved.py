@@ -53,9 +53,18 @@ MOVED = {
     "keybias": "_runtime.key_bias",
     "runner": "_runtime.residual",
     "state": "_runtime.state",
+    "tools.data": "data.labelled",
     "tools.flops": "measure.counting",
+    "tools.prepare": "data.prepare",
+    "tools.preprocessing": "data.preprocessing",
     "tools.simulate": "measure.simulate",
     "tools.timing": "measure.timing",
+    "training.clips": "data.clips",
+    "training.data": "data.loader",
+    "training.images": "data.images",
+    "training.sounds": "data.sounds",
+    "training.sources": "data.sources",
+    "training.transforms": "data.transforms",
     "windows": "_runtime.local",
 }
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from helpers import tiny_vit
 from tokenmerge import assets
+from tokenmerge.data.labelled import FashionMNIST, Folder, calibration_images, normalise, open_data
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.data import FashionMNIST, Folder, calibration_images, normalise, open_data
 
 
 def _model(num_classes: int = 3) -> nn.Module:

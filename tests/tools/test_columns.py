@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from helpers import tiny_vit
+from tokenmerge.data.labelled import FashionMNIST
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.tools import columns
 from tokenmerge.tools.bench import Bench, BenchRow, bench
 from tokenmerge.tools.columns import Column, Record, find_column
-from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.doctor import Diagnosis, Finding
 from tokenmerge.tools.evaluate import Evaluation, EvaluationRow, evaluate
 from tokenmerge.tools.measure import FIGURES, ComparisonRow

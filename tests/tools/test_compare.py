@@ -19,11 +19,11 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, methods
+from tokenmerge.data.labelled import FashionMNIST
 from tokenmerge.errors import DataError, UnsupportedError, UnsupportedModelError
 from tokenmerge.tools import compare as module
 from tokenmerge.tools import measure, plots, results
 from tokenmerge.tools.compare import Comparison, compare
-from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import Trained
 

@@ -104,8 +104,8 @@ def preparing_arguments(parser: argparse.ArgumentParser) -> None:
 
 def method_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the method that was named and the r it was saved with, if it was."""
+    from tokenmerge.data.labelled import check_source
     from tokenmerge.errors import DataError
-    from tokenmerge.tools.data import check_source
     from tokenmerge.tools.models import AUTO, own_r, read_method
 
     method = read_method(arguments.method)
@@ -118,7 +118,7 @@ def method_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def calibration_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Return the images for auto as the option that takes them, where they were asked for."""
-    from tokenmerge.tools.data import calibration_images
+    from tokenmerge.data.labelled import calibration_images
 
     if arguments.calibrate is None:
         return {}
@@ -135,8 +135,8 @@ def preparing(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:
     """Return how the model's images are prepared; None where even their size is unknown."""
+    from tokenmerge.data.prepare import find_preprocessing
     from tokenmerge.errors import ConfigError, TokenMergeError
-    from tokenmerge.tools.prepare import find_preprocessing
 
     try:
         return find_preprocessing(model, **preparing(arguments))
@@ -160,7 +160,7 @@ def said_of(arguments: argparse.Namespace, model: Any) -> list[str]:
 
 def model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Open the model and the labelled images that were named; both names are looked at before either is opened."""
-    from tokenmerge.tools.data import check_source, open_data
+    from tokenmerge.data.labelled import check_source, open_data
 
     check_source(arguments.data)
     if arguments.calibrate is not None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from tokenmerge.data.images import part_of_fashion_mnist
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
 from tokenmerge.errors import ConfigError
-from tokenmerge.training.images import part_of_fashion_mnist
-from tokenmerge.training.recipe import Data
-from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
 
 __all__ = ["frames", "moving_fashion_mnist", "videos"]
 

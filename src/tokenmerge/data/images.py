@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl
 
 from torch import Tensor
 
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import SPLITS, Raw, Source, Stream, check_classes, labelled, seed_of
 from tokenmerge.errors import DataError, unknown_name
-from tokenmerge.training.recipe import Data
-from tokenmerge.training.sources import SPLITS, Raw, Source, Stream, check_classes, labelled, seed_of
 
 __all__ = ["fashion_mnist", "folder", "hf", "hf_stream", "wds"]
 

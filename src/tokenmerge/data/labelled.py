@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tokenmerge.data.prepare import find_preprocessing
+from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import declared_classes, run_images
-from tokenmerge.tools.prepare import find_preprocessing
-from tokenmerge.tools.preprocessing import Preprocessing
 
 __all__ = [
     "FASHION_MNIST",

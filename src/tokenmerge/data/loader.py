@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from tokenmerge.data.sources import Raw, Source, Stream, open_source, seed_of
 from tokenmerge.errors import DataError
-from tokenmerge.training.sources import Raw, Source, Stream, open_source, seed_of
 
 __all__ = ["Batch", "Loader", "Position", "Source", "Stream", "evaluation", "open_source", "reseed", "seed_of"]
 

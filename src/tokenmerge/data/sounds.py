@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
 from tokenmerge.errors import ConfigError
-from tokenmerge.training.recipe import Data
-from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
 
 __all__ = ["LENGTH", "RATE", "spectrogram", "tones", "wav"]
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenmerge.data.settings import Data
 from tokenmerge.errors import DataError, UnsupportedError, unknown_name
-from tokenmerge.training.recipe import Data
 
 __all__ = ["KINDS", "Source", "Stream", "check_classes", "labelled", "needed", "open_source", "seed_of"]
 
@@ -79,7 +79,7 @@ def open_source(name: str, split: str, data: Data) -> Source | Stream:
         raise DataError(f"data source {name!r}: give {form}.")
     module, function = KINDS[form]
     with needed(f"data source {kind}"):
-        opened = getattr(importlib.import_module(f"tokenmerge.training.{module}"), function)(rest, split, data)
+        opened = getattr(importlib.import_module(f"tokenmerge.data.{module}"), function)(rest, split, data)
     source: Source | Stream = opened
     limit = data.limit if split == "train" else data.held
     if limit is None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.labelled import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
 from tokenmerge.measure.outputs import find_device
 from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
-from tokenmerge.tools.data import FASHION_MNIST, FashionMNIST, Folder
 from tokenmerge.tools.measure import BOUND, FIGURES, ComparisonRow, Subject
 from tokenmerge.tools.models import AUTO, Method, Trained, own_r, read_method, short_name
 from tokenmerge.tools.plots import plot_pareto

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.data.labelled import FashionMNIST, normalise
 from tokenmerge.errors import DataError
 from tokenmerge.files import replacing, write_file
 from tokenmerge.schedule import R
-from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.plots import plot_tradeoff

@@ -11,12 +11,12 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.prepare import find_preprocessing
+from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import answer, find_device, known_size, shared_copy
 from tokenmerge.measure.timing import NOISY, environment, interleave
 from tokenmerge.schedule import R
-from tokenmerge.tools.prepare import find_preprocessing
-from tokenmerge.tools.preprocessing import Preprocessing
 from tokenmerge.tools.results import measured_on
 
 __all__ = ["Diagnosis", "Finding", "examine"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.labelled import FashionMNIST, Folder
 from tokenmerge.errors import DataError
 from tokenmerge.measure.counting import flops
 from tokenmerge.measure.outputs import answer, find_device, run_images, shared_copy
@@ -19,7 +20,6 @@ from tokenmerge.measure.timing import environment
 from tokenmerge.schedule import R
 from tokenmerge.tools import columns
 from tokenmerge.tools.columns import Record
-from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.models import Method, apply_method, choices_of
 from tokenmerge.tools.quality import Judge, Question
 from tokenmerge.tools.results import Results, measured_on

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.labelled import FashionMNIST, Folder
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.measure.counting import Count, count
 from tokenmerge.measure.outputs import answer, run_images, shared_copy
@@ -19,7 +20,6 @@ from tokenmerge.measure.timing import interleave
 from tokenmerge.schedule import R
 from tokenmerge.tools import columns
 from tokenmerge.tools.columns import Record
-from tokenmerge.tools.data import FashionMNIST, Folder
 from tokenmerge.tools.models import AUTO, Method, apply_method
 from tokenmerge.tools.quality import Judge, Question
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.data.labelled import FashionMNIST, Folder
 from tokenmerge.errors import DataError
 from tokenmerge.measure.outputs import declared_classes
-from tokenmerge.tools.data import FashionMNIST, Folder
 
 __all__ = ["Judge", "Question", "standard_error"]
 
