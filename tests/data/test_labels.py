@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from tokenmerge.data.labelled import by_label
+from tokenmerge.data.classes import by_label
 from tokenmerge.errors import DataError
 
 

@@ -90,7 +90,7 @@ class _Files(Source):
         if len(size) != 4:
             raise ConfigError(f"data.size is {size}; clips take (C, T, H, W).")
         self.frames = size[1]
-        self.samples, self.classes = labelled(root, split, suffixes)
+        self.samples, self.classes = labelled(root, split, suffixes, data)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 from torch import Tensor
 
 from tokenmerge.data.settings import Data
-from tokenmerge.data.sources import SPLITS, Raw, Source, Stream, check_classes, labelled, seed_of
+from tokenmerge.data.sources import SPLITS, MissingSplitError, Raw, Source, Stream, check_classes, labelled, seed_of
 from tokenmerge.errors import DataError, unknown_name
 
 __all__ = ["fashion_mnist", "folder", "hf", "hf_stream", "wds"]
@@ -65,11 +65,11 @@ def fashion_mnist(rest: str, split: str, data: Data) -> Source:
 class Folder(Source):
     size = SIZE
 
-    def __init__(self, root: str, split: str) -> None:
+    def __init__(self, root: str, split: str, data: Data) -> None:
         from PIL import Image
 
         Image.init()
-        self.samples, self.classes = labelled(root, split, list(Image.registered_extensions()))
+        self.samples, self.classes = labelled(root, split, list(Image.registered_extensions()), data)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -80,8 +80,8 @@ class Folder(Source):
 
 
 def folder(rest: str, split: str, data: Data) -> Source:
-    """A folder PATH/train/CLASS/x.jpg, with valid (or val, validation) and test beside train."""
-    return Folder(rest, split)
+    """A folder PATH/train/CLASS/x.jpg, with valid (or val, validation) and test beside train; or PATH/CLASS/x.jpg."""
+    return Folder(rest, split, data)
 
 
 def _picture(name: str, content: Callable[[], Any]) -> Raw:
@@ -167,7 +167,7 @@ def _rows(rest: str, split: str, streaming: bool) -> tuple[Any, dict[str, str]]:
         splits = DatasetDict({"train": splits})
     rows = next((splits[there] for there in SPLITS[split] if there in splits), None)
     if rows is None:
-        raise DataError(f"the data set {name} has no {split} split; it has {', '.join(map(str, splits))}.")
+        raise MissingSplitError(f"the data set {name} has no {split} split; it has {', '.join(map(str, splits))}.")
     return rows.to_iterable_dataset() if is_saved and streaming else rows, options
 
 

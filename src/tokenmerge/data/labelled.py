@@ -1,24 +1,31 @@
-"""Labelled images for the tools: the bundled Fashion-MNIST test set, or a folder with one sub-folder per class."""
+"""Labelled images for the tools, from any source of images: batches of them as a model wants them, with labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from tokenmerge.data.answers import declared_classes, run_images
+from tokenmerge.data.classes import by_label, how_numbered, numbers_of
+from tokenmerge.data.images import FashionMNIST as FashionMNISTSource
+from tokenmerge.data.loader import in_order
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.data.preprocessing import Preprocessing
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
-from tokenmerge.measure.outputs import declared_classes, run_images
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import KINDS, MissingSplitError, Source, Stream, limited, open_source, resolve
+from tokenmerge.errors import DataError, TokenMergeError, UnknownNameError
 
 __all__ = [
     "FASHION_MNIST",
+    "Batches",
     "FashionMNIST",
     "Folder",
+    "Images",
+    "Labelled",
     "by_label",
     "calibration_images",
     "check_source",
@@ -28,6 +35,138 @@ __all__ = [
 
 FASHION_MNIST = "fashion-mnist"
 _CALIBRATION = 64  # images that "auto" chooses by
+
+
+class Labelled(Protocol):
+    """What the tools walk: batches of images `[B, ...]` as the model takes them and labels `[B]`, as often as asked."""
+
+    source: str
+    batch_size: int
+    outputs: int  # how many answers a model must have for the labels to count
+    preprocessing: Preprocessing
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    @property
+    def corrupt(self) -> Sequence[str]:
+        """What the last pass left out: a path and the reason, each."""
+
+    def __len__(self) -> int:
+        """How many images there are, with those that cannot be read."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+class _AsGiven:
+    def __call__(self, image: Any) -> Any:
+        return image
+
+    def __repr__(self) -> str:
+        return "done by whoever made the batches"
+
+
+class Batches:
+    """Labelled batches of your own for the tools: a `DataLoader`, or anything else that can be walked again.
+
+    `classes` are the names of the classes, or how many there are; `source` is what outputs call the data. Raises
+    `DataError` for what can be walked only once, or holds no batch.
+    """
+
+    corrupt: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, batches: Iterable[tuple[Tensor, Tensor]], classes: int | Sequence[str], source: str = "batches as given"
+    ) -> None:
+        if iter(batches) is batches:
+            raise DataError("an iterator can be walked only once: give a list of batches, or a DataLoader.")
+        first = next(iter(batches), None)
+        if first is None:
+            raise DataError(f"{source}: there is no batch.")
+        self.batches, self.source, self.batch_size = batches, source, len(first[0])
+        self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+        self.outputs = len(self.classes)
+        self.preprocessing = Preprocessing((), None, False, "", None, None, source, own=_AsGiven())
+        self._count: int | None = None
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(len(labels) for _, labels in self.batches)
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+class Images:
+    """Images of a source, decoded in workers and prepared as the model wants them.
+
+    An image that cannot be decoded is left out; its name and the reason are in `corrupt` after the pass.
+    """
+
+    def __init__(
+        self,
+        opened: Source | Stream,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        source: str,
+        batch_size: int,
+        workers: int = 0,
+        limit: int | None = None,
+        what: str = "classes",
+    ) -> None:
+        _check_amounts(batch_size, limit, workers)
+        self.source, self.batch_size, self.preprocessing = source, batch_size, preprocessing
+        self.corrupt: list[str] = []
+        self.classes = list(opened.classes)
+        self.outputs = declared_classes(model) or len(self.classes)
+        self.notes = how_numbered(self.classes, model, what.capitalize())
+        if isinstance(opened, Stream) and limit is not None:
+            self.notes += (f"Of a stream: its first {limit} images.",)
+        self._numbers = torch.tensor(numbers_of(source, self.classes, model, what))
+        self._opened, self._workers = limited(opened, limit), workers
+        self._count: int | None = None
+
+    def __len__(self) -> int:
+        if isinstance(self._opened, Source):
+            return len(self._opened)
+        if self._count is None:  # nobody else knows how long a stream is
+            self._count = sum(1 for _ in self._opened.samples(0, 0))
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.corrupt.clear()
+        for batch in in_order(self._opened, self.preprocessing, batch_size=self.batch_size, workers=self._workers):
+            self.corrupt += batch.unreadable
+            if len(batch.labels):
+                yield batch.inputs, self._numbers[batch.labels]
+
+
+class Folder(Images):
+    """A folder of images, ROOT/CLASS/IMAGE or ROOT/SPLIT/CLASS/IMAGE."""
+
+    def __init__(
+        self,
+        root: Path,
+        model: nn.Module,
+        batch_size: int,
+        workers: int,
+        limit: int | None = None,
+        preprocessing: Preprocessing | None = None,
+        splits: Sequence[str] = ("test", "valid", "train"),
+    ) -> None:
+        _check_amounts(batch_size, limit, workers)
+        check_source(f"folder:{root}")
+        found = preprocessing or find_preprocessing(model)
+        opened, notes = _open(f"folder:{root}", splits)
+        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "limit": limit}
+        super().__init__(opened, model, found, source=str(root), what="class folders", **options)
+        self.notes += notes
 
 
 class FashionMNIST:
@@ -40,14 +179,18 @@ class FashionMNIST:
     notes: tuple[str, ...] = ()
     source = FASHION_MNIST
 
-    def __init__(self, batch_size: int, limit: int | None = None, preprocessing: Preprocessing | None = None) -> None:
-        from tokenmerge import assets
-
+    def __init__(
+        self,
+        batch_size: int,
+        limit: int | None = None,
+        preprocessing: Preprocessing | None = None,
+        split: str = "test",
+    ) -> None:
         _check_amounts(batch_size, limit)
-        images, labels = assets.fashion_mnist("test")
-        self.images, self.labels = images[:limit], labels[:limit]
+        found = FashionMNISTSource(split)
+        self.images, self.labels = found.images[:limit], found.labels[:limit]
         self.batch_size = batch_size
-        self.classes = list(assets.CLASSES)
+        self.classes = list(found.classes)
         self.outputs = len(self.classes)
         self.preprocessing = preprocessing or _bundled()
         self._own = None if _is_bundled(self.preprocessing) else self.preprocessing
@@ -85,53 +228,6 @@ def normalise(images: Tensor) -> Tensor:  # uint8 [B, 28, 28]
     return (images[:, None].float() / 255 - assets.MEAN) / assets.STD
 
 
-class Folder:
-    """A folder of images, one sub-folder per class, decoded in workers and prepared as the model wants them.
-
-    An image that cannot be decoded is left out; its path and the reason are in `corrupt` after the pass. `outputs` is
-    how many answers a model must have for the labels to count.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        model: nn.Module,
-        batch_size: int,
-        workers: int,
-        limit: int | None = None,
-        preprocessing: Preprocessing | None = None,
-    ) -> None:
-        _check_amounts(batch_size, limit, workers)
-        self.corrupt: list[str] = []
-        self.source, self.batch_size = str(root), batch_size
-        check_source(str(root))
-        self.preprocessing = preprocessing or find_preprocessing(model)
-        dataset, self.classes = _image_folder(root, model, self.preprocessing)
-        self.outputs = declared_classes(model) or len(self.classes)
-        self.notes = _how_numbered(self.classes, model)
-        count = len(dataset.samples)
-        if limit is not None and limit < count:
-            # spread over the classes, which lie one after the other
-            dataset.samples = [dataset.samples[i * count // limit] for i in range(limit)]
-        self._dataset = dataset
-        self._loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate)
-
-    def __len__(self) -> int:
-        return len(self._dataset.samples)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.corrupt.clear()
-        for images, labels, corrupt in self._loader:
-            self.corrupt += corrupt
-            if isinstance(images, list):
-                raise DataError(
-                    f"images of one batch have the sizes {', '.join(map(str, images))} after preprocessing "
-                    f"({self.preprocessing}): give --resize HEIGHT WIDTH, or a batch size of 1."
-                )
-            if images is not None:
-                yield images, labels
-
-
 def open_data(
     source: str,
     model: nn.Module,
@@ -141,20 +237,57 @@ def open_data(
     limit: int | None = None,
     preprocessing: Any = None,
     **options: Any,
-) -> FashionMNIST | Folder:
-    """Open `"fashion-mnist"` or a folder; raises `DataError` for a folder missing, empty or of other classes.
+) -> FashionMNIST | Images:
+    """Open the images of a source to evaluate on: a folder, or one named as in `data.source` of a recipe.
 
-    Images are prepared as the model says; `preprocessing` is taken instead: a `Preprocessing`, a Hugging Face image
+    Of a source with splits the test split is taken, else the validation split, else the training split; the notes say
+    so. Images are prepared as the model says; `preprocessing` is taken instead: a `Preprocessing`, a Hugging Face image
     processor, or a function of one PIL image. `options` are those of `find_preprocessing`: `beside`, `mean`, ...
+    Raises `DataError` for a source that is missing, empty, of other classes, or holds no images.
     """
-    if source != FASHION_MNIST:
-        check_source(source)
-        found = find_preprocessing(model, given=preprocessing, **options)
-        return Folder(Path(source), model, batch_size, workers, limit, found)
-    classes = declared_classes(model)
-    if classes not in (None, 10):
-        raise DataError(f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'.")
-    return FashionMNIST(batch_size, limit, _for_fashion_mnist(model, preprocessing, options))
+    check_source(source)
+    form, rest = resolve(source)
+    if form == FASHION_MNIST:
+        classes = declared_classes(model)
+        if classes not in (None, 10):
+            raise DataError(
+                f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'."
+            )
+        return FashionMNIST(batch_size, limit, _for_fashion_mnist(model, preprocessing, options))
+    found = find_preprocessing(model, given=preprocessing, **options)
+    return _images(source, model, found, batch_size, workers, limit, ("test", "valid", "train"))
+
+
+def _images(
+    source: str,
+    model: nn.Module,
+    found: Preprocessing,
+    batch_size: int,
+    workers: int,
+    limit: int | None,
+    splits: Sequence[str],
+) -> Images:
+    form, rest = resolve(source)
+    if form == "folder:PATH":
+        return Folder(Path(rest), model, batch_size, workers, limit, found, splits)
+    opened, notes = _open(source, splits)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "limit": limit}
+    images = Images(opened, model, found, source=source, **options)
+    images.notes += notes
+    return images
+
+
+def _open(source: str, splits: Sequence[str]) -> tuple[Source | Stream, tuple[str, ...]]:
+    """Open the first of these splits that a source has, and say which where it is not the one wanted."""
+    for split in splits:
+        try:
+            opened = open_source(source, split, Data(source=""))
+        except MissingSplitError as error:
+            missing = error
+            continue
+        wanted, *_ = splits
+        return opened, () if split == wanted else (f"Images of the {split} split: there is no {wanted} split.",)
+    raise missing
 
 
 def _for_fashion_mnist(model: nn.Module, given: Any, options: dict[str, Any]) -> Preprocessing:
@@ -174,36 +307,42 @@ def _for_fashion_mnist(model: nn.Module, given: Any, options: dict[str, Any]) ->
 def calibration_images(source: str, model: nn.Module, preprocessing: Any = None, **options: Any) -> Tensor:
     """Return 64 images for `patch(model, "auto", calibrate=...)`, as the model takes them, `[64, C, H, W]`.
 
-    `"fashion-mnist"`: the first of its training images, never those of the test; a folder: spread over its classes.
-    `preprocessing` and `options` are those of `open_data`. Raises `DataError` where there are none, or the model does
-    not take them.
+    They are those of the training split where there is one: of `"fashion-mnist"` the first, of a folder or data set
+    spread over its classes, of a stream the first once it is shuffled. `preprocessing` and `options` are those of
+    `open_data`. Raises `DataError` where there are none, or the model does not take them.
     """
     check_source(source, "--calibrate")
-    if source == FASHION_MNIST:
-        from tokenmerge import assets
-
-        try:
-            images = assets.fashion_mnist("train")[0][:_CALIBRATION]
-        except FileNotFoundError as error:
-            raise DataError(f"the training images are not bundled: {error}. Or give a folder of images.") from error
+    if resolve(source)[0] == FASHION_MNIST:
         own = _for_fashion_mnist(model, preprocessing, options)
-        images = normalise(images) if _is_bundled(own) else _prepared(images, own)
+        try:
+            data: FashionMNIST | Images = FashionMNIST(_CALIBRATION, _CALIBRATION, own, split="train")
+        except DataError as error:
+            raise DataError(f"{error} Or give a folder of images.") from error
     else:
         found = find_preprocessing(model, given=preprocessing, **options)
-        folder = Folder(Path(source), model, _CALIBRATION, workers=0, limit=_CALIBRATION, preprocessing=found)
-        images = torch.cat([torch.empty(0), *(batch for batch, _ in folder)])
-        if not len(images):
-            raise DataError(f"none of {len(folder)} images of {source} could be read; the first: {folder.corrupt[0]}.")
+        data = _images(source, model, found, _CALIBRATION, 0, _CALIBRATION, ("train", "valid", "test"))
+    images = torch.cat([torch.empty(0), *(batch for batch, _ in data)])
+    if not len(images):
+        raise DataError(f"none of {len(data)} images of {source} could be read; the first: {data.corrupt[0]}.")
     run_images(model, images[:1].to(next(model.parameters())))
     return images
 
 
 def check_source(source: str, option: str = "--data") -> None:
-    """Raise `DataError` where a data source is no folder, before a model is loaded for it."""
-    if source != FASHION_MNIST and not Path(source).is_dir():
+    """Raise `DataError` where a source does not exist or holds no images, before a model is loaded for it."""
+    try:
+        form, rest = resolve(source)
+    except UnknownNameError:
+        form, rest = "folder:PATH", source
+    if form == "folder:PATH" and not Path(rest).is_dir():
+        others = ", ".join(kind for kind, (module, _) in KINDS.items() if module == "images")
         raise DataError(
-            f"no folder {source}: {option} takes {FASHION_MNIST!r} or a folder with one sub-folder per class."
+            f"no folder {rest}: {option} takes {FASHION_MNIST!r} or a folder with one sub-folder per class; all sources "
+            f"of images: {others}."
         )
+    module, _ = KINDS[form]
+    if module != "images":
+        raise DataError(f"{source} holds {module}: {option} takes images. `tokenmerge train` evaluates on {module}.")
 
 
 def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None:
@@ -211,105 +350,3 @@ def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None
         raise DataError(f"batch size and limit must be at least 1; got {batch_size} and {limit}.")
     if workers < 0:
         raise DataError(f"the number of workers must be at least 0; got {workers}.")
-
-
-def _image_folder(root: Path, model: nn.Module, preprocessing: Preprocessing) -> tuple[Any, list[str]]:
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise UnsupportedError('an image folder needs timm and torchvision: pip install "tokenmerge[timm]"') from error
-    try:
-        dataset = ImageFolder(root, loader=_Loader(preprocessing))
-    except FileNotFoundError as error:
-        raise DataError(f"{root} holds no labelled images: expected {root}/CLASS/IMAGE. {error}.") from error
-    classes = dataset.classes
-    numbers = _numbers(root, classes, model)
-    dataset.samples = [(path, numbers[label]) for path, label in dataset.samples]
-    return dataset, classes
-
-
-def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
-    """Return a Hugging Face model's number of each class by its labels; None where no class is called as a label.
-
-    Case does not count, and "/" and " " count as "_", since a folder cannot be called as every label. Raises
-    `DataError` where some are called so and some are not: numbered by their order, they would be other classes.
-    """
-    labels = getattr(getattr(model, "config", None), "label2id", None) or {}
-    plain: dict[str, set[int]] = {}
-    for label, number in labels.items():
-        plain.setdefault(_plain(label), set()).add(int(number))
-    exact = {str(label): {int(number)} for label, number in labels.items()}
-    found = [exact.get(name) or plain.get(_plain(name), set()) for name in classes]
-    if not any(found):
-        return None
-    unknown = [name for name, numbers in zip(classes, found, strict=True) if len(numbers) != 1]
-    if unknown:
-        free = [str(label) for label, number in labels.items() if {int(number)} not in found]
-        raise DataError(
-            f"{len(unknown)} of {len(classes)} classes are not called as one of the model's labels: "
-            f"{_shortened(unknown)}. Labels without a class: {_shortened(free) or 'none'}. Name all class folders by "
-            f"the labels, or all by class index, 0 to {len(labels) - 1}."
-        )
-    return [next(iter(numbers)) for numbers in found]
-
-
-def _how_numbered(classes: Sequence[str], model: nn.Module) -> tuple[str, ...]:
-    """Say what class folders count as, where a model has labels and no folder is called as one."""
-    labels = getattr(getattr(model, "config", None), "label2id", None)
-    if not labels or declared_classes(model) is None or by_label(model, classes) is not None:
-        return ()
-    how = "by the numbers they are called" if all(name.isdecimal() for name in classes) else "in the order of names"
-    return (f"Class folders are numbered {how}: none is called as a label of the model ({_shortened([*labels])}).",)
-
-
-def _plain(label: object) -> str:
-    return str(label).casefold().replace("/", "_").replace(" ", "_")
-
-
-def _shortened(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join([*names[:limit], *(["..."] if len(names) > limit else [])])
-
-
-def _numbers(root: Path, classes: list[str], model: nn.Module) -> list[int]:
-    """Return the model's number of each class folder; raises `DataError` where they do not fit its classes."""
-    expected = declared_classes(model)
-    found = by_label(model, classes) if expected is not None else None
-    if found is not None:
-        return found
-    # by number even where all are there: in the order of names, "10" comes before "2"
-    if all(name.isdecimal() for name in classes) and all(int(name) < (expected or len(classes)) for name in classes):
-        return [int(name) for name in classes]
-    is_numbered = all(name.isdecimal() for name in classes)
-    if expected is not None and (is_numbered or len(classes) != expected):
-        raise DataError(
-            f"{root} has {len(classes)} class folders ({', '.join(classes[:3])}, ...), the model has {expected} "
-            "classes. Folders are numbered in the order of their names: give a folder with all classes, or name the "
-            f"sub-folders by class index, 0 to {expected - 1}."
-        )
-    return list(range(len(classes)))
-
-
-class _Loader:
-    """Decodes and prepares one image; an image that cannot be decoded becomes a sentence."""
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
-
-    def __call__(self, path: str) -> Tensor | str:
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                return self.preprocessing(image)
-        # what PIL raises for broken files, and for those of absurd size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{path}: {error}"
-
-
-def _collate(samples: list[tuple[Tensor | str, int]]) -> tuple[Any, Tensor, list[str]]:
-    """Return images as one tensor, their labels, and what could not be read; of different sizes, a list of these."""
-    good = [(image, label) for image, label in samples if isinstance(image, Tensor)]
-    corrupt = [image for image, _ in samples if isinstance(image, str)]
-    sizes = list(dict.fromkeys(tuple(image.shape) for image, _ in good))
-    images = sizes if len(sizes) > 1 else torch.stack([image for image, _ in good]) if good else None
-    return images, torch.tensor([label for _, label in good]), corrupt

@@ -117,8 +117,8 @@ class Waves(Source):
     size = (1, 64, 128)
     flippable = False
 
-    def __init__(self, root: str, split: str) -> None:
-        self.samples, self.classes = labelled(root, split, (".wav",))
+    def __init__(self, root: str, split: str, data: Data) -> None:
+        self.samples, self.classes = labelled(root, split, (".wav",), data)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -133,7 +133,7 @@ class Waves(Source):
 
 def wav(rest: str, split: str, data: Data) -> Source:
     """Files of PCM samples, PATH/train/CLASS/x.wav, of any rate; their channels' mean, at 8,000 samples a second."""
-    return Waves(rest, split)
+    return Waves(rest, split, data)
 
 
 def _wave(path: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
-from tokenmerge.data.labelled import FASHION_MNIST, FashionMNIST, Folder
+from tokenmerge.data.labelled import FASHION_MNIST, Labelled
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
 from tokenmerge.measure.outputs import find_device
@@ -123,7 +123,7 @@ class Comparison(Results[ComparisonRow]):
 
 def compare(
     model: nn.Module,
-    data: FashionMNIST | Folder,
+    data: Labelled,
     *,
     methods: Sequence[Method],
     rs: Sequence[R] | None = None,
@@ -175,7 +175,7 @@ def compare(
     return found
 
 
-def _comparison(label: str, data: FashionMNIST | Folder, ledger: _Ledger, asked: Sequence[str]) -> Comparison:
+def _comparison(label: str, data: Labelled, ledger: _Ledger, asked: Sequence[str]) -> Comparison:
     """Return what the folder holds, the rows that were asked for first."""
     rows = list({**{key: ledger.rows[key] for key in asked}, **ledger.rows}.values())
     return Comparison(
@@ -238,7 +238,7 @@ def _tasks(
 def _settings(
     label: str,
     model: nn.Module,
-    data: FashionMNIST | Folder,
+    data: Labelled,
     where: torch.device,
     calibrate: Tensor | None,
     restore: Restore | None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
-from tokenmerge.data.labelled import FashionMNIST, Folder
+from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import DataError
 from tokenmerge.measure.counting import flops
 from tokenmerge.measure.outputs import answer, find_device, run_images, shared_copy
@@ -92,7 +92,7 @@ class _Variant:
 
 def evaluate(
     model: nn.Module,
-    data: FashionMNIST | Folder,
+    data: Labelled,
     *,
     rs: Sequence[R] = (0, 8, 16),
     method: Method = "tome",
@@ -160,7 +160,7 @@ def _patched(
     return twin
 
 
-def _warm_up(everyone: list[_Variant], images: Tensor, data: FashionMNIST | Folder) -> Question:
+def _warm_up(everyone: list[_Variant], images: Tensor, data: Labelled) -> Question:
     """Run the first batch once untimed, and say what can be asked of the answers."""
     answers = [run_images(variant.model, images) for variant in everyone]
     question = Question(everyone[0].model, data, tuple(answers[0].shape))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
-from tokenmerge.data.labelled import FashionMNIST, Folder
+from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.measure.counting import Count, count
 from tokenmerge.measure.outputs import answer, run_images, shared_copy
@@ -67,7 +67,7 @@ class Subject:
     def __init__(
         self,
         model: nn.Module,
-        data: FashionMNIST | Folder,
+        data: Labelled,
         device: torch.device,
         *,
         rounds: int = 10,

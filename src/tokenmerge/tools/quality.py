@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.data.labelled import FashionMNIST, Folder
+from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import DataError
 from tokenmerge.measure.outputs import declared_classes
 
@@ -21,7 +21,7 @@ class Question:
     `note` says why labels do not count, "" where they do.
     """
 
-    def __init__(self, model: nn.Module, data: FashionMNIST | Folder, shape: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, data: Labelled, shape: tuple[int, ...]) -> None:
         self.shape = shape[1:]
         classes, outputs = declared_classes(model), data.outputs
         self.has_classes = len(shape) == 2 and shape[1] == outputs

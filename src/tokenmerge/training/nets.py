@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.data.labelled import by_label
+from tokenmerge.data.classes import by_label
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_file
 from tokenmerge.measure.outputs import declared_classes, run_images
