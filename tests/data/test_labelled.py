@@ -205,8 +205,8 @@ def test_numbered_folders_that_start_at_one_are_refused(tmp_path: Path) -> None:
 
 
 def test_calibration_takes_the_first_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.randint(0, 256, (100, 28, 28), dtype=torch.uint8)
-    monkeypatch.setattr(assets, "fashion_mnist", lambda split: {"train": (images, None)}[split])
+    images = torch.randint(0, 256, (2_100, 28, 28), dtype=torch.uint8)
+    monkeypatch.setattr(assets, "fashion_mnist", lambda split: {"train": (images, torch.zeros(2_100))}[split])
     found = calibration_images("fashion-mnist", tiny_vit(img_size=28, in_chans=1))
     assert torch.equal(found, normalise(images[:64]))
 
@@ -227,7 +227,9 @@ def test_calibration_images_of_a_folder_are_spread_over_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model", [tiny_vit(), tiny_vit(img_size=28)], ids=["size", "channels"])
 def test_calibration_images_the_model_does_not_take(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    monkeypatch.setattr(assets, "fashion_mnist", lambda split: (torch.zeros(8, 28, 28, dtype=torch.uint8), None))
+    monkeypatch.setattr(
+        assets, "fashion_mnist", lambda split: (torch.zeros(2_064, 28, 28, dtype=torch.uint8), torch.zeros(2_064))
+    )
     with pytest.raises(DataError, match=r"the model does not take images of \(1, 28, 28\)"):
         calibration_images("fashion-mnist", model)
 

@@ -37,17 +37,17 @@ def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
     return [next(iter(numbers)) for numbers in found]
 
 
-def how_numbered(classes: Sequence[str], model: nn.Module, what: str = "Class folders") -> tuple[str, ...]:
+def how_numbered(classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> tuple[str, ...]:
     """Say what classes count as, where a model has labels and no class is called as one."""
     labels = getattr(getattr(model, "config", None), "label2id", None)
     if not labels or declared_classes(model) is None or by_label(model, classes) is not None:
         return ()
-    order = "in the order of names" if what == "Class folders" else "in their own order"
+    what, order = ("Class folders", "in the order of names") if is_folder else ("Classes", "in their own order")
     how = "by the numbers they are called" if all(name.isdecimal() for name in classes) else order
     return (f"{what} are numbered {how}: none is called as a label of the model ({_shortened([*labels])}).",)
 
 
-def numbers_of(source: str, classes: Sequence[str], model: nn.Module, what: str = "class folders") -> list[int]:
+def numbers_of(source: str, classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> list[int]:
     """Return the model's number of each class; raises `DataError` where they do not fit its classes."""
     expected = declared_classes(model)
     found = by_label(model, classes) if expected is not None else None
@@ -58,12 +58,15 @@ def numbers_of(source: str, classes: Sequence[str], model: nn.Module, what: str 
     if is_numbered and all(int(name) < (expected or len(classes)) for name in classes):
         return [int(name) for name in classes]
     if expected is not None and (is_numbered or len(classes) != expected):
-        has = f"{source} has {len(classes)} {what} ({', '.join(classes[:3])}, ...), the model has {expected} classes. "
-        if what == "classes":
-            raise DataError(has + "Give data with all classes, or with classes called as labels of the model.")
+        what = "class folders" if is_folder else "classes"
+        order = (
+            "Folders are numbered in the order of their names: give a folder with all classes, or name the sub-folders "
+            if is_folder
+            else "Give data with all classes, or name the classes by the model's labels or "
+        )
         raise DataError(
-            f"{has}Folders are numbered in the order of their names: give a folder with all classes, or name the "
-            f"sub-folders by class index, 0 to {expected - 1}."
+            f"{source} has {len(classes)} {what} ({', '.join(classes[:3])}, ...), the model has {expected} classes. "
+            f"{order}by class index, 0 to {expected - 1}."
         )
     return list(range(len(classes)))
 

@@ -103,40 +103,43 @@ class Batches:
 
 
 class Images:
-    """Images of a source, decoded in workers and prepared as the model wants them.
+    """Images of a source, decoded in workers and prepared as the model wants them; `open_data` says which.
 
     An image that cannot be decoded is left out; its name and the reason are in `corrupt` after the pass.
     """
 
     def __init__(
         self,
-        opened: Source | Stream,
+        source: str | Path,
         model: nn.Module,
-        preprocessing: Preprocessing,
-        *,
-        source: str,
         batch_size: int,
         workers: int = 0,
         limit: int | None = None,
-        what: str = "classes",
+        preprocessing: Preprocessing | None = None,
+        splits: Sequence[str] = ("test", "valid", "train"),
     ) -> None:
         _check_amounts(batch_size, limit, workers)
-        self.source, self.batch_size, self.preprocessing = source, batch_size, preprocessing
+        check_source(str(source))
+        form, rest = resolve(str(source))
+        is_folder = form == "folder:PATH"
+        self.source, self.batch_size = rest if is_folder else str(source), batch_size
+        self.preprocessing = preprocessing or find_preprocessing(model)
         self.corrupt: list[str] = []
+        opened, split = _open(str(source), splits)
         self.classes = list(opened.classes)
         self.outputs = declared_classes(model) or len(self.classes)
-        self.notes = how_numbered(self.classes, model, what.capitalize())
+        self._numbers = torch.tensor(numbers_of(self.source, self.classes, model, is_folder))
+        self.notes = how_numbered(self.classes, model, is_folder)
+        if split != splits[0]:
+            self.notes += (f"Images of the {split} split: there is no {splits[0]} split.",)
         if isinstance(opened, Stream) and limit is not None:
             self.notes += (f"Of a stream: its first {limit} images.",)
-        self._numbers = torch.tensor(numbers_of(source, self.classes, model, what))
         self._opened, self._workers = limited(opened, limit), workers
-        self._count: int | None = None
+        self._count = len(self._opened) if isinstance(self._opened, Source) else None
 
     def __len__(self) -> int:
-        if isinstance(self._opened, Source):
-            return len(self._opened)
-        if self._count is None:  # nobody else knows how long a stream is
-            self._count = sum(1 for _ in self._opened.samples(0, 0))
+        if self._count is None:  # nobody knows how long a stream is before it was walked
+            self._count = sum(1 for _ in self._opened.samples(0, 0)) if isinstance(self._opened, Stream) else 0
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,26 +150,7 @@ class Images:
                 yield batch.inputs, self._numbers[batch.labels]
 
 
-class Folder(Images):
-    """A folder of images, ROOT/CLASS/IMAGE or ROOT/SPLIT/CLASS/IMAGE."""
-
-    def __init__(
-        self,
-        root: Path,
-        model: nn.Module,
-        batch_size: int,
-        workers: int,
-        limit: int | None = None,
-        preprocessing: Preprocessing | None = None,
-        splits: Sequence[str] = ("test", "valid", "train"),
-    ) -> None:
-        _check_amounts(batch_size, limit, workers)
-        check_source(f"folder:{root}")
-        found = preprocessing or find_preprocessing(model)
-        opened, notes = _open(f"folder:{root}", splits)
-        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "limit": limit}
-        super().__init__(opened, model, found, source=str(root), what="class folders", **options)
-        self.notes += notes
+Folder = Images  # a path is a source too
 
 
 class FashionMNIST:
@@ -187,7 +171,7 @@ class FashionMNIST:
         split: str = "test",
     ) -> None:
         _check_amounts(batch_size, limit)
-        found = FashionMNISTSource(split)
+        found = FashionMNISTSource("", split, Data())
         self.images, self.labels = found.images[:limit], found.labels[:limit]
         self.batch_size = batch_size
         self.classes = list(found.classes)
@@ -246,47 +230,22 @@ def open_data(
     Raises `DataError` for a source that is missing, empty, of other classes, or holds no images.
     """
     check_source(source)
-    form, rest = resolve(source)
-    if form == FASHION_MNIST:
-        classes = declared_classes(model)
-        if classes not in (None, 10):
-            raise DataError(
-                f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'."
-            )
-        return FashionMNIST(batch_size, limit, _for_fashion_mnist(model, preprocessing, options))
-    found = find_preprocessing(model, given=preprocessing, **options)
-    return _images(source, model, found, batch_size, workers, limit, ("test", "valid", "train"))
+    if source != FASHION_MNIST:
+        found = find_preprocessing(model, given=preprocessing, **options)
+        return Images(source, model, batch_size, workers, limit, found)
+    classes = declared_classes(model)
+    if classes not in (None, 10):
+        raise DataError(f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'.")
+    return FashionMNIST(batch_size, limit, _for_fashion_mnist(model, preprocessing, options))
 
 
-def _images(
-    source: str,
-    model: nn.Module,
-    found: Preprocessing,
-    batch_size: int,
-    workers: int,
-    limit: int | None,
-    splits: Sequence[str],
-) -> Images:
-    form, rest = resolve(source)
-    if form == "folder:PATH":
-        return Folder(Path(rest), model, batch_size, workers, limit, found, splits)
-    opened, notes = _open(source, splits)
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "limit": limit}
-    images = Images(opened, model, found, source=source, **options)
-    images.notes += notes
-    return images
-
-
-def _open(source: str, splits: Sequence[str]) -> tuple[Source | Stream, tuple[str, ...]]:
-    """Open the first of these splits that a source has, and say which where it is not the one wanted."""
+def _open(source: str, splits: Sequence[str]) -> tuple[Source | Stream, str]:
+    """Open the first of these splits that a source has, and say which."""
     for split in splits:
         try:
-            opened = open_source(source, split, Data(source=""))
+            return open_source(source, split, Data(source="")), split
         except MissingSplitError as error:
             missing = error
-            continue
-        wanted, *_ = splits
-        return opened, () if split == wanted else (f"Images of the {split} split: there is no {wanted} split.",)
     raise missing
 
 
@@ -312,7 +271,7 @@ def calibration_images(source: str, model: nn.Module, preprocessing: Any = None,
     `open_data`. Raises `DataError` where there are none, or the model does not take them.
     """
     check_source(source, "--calibrate")
-    if resolve(source)[0] == FASHION_MNIST:
+    if source == FASHION_MNIST:
         own = _for_fashion_mnist(model, preprocessing, options)
         try:
             data: FashionMNIST | Images = FashionMNIST(_CALIBRATION, _CALIBRATION, own, split="train")
@@ -320,7 +279,7 @@ def calibration_images(source: str, model: nn.Module, preprocessing: Any = None,
             raise DataError(f"{error} Or give a folder of images.") from error
     else:
         found = find_preprocessing(model, given=preprocessing, **options)
-        data = _images(source, model, found, _CALIBRATION, 0, _CALIBRATION, ("train", "valid", "test"))
+        data = Images(source, model, _CALIBRATION, 0, _CALIBRATION, found, ("train", "valid", "test"))
     images = torch.cat([torch.empty(0), *(batch for batch, _ in data)])
     if not len(images):
         raise DataError(f"none of {len(data)} images of {source} could be read; the first: {data.corrupt[0]}.")
@@ -337,12 +296,12 @@ def check_source(source: str, option: str = "--data") -> None:
     if form == "folder:PATH" and not Path(rest).is_dir():
         others = ", ".join(kind for kind, (module, _) in KINDS.items() if module == "images")
         raise DataError(
-            f"no folder {rest}: {option} takes {FASHION_MNIST!r} or a folder with one sub-folder per class; all sources "
-            f"of images: {others}."
+            f"no folder {rest}: {option} takes {FASHION_MNIST!r} or a folder with one sub-folder per class; in full, "
+            f"one of {others}."
         )
-    module, _ = KINDS[form]
-    if module != "images":
-        raise DataError(f"{source} holds {module}: {option} takes images. `tokenmerge train` evaluates on {module}.")
+    held, _ = KINDS[form]
+    if held != "images":
+        raise DataError(f"{source} holds {held}: {option} takes images. `tokenmerge train` evaluates on {held}.")
 
 
 def _check_amounts(batch_size: int, limit: int | None, workers: int = 0) -> None:
