@@ -33,6 +33,9 @@ _MODEL_HELP = (
     "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
 )
 _TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
+_DATA_HELP = (
+    "'fashion-mnist', a folder with one sub-folder per class, or any source of images: hf:NAME, wds:PATTERN, ..."
+)
 METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
     "`tokenmerge train`, or auto"
@@ -68,13 +71,13 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the labelled images are, and how many of them are used."""
-    parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
+    parser.add_argument("--data", required=True, help=_DATA_HELP)
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
     parser.add_argument(
         "--limit",
         type=int,
-        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist the first",
+        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist and streams the first",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
     preparing_arguments(parser)
