@@ -10,10 +10,10 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge import ToMe
+from tokenmerge.data.labelled import FashionMNIST
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.report.progress import Progress
-from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import assets
+from tokenmerge.data.labelled import normalise
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment, interleave
-from tokenmerge.tools.data import normalise
 
 HERE = Path(__file__).parent
 SIZE = (1, 28, 28)

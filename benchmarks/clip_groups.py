@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import tokenmerge
+from tokenmerge.data.loader import open_source
+from tokenmerge.data.transforms import eval_transform
 from tokenmerge.tools.visualize import draw_clip, sheet
-from tokenmerge.training.data import open_source
 from tokenmerge.training.output import load
 from tokenmerge.training.recipe import read_recipe
-from tokenmerge.training.transforms import eval_transform
 
 ZOOM = 8  # a frame has 32 x 32 pixels
 COLOURS = ("#ff3030", "#30c030", "#3080ff", "#ffc000")

@@ -18,16 +18,16 @@ from tables import write
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.data.loader import Loader, evaluation, open_source
+from tokenmerge.data.transforms import eval_transform, train_transform
 from tokenmerge.files import write_file
 from tokenmerge.measure.timing import Timing, environment, interleave, training_memory
 from tokenmerge.report.progress import Progress
 from tokenmerge.tools.models import apply_method
-from tokenmerge.training.data import Loader, evaluation, open_source
 from tokenmerge.training.loop import train
 from tokenmerge.training.output import load
 from tokenmerge.training.parts import build_parts, optimizer_of, set_training
 from tokenmerge.training.recipe import Merge, Recipe, read_recipe
-from tokenmerge.training.transforms import eval_transform, train_transform
 
 RUNS = Path("runs")
 

@@ -16,13 +16,13 @@ from tables import RESULTS, orders, write
 from torch import nn
 
 import tokenmerge
+from tokenmerge.data.labelled import FashionMNIST, calibration_images
 from tokenmerge.errors import TokenMergeError
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment, interleave
 from tokenmerge.methods import NEW, Drop, Learned, find
 from tokenmerge.report.progress import Progress
 from tokenmerge.tools.compare import Comparison, compare
-from tokenmerge.tools.data import FashionMNIST, calibration_images
 from tokenmerge.tools.models import AUTO, apply_method, load_model
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import read_recipe

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -49,6 +51,25 @@ def _compiler() -> Iterator[None]:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]:
         dynamo.reset()
+
+
+@lru_cache
+def _test_images(read: Callable[[str], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return read("test")
+
+
+@pytest.fixture
+def bundled_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled images stand for the training images, which are not bundled, and are read once."""
+    from tokenmerge import assets
+
+    found = _test_images(assets.fashion_mnist)
+
+    def bundled(split: str = "test") -> tuple[Tensor, Tensor]:
+        images, labels = found
+        return images.clone(), labels.clone()
+
+    monkeypatch.setattr(assets, "fashion_mnist", bundled)
 
 
 @pytest.fixture

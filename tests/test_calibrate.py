@@ -15,11 +15,11 @@ import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, ToMe
 from tokenmerge.assets import fashion_mnist, reference_model
+from tokenmerge.data.labelled import normalise
 from tokenmerge.errors import ConfigError, InvalidScheduleError
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.methods import TokenView
 from tokenmerge.plan import Plan
-from tokenmerge.tools.data import normalise
 
 
 def _kl(model: nn.Module, method: Any, r: Any, images: torch.Tensor) -> float:

@@ -19,14 +19,14 @@ from helpers import tiny_vit
 from tokenmerge import MergeConfig, api, assets
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.cli import main as run_command
+from tokenmerge.data import labelled as data_module
+from tokenmerge.data.labelled import normalise
 from tokenmerge.measure import trial as measure_module
 from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
-from tokenmerge.tools import data as data_module
 from tokenmerge.tools import models as models_module
 from tokenmerge.tools.bench import Bench
 from tokenmerge.tools.compare import Comparison
-from tokenmerge.tools.data import normalise
 
 Capture = pytest.CaptureFixture[str]
 
@@ -350,7 +350,7 @@ def test_auto_says_what_it_chose(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path, command: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    images = torch.randint(0, 256, (80, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2_080, 28, 28), dtype=torch.uint8)
     given: list[torch.Tensor] = []
     fashion_mnist, choose = assets.fashion_mnist, api._choose
 
@@ -358,7 +358,8 @@ def test_auto_says_what_it_chose(
         given.append(calibrate)
         return choose(model, r, None, options)
 
-    monkeypatch.setattr(assets, "fashion_mnist", lambda split: fashion_mnist() if split == "test" else (images, None))
+    train = images, torch.zeros(len(images), dtype=torch.int64)
+    monkeypatch.setattr(assets, "fashion_mnist", lambda split: fashion_mnist() if split == "test" else train)
     monkeypatch.setattr(api, "_choose", note)
     options = {"bench": ["-b", "1", "--rounds", "1"], "eval": ["--data", "fashion-mnist", "--limit", "4"]}
     line = [command, str(models / "grey.pt"), "-r", "4", *options.get(command, _export("grey.pt2")), "--method", "auto"]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from helpers import tiny_vit
+from tokenmerge.data.labelled import FashionMNIST
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.report import columns
 from tokenmerge.report.columns import Column, Record, find_column
 from tokenmerge.report.table import fitting
 from tokenmerge.tools.bench import Bench, BenchRow, bench
 from tokenmerge.tools.compare import FIGURES, ComparisonRow
-from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.doctor import Diagnosis, Finding
 from tokenmerge.tools.evaluate import Evaluation, EvaluationRow, evaluate
 

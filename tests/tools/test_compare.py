@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
 from tokenmerge import MergeConfig, methods
+from tokenmerge.data.labelled import FashionMNIST
 from tokenmerge.errors import DataError, UnsupportedError, UnsupportedModelError
 from tokenmerge.measure import trial as measure
 from tokenmerge.report import plots
@@ -26,7 +27,6 @@ from tokenmerge.report import progress as progress_module
 from tokenmerge.report import table as table_module
 from tokenmerge.tools import compare as module
 from tokenmerge.tools.compare import Comparison, compare
-from tokenmerge.tools.data import FashionMNIST
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import Trained
 

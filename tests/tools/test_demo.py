@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import tokenmerge
+from tokenmerge.data.labelled import FashionMNIST, normalise
 from tokenmerge.errors import DataError
 from tokenmerge.tools import demo as module
-from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.demo import demo, pictures
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.visualize import draw_groups

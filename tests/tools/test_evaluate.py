@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
+from tokenmerge.data.labelled import Folder, open_data
 from tokenmerge.errors import DataError, UnknownNameError, UnsupportedError, UnsupportedModelError
 from tokenmerge.measure import trial as trial_module
 from tokenmerge.tools import evaluate as module
-from tokenmerge.tools.data import Folder, open_data
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 
 CLASSES = 7

@@ -19,9 +19,9 @@ from torch import nn
 from helpers import randomised
 from tokenmerge import assets
 from tokenmerge.cli import main
+from tokenmerge.data.labelled import open_data
 from tokenmerge.errors import DataError
 from tokenmerge.tools.compare import compare
-from tokenmerge.tools.data import open_data
 from tokenmerge.tools.engines import TARGETS
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model

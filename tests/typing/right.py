@@ -10,6 +10,7 @@ import tokenmerge
 from tokenmerge import Handle, MergeConfig, Schedule, ToMe
 from tokenmerge.about import MethodInfo
 from tokenmerge.api import Report, Support
+from tokenmerge.data.labelled import open_data
 from tokenmerge.functional import merge_wavg
 from tokenmerge.kernels import reference
 from tokenmerge.report.columns import Column
@@ -18,7 +19,6 @@ from tokenmerge.tools import bench as bench_module
 from tokenmerge.tools import compare as compare_module
 from tokenmerge.tools.bench import Bench, BenchRow, bench
 from tokenmerge.tools.compare import Comparison, ComparisonRow, compare
-from tokenmerge.tools.data import open_data
 from tokenmerge.tools.doctor import Finding, examine
 from tokenmerge.tools.evaluate import EvaluationRow, evaluate
 

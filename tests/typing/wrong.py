@@ -4,9 +4,9 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import MergeConfig, ToMe
+from tokenmerge.data.labelled import open_data
 from tokenmerge.tools.bench import bench
 from tokenmerge.tools.compare import compare
-from tokenmerge.tools.data import open_data
 from tokenmerge.tools.doctor import examine
 from tokenmerge.tools.evaluate import evaluate
 

@@ -33,6 +33,9 @@ _MODEL_HELP = (
     "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
 )
 _TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
+_DATA_HELP = (
+    "'fashion-mnist', a folder with one sub-folder per class, or any source of images: hf:NAME, wds:PATTERN, ..."
+)
 METHOD_HELP = (
     "a name of `tokenmerge list`, with options as \"tome(metric='x')\", a saved configuration (.json), a folder of "
     "`tokenmerge train`, or auto"
@@ -68,13 +71,13 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the labelled images are, and how many of them are used."""
-    parser.add_argument("--data", required=True, help="'fashion-mnist' or a folder with one sub-folder per class")
+    parser.add_argument("--data", required=True, help=_DATA_HELP)
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
     parser.add_argument(
         "--limit",
         type=int,
-        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist the first",
+        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist and streams the first",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
     preparing_arguments(parser)
@@ -104,8 +107,8 @@ def preparing_arguments(parser: argparse.ArgumentParser) -> None:
 
 def method_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the method that was named and the r it was saved with, if it was."""
+    from tokenmerge.data.labelled import check_source
     from tokenmerge.errors import DataError
-    from tokenmerge.tools.data import check_source
     from tokenmerge.tools.models import AUTO, own_r, read_method
 
     method = read_method(arguments.method)
@@ -118,7 +121,7 @@ def method_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def calibration_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Return the images for auto as the option that takes them, where they were asked for."""
-    from tokenmerge.tools.data import calibration_images
+    from tokenmerge.data.labelled import calibration_images
 
     if arguments.calibrate is None:
         return {}
@@ -135,8 +138,8 @@ def preparing(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:
     """Return how the model's images are prepared; None where even their size is unknown."""
+    from tokenmerge.data.prepare import find_preprocessing
     from tokenmerge.errors import ConfigError, TokenMergeError
-    from tokenmerge.tools.prepare import find_preprocessing
 
     try:
         return find_preprocessing(model, **preparing(arguments))
@@ -160,7 +163,7 @@ def said_of(arguments: argparse.Namespace, model: Any) -> list[str]:
 
 def model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Open the model and the labelled images that were named; both names are looked at before either is opened."""
-    from tokenmerge.tools.data import check_source, open_data
+    from tokenmerge.data.labelled import check_source, open_data
 
     check_source(arguments.data)
     if arguments.calibrate is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import DataError
-from tokenmerge.measure.labelled import Labelled
 from tokenmerge.measure.outputs import declared_classes
 
 __all__ = ["Judge", "Question", "standard_error"]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.config import MergeConfig, Restore
+from tokenmerge.data.labelled import Labelled, none_read
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.handle import attached, handle_of
 from tokenmerge.measure.counting import Count, count
-from tokenmerge.measure.labelled import Labelled
 from tokenmerge.measure.outputs import answer, run_images, shared_copy
 from tokenmerge.measure.quality import Judge, Question
 from tokenmerge.measure.timing import interleave
@@ -62,7 +62,7 @@ class Trial:
         self.corrupt: list[str] = []  # the images left out, as soon as all were read
         batch = next((images for images, _ in data), None)
         if batch is None:
-            raise DataError(f"none of the {len(data)} images could be read; the first: {data.corrupt[0]}.")
+            raise none_read(data)
         self.batch = batch.to(device, self.dtype)
         self.question = Question(self.model, data, tuple(run_images(self.model, self.batch).shape))
         self.size = tuple(batch.shape[1:])

@@ -10,18 +10,18 @@ demo       the bundled model on the bundled images
 doctor     is a model supported, are its answers right, is it faster
 export     a merged model for another engine
 visualize  pictures of what was merged
-data       labelled images: `open_data`
 models     models and methods by what a user types: `load_model`, `read_method`
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tokenmerge._moved import MOVED
+
 if TYPE_CHECKING:
     from tokenmerge.tools import (
         bench,
         compare,
-        data,
         demo,
         doctor,
         evaluate,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "bench",
     "compare",
-    "data",
     "demo",
     "doctor",
     "evaluate",
@@ -46,7 +45,7 @@ __all__ = [
 if not TYPE_CHECKING:  # a name that does not exist is an error for type checkers
 
     def __getattr__(name: str) -> Any:
-        if name not in __all__:
+        if name not in __all__ and f"tools.{name}" not in MOVED:
             raise AttributeError(
                 f"module 'tokenmerge.tools' has no attribute {name!r}; there are: {', '.join(__all__)}."
             )

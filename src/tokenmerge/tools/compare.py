@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
-from tokenmerge.measure.labelled import Labelled
 from tokenmerge.measure.outputs import find_device, shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.measure.trial import BOUND, Trial
@@ -27,7 +27,6 @@ from tokenmerge.report.journal import Journal
 from tokenmerge.report.plots import plot_pareto, require_viz
 from tokenmerge.report.table import Table, as_csv, as_html, as_latex, as_markdown, check_writable, plain
 from tokenmerge.schedule import R
-from tokenmerge.tools.data import FASHION_MNIST
 from tokenmerge.tools.models import AUTO, Method, Trained, apply_method, own_r, read_method, short_name
 
 __all__ = ["ALL", "Comparison", "ComparisonRow", "compare"]
@@ -296,7 +295,7 @@ def _settings(
     return {
         "model": label,
         "weights": _digest(weights),
-        "data": data.source if data.source == FASHION_MNIST else str(Path(data.source).resolve()),
+        "data": str(Path(data.source).resolve()) if Path(data.source).is_dir() else data.source,
         "images": len(data),
         "preprocessing": str(data.preprocessing),
         "restore": str(restore),

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.data.labelled import FashionMNIST, normalise
 from tokenmerge.errors import DataError
 from tokenmerge.files import replacing, write_file
 from tokenmerge.report.plots import plot_tradeoff, require_viz
 from tokenmerge.report.table import as_markdown, check_writable, measured_on
 from tokenmerge.schedule import R
-from tokenmerge.tools.data import FashionMNIST, normalise
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.visualize import draw_groups, sheet

@@ -11,13 +11,13 @@ from torch import nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.prepare import find_preprocessing
+from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import answer, find_device, known_size, shared_copy
 from tokenmerge.measure.timing import NOISY, environment, interleave
 from tokenmerge.report.table import measured_on
 from tokenmerge.schedule import R
-from tokenmerge.tools.prepare import find_preprocessing
-from tokenmerge.tools.preprocessing import Preprocessing
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
+from tokenmerge.data.labelled import Labelled
 from tokenmerge.measure.counting import flops
-from tokenmerge.measure.labelled import Labelled
 from tokenmerge.measure.outputs import find_device, run_images, shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.measure.trial import BOUND, Seen, Trial

@@ -20,14 +20,14 @@ from torch.export import ExportedProgram
 import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.config import Restore
+from tokenmerge.data.prepare import find_preprocessing
+from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import AlreadyPatchedError, DataError, TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import answer, known_size, run_images
 from tokenmerge.report.table import check_writable
 from tokenmerge.schedule import R
 from tokenmerge.tools.engines import INPUT, OUTPUT, TARGETS, Target, find_target
 from tokenmerge.tools.models import Method, apply_method
-from tokenmerge.tools.prepare import find_preprocessing
-from tokenmerge.tools.preprocessing import Preprocessing
 
 __all__ = ["TARGETS", "Exported", "Target", "export", "find_target"]
 

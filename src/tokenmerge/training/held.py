@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import tokenmerge
+from tokenmerge.data.loader import Batch, evaluation, open_source, reseed, seed_of
+from tokenmerge.data.preprocessing import Preprocessing
+from tokenmerge.data.sources import Source, Stream
+from tokenmerge.data.transforms import eval_transform
 from tokenmerge.errors import DataError
-from tokenmerge.tools.preprocessing import Preprocessing
-from tokenmerge.training.data import Batch, evaluation, open_source, reseed, seed_of
 from tokenmerge.training.objective import Objective
 from tokenmerge.training.recipe import Recipe
-from tokenmerge.training.sources import Source, Stream
-from tokenmerge.training.transforms import eval_transform
 from tokenmerge.training.world import World
 
 __all__ = ["HeldOut", "autocast", "mean_tokens", "shown"]

@@ -20,11 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from tokenmerge.data.loader import Batch, Loader, Position, open_source, reseed, seed_of
+from tokenmerge.data.transforms import train_transform
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.tools.models import import_timm
 from tokenmerge.training.amount import Amount
 from tokenmerge.training.checkpoint import Checkpoints
-from tokenmerge.training.data import Batch, Loader, Position, open_source, reseed, seed_of
 from tokenmerge.training.held import HeldOut, autocast, mean_tokens, shown
 from tokenmerge.training.log import Log, peak_mb
 from tokenmerge.training.nets import check_trust, own_size
@@ -32,7 +33,6 @@ from tokenmerge.training.output import alone_in, check_folder, check_recipe, exp
 from tokenmerge.training.parts import build_parts, optimizer_of, scheduler_of, set_training
 from tokenmerge.training.preparation import preparation, statistics_of
 from tokenmerge.training.recipe import Recipe, from_dict
-from tokenmerge.training.transforms import train_transform
 from tokenmerge.training.world import World
 
 __all__ = ["DivergedError", "StoppedError", "train"]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.data.classes import by_label
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_file
 from tokenmerge.measure.outputs import declared_classes, run_images
-from tokenmerge.tools.data import by_label
 from tokenmerge.tools.hugging_face import is_folder
 from tokenmerge.tools.models import BUNDLED, import_timm, load_model
 from tokenmerge.training.recipe import Model

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import MergeConfig
+from tokenmerge.data.preprocessing import Preprocessing, Processor
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
 from tokenmerge.tools.hugging_face import build_folder, is_folder, write_config
-from tokenmerge.tools.preprocessing import Preprocessing, Processor
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.nets import build, load_weights
 from tokenmerge.training.parts import MODULES, Parts

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from tokenmerge.data.prepare import find_preprocessing
+from tokenmerge.data.preprocessing import Preprocessing
+from tokenmerge.data.transforms import eval_transform, statistics
 from tokenmerge.errors import ConfigError, TokenMergeError
 from tokenmerge.tools.models import BUNDLED
-from tokenmerge.tools.prepare import find_preprocessing
-from tokenmerge.tools.preprocessing import Preprocessing
 from tokenmerge.training.nets import VIT
-from tokenmerge.training.transforms import eval_transform, statistics
 
 __all__ = ["preparation", "statistics_of"]
 

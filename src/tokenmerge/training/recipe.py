@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from tokenmerge.data.settings import Augment, Data
 from tokenmerge.errors import ConfigError, InvalidScheduleError, UnsupportedError, unknown_name
 from tokenmerge.fields import fitted, named
 from tokenmerge.schedule import PlainR, Schedule
@@ -42,32 +43,6 @@ class Model:
     freeze_batch_norm: bool = False  # keep its statistics: they depend on how a batch is split
     checkpointing: bool = False  # recompute blocks in the backward: less memory, more time
     compile: bool = False
-
-
-@dataclass(frozen=True)
-class Data:
-    source: str = "fashion-mnist"  # see data.open_source
-    valid: str | None = None  # another source to validate on; else the validation split of the same
-    size: tuple[
-        int, ...
-    ] = ()  # what the model takes, without batch: (C, H, W) or (C, T, H, W); () for the source's own
-    limit: int | None = None  # only so many training samples
-    held: int | None = None  # only so many samples of an evaluation, spread over all
-    workers: int = 0
-    shuffle: int = 1000  # samples a stream is shuffled among
-
-
-@dataclass(frozen=True)
-class Augment:
-    crop: str = "shift"  # shift: by up to `shift` pixels; resize: a random part, timm's; none
-    shift: int = 2
-    scale: tuple[float, ...] = (0.35, 1.0)  # of the area, for crop = "resize"
-    flip: float = 0.5
-    auto: str | None = None  # timm's name of a policy, as rand-m9-mstd0.5-inc1
-    erase: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from torch import nn
 
 from helpers import tiny_vit
 from tokenmerge import assets
+from tokenmerge.data.labelled import Batches, FashionMNIST, Folder, Images, calibration_images, normalise, open_data
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.tools.data import FashionMNIST, Folder, calibration_images, normalise, open_data
+from tokenmerge.tools.evaluate import evaluate
 
 
 def _model(num_classes: int = 3) -> nn.Module:
@@ -31,7 +34,7 @@ def _images(root: Path, classes: dict[str, list[int]]) -> Path:
     return root
 
 
-def _read(data: FashionMNIST | Folder) -> tuple[list[int], list[int]]:
+def _read(data: FashionMNIST | Images) -> tuple[list[int], list[int]]:
     """Return the grey values and the labels of one pass."""
     batches = list(data)
     values = [round(float(image.mean()) * 255) for images, _ in batches for image in images]
@@ -179,9 +182,8 @@ def test_a_negative_number_of_workers(tmp_path: Path) -> None:
         open_data(str(_images(tmp_path, {"0": [1]})), tiny_vit(), batch_size=4, workers=-1)
 
 
-@pytest.mark.parametrize("module", ["timm.data", "torchvision.datasets"])
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.data", None)
     with pytest.raises(UnsupportedError, match=r'needs? timm and torchvision: pip install "tokenmerge\[timm\]"'):
         open_data(str(_images(tmp_path, {"a": [1]})), _model(), batch_size=4)
 
@@ -205,8 +207,8 @@ def test_numbered_folders_that_start_at_one_are_refused(tmp_path: Path) -> None:
 
 
 def test_calibration_takes_the_first_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.randint(0, 256, (100, 28, 28), dtype=torch.uint8)
-    monkeypatch.setattr(assets, "fashion_mnist", lambda split: {"train": (images, None)}[split])
+    images = torch.randint(0, 256, (2_100, 28, 28), dtype=torch.uint8)
+    monkeypatch.setattr(assets, "fashion_mnist", lambda split: {"train": (images, torch.zeros(2_100))}[split])
     found = calibration_images("fashion-mnist", tiny_vit(img_size=28, in_chans=1))
     assert torch.equal(found, normalise(images[:64]))
 
@@ -227,7 +229,9 @@ def test_calibration_images_of_a_folder_are_spread_over_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model", [tiny_vit(), tiny_vit(img_size=28)], ids=["size", "channels"])
 def test_calibration_images_the_model_does_not_take(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    monkeypatch.setattr(assets, "fashion_mnist", lambda split: (torch.zeros(8, 28, 28, dtype=torch.uint8), None))
+    monkeypatch.setattr(
+        assets, "fashion_mnist", lambda split: (torch.zeros(2_064, 28, 28, dtype=torch.uint8), torch.zeros(2_064))
+    )
     with pytest.raises(DataError, match=r"the model does not take images of \(1, 28, 28\)"):
         calibration_images("fashion-mnist", model)
 
@@ -240,3 +244,68 @@ def test_calibration_without_a_readable_image(tmp_path: Path) -> None:
         calibration_images(str(root), _model())
     with pytest.raises(DataError, match="no folder nowhere: --calibrate takes 'fashion-mnist' or a folder"):
         calibration_images("nowhere", _model())
+
+
+def test_a_folder_with_splits_is_evaluated_on_its_test_split(tmp_path: Path) -> None:
+    for split, value in (("train", 1), ("valid", 2), ("test", 3)):
+        _images(tmp_path / split, {"a": [value], "b": [value + 10], "c": [value + 20]})
+    for source in (f"folder:{tmp_path}", str(tmp_path)):
+        data = open_data(source, _model(), batch_size=8, workers=0)
+        assert _read(data) == ([3, 13, 23], [0, 1, 2]) and data.notes == ()
+        assert data.source == str(tmp_path)
+        assert calibration_images(source, _model()).mean(dim=(1, 2, 3)).mul(255).round().tolist() == [1, 11, 21]
+
+
+def test_the_split_taken_instead_of_a_missing_one_is_said(tmp_path: Path) -> None:
+    for split, value in (("train", 1), ("val", 2)):
+        _images(tmp_path / split, {"a": [value], "b": [value + 10], "c": [value + 20]})
+    data = open_data(str(tmp_path), _model(), batch_size=8, workers=0)
+    assert _read(data)[0] == [2, 12, 22]
+    assert data.notes == ("Images of the valid split: there is no test split.",)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    root = _images(tmp_path, {"bus": [1], "tram": [2], "train": [3]})
+    assert _read(open_data(str(root), _model(), batch_size=8, workers=0)) == ([1, 3, 2], [0, 1, 2])
+
+
+def test_a_stream_of_shards(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), (9,) * 3).save(picture, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for key in range(5):
+            content = picture.getvalue()[:20] if key == 1 else picture.getvalue()
+            for suffix, part in (("png", content), ("cls", str(key % 3).encode())):
+                entry = tarfile.TarInfo(f"{key}.{suffix}")
+                entry.size = len(part)
+                shard.addfile(entry, io.BytesIO(part))
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    data = open_data(f"wds:{tmp_path}/a.tar", _model(), batch_size=2, workers=0)
+    assert isinstance(data, Images) and len(data) == 5 and _read(data) == ([9] * 4, [0, 2, 0, 1])
+    assert len(data.corrupt) == 1 and f"1 of {tmp_path}/a.tar" in data.corrupt[0]
+    data = open_data(f"wds:{tmp_path}/a.tar", _model(), batch_size=2, workers=0, limit=3)
+    assert len(data) == 3 and _read(data)[1] == [0, 2] and data.notes == ("Of a stream: its first 3 images.",)
+    with pytest.raises(
+        DataError, match=r"a\.tar has 3 classes \(a, b, c, \.\.\.\), the model has 4 classes\. Give data"
+    ):
+        open_data(f"wds:{tmp_path}/a.tar", _model(4), batch_size=2)
+
+
+@pytest.mark.parametrize(("source", "kind"), [("tones", "sounds"), ("frames:/nowhere", "clips")])
+def test_what_is_no_image_is_refused_at_once(source: str, kind: str) -> None:
+    with pytest.raises(DataError, match=f"{source} holds {kind}: --data takes images"):
+        open_data(source, _model(), batch_size=2)
+
+
+def test_batches_of_your_own() -> None:
+    images, labels = torch.rand(5, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 2)
+    data = Batches(loader, 3)
+    assert (len(data), data.batch_size, data.outputs) == (5, 2, 3)
+    found = evaluate(_model(), data, rs=[4])
+    assert found.images == 5 and [row["r"] for row in found.rows] == ["0", "4"] and found.rows[0]["top-1 %"] is not None
+    with pytest.raises(DataError, match="an iterator can be walked only once"):
+        Batches(iter(loader), 3)
+    with pytest.raises(DataError, match="there is no batch"):
+        Batches([], 3)

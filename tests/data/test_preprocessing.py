@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 
 from helpers import tiny_vit
+from tokenmerge.data.labelled import FashionMNIST, normalise, open_data
+from tokenmerge.data.prepare import find_preprocessing
+from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.measure.outputs import answer, declared_classes
-from tokenmerge.tools.data import FashionMNIST, normalise, open_data
 from tokenmerge.tools.models import load_model
-from tokenmerge.tools.prepare import find_preprocessing
-from tokenmerge.tools.preprocessing import Preprocessing
 
 HALF = (0.5,) * 3
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmerge.data.settings import Augment
+from tokenmerge.data.sources import needed
 from tokenmerge.errors import ConfigError, DataError
-from tokenmerge.training.recipe import Augment
-from tokenmerge.training.sources import needed
 
 __all__ = ["eval_transform", "statistics", "train_transform"]
 
@@ -82,7 +82,7 @@ def statistics(channels: int, mean: Sequence[float], std: Sequence[float]) -> tu
 
 
 def _spectrogram(size: Sequence[int]) -> Callable[[Any], Tensor]:
-    from tokenmerge.training.sounds import spectrogram
+    from tokenmerge.data.sounds import spectrogram
 
     made: Callable[[Any], Tensor] = spectrogram(tuple(size))
     return made

@@ -8,13 +8,26 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tokenmerge.data.settings import Data
 from tokenmerge.errors import DataError, UnsupportedError, unknown_name
-from tokenmerge.training.recipe import Data
 
-__all__ = ["KINDS", "Source", "Stream", "check_classes", "labelled", "needed", "open_source", "seed_of"]
+__all__ = [
+    "KINDS",
+    "MissingSplitError",
+    "Source",
+    "Stream",
+    "check_classes",
+    "labelled",
+    "limited",
+    "needed",
+    "open_source",
+    "resolve",
+    "seed_of",
+]
 
 # an image of PIL, a clip (uint8 [T, H, W, 3] or [T, H, W]) or a sound (float [samples])
 Raw = Any
@@ -34,6 +47,10 @@ KINDS = {
 }
 # what folders and data sets call a split
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+
+
+class MissingSplitError(DataError):
+    """A source has no such split, or one without labels."""
 
 
 class _Samples:
@@ -62,6 +79,22 @@ class Stream(_Samples, ABC):
         """Yield the epoch's samples, shuffled by (seed, epoch): a function that decodes one, and its label."""
 
 
+def resolve(name: str) -> tuple[str, str]:
+    """Return the form in `KINDS` that a source is named by, and what stands behind the colon; a path is a folder.
+
+    Raises `UnknownNameError` for another name, `DataError` for one without what its form asks for.
+    """
+    kind, _, rest = name.partition(":")
+    form = {known.partition(":")[0]: known for known in KINDS}.get(kind)
+    if (form is None or (not rest and ":" in form)) and Path(name).is_dir():
+        return "folder:PATH", name
+    if form is None:
+        raise unknown_name("data source", name, KINDS)
+    if (":" in form) != bool(rest):
+        raise DataError(f"data source {name!r}: give {form}.")
+    return form, rest
+
+
 def open_source(name: str, split: str, data: Data) -> Source | Stream:
     """Open the "train", "valid" or "test" split of a source named as in `KINDS`.
 
@@ -71,15 +104,10 @@ def open_source(name: str, split: str, data: Data) -> Source | Stream:
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    kind, _, rest = name.partition(":")
-    form = {known.partition(":")[0]: known for known in KINDS}.get(kind)
-    if form is None:
-        raise unknown_name("data source", name, KINDS)
-    if (":" in form) != bool(rest):
-        raise DataError(f"data source {name!r}: give {form}.")
+    form, rest = resolve(name)
     module, function = KINDS[form]
-    with needed(f"data source {kind}"):
-        opened = getattr(importlib.import_module(f"tokenmerge.training.{module}"), function)(rest, split, data)
+    with needed(f"data source {form.partition(':')[0]}"):
+        opened = getattr(importlib.import_module(f"tokenmerge.data.{module}"), function)(rest, split, data)
     source: Source | Stream = opened
     limit = data.limit if split == "train" else data.held
     if limit is None:
@@ -87,7 +115,27 @@ def open_source(name: str, split: str, data: Data) -> Source | Stream:
     if isinstance(source, Stream):
         key = "limit" if split == "train" else "held"
         raise DataError(f"data.{key} is {limit}: a stream has no samples to choose from; give fewer shards instead.")
+    return limited(source, limit)
+
+
+def limited(source: Source | Stream, limit: int | None) -> Source | Stream:
+    """Return a source of so many samples, spread over the whole; of a stream the first."""
+    if limit is None:
+        return source
+    if isinstance(source, Stream):
+        return _First(source, limit)
     return _Limited(source, limit) if limit < len(source) else source
+
+
+class _First(Stream):
+    """So many samples of a stream, those that come first."""
+
+    def __init__(self, source: Stream, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.kind, self.classes, self.size, self.flippable = source.kind, source.classes, source.size, source.flippable
+
+    def samples(self, epoch: int, seed: int) -> Iterator[tuple[Callable[[], Raw], int]]:
+        return islice(self.source.samples(epoch, seed), self.limit)
 
 
 class _Limited(Source):
@@ -118,6 +166,8 @@ def check_classes(labels: Sequence[int], classes: Sequence[str], where: str, *, 
     if not len(labels):
         raise DataError(f"{where} has no samples.")
     low, high = min(labels), max(labels)
+    if high < 0 and not all_there:
+        raise MissingSplitError(f"{where} has no labels.")
     if low < 0 or high >= len(classes):
         raise DataError(f"{where} has labels from {low} to {high} and {len(classes)} classes: 0 to {len(classes) - 1}.")
     seen = set(labels)
@@ -127,25 +177,32 @@ def check_classes(labels: Sequence[int], classes: Sequence[str], where: str, *, 
         raise DataError(f"{where} has no sample of {len(empty)} of {len(classes)} classes: {names}.")
 
 
-def labelled(root: str, split: str, suffixes: Sequence[str]) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+def labelled(
+    root: str, split: str, suffixes: Sequence[str], data: Data
+) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Return the samples of ROOT/SPLIT/CLASS, (path, label) in order, and the classes, those of the training split.
 
-    Samples are files with one of the suffixes, at any depth; with no suffixes, the folders in a class. Classes named 0
-    to n - 1 are numbered so, others in the order of their names. Raises `DataError` for folders that are missing,
-    empty, or of classes the training split does not have.
+    Of a ROOT without folders of splits, ROOT/CLASS, all samples are of any split; but those that are trained on
+    (`data.source`) are none to evaluate on. Samples are files with one of the suffixes, at any depth; with no suffixes,
+    the folders in a class. Classes named 0 to n - 1 are numbered so, others in the order of their names. Raises
+    `DataError` for folders that are missing, empty, or of classes the training split does not have.
     """
-    found = {name: path for name, there in SPLITS.items() for path in (Path(root) / n for n in there) if path.is_dir()}
+    found = _splits(Path(root))
+    is_whole = not found and Path(root).is_dir()
+    if is_whole and (split == "train" or root not in (data.source, data.source.partition(":")[2])):
+        found = {split: Path(root)}
     if split not in found:
         wanted = " or ".join(f"{root}/{name}" for name in SPLITS[split])
-        raise DataError(f"no folder {wanted} for the {split} split, with one sub-folder per class.")
+        raise MissingSplitError(f"no folder {wanted} for the {split} split, with one sub-folder per class.")
     folder = found[split]
+    expected = f"{folder} holds no labelled images: expected {folder}/CLASS/IMAGE. " if is_whole else ""
     classes, own = _class_names(found.get("train", folder)), _class_names(folder)
     if not own or set(own) - set(classes):
         strange = ", ".join(sorted(set(own) - set(classes))[:5])
         raise DataError(
             f"{folder} has classes that {found['train']} has not: {strange}."
             if own
-            else f"{folder} has no sub-folders."
+            else f"{expected}{folder} has no sub-folders."
         )
     numbers = {name: label for label, name in enumerate(classes)}
     samples = [
@@ -153,8 +210,18 @@ def labelled(root: str, split: str, suffixes: Sequence[str]) -> tuple[list[tuple
         for name in sorted(own, key=numbers.__getitem__)
         for path in _in_class(folder / name, tuple(suffixes))
     ]
-    check_classes([label for _, label in samples], classes, str(folder), all_there=split == "train")
+    where = expected + str(folder)
+    check_classes([label for _, label in samples], classes, where, all_there=is_whole or split == "train")
     return samples, classes
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """Return the folders of splits in ROOT; none where they are classes that are called so, "train" among others."""
+    found = {name: path for name, there in SPLITS.items() for path in (root / n for n in there) if path.is_dir()}
+    is_split = any(_class_names(path) for path in found.values()) or len(found) == len(
+        _class_names(root) if found else ()
+    )
+    return found if is_split else {}
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

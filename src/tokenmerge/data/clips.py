@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from tokenmerge.data.images import part_of_fashion_mnist
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
 from tokenmerge.errors import ConfigError
-from tokenmerge.training.images import part_of_fashion_mnist
-from tokenmerge.training.recipe import Data
-from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
 
 __all__ = ["frames", "moving_fashion_mnist", "videos"]
 
@@ -39,7 +39,7 @@ class MovingFashionMNIST(Source):
     noise = 48  # the brightest that noise may be, of 255
     flippable = False  # mirrored, left is right
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, rest: str, split: str, data: Data) -> None:
         from tokenmerge import assets
 
         self.images, self.labels = part_of_fashion_mnist(split)
@@ -74,11 +74,6 @@ def _way(room: float, length: float, part: float) -> tuple[float, float]:
     return part * (room - abs(length)) + max(0.0, -length), length
 
 
-def moving_fashion_mnist(rest: str, split: str, data: Data) -> Source:
-    """Fashion-MNIST in motion, 8 frames of 32 x 32; splits as of the images: 58,000, 2,000 and 10,000 clips."""
-    return MovingFashionMNIST(split)
-
-
 class _Files(Source):
     """Clips that lie in files: T frames are taken evenly, the middle one of T equal parts each."""
 
@@ -90,7 +85,7 @@ class _Files(Source):
         if len(size) != 4:
             raise ConfigError(f"data.size is {size}; clips take (C, T, H, W).")
         self.frames = size[1]
-        self.samples, self.classes = labelled(root, split, suffixes)
+        self.samples, self.classes = labelled(root, split, suffixes, data)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -114,6 +109,8 @@ class _Files(Source):
 
 
 class Frames(_Files):
+    """Folders of frames, PATH/train/CLASS/CLIP/x.jpg in the order of their names, all of one size."""
+
     def __init__(self, root: str, split: str, data: Data) -> None:
         from PIL import Image
 
@@ -126,11 +123,6 @@ class Frames(_Files):
         return torch.stack([_picture(files[place]) for place in self.places(len(files))])
 
 
-def frames(rest: str, split: str, data: Data) -> Source:
-    """Folders of frames, PATH/train/CLASS/CLIP/x.jpg in the order of their names, all of one size."""
-    return Frames(rest, split, data)
-
-
 def _picture(file: Path) -> Tensor:
     import numpy as np
     from PIL import Image
@@ -140,6 +132,8 @@ def _picture(file: Path) -> Tensor:
 
 
 class Videos(_Files):
+    """Video files, PATH/train/CLASS/x.mp4, decoded by torchcodec where it is installed, else by PyAV."""
+
     def __init__(self, root: str, split: str, data: Data) -> None:
         try:
             import torchcodec  # noqa: F401 - decodes the frames wanted alone
@@ -181,6 +175,7 @@ class Videos(_Files):
         return torch.stack([found[place] for place in wanted])
 
 
-def videos(rest: str, split: str, data: Data) -> Source:
-    """Video files, PATH/train/CLASS/x.mp4, decoded by torchcodec where it is installed, else by PyAV."""
-    return Videos(rest, split, data)
+# what `sources.KINDS` names
+moving_fashion_mnist = MovingFashionMNIST
+frames = Frames
+videos = Videos

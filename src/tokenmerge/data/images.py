@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl
 
 from torch import Tensor
 
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import SPLITS, MissingSplitError, Raw, Source, Stream, check_classes, labelled, seed_of
 from tokenmerge.errors import DataError, unknown_name
-from tokenmerge.training.recipe import Data
-from tokenmerge.training.sources import SPLITS, Raw, Source, Stream, check_classes, labelled, seed_of
 
 __all__ = ["fashion_mnist", "folder", "hf", "hf_stream", "wds"]
 
@@ -38,9 +38,11 @@ def part_of_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
 
 
 class FashionMNIST(Source):
+    """Fashion-MNIST: the first 58,000 training images, the last 2,000 as validation split, or the bundled test set."""
+
     size = (1, 28, 28)
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, rest: str, split: str, data: Data) -> None:
         import PIL.Image  # noqa: F401 - a missing one is said at once
 
         from tokenmerge import assets
@@ -57,19 +59,16 @@ class FashionMNIST(Source):
         return Image.fromarray(self.images[index].numpy()), int(self.labels[index])
 
 
-def fashion_mnist(rest: str, split: str, data: Data) -> Source:
-    """Fashion-MNIST: the first 58,000 training images, the last 2,000 as validation split, or the bundled test set."""
-    return FashionMNIST(split)
-
-
 class Folder(Source):
+    """A folder PATH/train/CLASS/x.jpg, with valid (or val, validation) and test beside train; or PATH/CLASS/x.jpg."""
+
     size = SIZE
 
-    def __init__(self, root: str, split: str) -> None:
+    def __init__(self, root: str, split: str, data: Data) -> None:
         from PIL import Image
 
         Image.init()
-        self.samples, self.classes = labelled(root, split, list(Image.registered_extensions()))
+        self.samples, self.classes = labelled(root, split, list(Image.registered_extensions()), data)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,11 +76,6 @@ class Folder(Source):
     def read(self, index: int) -> tuple[Raw, int]:
         path, label = self.samples[index]
         return _picture(path, lambda: path), label
-
-
-def folder(rest: str, split: str, data: Data) -> Source:
-    """A folder PATH/train/CLASS/x.jpg, with valid (or val, validation) and test beside train."""
-    return Folder(rest, split)
 
 
 def _picture(name: str, content: Callable[[], Any]) -> Raw:
@@ -97,9 +91,14 @@ def _picture(name: str, content: Callable[[], Any]) -> Raw:
 
 
 class HuggingFace(Source):
+    """A data set of the `datasets` library: a name of the hub, or a folder as `save_to_disk` writes it.
+
+    Where its columns are not found by their types, or it has configurations: `hf:NAME?config=C&image=I&label=L`.
+    """
+
     size = SIZE
 
-    def __init__(self, rest: str, split: str) -> None:
+    def __init__(self, rest: str, split: str, data: Data) -> None:
         self.name = f"{rest}, {split}"
         rows, self.image, self.label, self.classes = _columns(*_rows(rest, split, streaming=False))
         self.rows = rows.select_columns([self.image, self.label])
@@ -114,19 +113,13 @@ class HuggingFace(Source):
         return _cell(f"row {index} of {self.name}", row[self.image]), row[self.label]
 
 
-def hf(rest: str, split: str, data: Data) -> Source:
-    """A data set of the `datasets` library: a name of the hub, or a folder as `save_to_disk` writes it.
-
-    Where its columns are not found by their types, or it has configurations: `hf:NAME?config=C&image=I&label=L`.
-    """
-    return HuggingFace(rest, split)
-
-
 class HuggingFaceStream(Stream):
+    """The same as `hf`, downloaded as it is read, shuffled by shards and among `data.shuffle` samples."""
+
     size = SIZE
 
-    def __init__(self, rest: str, split: str, shuffle: int) -> None:
-        self.name, self.shuffle = f"{rest}, {split}", shuffle if split == "train" else 0
+    def __init__(self, rest: str, split: str, data: Data) -> None:
+        self.name, self.shuffle = f"{rest}, {split}", data.shuffle if split == "train" else 0
         self.rows, self.image, self.label, self.classes = _columns(*_rows(rest, split, streaming=True))
 
     def samples(self, epoch: int, seed: int) -> Iterator[tuple[Callable[[], Raw], int]]:
@@ -142,11 +135,6 @@ class HuggingFaceStream(Stream):
         for shard in shards:
             for part in self.rows.shard(self.rows.num_shards, shard).iter(16):
                 yield from zip(part[self.image], part[self.label], strict=True)
-
-
-def hf_stream(rest: str, split: str, data: Data) -> Stream:
-    """The same as `hf`, downloaded as it is read, shuffled by shards and among `data.shuffle` samples."""
-    return HuggingFaceStream(rest, split, data.shuffle)
 
 
 def _rows(rest: str, split: str, streaming: bool) -> tuple[Any, dict[str, str]]:
@@ -167,7 +155,7 @@ def _rows(rest: str, split: str, streaming: bool) -> tuple[Any, dict[str, str]]:
         splits = DatasetDict({"train": splits})
     rows = next((splits[there] for there in SPLITS[split] if there in splits), None)
     if rows is None:
-        raise DataError(f"the data set {name} has no {split} split; it has {', '.join(map(str, splits))}.")
+        raise MissingSplitError(f"the data set {name} has no {split} split; it has {', '.join(map(str, splits))}.")
     return rows.to_iterable_dataset() if is_saved and streaming else rows, options
 
 
@@ -205,6 +193,12 @@ def _cell(name: str, cell: dict[str, Any] | None) -> Raw:
 
 
 class Shards(Stream):
+    """Shards of images as WebDataset packs them, PATH/train-{000..099}.tar: jpg (png, ...) and cls of each sample.
+
+    `cls` is a class' number or name; classes.json, beside the shards, lists the names. An epoch shuffles the shards,
+    then the samples among `data.shuffle` that wait undecoded.
+    """
+
     size = SIZE
 
     def __init__(self, pattern: str, split: str, data: Data) -> None:
@@ -262,15 +256,6 @@ class Shards(Stream):
         return int(text)
 
 
-def wds(rest: str, split: str, data: Data) -> Stream:
-    """Shards of images as WebDataset packs them, PATH/train-{000..099}.tar: jpg (png, ...) and cls of each sample.
-
-    `cls` is a class' number or name; classes.json, beside the shards, lists the names. An epoch shuffles the shards,
-    then the samples among `data.shuffle` that wait undecoded.
-    """
-    return Shards(rest, split, data)
-
-
 def _shuffled(samples: Iterable[T], size: int, generator: random.Random) -> Iterator[T]:
     """Yield samples, each drawn from `size` that wait."""
     waiting: list[T] = []
@@ -282,3 +267,11 @@ def _shuffled(samples: Iterable[T], size: int, generator: random.Random) -> Iter
             yield waiting.pop()
     generator.shuffle(waiting)
     yield from waiting
+
+
+# what `sources.KINDS` names
+fashion_mnist = FashionMNIST
+folder = Folder
+hf = HuggingFace
+hf_stream = HuggingFaceStream
+wds = Shards

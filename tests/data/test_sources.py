@@ -20,11 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from tokenmerge import assets
+from tokenmerge.data import sources
+from tokenmerge.data.loader import Batch, Loader, Position, Source, Stream, evaluation, open_source
+from tokenmerge.data.transforms import eval_transform, train_transform
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
-from tokenmerge.training import sources
-from tokenmerge.training.data import Batch, Loader, Position, Source, Stream, evaluation, open_source
 from tokenmerge.training.recipe import Augment, Data
-from tokenmerge.training.transforms import eval_transform, train_transform
+
+pytestmark = pytest.mark.usefixtures("bundled_images")
 
 CLASSES = ("a", "b", "c")
 
@@ -557,7 +559,7 @@ def test_a_broken_row_is_left_out_and_named(tmp_path: Path) -> None:
 
 @needs("datasets")
 def test_a_row_that_points_to_a_file(tmp_path: Path) -> None:
-    from tokenmerge.training.images import _cell
+    from tokenmerge.data.images import _cell
 
     Image.new("L", (4, 5), 7).save(tmp_path / "x.png")
     assert _cell("row 1", {"bytes": None, "path": str(tmp_path / "x.png")}).size == (4, 5)

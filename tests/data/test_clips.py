@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tokenmerge import assets
+from tokenmerge.data.clips import MovingFashionMNIST, frames, moving_fashion_mnist, videos
 from tokenmerge.errors import ConfigError, DataError
-from tokenmerge.training.clips import MovingFashionMNIST, frames, moving_fashion_mnist, videos
 from tokenmerge.training.recipe import Data
+
+pytestmark = pytest.mark.usefixtures("bundled_images")
 
 SIZE = Data(size=(3, 4, 8, 8))
 COLOURS = (0, 60, 120, 180, 240, 30, 90, 150)

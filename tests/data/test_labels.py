@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+from tokenmerge.data.classes import by_label
 from tokenmerge.errors import DataError
-from tokenmerge.tools.data import by_label
 
 
 def _model(*labels: str) -> nn.Module:
@@ -44,7 +44,7 @@ def test_a_note_says_how_folders_were_numbered_that_are_no_labels(tmp_path: Path
     transformers = pytest.importorskip("transformers")
     from PIL import Image
 
-    from tokenmerge.tools.data import open_data
+    from tokenmerge.data.labelled import open_data
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmerge.data.settings import Data
+from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
 from tokenmerge.errors import ConfigError
-from tokenmerge.training.recipe import Data
-from tokenmerge.training.sources import SPLITS, Raw, Source, labelled, seed_of
 
 __all__ = ["LENGTH", "RATE", "spectrogram", "tones", "wav"]
 
@@ -54,7 +54,7 @@ class Tones(Source):
     lengths = {"train": 20_000, "valid": 1_000, "test": 2_000}  # noqa: RUF012 - never changed
     flippable = False
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, rest: str, split: str, data: Data) -> None:
         self.length, self.split = self.lengths[split], list(SPLITS).index(split)
 
     def __len__(self) -> int:
@@ -107,18 +107,15 @@ def _beats(t: Tensor, rate: float) -> Tensor:
     return ((t * rate) % 1 < 0.4).to(t.dtype)
 
 
-def tones(rest: str, split: str, data: Data) -> Source:
-    """Synthetic sounds in twelve classes: 20,000 to train with, 1,000 to validate, 2,000 to test."""
-    return Tones(split)
-
-
 class Waves(Source):
+    """Files of PCM samples, PATH/train/CLASS/x.wav, of any rate; their channels' mean, at 8,000 samples a second."""
+
     kind = "sound"
     size = (1, 64, 128)
     flippable = False
 
-    def __init__(self, root: str, split: str) -> None:
-        self.samples, self.classes = labelled(root, split, (".wav",))
+    def __init__(self, root: str, split: str, data: Data) -> None:
+        self.samples, self.classes = labelled(root, split, (".wav",), data)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -129,11 +126,6 @@ class Waves(Source):
             return _wave(path), label
         except (OSError, EOFError, ValueError, wave.Error) as error:
             raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
-
-
-def wav(rest: str, split: str, data: Data) -> Source:
-    """Files of PCM samples, PATH/train/CLASS/x.wav, of any rate; their channels' mean, at 8,000 samples a second."""
-    return Waves(rest, split)
 
 
 def _wave(path: str) -> Tensor:
@@ -210,3 +202,8 @@ def _bank(mels: int) -> Tensor:
     nearest = (found - middle).abs().argmin(dim=1)
     bank[empty, nearest[empty]] = 1.0
     return bank
+
+
+# what `sources.KINDS` names
+tones = Tones
+wav = Waves

@@ -19,10 +19,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from tokenmerge.data.sources import Raw, Source, Stream, open_source, seed_of
 from tokenmerge.errors import DataError
-from tokenmerge.training.sources import Raw, Source, Stream, open_source, seed_of
 
-__all__ = ["Batch", "Loader", "Position", "Source", "Stream", "evaluation", "open_source", "reseed", "seed_of"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "Position",
+    "Source",
+    "Stream",
+    "evaluation",
+    "in_order",
+    "open_source",
+    "reseed",
+    "seed_of",
+]
 
 Transform = Callable[[Raw], Tensor]
 
@@ -120,15 +131,22 @@ def evaluation(
     _check_amounts(batch_size, rank, world, workers)
     if isinstance(source, Source) and not len(source):
         raise DataError("there are no samples to evaluate on.")
-    steps = partial(_ordered_steps, source, batch_size, rank, world)
     unreadable: list[str] = []
     read = 0
-    for batch in _run(_Work(steps, source, transform, 0), workers):
+    for batch in in_order(source, transform, batch_size=batch_size, rank=rank, world=world, workers=workers):
         read += len(batch.labels)
         unreadable += batch.unreadable
         yield batch
     if unreadable and not read:
         raise DataError(_none_readable(unreadable))
+
+
+def in_order(
+    source: Source | Stream, transform: Transform, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """Yield what `evaluation` does, whether or not anything can be read."""
+    steps = partial(_ordered_steps, source, batch_size, rank, world)
+    return _run(_Work(steps, source, transform, 0), workers)
 
 
 def _check_amounts(batch_size: int, rank: int, world: int, workers: int) -> None:
@@ -222,6 +240,12 @@ class _Work(IterableDataset[Any]):
                     raise DataError(f"sample {index} has label {label}; there are {len(self.classes)} classes.")
                 inputs.append(self.transform(raw))
                 labels.append(label)
+        sizes = dict.fromkeys(str(tuple(one.shape)) for one in inputs)
+        if len(sizes) > 1:
+            raise DataError(
+                f"images of one batch have the sizes {', '.join(sizes)} after preprocessing ({self.transform}): give "
+                "--resize HEIGHT WIDTH, or a batch size of 1."
+            )
         stacked = torch.stack(inputs) if inputs else torch.empty(0)
         return Batch(stacked, torch.tensor(labels, dtype=torch.long), position, unreadable)
 

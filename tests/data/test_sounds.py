@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from helpers import assert_close
+from tokenmerge.data.sounds import LENGTH, RATE, resample, spectrogram, tones, wav
 from tokenmerge.errors import ConfigError
 from tokenmerge.training.recipe import Data
-from tokenmerge.training.sounds import LENGTH, RATE, resample, spectrogram, tones, wav
 
 
 def sine(hertz: float, seconds: float = 2.0, rate: int = RATE) -> Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-import tokenmerge
+from tokenmerge.data.answers import known_size
+from tokenmerge.data.preprocessing import MODES, Preprocessing, Processor
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError
-from tokenmerge.measure.outputs import known_size
-from tokenmerge.tools.preprocessing import MODES, Preprocessing, Processor
 
 __all__ = ["PROCESSOR", "find_preprocessing"]
 
@@ -224,8 +223,4 @@ def _channels(model: nn.Module) -> int:
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
-    handle = tokenmerge.handle_of(model, None)
-    if handle:
-        return known_size(handle)
-    with tokenmerge.patched(model, r=0) as handle:
-        return known_size(handle)
+    return known_size(model)

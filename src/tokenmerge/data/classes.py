@@ -1,0 +1,79 @@
+"""How classes are numbered: by a model's labels, by the numbers they are called, or in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tokenmerge.data.answers import declared_classes
+from tokenmerge.errors import DataError
+
+__all__ = ["by_label", "how_numbered", "numbers_of"]
+
+
+def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
+    """Return a Hugging Face model's number of each class by its labels; None where no class is called as a label.
+
+    Case does not count, and "/" and " " count as "_", since a folder cannot be called as every label. Raises
+    `DataError` where some are called so and some are not: numbered by their order, they would be other classes.
+    """
+    labels = getattr(getattr(model, "config", None), "label2id", None) or {}
+    plain: dict[str, set[int]] = {}
+    for label, number in labels.items():
+        plain.setdefault(_plain(label), set()).add(int(number))
+    exact = {str(label): {int(number)} for label, number in labels.items()}
+    found = [exact.get(name) or plain.get(_plain(name), set()) for name in classes]
+    if not any(found):
+        return None
+    unknown = [name for name, numbers in zip(classes, found, strict=True) if len(numbers) != 1]
+    if unknown:
+        free = [str(label) for label, number in labels.items() if {int(number)} not in found]
+        raise DataError(
+            f"{len(unknown)} of {len(classes)} classes are not called as one of the model's labels: "
+            f"{_shortened(unknown)}. Labels without a class: {_shortened(free) or 'none'}. Name all class folders by "
+            f"the labels, or all by class index, 0 to {len(labels) - 1}."
+        )
+    return [next(iter(numbers)) for numbers in found]
+
+
+def how_numbered(classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> tuple[str, ...]:
+    """Say what classes count as, where a model has labels and no class is called as one."""
+    labels = getattr(getattr(model, "config", None), "label2id", None)
+    if not labels or declared_classes(model) is None or by_label(model, classes) is not None:
+        return ()
+    what, order = ("Class folders", "in the order of names") if is_folder else ("Classes", "in their own order")
+    how = "by the numbers they are called" if all(name.isdecimal() for name in classes) else order
+    return (f"{what} are numbered {how}: none is called as a label of the model ({_shortened([*labels])}).",)
+
+
+def numbers_of(source: str, classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> list[int]:
+    """Return the model's number of each class; raises `DataError` where they do not fit its classes."""
+    expected = declared_classes(model)
+    found = by_label(model, classes) if expected is not None else None
+    if found is not None:
+        return found
+    # by number even where all are there: in the order of names, "10" comes before "2"
+    is_numbered = all(name.isdecimal() for name in classes)
+    if is_numbered and all(int(name) < (expected or len(classes)) for name in classes):
+        return [int(name) for name in classes]
+    if expected is not None and (is_numbered or len(classes) != expected):
+        what = "class folders" if is_folder else "classes"
+        order = (
+            "Folders are numbered in the order of their names: give a folder with all classes, or name the sub-folders "
+            if is_folder
+            else "Give data with all classes, or name the classes by the model's labels or "
+        )
+        raise DataError(
+            f"{source} has {len(classes)} {what} ({', '.join(classes[:3])}, ...), the model has {expected} classes. "
+            f"{order}by class index, 0 to {expected - 1}."
+        )
+    return list(range(len(classes)))
+
+
+def _plain(label: object) -> str:
+    return str(label).casefold().replace("/", "_").replace(" ", "_")
+
+
+def _shortened(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join([*names[:limit], *(["..."] if len(names) > limit else [])])
