@@ -624,7 +624,7 @@ def test_doctor_with_a_batch_of_nothing(capsys: Capture, models: Path) -> None:
         ("empty", [], "holds no labelled images: expected "),
         ("no-class-folders", [], "holds no labelled images: expected "),
         ("other-classes", [], "has 2 class folders (ant, bee, ...), the model has 3 classes"),
-        ("all-corrupt", [], "none of the 6 images could be read; the first: "),
+        ("all-corrupt", [], "none of the 6 images of "),
         ("good", ["-b", "0"], "batch size and limit must be at least 1; got 0 and None."),
         ("good", ["--limit", "0"], "batch size and limit must be at least 1; got 64 and 0."),
         ("good", ["--workers", "-1"], "the number of workers must be at least 0; got -1."),

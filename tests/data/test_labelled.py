@@ -240,7 +240,7 @@ def test_calibration_without_a_readable_image(tmp_path: Path) -> None:
     root = _images(tmp_path, {"a": [1], "b": [2], "c": [3]})
     for path in root.rglob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"none of 3 images of .* could be read; the first: .*a/001\.png: cannot"):
+    with pytest.raises(DataError, match=r"none of the 3 images of .* could be read; the first: .*a/001\.png: cannot"):
         calibration_images(str(root), _model())
     with pytest.raises(DataError, match="no folder nowhere: --calibrate takes 'fashion-mnist' or a folder"):
         calibration_images("nowhere", _model())

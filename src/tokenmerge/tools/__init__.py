@@ -16,8 +16,6 @@ models     models and methods by what a user types: `load_model`, `read_method`
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tokenmerge._moved import MOVED
-
 if TYPE_CHECKING:
     from tokenmerge.tools import (
         bench,
@@ -45,6 +43,8 @@ __all__ = [
 if not TYPE_CHECKING:  # a name that does not exist is an error for type checkers
 
     def __getattr__(name: str) -> Any:
+        from tokenmerge._moved import MOVED
+
         if name not in __all__ and f"tools.{name}" not in MOVED:
             raise AttributeError(
                 f"module 'tokenmerge.tools' has no attribute {name!r}; there are: {', '.join(__all__)}."
