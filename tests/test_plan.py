@@ -103,3 +103,37 @@ def test_padding_is_no_leader_of_what_is_dropped() -> None:
     )
     led = plans.lead_by_real(plan, torch.tensor([[False, True, True, True]]))
     assert torch.equal(led.keep, plan.keep) and torch.equal(led.src, plan.src)  # type: ignore[union-attr]
+
+
+def _matrix(tokens: int, left: int) -> plans.MatrixPlan:
+    keep = torch.arange(left).expand(2, -1)
+    return plans.MatrixPlan(torch.rand(2, left, tokens), keep, tokens)
+
+
+def _weighted(plan: Plan) -> plans.WeightedPlan:
+    return plans.WeightedPlan(plan.keep, plan.src, plan.dst, plan.n, torch.rand(2, plan.n) + 0.1)
+
+
+def _half_dropped(plan: Plan) -> plans.DroppingPlan:
+    dropped = torch.arange(plan.src.shape[1]).expand_as(plan.src) % 2 == 0
+    return plans.DroppingPlan(plan.keep, plan.src, plan.dst, plan.n, dropped)
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted", "dropping", "matrix"])
+@pytest.mark.parametrize("has_sizes", [False, True])
+def test_tokens_behind_stay_as_they_are_and_the_others_do_not_see_them(kind: str, has_sizes: bool) -> None:
+    plan = bipartite(torch.randn(2, 15, 4), 5, prefix=1)
+    made = {"plain": plan, "weighted": _weighted(plan), "dropping": _half_dropped(plan), "matrix": _matrix(15, 10)}[
+        kind
+    ]
+    x = torch.randn(2, 19, 3)
+    size = torch.randint(1, 5, (2, 19)).float() if has_sizes else None
+    merged, sizes = plans.merge_weighted(plans.keep_behind(made, 19), x, size)
+    first, first_sizes = plans.merge_weighted(made, x[:, :15], None if size is None else size[:, :15])
+    assert_close(merged[:, :10], first, 1e-6)
+    assert_close(sizes[:, :10], first_sizes, 1e-6)
+    assert torch.equal(merged[:, 10:], x[:, 15:])
+    assert torch.equal(sizes[:, 10:], torch.ones(2, 4) if size is None else size[:, 15:])
+    groups = plans.assignment(plans.keep_behind(made, 19))
+    assert torch.equal(groups[:, :15], plans.assignment(made))
+    assert torch.equal(groups[:, 15:], torch.arange(10, 14).expand(2, -1))

@@ -104,7 +104,7 @@ class Handle:
         if frame is None or not frame.last:
             if self._layout.tokens is None:
                 raise NotTrackedError("how many tokens this model has is known after a forward; run the model first.")
-            return self._state.schedule.tokens(self._layout.tokens, self._layout.prefix)
+            return self._state.schedule.tokens(self._layout.tokens, self.protected)
         shapes = [inside or shape for inside, shape in zip(frame.inside, frame.shape, strict=True)]
         return [shape[1] for shape in shapes[1:] if shape is not None]
 
@@ -128,6 +128,11 @@ class Handle:
     def prefix(self) -> int:
         """How many tokens at the front (class, distillation, registers) are protected."""
         return self._layout.prefix
+
+    @property
+    def protected(self) -> int:
+        """How many tokens are never merged: those in front, and those behind (detection tokens)."""
+        return self._layout.protected
 
     @property
     def has_class(self) -> bool:
@@ -220,7 +225,7 @@ class Handle:
         if not isinstance(method, Learned) or not method.adds_loss:
             raise UnsupportedError(f"{method.name} adds nothing to the loss.")
         tokens = next(shape[1] for shape in frame.shape if shape is not None)
-        is_off = self._state.schedule.tokens(tokens, self._layout.prefix)[-1] == tokens
+        is_off = self._state.schedule.tokens(tokens, self.protected)[-1] == tokens
         return torch.zeros(()) if is_off else method.loss(frame.memory)
 
     def save(self, path: str | Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenmerge import kernels
 
@@ -21,6 +21,7 @@ __all__ = [
     "WeightedPlan",
     "assignment",
     "compose",
+    "keep_behind",
     "lead_by_real",
     "merge",
     "merge_average",
@@ -199,6 +200,24 @@ def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
     src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
     keep = torch.where(first < R, plan.src.gather(1, first.clamp_max(R - 1)), plan.keep)
     return replace(plan, keep=keep, src=src)
+
+
+def keep_behind(plan: AnyPlan, n: int) -> AnyPlan:
+    """Return the plan for `n` tokens whose first ones it was made for; those behind them stay, in order, at the end.
+
+    >>> plan = Plan(keep=torch.tensor([[0, 2]]), src=torch.tensor([[1]]), dst=torch.tensor([[1]]), n=3)
+    >>> keep_behind(plan, 5).keep.tolist()
+    [[0, 2, 3, 4]]
+    """
+    more = n - plan.n
+    keep = torch.cat((plan.keep, torch.arange(plan.n, n, device=plan.keep.device).expand(len(plan.keep), -1)), dim=1)
+    if isinstance(plan, MatrixPlan):
+        weight = nn.functional.pad(plan.weight, (0, more, 0, more))
+        behind = nn.functional.pad(torch.eye(more, device=weight.device), (plan.n, 0, plan.keep.shape[1], 0))
+        return replace(plan, weight=weight + behind.to(weight.dtype), keep=keep, n=n)
+    if isinstance(plan, WeightedPlan):
+        return replace(plan, keep=keep, n=n, weight=nn.functional.pad(plan.weight, (0, more), value=1.0))
+    return replace(plan, keep=keep, n=n)
 
 
 def compose(previous: Tensor | None, plan: AnyPlan) -> Tensor:  # [B, N0] or None

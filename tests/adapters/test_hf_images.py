@@ -378,8 +378,9 @@ def test_detection_tokens_behind_the_patches(r: Any) -> None:
     for restore in (None, "dense"):
         with tokenmerge.patched(model, r=r, prop_attn=True, track=True, restore=restore) as handle:
             merged, groups = _run(model, case), handle.groups
-            assert handle.prefix == 4 and (handle.sizes[:, :4] == 1).all()
-        assert_close(merged, case.output(_simulated(model, case, [assign.roll(-3, 1) for assign in groups])), 1e-6)
+            assert (handle.prefix, handle.protected) == (1, 4)
+            assert (handle.sizes[:, [0, -3, -2, -1]] == 1).all()
+        assert_close(merged, case.output(_simulated(model, case, groups)), 1e-6)
     assert (merged - unmerged).abs().max() > 1e-3
     assert torch.equal(_run(model, case), unmerged)
 

@@ -76,7 +76,6 @@ WINDOWED = "it merges inside windows: blocks end with all tokens"
 # what cannot be promised of a family, with the reason
 WITHOUT = {
     "timm_sam": {"group_mean": WINDOWED, "recomposed": WINDOWED},
-    "hf_yolos": {"group_mean": "its blocks see the tokens in another order; see tests/adapters/test_hf_images.py"},
 }
 
 

@@ -76,11 +76,8 @@ class Model:
         handle.remove()
         assert bound_attributes_of(self.module) == []
         try:
-            # YOLOS tells its groups with the detection tokens in front, where no unpatched block has them
-            if not is_proportional or self.adapter.name == "hf_yolos":
-                raise UnsupportedError(
-                    "the simulation is of proportional attention, on tokens in the order of the host"
-                )
+            if not is_proportional:
+                raise UnsupportedError("the simulation is of proportional attention")
             expected = answer(tokenmerge.simulate(self.module, groups, self.x, positions=positions))
         except TokenMergeError:
             try:

@@ -12,10 +12,10 @@ PROBED = 17  # tokens behind the prefix that a block is proved with: too many to
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where tokens lie: `prefix` protected ones in front, `grid` rows and columns of patches, `tokens` in all.
+    """Where tokens lie: `prefix` protected ones in front, patches on a `grid` of rows and columns, `suffix` behind.
 
-    `tokens`, `grid` and `input_size` (without the batch; channels first for images) are None where the model does not
-    say them.
+    `tokens` is how many there are in all. `tokens`, `grid` and `input_size` (without the batch; channels first for
+    images) are None where the model does not say them.
     """
 
     prefix: int
@@ -24,6 +24,12 @@ class TokenLayout:
     input_size: tuple[int, ...] | None  # images: channels, height, width
     batch_first: bool = True
     has_class: bool | None = None  # the first token is a class token; None: where there is a prefix, it is
+    suffix: int = 0
+
+    @property
+    def protected(self) -> int:
+        """How many tokens are never merged, in front and behind."""
+        return self.prefix + self.suffix
 
     @property
     def leads_with_class(self) -> bool:

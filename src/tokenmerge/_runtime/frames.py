@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tokenmerge.schedule import Schedule
 
-__all__ = ["Frame", "Known", "Own"]
+__all__ = ["Call", "Frame", "Known", "Own"]
 
 
 class Frame:
@@ -48,6 +49,19 @@ class Frame:
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
         other.last, other.memory, other.ran = slot, dict(self.memory), dict(self.ran)
         return other
+
+
+class Call(NamedTuple):
+    """One call of a block in which tokens are merged, or were before it."""
+
+    x: Tensor  # [B, N, C] what enters the block
+    size: Tensor | None  # [B, N]
+    bias: Tensor | None  # [B, N] what is added to the attention's scores per key
+    kept: Tensor | None  # [B, N] the places of the tokens
+    r: int  # how many tokens go
+    span: tuple[int, int]  # the tokens that may be merged, from the first number to before the second
+    given: Mapping[str, Any]  # the block's further arguments
+    frame: Frame
 
 
 class Known(NamedTuple):

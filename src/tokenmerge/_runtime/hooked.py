@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenmerge import kernels
 from tokenmerge._intercept.follow import rows
 from tokenmerge._intercept.taps import Slot
-from tokenmerge._runtime.frames import Frame
+from tokenmerge._runtime.frames import Call, Frame
 from tokenmerge._runtime.residual import ResidualRunner
 from tokenmerge._torch.tracing import in_pieces, outside_graph
 from tokenmerge.adapters.base import Binding, Override, first_of
@@ -32,18 +32,14 @@ __all__ = ["HookedRunner"]
 
 @dataclass(eq=False)
 class _Turn:
-    """One call of a block while tokens are merged: what its children need, and what they find out."""
+    """What the children of a block find out in one call of it."""
 
-    x_pre: Tensor  # [B, N, C]
-    bias: Tensor | None  # [B, N]
-    size: Tensor | None  # [B, N]
-    r: int
-    kept: Tensor | None  # [B, N]
-    frame: Frame
+    call: Call
     is_silent: bool = False  # the MLP puts out zeros: a probe
     mid: Tensor | None = None  # [B, N, C] what enters the norm
     plan: AnyPlan | None = None
     merged: Tensor | None = None  # [B, M, C]
+    size: Tensor | None = None  # [B, M]
 
 
 class HookedRunner(ResidualRunner):
@@ -65,29 +61,21 @@ class HookedRunner(ResidualRunner):
         found: _Turn | None = self.slot.peek().get("turn")
         return found
 
-    def compose(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        r: int,
-        kept: Tensor | None,
-        call: Mapping[str, Any],
-        frame: Frame,
-    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
-        self._follow(call, None)
-        turn = _Turn(x, self._bias(size, frame.has_padding), size, r, kept, frame)
-        out = outside_graph.run(self._run, turn, call) if in_pieces() else self._run(turn, call)
+    def compose(self, call: Call) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        self._follow(call.given, None)
+        turn = _Turn(call)
+        out = outside_graph.run(self._run, turn) if in_pieces() else self._run(turn)
         if turn.plan is None or turn.mid is None or turn.merged is None:
-            return out, size, None
+            return out, call.size, None
         tokens = turn.merged + (rows(out, turn.plan.keep) - rows(turn.mid, turn.plan.keep))
         return tokens, turn.size, turn.plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
-        call = self.by_name(args, kwargs)
-        out = self._run(_Turn(tokens, None, None, 0, None, Frame(0)), call)
-        silent = _Turn(tokens, None, None, 0, None, Frame(0), is_silent=True)
-        rest = self._run(silent, call) - silent.mid  # type: ignore[operator]
+        call = self._call(tokens, None, None, 0, self.by_name(args, kwargs), Frame(0))
+        out = self._run(_Turn(call))
+        silent = _Turn(call, is_silent=True)
+        rest = self._run(silent) - silent.mid  # type: ignore[operator]
         if not rest.is_meta and not rest.abs().max().item() <= 1e-4 * max(1.0, out.abs().max().item()):
             raise AdapterMismatchError(
                 f"block {self.layer} ({type(self.block).__qualname__}) is not norm={self.spec.norm!r} and "
@@ -97,9 +85,9 @@ class HookedRunner(ResidualRunner):
             )
         return self._mirror(out)
 
-    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
-        self._follow(call, None)
-        return self._run(_Turn(x, self._bias(size, False), size, 0, kept, Frame(0)), call)
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, given: Mapping[str, Any]) -> Tensor:
+        self._follow(given, None)
+        return self._run(_Turn(self._call(x, size, kept, 0, given, Frame(0))))
 
     def _check_children(self) -> None:
         for name, listener in self.listeners.items():
@@ -112,13 +100,13 @@ class HookedRunner(ResidualRunner):
                     "is now."
                 )
 
-    def _run(self, turn: _Turn, call: Mapping[str, Any]) -> Tensor:
-        x = turn.x_pre
+    def _run(self, turn: _Turn) -> Tensor:
+        x = turn.call.x
         self._check_children()
         self.slot.put({"turn": turn})
-        self.tap.expect(turn.bias, None)
+        self.tap.expect(turn.call.bias, None)
         try:
-            out = first_of(self.original(x if self.layout.batch_first else x.transpose(0, 1), **call))
+            out = first_of(self.original(x if self.layout.batch_first else x.transpose(0, 1), **turn.call.given))
         finally:
             self.slot.take()
             self.tap.forget()
@@ -135,12 +123,12 @@ class HookedRunner(ResidualRunner):
         self.tap.check()
         seen = self.tap.take()
         turn.mid = turn.merged = mid
-        if not turn.r:
+        if not turn.call.r:
             if not turn.is_silent:
                 self._check_seen(seen, mid.shape[1])
             return mid
-        turn.plan = self._choose(mid, None, turn.x_pre, seen, turn.size, turn.bias, turn.kept, turn.r, turn.frame)
-        turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.size)
+        turn.plan = self._choose(turn.call, mid, None, seen)
+        turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.call.size)
         return turn.merged
 
 

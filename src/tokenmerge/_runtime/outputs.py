@@ -87,7 +87,7 @@ class _Trial:
         self.blocks = [block for _, block in adapter.blocks(model)]
         unused = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.groups = _groups(layout.tokens or 0, layout.prefix, len(self.blocks), weight.device)
+        self.groups = _groups(layout, len(self.blocks), weight.device)
         width = token_width(self.blocks[0])
         self.devices = [weight.device] if weight.device.type == "cuda" else []
         with torch.random.fork_rng(devices=self.devices):
@@ -105,7 +105,7 @@ class _Trial:
     def is_possible(model: nn.Module, layout: TokenLayout) -> bool:
         """Say whether the model tells what it takes, and holds values."""
         weight = _weight(model)
-        has_tokens = layout.tokens is not None and layout.tokens > layout.prefix + 1
+        has_tokens = layout.tokens is not None and layout.tokens > layout.protected + 1
         return has_tokens and layout.input_size is not None and weight is not None and not weight.is_meta
 
     def answer(self, restore: str) -> list[Tensor]:
@@ -141,10 +141,11 @@ class _Given(Override):
         return self.out
 
 
-def _groups(n: int, prefix: int, depth: int, device: torch.device) -> list[Tensor]:
+def _groups(layout: TokenLayout, depth: int, device: torch.device) -> list[Tensor]:
     """Return for each block the group of each token, `[N]`: one grows to half of the patches."""
+    n, prefix = layout.tokens or 0, layout.prefix
     place = torch.arange(n, device=device)
-    largest = ((layer + 1) * (n - prefix) // (2 * depth) for layer in range(depth))
+    largest = ((layer + 1) * (n - layout.protected) // (2 * depth) for layer in range(depth))
     return [torch.where(place < prefix, place, (place - grown).clamp(min=prefix)) for grown in largest]
 
 

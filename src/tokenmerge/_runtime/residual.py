@@ -17,7 +17,7 @@ from torch.nn.modules import module as everywhere
 from tokenmerge import kernels
 from tokenmerge._intercept.follow import rows
 from tokenmerge._intercept.taps import AttentionTap
-from tokenmerge._runtime.frames import Frame
+from tokenmerge._runtime.frames import Call, Frame
 from tokenmerge._runtime.grids import Grids
 from tokenmerge._runtime.key_bias import key_bias
 from tokenmerge._runtime.state import ForwardState
@@ -26,7 +26,7 @@ from tokenmerge._torch.tracing import in_pieces, is_compiling, outside_graph
 from tokenmerge.adapters.base import Adapter, Binding, Override, TokenLayout, first_of
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
 from tokenmerge.methods.base import Reduction, TokenView
-from tokenmerge.plan import AnyPlan, lead_by_real
+from tokenmerge.plan import AnyPlan, keep_behind, lead_by_real
 
 __all__ = ["ResidualRunner"]
 
@@ -72,67 +72,60 @@ class ResidualRunner(Override):
             # every member of a group holds its features: the one whose place it keeps stands for all
             tokens = rows(tokens, kept)
         if layer == 0 and self.grids is not None and frame.grid is None:
-            frame.grid = self.grids.take(tokens.shape[1] - self.layout.prefix)
-        r = state.amount(frame, layer, tokens.shape[1], self.layout.prefix)
+            frame.grid = self.grids.take(tokens.shape[1] - self.layout.protected)
+        r = state.amount(frame, layer, tokens.shape[1], self.layout.protected)
         if r == 0 and size is None:
             out = self.original(x, *args, **kwargs)
             self.tap.take()
             state.record(frame, slot, layer, tokens, None, None)
         else:
             self._check_device(x)
-            call = self.by_name(args, kwargs)
+            given = self.by_name(args, kwargs)
             if size is None:
-                size = self._begin_sizes(frame, call, tokens.shape[0])
-            tokens, size, plan = self.compose(tokens, size, r, kept, call, frame)
+                size = self._begin_sizes(frame, given, tokens.shape[0])
+            call = self._call(tokens, size, kept, r, given, frame)
+            tokens, size, plan = self.compose(call)
             state.record(frame, slot, layer, tokens, size, plan)
             out = self._hand_out(tokens, frame)
         state.put_out(frame, layer, first_of(out), bool(self.block._forward_hooks or everywhere._global_forward_hooks))
         return out
 
-    def compose(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        r: int,
-        kept: Tensor | None,
-        call: Mapping[str, Any],
-        frame: Frame,
-    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
-        """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
-        if in_pieces():
-            x, size, plan = outside_graph.run(self._merge, x, size, r, kept, call, frame)
-        else:
-            x, size, plan = self._merge(x, size, r, kept, call, frame)
-        if not self.method.follows_mlp:
-            return self._apply_mlp(x), size, plan
-        after = self._apply_mlp(x)
-        return self.method.after_mlp(after, x, self.layer, self.state.depth, frame.memory), size, plan
+    def _call(
+        self, x: Tensor, size: Tensor | None, kept: Tensor | None, r: int, given: Mapping[str, Any], frame: Frame
+    ) -> Call:
+        bias = self._bias(size, frame.has_padding)
+        return Call(x, size, bias, kept, r, (self.layout.prefix, x.shape[1] - self.layout.suffix), given, frame)
 
-    def _merge(
-        self, x: Tensor, size: Tensor | None, r: int, kept: Tensor | None, call: Mapping[str, Any], frame: Frame
-    ) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+    def compose(self, call: Call) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
+        """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
+        x, size, plan = outside_graph.run(self._merge, call) if in_pieces() else self._merge(call)
+        after = self._apply_mlp(x)
+        if self.method.follows_mlp:
+            stop = x.shape[1] - self.layout.suffix
+            parts = after[:, :stop], x[:, :stop], self.layer, self.state.depth, call.frame.memory
+            after = torch.cat((self.method.after_mlp(*parts), after[:, stop:]), dim=1)
+        return after, size, plan
+
+    def _merge(self, call: Call) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
         """Run attention and reduction."""
-        x_pre, bias = x, self._bias(size, frame.has_padding)
-        x, branch, seen = self._attend(x, bias, kept, self._follow(call, kept))
-        if r and branch is not None and self.method.reads_sum:
+        x, branch, seen = self._attend(call)
+        if not call.r:
+            return x if branch is None else x + branch, call.size, None
+        if branch is not None and self.method.reads_sum:
             x, branch = x + branch, None
-        plan = self._choose(x, branch, x_pre, seen, size, bias, kept, r, frame) if r else None
+        plan = self._choose(call, x, branch, seen)
         # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
-        del seen, x_pre, bias
-        if plan is not None:
-            x, size = self.method.merge(plan, x, size, branch)
-        elif branch is not None:
-            x = x + branch
-        return x, size, plan
+        del seen
+        return *self.method.merge(plan, x, call.size, branch), plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
         return self._mirror(self.counted(tokens, None, None, self.by_name(args, kwargs)))
 
-    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, call: Mapping[str, Any]) -> Tensor:
+    def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, given: Mapping[str, Any]) -> Tensor:
         """Run the composition on tokens `[B, N, C]` that count `size` times, at their places, with nothing merged."""
-        x, branch, seen = self._attend(x, self._bias(size, False), kept, self._follow(call, kept))
+        x, branch, seen = self._attend(self._call(x, size, kept, 0, given, Frame(0)))
         self._check_seen(seen, x.shape[1])
         return self._apply_mlp(x if branch is None else x + branch)
 
@@ -152,42 +145,53 @@ class ResidualRunner(Override):
         # not -inf for padding: of an image that is all padding, attention would be NaN
         return key_bias(size.log().clamp_min(-1e4) if has_padding else size.log())
 
-    def _choose(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        x_pre: Tensor,
-        seen: dict[str, Tensor],
-        size: Tensor | None,
-        bias: Tensor | None,
-        kept: Tensor | None,
-        r: int,
-        frame: Frame,
-    ) -> AnyPlan:
-        cut = _cut if self.module is None else lambda x: x  # what is learned needs the gradients of what it sees
-        q, k, v = (cut(seen.get(name)) for name in ("q", "k", "v"))
-        valid = size > 0 if frame.has_padding and size is not None else None
+    def _choose(self, call: Call, x: Tensor, branch: Tensor | None, seen: dict[str, Tensor]) -> AnyPlan:
+        """Let the method decide on the stream `x` and what the attention adds to it, both `[B, N, C]`.
+
+        It sees the tokens up to the end of the span; those behind stay.
+        """
+        n, (start, stop) = x.shape[1], call.span
+        is_detached = self.module is None  # what is learned needs the gradients of what it sees
+
+        def shown(tensor: Tensor | None, dim: int = 1) -> Any:
+            if tensor is not None and stop < n:
+                tensor = tensor.narrow(dim, 0, stop)
+            return _cut(tensor) if is_detached else tensor
+
+        size = shown(call.size)
+        valid = size > 0 if call.frame.has_padding and size is not None else None
         view = TokenView(
-            *(cut(x), cut(x_pre), q, k, v, size, self.layout.prefix, frame.grid, self.layer, valid, cut(branch)),
+            stream=shown(x),
+            x_pre=shown(call.x),
+            q=shown(seen.get("q"), 2),
+            k=shown(seen.get("k"), 2),
+            v=shown(seen.get("v"), 2),
+            size=size,
+            prefix=start,
+            grid=call.frame.grid,
+            layer=self.layer,
+            valid=valid,
+            branch=shown(branch),
             depth=self.state.depth,
             scale=self.scale,
-            bias=bias,
-            places=kept,
+            bias=shown(call.bias),
+            places=shown(call.kept),
             module=self.module,
-            memory=frame.memory,
+            memory=call.frame.memory,
         )
-        plan = self.method.plan(view, r)
-        return plan if valid is None else lead_by_real(plan, valid)
+        plan = self.method.plan(view, call.r)
+        plan = plan if valid is None else lead_by_real(plan, valid)
+        return keep_behind(plan, n) if stop < n else plan
 
-    def _attend(
-        self, x: Tensor, bias: Tensor | None, kept: Tensor | None, given: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def _attend(self, call: Call) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the residual stream, what the attention adds to it (None: all is added) and what the tap saw."""
+        x, given = call.x, self._follow(call.given, call.kept)
         if not self.spec.attn:
-            return self.tap(x, bias, kept, **given), None, self.tap.take()
+            return self.tap(x, call.bias, call.kept, **given), None, self.tap.take()
         branch = x
         for name in self.spec.attention:
-            branch = self.tap(branch, bias, kept, **given) if name == self.spec.attn else self._step(name, branch)
+            is_tapped = name == self.spec.attn
+            branch = self.tap(branch, call.bias, call.kept, **given) if is_tapped else self._step(name, branch)
         return x, branch, self.tap.take()
 
     def _apply_mlp(self, x: Tensor) -> Tensor:
@@ -208,9 +212,9 @@ class ResidualRunner(Override):
         out: Tensor = x if child is None else x * child if isinstance(child, Tensor) else child(x)
         return out
 
-    def _follow(self, call: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
+    def _follow(self, given: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
         """Return the block's further arguments for the tokens that are left; raises for one that cannot follow."""
-        given = {name: value for name, value in call.items() if value is not None and value is not False}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
         followers = self.adapter.host.followers
         unknown = [repr(name) for name in given if name not in followers]
         if unknown:
@@ -220,10 +224,10 @@ class ResidualRunner(Override):
             )
         return given if kept is None else {name: followers[name](value, kept) for name, value in given.items()}
 
-    def _begin_sizes(self, frame: Frame, call: Mapping[str, Any], B: int) -> Tensor | None:
+    def _begin_sizes(self, frame: Frame, given: Mapping[str, Any], B: int) -> Tensor | None:
         """Return the sizes before any merging, where some tokens are padding: 0 for these, 1 for the others."""
-        given = ((call.get(name), real) for name, real in self.adapter.host.padding.items())
-        valid = next((real(argument) for argument, real in given if argument is not None), None)
+        padding = ((given.get(name), real) for name, real in self.adapter.host.padding.items())
+        valid = next((real(argument) for argument, real in padding if argument is not None), None)
         frame.has_padding = valid is not None
         return None if valid is None else valid.float().expand(B, -1)
 

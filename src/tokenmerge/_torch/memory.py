@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenmerge._torch.tracing import is_compiling
 
-__all__ = ["carry", "is_same", "recall", "remember", "watched"]
+__all__ = ["is_same", "recall", "remember", "watched"]
 
 _NAME = "_tokenmerge"
 
@@ -26,13 +26,6 @@ def recall(x: Tensor) -> tuple[Any, bool]:
     """Return what was last noted with the memory of `x`, None for nothing, and whether `x` is as it was then."""
     thing, geometry = getattr(_owner(x), _NAME, (None, None))
     return thing, thing is not None and geometry == _geometry(x)
-
-
-def carry(x: Tensor, other: Tensor) -> None:
-    """Note with `other` what is noted with `x`: it holds the same tokens in an order that whoever reads it knows."""
-    thing, is_same = recall(x)
-    if is_same:
-        remember(other, thing)
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:

@@ -66,7 +66,7 @@ class CostModel:
         depth = len(handle.runners)
         unmerged = self._twin.run([0] * depth)
         self.tokens = unmerged.tokens[0]  # that enter the first block
-        self._prefix, self._config = handle.prefix, handle.config
+        self._protected, self._config = handle.protected, handle.config
         few, many = max(1, self.tokens // (2 * depth)), self.tokens
         shapes = [[many] * depth, [few] * depth, [2 * few] * depth, [few, 0] * depth, [0, 3 * few] * depth]
         schedules = [[0] * depth, *(shape[:depth] for shape in [*shapes, [many, 0, few] * depth])]
@@ -98,7 +98,7 @@ class CostModel:
         """Return the tokens that enter the first block and that leave each, where `r` of them go in every block."""
         multiple_of = r.multiple_of if isinstance(r, Schedule) else self._config.multiple_of
         schedule = Schedule.of(r, len(self._terms), multiple_of, self._config.method.largest_r)
-        return [self.tokens, *schedule.tokens(self.tokens, self._prefix)]
+        return [self.tokens, *schedule.tokens(self.tokens, self._protected)]
 
 
 def _powers(n: int, m: int) -> Tensor:

@@ -68,7 +68,7 @@ class Trial:
         self.size = tuple(batch.shape[1:])
         with attached(self.model, MergeConfig()) as handle:
             run_images(self.model, self.batch[:1])
-            self.tokens, self.prefix = handle.tokens, handle.prefix
+            self.tokens, self.protected = handle.tokens, handle.protected
         self.macs = count(self.model, self.size).model
         self._keep = _KEPT if keep is None else keep
         self._answers: list[Tensor] = []  # of the unmerged model, as far as they are kept
@@ -152,7 +152,7 @@ class Trial:
                 self._counted[key] = self._count(twin, handle_of(twin).tokens).model
             return self._counted[key]
 
-        largest = method.largest_r(self.tokens[0], self.prefix)
+        largest = method.largest_r(self.tokens[0], self.protected)
         guess = self._guess.get(share, 0)
         near = [guess, guess - 1]
         low, high = 0, largest + 1  # more than the share is left at `low`, and no r is as large as `high` was at first
