@@ -1,4 +1,4 @@
-"""What every callable that we bind on somebody else's module shares: it can still run what it stands for."""
+"""Base classes of the callables installed on host modules; `original()` calls the method that was replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ChildOverride", "Override", "Binding"]
 
 
 class Binding(NamedTuple):
-    """An attribute of a module that is replaced on the instance while the model is patched."""
+    """A module attribute that is replaced on the instance while the model is patched."""
 
     owner: nn.Module
     attribute: str
@@ -21,16 +21,16 @@ class Binding(NamedTuple):
 
 
 class Override:
-    """A callable that becomes the instance attribute `attribute` of `owner`, in place of the class's own."""
+    """A callable installed as the instance attribute `attribute` of `owner`, in place of the class's method."""
 
-    names: Sequence[str]  # of its positional parameters, where it looks at what it is called with
+    names: Sequence[str]  # names of the positional parameters; set by subclasses that use `by_name`
 
     def __init__(self, owner: nn.Module, attribute: str = "forward") -> None:
         self.owner, self.attribute = owner, attribute
         self.previous = owner.__dict__.get(attribute)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run what stood there before: an earlier instance attribute, else the class's own."""
+        """Call the replaced method: an earlier instance attribute if there was one, else the class method."""
         # looked up on the class at each call: a stored bound method would unpickle as this very object
         if self.previous is not None:
             return self.previous(*args, **kwargs)
