@@ -47,7 +47,7 @@ def notes(module: nn.Module) -> list[_Note]:
 def undo(modules: Iterable[nn.Module]) -> None:
     """Remove all bindings from these modules.
 
-    A wrapper that other code put on top of a binding stays, with a warning; it calls the module's own code from then on.
+    A wrapper that other code put on top of a binding stays, with a warning; it then calls the module's own code.
     """
     for module in modules:
         for attribute, existed, previous, value in reversed(module.__dict__.pop(_NOTES, [])):

@@ -81,7 +81,7 @@ class MultiheadTap(AttentionTap):
         return out if attn.batch_first else out.transpose(0, 1), None
 
     def masked(self, given: dict[str, Any]) -> Tensor | None:
-        """Return the mask `[B, 1, 1, N]` of a call; raises `UnsupportedError` for a mask made for the unmerged tokens."""
+        """Return the mask `[B, 1, 1, N]` of a call; raises `UnsupportedError` for a mask of the unmerged tokens."""
         if any(isinstance(given.get(name), Tensor) for name in ("key_padding_mask", "attn_mask")):
             raise UnsupportedError("only self-attention without masks of its own can be merged in.")
         return None
