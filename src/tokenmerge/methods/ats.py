@@ -21,7 +21,7 @@ class ATS(Reduction):
     """Adaptive token sampling. Fayyaz et al., ECCV 2022, arXiv:2111.15667.
 
     With `p = score / sum(score)` over the N unprotected tokens, token i is drawn if `cumsum(p)` passes a quantile
-    (k - 1/2) / K at i, for k = 1 to K. A token drawn twice counts once, so an image keeps at most K tokens. All images
+    (k - 1/2) / K at i, for k = 1 to K. A token drawn twice counts once, so an image draws at most K tokens. All images
     of a batch must keep the same number and lose at most `r`, so the most important tokens not drawn fill the rest.
 
     `samples` is K / N, above 0 and at most 1: every image loses as many tokens as the image with the fewest to lose, at
