@@ -1,4 +1,4 @@
-"""What a user calls: put a reduction into a model, ask what it did, take it out again."""
+"""The public entry points: patch a model, and check whether a model is supported."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def patch(
         r: what each block removes, see `Schedule.of`: 8 tokens, a share 0.1, a list, a pair, a callable, a `Schedule`.
         prop_attn: add log(size) to the attention scores; `"auto"` (default) follows the method's paper.
         track: record `handle.groups`.
-        restore: `"dense"` hands out every token in its place wherever the model hands tokens out, `"merged"` the
-            merged ones. Without either, calls that need all tokens are refused.
+        restore: `"dense"`: every output that exposes tokens has the unmerged length and order; `"merged"`: these
+            outputs have the merged tokens. Without either, calls that return tokens raise.
         multiple_of: round what each block removes so that the tokens left are a multiple of this; some kernels are
             faster on multiples of 8.
         calibrate: a batch of unlabelled inputs for `"auto"` (64 are enough); it spends the MACs of ToMe at `r`.
@@ -113,7 +113,7 @@ def patch(
 
 
 def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, Any]) -> tuple[Calibration | None, str]:
-    """Return what "auto" found on the images, and what the report shall say of it."""
+    """Return the configuration that "auto" chose on the images, and a remark for the report."""
     if images is None:
         return None, 'tome: "auto" chooses by images, and none were given (calibrate=images)'
     found = run_trials(model, r, images, options)
@@ -129,7 +129,7 @@ def patched(
     calibrate: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Iterator[Handle]:
-    """Patch the model for the length of a `with`; takes what `patch` takes."""
+    """Patch the model inside a `with` block; takes the arguments of `patch`."""
     with patch(model, method, calibrate=calibrate, **options) as handle:
         yield handle
 

@@ -1,4 +1,4 @@
-"""One reduction as a value: compared, printed, saved and loaded."""
+"""The configuration of one reduction as a value that can be compared, printed, saved and loaded."""
 
 from __future__ import annotations
 

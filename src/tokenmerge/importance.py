@@ -1,4 +1,4 @@
-"""How much a token matters: a score per token, from what one attention saw. It decides nothing.
+"""Importance scores per token, from the tensors of one attention.
 
 Shapes: B batch, N tokens, H heads, D head width, C channels. Attention is a_ij, of query i to key j, heads apart.
 """
@@ -93,7 +93,7 @@ def page_rank(
     scale: float | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return where the mass `start` is after so many steps along the attention, `s <- A^T s`, heads apart, `[B, H, N]`.
+    """Return the mass per head, `[B, H, N]`, after repeated steps `s <- A^T s` from `start`.
 
     The importance of Zero-TPrune (Wang et al., CVPR 2024, arXiv:2305.17328). Attention that needs more than one tile is
     made again for every step.

@@ -1,1 +1,1 @@
-"""Stand in for somebody's callable and listen to it; knows no family and no method."""
+"""Replace a callable of a host module and capture its tensors; independent of model families and methods."""

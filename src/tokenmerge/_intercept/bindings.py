@@ -1,4 +1,4 @@
-"""What is bound on the modules of a model, noted on each of them: a model, or a copy of a part of it, can be undone."""
+"""Bind attributes on module instances and undo it. Notes are kept on each module, so copies can be undone too."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class _Note(NamedTuple):
 
 
 def bind(replacement: Binding) -> None:
-    """Set an attribute of a module's instance, and note on the module what was there."""
+    """Set an attribute on a module instance and note its previous value on the module."""
     owner, attribute, value = replacement
     previous = owner.__dict__.get(attribute)
     note = _Note(attribute, attribute in owner.__dict__, previous, value)
     if isinstance(value, Override) and value.owner is owner:
-        value.previous = previous  # several may be made before the first is bound
+        value.previous = previous  # several overrides may be created before the first is bound
     owner.__dict__.setdefault(_NOTES, []).append(note)
     owner.__dict__[attribute] = value
 
@@ -39,15 +39,15 @@ def is_bound(module: nn.Module) -> bool:
 
 
 def notes(module: nn.Module) -> list[_Note]:
-    """Return what is bound on this module, in the order it was."""
+    """Return the notes of all bindings on this module, in the order they were made."""
     found: list[_Note] = module.__dict__.get(_NOTES, [])
     return found
 
 
 def undo(modules: Iterable[nn.Module]) -> None:
-    """Take out of these modules what was bound on them.
+    """Remove all bindings from these modules.
 
-    What somebody else put on top stays where it is, and a warning names it: it leads to the module's own code now.
+    A wrapper that other code put on top of a binding stays, with a warning; it then calls the module's own code.
     """
     for module in modules:
         for attribute, existed, previous, value in reversed(module.__dict__.pop(_NOTES, [])):
@@ -57,12 +57,12 @@ def undo(modules: Iterable[nn.Module]) -> None:
                     _warn(module, attribute, now)
             elif existed:
                 module.__dict__[attribute] = previous
-            else:  # a parameter that was hidden by None can have been set anew
+            else:  # a parameter hidden by None may have been set again since
                 module.__dict__.pop(attribute, None)
 
 
 def _warn(module: nn.Module, attribute: str, now: Any) -> None:
-    if now is None:  # taken away by somebody else
+    if now is None:  # other code removed it
         return
     name = getattr(now, "__qualname__", None) or type(now).__qualname__
     warnings.warn(

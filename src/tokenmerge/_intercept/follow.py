@@ -1,6 +1,7 @@
-"""How what belongs to tokens by their place (rotary tables, masks) follows the tokens that are left.
+"""Gather position-dependent inputs (rotary tables, masks) for the remaining tokens.
 
-Shapes: B batch, N tokens of the input, M tokens left, D width; `kept` `[B, M]` is the place each one left stands at.
+Shapes: B batch, N input tokens, M remaining tokens, H heads, D width. `kept` `[B, M]` holds the input position of each
+remaining token.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from tokenmerge.errors import UnsupportedError
 
 __all__ = ["Follow", "add_bias", "keys_of_mask", "mask", "rows"]
 
-Follow = Callable[[Any, Tensor], Any]  # the argument as the host gave it, `kept`; what the attention gets instead
+Follow = Callable[[Any, Tensor], Any]  # (the host's argument, `kept`) -> the argument for the remaining tokens
 
 
 def rows(table: Tensor, kept: Tensor) -> Tensor:
-    """Take the rows of a table `[N, D]`, `[B or 1, N, D]` or `[B or 1, H, N, D]` at `kept`: `[B, (H,) M, D]`."""
+    """Gather rows `kept` of a table `[N, D]`, `[B or 1, N, D]` or `[B or 1, H, N, D]`; returns `[B, (H,) M, D]`."""
     if table.dim() == 2:
         return table[kept]
     B, M = kept.shape
@@ -28,7 +29,10 @@ def rows(table: Tensor, kept: Tensor) -> Tensor:
 
 
 def mask(given: Tensor, kept: Tensor) -> Tensor:
-    """Take a mask over keys, `[B or 1, N]` or `[B or 1, H or 1, 1 or N, N]`, at `kept`; raises for another shape."""
+    """Gather a key mask, `[B or 1, N]` or `[B or 1, H or 1, 1 or N, N]`, at `kept`.
+
+    Raises `UnsupportedError` for any other shape.
+    """
     B, M = kept.shape
     if given.dim() == 2:
         return given.expand(B, -1).gather(1, kept)
@@ -45,19 +49,19 @@ def mask(given: Tensor, kept: Tensor) -> Tensor:
 
 
 def keys_of_mask(given: Tensor) -> Tensor:
-    """Return which keys a mask `[B, N]` or `[B, 1, 1 or N, N]` (bool or additive) leaves to be seen, `[B, N]` bool."""
+    """Return the visible keys, `[B, N]` bool, of a bool or additive mask `[B, N]` or `[B, 1, 1 or N, N]`."""
     seen = given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
     return seen if seen.dim() == 2 else seen.any(dim=2)[:, 0]
 
 
 def add_bias(given: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # [B, ..., M], [B, M]
-    """Join a mask `[B or 1, H or 1, 1 or M, M]` (bool or additive) and a bias per key into one additive mask."""
+    """Combine a bool or additive mask `[B or 1, H or 1, 1 or M, M]` and a bias per key into one additive mask."""
     if bias is None:
         return given
     bias = bias.to(dtype)[:, None, None, :]
     if given is None:
         return bias
     if given.dtype == torch.bool:
-        # not the lowest finite number: with a bias added it would overflow to -inf in some rows and not in others
+        # -inf, not the lowest finite number: adding a bias to that overflows to -inf in some rows only
         return torch.where(given, bias, float("-inf"))
     return given.to(dtype) + bias

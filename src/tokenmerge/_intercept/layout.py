@@ -1,4 +1,4 @@
-"""Where tokens lie in what a block takes and puts out."""
+"""Layout of the tokens in a block's input and output."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 __all__ = ["PROBED", "TokenLayout", "first_of"]
 
-PROBED = 17  # tokens behind the prefix that a block is proved with: too many to be all that it looks at, and cheap
+PROBED = 17  # patch tokens of a probe: cheap, and more than a local window would cover
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where tokens lie: `prefix` protected ones in front, patches on a `grid` of rows and columns, `suffix` behind.
+    """Token layout: `prefix` protected tokens, then the patches as `grid` (rows, columns), then `suffix` protected ones.
 
-    `tokens` is how many there are in all. `tokens`, `grid` and `input_size` (without the batch; channels first for
-    images) are None where the model does not say them.
+    `tokens` is the total. `tokens`, `grid` and `input_size` (without the batch; channels first for images) are None if
+    the model does not define them.
     """
 
     prefix: int
@@ -23,7 +23,7 @@ class TokenLayout:
     tokens: int | None
     input_size: tuple[int, ...] | None  # images: channels, height, width
     batch_first: bool = True
-    has_class: bool | None = None  # the first token is a class token; None: where there is a prefix, it is
+    has_class: bool | None = None  # the first token is a class token; None: it is one if there is a prefix
     suffix: int = 0
 
     @property
@@ -38,5 +38,5 @@ class TokenLayout:
 
 
 def first_of(output: Any) -> Any:
-    """Return the tokens of what a block or an attention put out: the first entry of a tuple, else all of it."""
+    """Return the tokens of a block's or attention's output: the first entry of a tuple, else the output itself."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""The tap of `nn.MultiheadAttention`, whose own forward hides q, k and v and wants a mask of B * H * N * N entries.
+"""The tap of `nn.MultiheadAttention`, whose forward hides q, k and v and needs a mask of B * H * N * N entries.
 
 Shapes: B batch, N tokens, C channels, H heads, D head width.
 """
@@ -20,17 +20,17 @@ __all__ = ["MultiheadTap", "multihead"]
 
 
 def multihead(module: Any) -> nn.MultiheadAttention | None:
-    """Return the plain `nn.MultiheadAttention` that a module is, or the one that it wraps (LoRA does)."""
+    """Return the module if it is a plain `nn.MultiheadAttention`, or the one it wraps (as LoRA does), else None."""
     if not isinstance(module, nn.Module):
         return None
     found = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention)]
-    # a subclass with a forward of its own computes something else than the parameters say
+    # a subclass with its own forward may compute something other than plain attention
     is_plain = len(found) == 1 and type(found[0]).forward is nn.MultiheadAttention.forward
     return found[0] if is_plain else None
 
 
 class MultiheadTap(AttentionTap):
-    """Computes `nn.MultiheadAttention` from its parameters, whose layout is torch's public contract."""
+    """Computes `nn.MultiheadAttention` from its parameters; their layout is public torch API."""
 
     kind = "nn.MultiheadAttention"
 
@@ -76,12 +76,12 @@ class MultiheadTap(AttentionTap):
         mask = add_bias(self.masked(given), bias, q.dtype)
         dropout = attn.dropout if attn.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        # by its weight, as the host does: it never calls out_proj
+        # nn.MultiheadAttention uses the weights of out_proj without calling the module
         out = F.linear(out.transpose(1, 2).reshape(B, N, C), attn.out_proj.weight, attn.out_proj.bias)
         return out if attn.batch_first else out.transpose(0, 1), None
 
     def masked(self, given: dict[str, Any]) -> Tensor | None:
-        """Return the mask `[B, 1, 1, N]` of a call; raises `UnsupportedError` for one that was made for all tokens."""
+        """Return the mask `[B, 1, 1, N]` of a call; raises `UnsupportedError` for a mask of the unmerged tokens."""
         if any(isinstance(given.get(name), Tensor) for name in ("key_padding_mask", "attn_mask")):
             raise UnsupportedError("only self-attention without masks of its own can be merged in.")
         return None

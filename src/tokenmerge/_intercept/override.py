@@ -1,4 +1,4 @@
-"""What every callable that we bind on somebody else's module shares: it can still run what it stands for."""
+"""Base classes of the callables installed on host modules; `original()` calls the method that was replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ChildOverride", "Override", "Binding"]
 
 
 class Binding(NamedTuple):
-    """An attribute of a module that is replaced on the instance while the model is patched."""
+    """A module attribute that is replaced on the instance while the model is patched."""
 
     owner: nn.Module
     attribute: str
@@ -21,51 +21,51 @@ class Binding(NamedTuple):
 
 
 class Override:
-    """A callable that becomes the instance attribute `attribute` of `owner`, in place of the class's own."""
+    """A callable installed as the instance attribute `attribute` of `owner`, in place of the class's method."""
 
-    names: Sequence[str]  # of its positional parameters, where it looks at what it is called with
+    names: Sequence[str]  # names of the positional parameters; set by subclasses that use `by_name`
 
     def __init__(self, owner: nn.Module, attribute: str = "forward") -> None:
         self.owner, self.attribute = owner, attribute
         self.previous = owner.__dict__.get(attribute)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run what stood there before: an earlier instance attribute, else the class's own."""
+        """Call the replaced method: an earlier instance attribute if there was one, else the class method."""
         # looked up on the class at each call: a stored bound method would unpickle as this very object
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return getattr(type(self.owner), self.attribute)(self.owner, *args, **kwargs)
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by their names."""
-        # not by zip: the dynamo of torch 2.6 takes its strict=False for True
+        """Return all arguments of a call as a dict by name."""
+        # no zip: dynamo in torch 2.6 treats its strict=False as True
         return {**{name: args[i] for i, name in enumerate(self.names[: len(args)])}, **kwargs}
 
 
 class ChildOverride(Override):
-    """A callable bound on the child `child` of `parent`, which notices that another was put in its place.
+    """An override on the child `child` of `parent` that detects when the child is replaced.
 
-    It goes on where the other one wraps its own; `move` says what happens else.
+    It keeps working if the new child wraps the old one. Subclasses override `move` to handle other replacements.
     """
 
     def __init__(self, parent: nn.Module, child: str, attribute: str = "forward") -> None:
         super().__init__(getattr(parent, child), attribute)
         self.parent, self.child = parent, child
-        self.around: Any = None  # what stands there now, once it was seen to be right
+        self.around: Any = None  # an accepted replacement of the child
 
     def follow(self) -> None:
-        """Look at the child; raises `UnsupportedError` for another one that is not right."""
+        """Check whether the child was replaced; raises `UnsupportedError` if the new one is not accepted."""
         found = getattr(self.parent, self.child, None)
         if found is not self.owner and found is not self.around:
             self.move(found)
 
     def move(self, found: Any) -> None:
-        """Take `found` for the child from now on. Default: where it wraps the one that this is bound on."""
+        """Accept `found` as the new child. Default: only if it wraps the module that this is bound on."""
         self.check_wraps(found)
         self.around = found
 
     def check_wraps(self, found: Any) -> None:
-        """Raise `UnsupportedError` where `found` does not hold the module that this is bound on."""
+        """Raise `UnsupportedError` if `found` does not contain the module that this is bound on."""
         if not isinstance(found, nn.Module) or all(module is not self.owner for module in found.modules()):
             raise UnsupportedError(
                 f"since the model was patched, {self.child!r} of a {type(self.parent).__qualname__} was replaced: it "
@@ -74,10 +74,10 @@ class ChildOverride(Override):
             )
 
     def release(self) -> None:
-        """Take off what `move` has bound elsewhere. Default: nothing."""
+        """Remove bindings that `move` made on other modules. Default: none."""
 
     def unbind(self) -> None:
-        """Take this off the module it is bound on, if it still is."""
+        """Remove this override from its module, if it is still bound there."""
         bound = self.owner.__dict__
         if bound.get(self.attribute) is self:
             del bound[self.attribute]

@@ -1,6 +1,6 @@
-"""Attention whose scores get a bias per pair of places: the bias of the tokens left, and log(size) on top of it.
+"""Attention with a bias per pair of positions: gather it for the remaining tokens, and add log(size).
 
-Shapes: B batch, N tokens of the input, M tokens left, H heads; `kept` `[B, M]` is the place each one left stands at.
+Shapes: B batch, N tokens of the input, M remaining tokens, H heads; `kept` `[B, M]` holds their positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["PairTap", "pairs", "placed_pairs", "sample_pairs"]
 
 
 def pairs(table: Tensor, kept: Tensor) -> Tensor:
-    """Take a bias `[1, H, N, N]` or `[H, N, N]` at the places of the tokens left, `[B, H, M, M]`."""
+    """Gather a bias `[1, H, N, N]` or `[H, N, N]` at the remaining tokens' positions; returns `[B, H, M, M]`."""
     B, M = kept.shape
     N = table.shape[-1]
     index = kept[:, :, None] * N + kept[:, None, :]  # [B, M, M]
@@ -67,7 +67,7 @@ class PairTap(SeamTap):
 
 
 class _Pairs(ChildOverride):
-    """A method that returns the bias of all pairs of places: while a tap is at work, that of the tokens left."""
+    """Override of a method that returns the bias of all pairs; during a tap's call, only that of remaining tokens."""
 
     def __init__(self, parent: nn.Module, child: str, method: str, pair: Slot) -> None:
         super().__init__(parent, child, method)
@@ -82,7 +82,7 @@ class _Pairs(ChildOverride):
 
 
 def placed_pairs(block: nn.Module, table: str | None, method: str, places: Tensor) -> list[Binding]:
-    """Return what makes an unpatched attention take token n for one that stands at `places` `[B, N]`."""
+    """Return bindings that make an unpatched attention treat token n as being at position `places[:, n]`."""
     if table is None:
         return []
     pair = Slot()
@@ -95,5 +95,5 @@ def placed_pairs(block: nn.Module, table: str | None, method: str, places: Tenso
 
 
 def sample_pairs(heads: int, n: int, like: Tensor) -> Tensor:
-    """Return a bias `[1, H, n, n]` to probe an attention with: any numbers, but not random ones."""
+    """Return a fixed, non-random bias `[1, H, n, n]` for probing an attention."""
     return torch.arange(heads * n * n, device=like.device).view(1, heads, n, n).sin().to(like.dtype)

@@ -1,4 +1,4 @@
-"""Pooling that counts a merged token as the tokens it stands for.
+"""Pooling that weights each token by its size.
 
 Shapes: B batch, M tokens out, C channels.
 """
@@ -31,7 +31,7 @@ def weigh(x: Tensor, size: Tensor | None, start: int) -> Tensor:  # [B, M, C], [
 
 
 class OutputMean(Override):
-    """A module whose output the host averages over the tokens from `start` on."""
+    """Override of a module whose output the host averages over the tokens from `start` on."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes, start: int, batch_first: bool = True) -> None:
         super().__init__(owner)
@@ -46,7 +46,7 @@ class OutputMean(Override):
 
 
 class InputMean(Override):
-    """timm's `pool(x, pool_type)`: weighs what goes into its mean, leaves its other kinds alone."""
+    """Override of timm's `pool(x, pool_type)`: weights the mean by size; other pool types are unchanged."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
         super().__init__(owner, "pool")
@@ -62,7 +62,7 @@ class InputMean(Override):
 
 
 class HeadMean(Override):
-    """timm's `forward_head(x, ...)`: where `global_pool` is "avg", its mean weighs."""
+    """Override of timm's `forward_head(x, ...)`: weights the mean by size if `global_pool` is "avg"."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
         super().__init__(owner, "forward_head")
@@ -75,7 +75,7 @@ class HeadMean(Override):
 
 
 def _first(model: Any) -> int:
-    """Return the first token that timm averages."""
+    """Return the index of the first token that timm averages."""
     return 0 if getattr(model, "pool_include_prefix", False) else int(model.num_prefix_tokens)
 
 
@@ -101,7 +101,7 @@ class PoolGuard(Override):
 
 
 class BiasedPool(Override):
-    """An attention pool that takes `attn_mask`: log-size is added to its scores."""
+    """Override of an attention pool that takes `attn_mask`: adds log(size) to its scores."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes, start: int) -> None:
         super().__init__(owner)

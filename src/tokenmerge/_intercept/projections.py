@@ -1,4 +1,4 @@
-"""Taps between an attention and its own projections: where it takes no mask, and where it passes its `qkv` by.
+"""Taps for attentions that take no mask, and for attentions that use the weight of `qkv` without calling it.
 
 Shapes: B batch, N tokens, H heads, D head width.
 """
@@ -23,7 +23,7 @@ __all__ = ["ProjectionTap", "listen_with_biases"]
 
 
 class ProjectionTap(AttentionTap):
-    """Runs softmax attention between an attention's own children, where its forward would take no bias.
+    """Computes softmax attention from an attention's own children, for attentions whose forward takes no bias.
 
     `qkv` names one projection that gives all three, or three of them; `before` and `after` are called in their order,
     `drop` is the dropout of the weights: a module, a number, or None, `softmax` the module that makes the weights.
@@ -80,7 +80,7 @@ class ProjectionTap(AttentionTap):
 
 
 class _Computed(Attending):
-    """Notes how the attention's own forward returns its tokens: alone, or as the first of a tuple."""
+    """Notes the output format of the attention's own forward: a tensor, or a tuple that starts with the tokens."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         is_own = not self.tap.turn.peek()
@@ -91,7 +91,7 @@ class _Computed(Attending):
 
 
 def _is_watched(module: Any) -> bool:
-    """Say whether hooks see the calls of a module, or the gradients that go through it."""
+    """Return whether a module has forward or backward hooks."""
     hooks = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks, everywhere._global_backward_hooks]
     if not isinstance(module, nn.Module):
         return False
@@ -122,7 +122,7 @@ class _Unbiased(Attending):
 
 
 class _WithoutBias:
-    """All that an attention has, but its q_bias."""
+    """A view of an attention with all its attributes except q_bias."""
 
     q_bias = None
 

@@ -1,6 +1,6 @@
-"""Prove on random tokens that a block does what its adapter says, and leave no trace of it in the model.
+"""Verify on random tokens that a block matches its adapter's description, without changing the model.
 
-Shapes: B batch, N tokens, C channels; `kept` `[B, N]` is the place each token stands at.
+Shapes: B batch, N tokens, C channels; `kept` `[B, N]` holds each token's position.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Counted = Callable[[Tensor, "Tensor | None", "Tensor | None", dict[str, Any]], T
 
 
 class Parity(NamedTuple):
-    """What was proved of a block."""
+    """The result of verifying a block."""
 
     difference: float  # largest, of the composition from the block's own forward; NaN: nothing was computed
     counts: bool  # a token of size n is attended to as n tokens
 
 
 class Probe(NamedTuple):
-    """How a block is proved: with how many tokens, and what else it is called with."""
+    """The input of a verification: the number of tokens and the block's extra arguments."""
 
     tokens: int
     given: dict[str, Any]
@@ -49,7 +49,7 @@ class Probe(NamedTuple):
 
 
 def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, counted: Counted | None) -> Parity:
-    """Compare a block with its description on random tokens, nothing merged, in eval and train mode.
+    """Compare a block with its description on random tokens, without merging, in eval and train mode.
 
     `counted(x, size, kept, given)` runs the description on tokens `[B, N, C]` that count `size` `[B, N]` times (None:
     once) at their places `kept`; without it neither is proved. Raises `UnsupportedModelError` where the block cannot be
@@ -95,7 +95,7 @@ class _Pair:
             out = self.original(tokens, **self.probe.given)
         except TokenMergeError:
             raise
-        except Exception as error:  # whatever somebody's block raises
+        except Exception as error:  # an unknown block may raise anything
             raise UnsupportedModelError(
                 f"{label} cannot be run on random tokens {list(tokens.shape)}, with which it should be proved: "
                 f"{type(error).__name__}: {error}. Tokens can be merged in blocks that take one sequence of any length."
@@ -115,7 +115,7 @@ class _Pair:
 
 
 def token_width(block: nn.Module) -> int:
-    """Return the channels of the tokens that a block takes."""
+    """Return the number of channels of a block's tokens."""
     return int(_parameters(block)[0].shape[-1])  # norm weight [C] or projection [3C, C]
 
 
@@ -128,7 +128,7 @@ def _parameters(block: nn.Module) -> list[nn.Parameter]:
 def called_children(
     block: nn.Module, attn: nn.Module, sample: tuple[int, dict[str, Any]], layout: TokenLayout
 ) -> set[str]:
-    """Return which children of an attention put out one row per token when the block runs its own forward."""
+    """Return the children of an attention that return one row per token when the block runs its own forward."""
     found = _parameters(block)
     called: set[str] = set()
     n, given = sample
@@ -206,7 +206,7 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
 
 
 def _put_back(now: Any, before: Any) -> None:
-    """Give a container the content it had, and leave it alone where it has it still."""
+    """Restore a container's content, if it changed."""
     is_same = len(now) == len(before) and all(map(operator.is_, now, before))
     if is_same and (not isinstance(now, dict) or all(map(operator.is_, now.values(), before.values()))):
         return
@@ -235,7 +235,7 @@ def _shake(block: nn.Module) -> None:
 
 def _is_constant(p: Tensor) -> bool:
     flat = p.detach().reshape(-1)
-    # most are told by their first numbers
+    # the first values decide for most parameters
     return flat.numel() > 0 and all(bool((part == flat[0]).all()) for part in (flat[:16], flat))
 
 
@@ -246,7 +246,7 @@ def _drawn(p: Tensor) -> Tensor:
 
 
 def _described(run: Run, label: str) -> Any:
-    """Return what the description of the block gives."""
+    """Return the output of the block's description."""
     try:
         return run()
     except TokenMergeError:
@@ -294,7 +294,7 @@ def _check_tokens(pair: _Pair, counted: Run, x: Tensor, worst: float) -> Parity:
         repeated = pair.own_tokens(many[:, order])[:, back]
     try:
         weighed = counted(x, size, None, probe.given)
-    except Exception:  # an attention that takes no such mask may raise anything
+    except Exception:  # an attention that does not support this mask may raise anything
         weighed = None
     if weighed is not None and _agree(weighed, repeated, partial(counted, x, None, None, probe.given)):
         return Parity(worst, True)

@@ -1,4 +1,4 @@
-"""Ways to see an attention's queries, keys and values, and to add a bias to its scores.
+"""Attention taps: capture an attention's q, k and v, and add a bias to its scores.
 
 Shapes: B batch, N tokens, C channels, H heads, D head width.
 """
@@ -21,7 +21,7 @@ __all__ = ["AttentionTap", "Attending", "Listener", "SeamTap", "Slot"]
 
 Captured = dict[str, Tensor]
 
-# how attentions spell what comes out as q, k, v: normalised, projected one by one, projected at once
+# names of the children whose outputs are q, k, v: norms, separate projections, fused projections
 _WORDS = {"q": "query", "k": "key", "v": "value"}
 _NORMS = ("{0}_norm", "ln_{0}", "norm_{0}")
 _PROJECTIONS = ("{0}_proj", "{1}", "to_{0}", "{0}")
@@ -30,14 +30,14 @@ _HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
 
 
 class Slot:
-    """Holds what one thread captured between attention and merging; a plain dict while a tracer is at work."""
+    """Per-thread storage of captured values between attention and merging; a plain dict during tracing."""
 
     def __init__(self) -> None:
         self._local = threading.local()
         self._traced: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
-        """Copies and pickles start empty."""
+        """Make copies and pickles start empty."""
         return Slot, ()
 
     def put(self, captured: dict[str, Any]) -> None:
@@ -45,10 +45,10 @@ class Slot:
             self._local.captured = {**self.peek(), **captured}
         elif is_tracing():
             self._traced = {**self._traced, **captured}
-        # of a block that is compiled by itself, what merges runs outside of the graph: here nobody would take it
+        # if blocks are compiled one by one, merging runs outside the graph and nothing is stored here
 
     def peek(self) -> dict[str, Any]:
-        """Return what is held, and keep it."""
+        """Return the stored values without removing them."""
         if is_compiling():
             return self._traced if is_tracing() else {}
         held: dict[str, Any] = getattr(self._local, "captured", {})
@@ -64,35 +64,35 @@ class Slot:
 
 
 class AttentionTap:
-    """Has a block's attention run with a bias, inside its own call, and hands over what it saw.
+    """Runs a block's attention with a bias added to its scores, and captures q, k and v.
 
-    The attention is looked up in the block at each call, since people wrap and replace it. `attn` is the one that was
-    there when the model was patched: it has to run in that call, whatever is around it by then.
+    The attention is looked up in the block at each call, since it may be wrapped or replaced. `attn` is the attention
+    at patch time: it must run inside that call, also if something wraps it.
     """
 
     kind = ""
     takes_bias = True
     where = "a block"  # the block's name in the model, for errors
-    is_proved = False  # whether the attention has been seen to run
-    rest: tuple[None, ...] | None = None  # what the attention returns behind its tokens; None: no tuple, or not known
+    is_proved = False  # whether a probe has verified the tap
+    rest: tuple[None, ...] | None = None  # what the attention returns after its tokens; None: no tuple, or not known
 
     def __init__(self, block: nn.Module, path: str) -> None:
         self.block, self.path = block, path
         self.parts = tuple(filter(None, path.split(".")))
         self.attn: Any = self.found()
         self.slot, self.turn = Slot(), Slot()
-        self.needs: tuple[str, ...] = ()  # what must have been seen when the attention has run
+        self.needs: tuple[str, ...] = ()  # names that must have been captured when the attention has run
         self.following: list[ChildOverride] = []
 
     def placed(self, places: Tensor) -> list[Binding]:
-        """Return what makes the unpatched attention take token n for one that stands at `places` `[B, N]`.
+        """Return bindings that make the unpatched attention treat token n as being at position `places[:, n]`.
 
-        Default: nothing, for an attention that knows no places, or is told them by an argument of its block.
+        Default: none, for an attention without positions, or one that gets them as an argument of its block.
         """
         return []
 
     def found(self) -> Any:
-        """Return what stands where the attention was when the model was patched."""
+        """Return the module now at the attention's path in the block."""
         module: Any = self.block
         for part in self.parts:
             module = getattr(module, part)
@@ -101,9 +101,9 @@ class AttentionTap:
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         """Run the attention on the tokens `[B, N, C]` with a bias per key `[B, N]`; returns `[B, N, C]`.
 
-        `kept` `[B, N]` holds the places of these tokens among those of the input, None while all are there; `given`
-        what the block was called with besides, for the tokens that are left. Raises `UnsupportedError` where the
-        attention that was there when the model was patched does not run.
+        `kept` `[B, N]` holds the input positions of these tokens, None if none was removed. `given` holds the block's
+        extra arguments for the remaining tokens. Raises `UnsupportedError` if the attention found at patch time does
+        not run.
         """
         self.expect(bias, kept)
         try:
@@ -116,18 +116,18 @@ class AttentionTap:
         return tokens
 
     def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
-        """Call the attention, or what is around it, as its block does."""
+        """Call the attention, or its wrapper, as its block does."""
         return attention(x, **given)
 
     def expect(self, bias: Tensor | None, kept: Tensor | None) -> None:
-        """Let the calls of the attention in this thread have the bias, until `check`: a wrapper may call it twice."""
+        """Add the bias in all attention calls of this thread until `check`; a wrapper may call the attention twice."""
         for bound in self.following:
             bound.follow()
         self.turn.take()
         self.turn.put({"bias": bias, "kept": kept})
 
     def check(self) -> None:
-        """Raise `UnsupportedError` where the call that was expected did not come, or showed less than is needed."""
+        """Raise `UnsupportedError` if the expected call did not happen, or did not capture all of `needs`."""
         seen = self.slot.peek()
         missing = [name for name in self.needs if name not in seen]
         if not missing and self.turn.take().get("has_run"):
@@ -150,40 +150,40 @@ class AttentionTap:
         )
 
     def settle(self, where: str) -> None:
-        """Note the block's name, and that the attention was seen to do what is expected of it."""
+        """Note the block's name, and that the tap is verified."""
         self.where, self.is_proved = where, True
 
     def forget(self) -> None:
-        """Drop what was expected and seen in this thread: after an error."""
+        """Drop this thread's expected call and captured values, after an error."""
         self.turn.take()
         self.slot.take()
 
     def attend(
         self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """Stand in for one call of the attention: the host's arguments, its kind of output, and a bias.
+        """Replace one call of the attention, with the host's arguments and output format, adding the bias.
 
         `run` is the attention's own forward.
         """
         return run(*args, **kwargs)
 
     def take(self) -> Captured:
-        """Return `q`, `k`, `v` (those seen, `[B, H, N, D]`) of the last call in this thread, and forget them."""
+        """Return and forget the captured `q`, `k`, `v` (`[B, H, N, D]`) of the last call in this thread."""
         return self.slot.take()
 
     def seams(self, needs: frozenset[str]) -> list[Binding]:
-        """Return what is bound while the model is patched, so that those are seen."""
+        """Return the bindings that capture the tensors named in `needs`."""
         self.needs = tuple(sorted(needs))
         return [Binding(self.attn, "forward", Attending(self.attn, self))]
 
     def release(self) -> None:
-        """Take off what moved to another module than the one it was bound on."""
+        """Remove listeners that moved to a replacement module."""
         for bound in self.following:
             bound.release()
 
 
 class Attending(Override):
-    """The instance `forward` of an attention: stood in for where its tap expects the call, else as it always was."""
+    """Override of an attention's `forward`: calls `tap.attend` if the tap expects the call, else the original."""
 
     def __init__(self, attn: nn.Module, tap: AttentionTap) -> None:
         super().__init__(attn)
@@ -201,9 +201,9 @@ class Attending(Override):
 
 
 class Listener(ChildOverride):
-    """The instance `forward` of a child whose output is captured: calls the class's own and keeps the result.
+    """Override of a child's `forward` that captures the output.
 
-    The output is one of q, k, v as `[B, H, N, D]`, one as `[B, N, H * D]`, or all three as `[B, N, 3 * H * D]`.
+    The output is one of q, k, v as `[B, H, N, D]` or `[B, N, H * D]`, or all three as `[B, N, 3 * H * D]`.
     """
 
     names: tuple[str, ...]
@@ -213,7 +213,7 @@ class Listener(ChildOverride):
     ) -> None:
         super().__init__(parent, child)
         self.slot, self.names, self.heads, self.parts = slot, names, heads, parts
-        self.moved: Listener | None = None  # bound on what stands in the child's place now
+        self.moved: Listener | None = None  # the listener bound on the child's replacement
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.original(x, *args, **kwargs)
@@ -235,7 +235,7 @@ class Listener(ChildOverride):
                 "since the model was patched: run it once without compiling, or patch it again."
             )
         self.release()
-        # where it wraps the old child, both listen, and the outer one has the last word
+        # if it wraps the old child, both listeners capture and the outer one's result is used
         self.moved = Listener(self.parent, self.child, self.slot, self.names, self.heads, self.parts)
         found.__dict__["forward"] = self.moved
         self.around = found
@@ -247,9 +247,9 @@ class Listener(ChildOverride):
 
 
 class SeamTap(AttentionTap):
-    """Listens on children of the attention: `q_norm` and `k_norm` where they exist, else its projections.
+    """Captures from children of the attention: `q_norm` and `k_norm` if they exist, else the projections.
 
-    The bias goes in as the `attn_mask` keyword, where the attention has one.
+    The bias is passed as `attn_mask`, if the attention has this argument.
     """
 
     kind = "seam"
@@ -257,7 +257,7 @@ class SeamTap(AttentionTap):
     def __init__(self, block: nn.Module, path: str) -> None:
         super().__init__(block, path)
         self.takes_bias = "attn_mask" in inspect.signature(type(self.attn).forward).parameters
-        self.unused: frozenset[str] = frozenset()  # children that are known not to give what their names say
+        self.unused: frozenset[str] = frozenset()  # children that the attention does not call, despite their names
 
     def attend(
         self, run: Callable[..., Any], bias: Tensor | None, kept: Tensor | None, args: tuple[Any, ...], kwargs: Any
@@ -273,7 +273,7 @@ class SeamTap(AttentionTap):
         return bound + [Binding(listener.owner, "forward", listener) for listener in self.following]
 
     def listeners(self, needs: frozenset[str]) -> list[ChildOverride]:
-        """Return what listens for those of q, k and v; raises `UnsupportedError` where nothing can be listened to."""
+        """Return the listeners for the needed q, k, v; raises `UnsupportedError` if no child provides one of them."""
         found: list[ChildOverride] = []
         fused = []
         heads = next((n for n in (getattr(self.attn, name, None) for name in _HEADS) if isinstance(n, int)), 0)
@@ -297,7 +297,7 @@ class SeamTap(AttentionTap):
         return found
 
     def children(self) -> list[str]:
-        """Return the names of those children that q, k and v could be listened for on."""
+        """Return the names of all children that could provide q, k or v."""
         spellings = (s.format(name, word) for name, word in _WORDS.items() for s in (*_NORMS, *_PROJECTIONS))
         return [name for name in dict.fromkeys((*spellings, *_FUSED)) if self._child(name)]
 

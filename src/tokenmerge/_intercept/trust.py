@@ -1,4 +1,4 @@
-"""Tell a host's own code from somebody else's: only of the former it is known what becomes of the tokens."""
+"""Tell a host's own code from user code: only the host's own handling of tokens is known."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["insides", "is_of", "leads_to_ours", "methods_of", "mixing", "strange
 
 Method = tuple[nn.Module, str]  # a module, the name of one of its methods
 
-# they wrap a forward (compiled, autocast, hooked) and hand its answer on
+# these packages wrap a forward (compiled, autocast, hooked) and return its result unchanged
 _WRAPPERS = ("torch", "accelerate")
 
 
 def methods_of(model: nn.Module, paths: Iterable[str]) -> list[Method]:
-    """Return the methods at these dotted paths that the model has, e.g. `encoder.forward`."""
+    """Return the methods at these dotted paths, e.g. `encoder.forward`; paths the model lacks are skipped."""
     found: list[Method] = []
     for path in paths:
         part, _, name = path.rpartition(".")
@@ -33,21 +33,21 @@ def methods_of(model: nn.Module, paths: Iterable[str]) -> list[Method]:
 
 
 def is_of(module: nn.Module, package: str) -> bool:
-    """Say whether the module's class is one of this package, or is made from one."""
+    """Return whether the module's class is defined in this package, or inherits from one that is."""
     return bool(package) and any(cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
 
 
-# of torch: what such a module puts out for a token depends on the others
+# torch modules whose output for one token depends on the other tokens
 _MIXING = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.RNNBase, nn.Conv1d)
 
 
 def insides(methods: Iterable[Method]) -> list[Method]:
-    """Return the forwards of all modules inside those whose forward is named, and the other methods as they are."""
+    """Replace each `forward` by the forwards of the module and all its submodules; keep other methods as they are."""
     return [(inner, name) for owner, name in methods for inner in (owner.modules() if name == "forward" else (owner,))]
 
 
 def stranger(methods: Iterable[Method], package: str) -> str | None:
-    """Name the first method that the package does not define: overridden in a subclass, or set on class or instance."""
+    """Describe the first method not defined by the package (overridden in a subclass, or set on class or instance)."""
     for owner, name in methods:
         if not _is_defined_by(_behind(owner, name), (package, *_WRAPPERS)):
             possessive = f"{package}'" if package.endswith("s") else f"{package}'s"
@@ -56,7 +56,7 @@ def stranger(methods: Iterable[Method], package: str) -> str | None:
 
 
 def mixing(methods: Iterable[Method]) -> str | None:
-    """Name the first module whose answer for one token depends on the others, not weighed by their sizes."""
+    """Describe the first module that mixes tokens without weighting them by size; None if there is none."""
     for owner, name in methods:
         if name == "forward" and isinstance(owner, _MIXING):
             return f"a {type(owner).__qualname__} behind the blocks looks at all of its tokens"
@@ -64,7 +64,7 @@ def mixing(methods: Iterable[Method]) -> str | None:
 
 
 def _behind(owner: nn.Module, name: str) -> Any:
-    """Return what runs when nothing of ours is bound."""
+    """Return the callable that runs when none of our overrides is bound."""
     bound = owner.__dict__.get(name)
     while isinstance(bound, Override):
         bound = bound.previous
@@ -78,7 +78,7 @@ def plain_function(function: Any) -> Any:
 
 
 def leads_to_ours(function: Any) -> bool:
-    """Say whether what stands on an instance is ours, or wraps it."""
+    """Return whether an instance attribute is one of our overrides, or wraps one."""
     while function is not None and not isinstance(plain_function(function), Override):
         function = getattr(function, "__wrapped__", None)
     return function is not None
@@ -87,9 +87,9 @@ def leads_to_ours(function: Any) -> bool:
 def _is_defined_by(function: Any, packages: tuple[str, ...]) -> bool:
     while function is not None:
         plain = plain_function(function)
-        if isinstance(plain, Override):  # what stood there when it was bound was looked at then
+        if isinstance(plain, Override):  # the method it replaced was checked when it was bound
             return True
-        # not __module__, which functools.wraps copies from what is wrapped
+        # not __module__: functools.wraps copies it from the wrapped function
         written_in = getattr(plain, "__globals__", {}).get("__name__") or type(plain).__module__
         if not str(written_in).startswith(tuple(f"{package}." for package in packages)):
             return False

@@ -1,1 +1,1 @@
-"""What runs inside a patched model."""
+"""Code that runs inside a patched model."""

@@ -1,4 +1,4 @@
-"""Bind what runs inside a model, prove it, and take it out again."""
+"""Install the runners on a model, verify them, and undo."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from tokenmerge.methods.base import ModelShape, Reduction
 
 __all__ = ["MODULES", "Bindings", "attach", "is_copied_part"]
 
-MODULES = "tokenmerge_modules"  # the child of a patched model that holds what a method has learned
-# packages whose blocks are described by their class; of torch's own only the encoder's layer is a block
+MODULES = "tokenmerge_modules"  # the child of a patched model that holds a method's learned modules
+# packages whose blocks are described by class; in torch only the encoder layer is a block
 _HOSTS = ("timm.", "transformers.", "torchvision.", "open_clip.", "vit_pytorch.", "torch.nn.modules.transformer")
 _DOUBT = (
     "proportional attention is on, as for MAE models trained with merging; an off-the-shelf MAE checkpoint is better "
@@ -53,14 +53,14 @@ _RUNNERS: dict[type, type[ResidualRunner]] = {
 
 
 class Bindings:
-    """All that was bound to one model; undoing it leaves no attribute behind."""
+    """All bindings on one model; `undo` removes every attribute they set."""
 
     def __init__(self, limits: list[str], state: ForwardState) -> None:
         self.limits, self.state = limits, state
         self.runners: list[ResidualRunner] = []
         self.parity = 0.0
-        self._learning: nn.Module | None = None  # the model that holds what is learned
-        self._owners: list[nn.Module] = []  # also those that somebody takes out of the model later
+        self._learning: nn.Module | None = None  # the model that holds the learned modules
+        self._owners: list[nn.Module] = []  # kept here, since the user may take modules out of the model later
 
     def bind(self, *replacements: Binding) -> None:
         for replacement in replacements:
@@ -69,7 +69,7 @@ class Bindings:
                 self._owners.append(replacement.owner)
 
     def learn(self, model: nn.Module, modules: nn.ModuleDict | None) -> None:
-        """Put what is learned into the model, where it moves, trains and is saved, and give it to its layers."""
+        """Add the learned modules to the model, so that they move, train and save with it; give each runner its own."""
         if modules is None:
             return
         _check_unwrapped(model)
@@ -86,7 +86,7 @@ class Bindings:
         if self._learning is not None:
             del self._learning._modules[MODULES]
             self._learning = None
-        self.state.is_removed = True  # somebody may hold what was bound, and put it back
+        self.state.is_removed = True  # other code may hold a runner and bind it again
         undo(reversed(self._owners))
         self._owners.clear()
 
@@ -100,14 +100,14 @@ def attach(
     prop_attn: bool | str,
     restore: str | None,
 ) -> Bindings:
-    """Bind one runner per block and the adapter's pooling, and prove them; on any error the model is as before.
+    """Bind one runner per block and the adapter's overrides, and verify them. On any error the model is restored.
 
-    Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not do what the adapter says),
-    `UnsupportedError` (proportional attention was demanded, and this attention takes no bias) or `AlreadyPatchedError`.
+    Raises `UnsupportedModelError`, `AdapterMismatchError` (a block or tap does not match its adapter),
+    `UnsupportedError` (e.g. `prop_attn=True` for an attention that takes no bias) or `AlreadyPatchedError`.
     """
     _check_loaded(model)
     blocks = _free_blocks(model, adapter)
-    # before the taps: it refuses blocks that are made in another way
+    # before the taps, since it rejects blocks of another structure
     specs = _specs(adapter, blocks)
     taps = [adapter.tap(block) for _, block in blocks]
     _check_needs(method, model, layout, specs)
@@ -134,7 +134,7 @@ def attach(
         for runner in runners:
             attachment.bind(Binding(runner.block, "forward", runner))
         _bind_outputs(attachment, model, adapter, around, restore)
-        # behind the trial, which cuts images of its own
+        # after the trial in _bind_outputs, which runs the patch embedding on its own images
         if around.cutter is not None and "places" in method.requires and layout.grid:
             grids = runners[0].grids = Grids()
             attachment.bind(Binding(around.cutter, "forward", Listener(adapter, around.cutter, grids)))
@@ -148,7 +148,7 @@ def attach(
 
 
 def _check_loaded(model: nn.Module) -> None:
-    """Refuse weights that are not all there to be proved: sharded ones, and those brought in at each call."""
+    """Reject weights that cannot be verified: sharded ones, and offloaded ones that are loaded at each call."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
         if fsdp and isinstance(module, fsdp.FSDPModule):
@@ -167,10 +167,10 @@ def _check_loaded(model: nn.Module) -> None:
 
 
 def _check_unwrapped(model: nn.Module) -> None:
-    """Refuse to add what is learned behind the back of a wrapper, which would leave its gradients out of the sums."""
+    """Reject adding learned modules to a model already in DDP, which would not reduce their gradients."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    gc.collect()  # a wrapper that nobody holds is none
+    gc.collect()  # drop unreferenced wrappers
     wrappers = (thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel))
     if any(inner is model for wrapper in wrappers for inner in wrapper.modules()):
         raise UnsupportedError(
@@ -213,7 +213,7 @@ def _shape(layout: TokenLayout, state: ForwardState, blocks: list[tuple[str, nn.
 def _bind_outputs(
     attachment: Bindings, model: nn.Module, adapter: Adapter, around: Surroundings, restore: str | None
 ) -> None:
-    """Bind what makes everything behind the blocks right: tokens put back, or pooling that weighs, and guards."""
+    """Make the code after the blocks correct: decide where tokens are restored, bind weighted pooling and refusals."""
     state, runner = attachment.state, attachment.runners[-1]
     state.hands_out_merged = restore == "merged"
     state.restore, reason = decide(around, runner.layout, runner.rest, restore)
@@ -241,7 +241,7 @@ def _check_shared(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None
 
 
 def is_copied_part(module: nn.Module) -> bool:
-    """Say whether a module was copied out of a patched model, which merges by itself since."""
+    """Return whether a module is a copy of a part of a patched model."""
     bound = (note.value for inner in module.modules() for note in notes(inner))
     states = [value.state for value in bound if isinstance(value, ResidualRunner)]
     return bool(states) and states[0].model is None
@@ -264,7 +264,7 @@ def _check_children(block: nn.Module, layer: int, spec: Spec) -> None:
 
 
 def _check_forward(block: nn.Module, name: str) -> None:
-    """Refuse to re-compose a block of a host's class with a forward of somebody else: what that adds can be hidden."""
+    """Reject subclasses of a host block with their own forward: recomposing them could drop what the forward adds."""
     own = [(cls.__module__, cls.__qualname__) for cls in type(block).__mro__ if cls.__module__.startswith(_HOSTS)]
     module = str(getattr(type(block).forward, "__module__", ""))
     if own and module.partition(".")[0] != own[0][0].partition(".")[0]:
@@ -279,9 +279,9 @@ def _check_forward(block: nn.Module, name: str) -> None:
 def _seeing(
     method: Reduction, adapter: Adapter, model: nn.Module, taps: list[AttentionTap], layout: TokenLayout
 ) -> tuple[Reduction, list[str]]:
-    """Return the method, made to match by features where the adapter allows it and the attention shows no keys.
+    """Return the method and remarks; the metric falls back to features if the adapter allows it and keys are hidden.
 
-    Where nothing but its names is known of a block, children that its attention does not call are no projections.
+    For these adapters, children that the attention does not call are not used as projections.
     """
     if not adapter.host.may_match_features:
         return method, []
@@ -302,7 +302,7 @@ def _seeing(
 
 
 def _check_needs(method: Reduction, model: nn.Module, layout: TokenLayout, specs: list[Spec]) -> None:
-    """Refuse a method that needs what this model does not have."""
+    """Reject a method whose requirements this model does not meet."""
     if "class" in method.requires and not layout.leads_with_class:
         other = ' (for example score="received")' if hasattr(method, "score") else ""
         raise UnsupportedError(
@@ -324,7 +324,7 @@ def _check_needs(method: Reduction, model: nn.Module, layout: TokenLayout, specs
 def _proportional(
     around: Surroundings, taps: list[AttentionTap], prop_attn: bool | str, method: Reduction
 ) -> tuple[bool, list[str]]:
-    """Decide on proportional attention; returns it and what the report should say."""
+    """Decide whether to use proportional attention; returns the decision and remarks for the report."""
     can = all(tap.takes_bias for tap in taps)
     if prop_attn is True and not can:
         raise UnsupportedError(
@@ -343,7 +343,7 @@ def _proportional(
 
 
 def _specs(adapter: Adapter, blocks: list[tuple[str, nn.Module]]) -> list[Spec]:
-    """Return how each block is made; raises for one that is not made so."""
+    """Return the spec of each block; raises `AdapterMismatchError` for a block that does not match its spec."""
     specs = [adapter.spec(block) for _, block in blocks]
     for layer, ((name, block), spec) in enumerate(zip(blocks, specs, strict=True)):
         _check_children(block, layer, spec)
@@ -353,7 +353,7 @@ def _specs(adapter: Adapter, blocks: list[tuple[str, nn.Module]]) -> list[Spec]:
 
 
 def _settle(attachment: Bindings, proved: Parity, blocks: list[tuple[str, nn.Module]], prop_attn: bool | str) -> None:
-    """Go by what was proved."""
+    """Apply the results of the verification: record parity, and turn off proportional attention if it had no effect."""
     runners = attachment.runners
     attachment.parity = proved.difference
     if math.isnan(proved.difference):
@@ -367,7 +367,7 @@ def _settle(attachment: Bindings, proved: Parity, blocks: list[tuple[str, nn.Mod
 
 
 def _uncounted(tap: AttentionTap, prop_attn: bool | str) -> str:
-    """Return what the report says of an attention in which a token of size n does not count as n tokens."""
+    """Return the remark on an attention that ignores token sizes; raises `UnsupportedError` if `prop_attn` is True."""
     what = (
         f"log(size) added to the mask of this attention ({type(tap.attn).__qualname__}) does not make a token count as "
         "the tokens it stands for: it may read masks as true and false, multiply by them, or take another shape"
@@ -380,7 +380,7 @@ def _uncounted(tap: AttentionTap, prop_attn: bool | str) -> str:
 def _prove(
     model: nn.Module, adapter: Adapter, blocks: list[tuple[str, nn.Module]], runners: list[ResidualRunner]
 ) -> Parity:
-    """Probe one block of each make; returns the largest difference, and whether tokens count by size in all of them."""
+    """Probe one block of each structure; returns the largest difference and whether all count tokens by size."""
     found: list[Parity] = []
     seen: dict[Any, ResidualRunner] = {}
     for (name, block), runner in zip(blocks, runners, strict=True):
@@ -395,6 +395,6 @@ def _prove(
         probe = Probe(tokens, given, runner.layout, label, has_places)
         counted = None if isinstance(runner, LocalRunner) else runner.counted
         found.append(check_parity(block, runner.probe, runner.parity, probe, counted))
-    # NaN, where nothing could be computed, is not to get lost
+    # NaN (nothing could be computed) must win over numbers
     worst = max((parity.difference for parity in found), key=lambda value: (math.isnan(value), value))
     return Parity(worst, all(parity.counts for parity in found))

@@ -1,4 +1,4 @@
-"""The record of one forward: what is known of the tokens that enter each layer."""
+"""Per-forward state: sizes, positions and assignments of the tokens that enter each layer."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ __all__ = ["Call", "Frame", "Known", "Own"]
 
 
 class Frame:
-    """The record of one forward: entry i of a list is of the tokens that enter layer i, the last one of what is left.
+    """State of one forward. Entry i of each list describes the tokens that enter layer i, the last entry the output.
 
-    Layers read and never consume, so a layer that runs twice (gradient checkpointing) sees the same again. `last` is
-    the newest entry: where a layer is left out, the next one goes on from there.
+    Layers read entries and never remove them, so a layer that runs twice (gradient checkpointing) sees the same values.
+    `last` is the newest entry: if a layer is skipped, the next one continues from there.
     """
 
     def __init__(self, depth: int, restore: str = "", trace: int = 0) -> None:
         self.depth = depth
         self.size: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i]; None while all sizes are 1
         self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept while tracking or restoring
-        self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] places in the input; None while all are there
+        self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] input positions; None until tokens are removed
         self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
-        # tokens before and after merging in a window, where they are merged for the attention only
+        # tokens of a window before and after merging, for blocks that merge inside the attention only
         self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
-        self.restored = [False] * (depth + 1)  # every input token was handed out
+        self.restored = [False] * (depth + 1)  # the layer returned all input tokens
         self.last = 0
         self.is_tracked = False
-        self.restore = restore  # after which layers every input token is handed out: "every", the "last", none
+        self.restore = restore  # after which layers all input tokens are restored: "every", "last", or "" for none
         self.trace = trace  # number of the trace whose graph it belongs to; 0: eager mode
-        self.out: Any = None  # what was put out last: device and dtype, and whether hooks may have changed it since
-        self.has_padding = False  # some tokens are none: their size is 0
-        self.memory: dict[int, Any] = {}  # by layer: what the method notes for itself
-        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for methods by place
-        self.schedule: Schedule | None = None  # that of its time; None: nothing was to be merged then
-        self.family = 0  # of the model and its copies
-        self.ran: dict[tuple[str, str], str] = {}  # which kernels ran, see `kernels.watch`
+        self.out: Any = None  # the last output: device and dtype, and whether hooks may have changed it since
+        self.has_padding = False  # some tokens are padding, with size 0
+        self.memory: dict[int, Any] = {}  # the method's notes, by layer
+        self.grid: tuple[int, int] | None = None  # rows and columns of the image's patches, for positional methods
+        self.schedule: Schedule | None = None  # the schedule during this forward; None: merging was off
+        self.family = 0  # id shared by the model and its copies
+        self.ran: dict[tuple[str, str], str] = {}  # the kernels that ran, see `kernels.watch`
 
     def fork(self, slot: int) -> Frame:
-        """Return a frame that goes on from an entry in another way: somebody may hold what came of the first."""
+        """Return a copy that continues from an entry; other code may still use this frame's later entries."""
         other, blank = copy.copy(self), vars(Frame(self.depth))
         for name in ("size", "assign", "kept", "shape", "inside", "restored"):
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
@@ -65,18 +65,18 @@ class Call(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of tokens by the memory they lie in: the entry of a frame."""
+    """The frame entry that describes a tensor of tokens, looked up by its memory."""
 
     frame: Frame
     slot: int
 
 
 class Own(threading.local):
-    """What one thread does with the model."""
+    """Per-thread state of a patched model."""
 
     def __init__(self) -> None:
-        self.forwards = 0  # of the model itself, one inside the other
-        self.loops = 0  # of parts of it that run the blocks and hand tokens out
-        self.current: Frame | None = None  # of the innermost of these
-        self.loose: Frame | None = None  # of blocks that other code calls
+        self.forwards = 0  # nesting depth of running forwards of the model itself
+        self.loops = 0  # nesting depth of its parts that run the blocks and return tokens
+        self.current: Frame | None = None  # frame of the innermost running forward or loop
+        self.loose: Frame | None = None  # frame of blocks called directly by other code
         self.newest: Frame | None = None

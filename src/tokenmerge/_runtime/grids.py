@@ -1,6 +1,6 @@
-"""Carry the rows and columns of the image in hand from where it is cut into patches to the first block.
+"""Pass the patch grid (rows, columns) of the current image from the patch embedding to the first block.
 
-Images of several shapes can have as many patches: the count of tokens does not tell which is which.
+The token count does not determine it: images of different shapes can have the same number of patches.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Grid = tuple[int, int]  # rows and columns
 
 
 class Grids:
-    """The grids that were noted since the first block ran last, by thread, or in a whole forward's graph."""
+    """The grids noted since the first block last ran, per thread, or per graph while a whole forward is traced."""
 
     def __init__(self) -> None:
         self._own = threading.local()
         self._traced: Grid | None = None
 
     def __reduce__(self) -> tuple[type[Grids], tuple[()]]:
-        """Copies and pickles start empty."""
+        """Make copies and pickles start empty."""
         return Grids, ()
 
     def note(self, grid: Grid | None) -> None:
-        """Note what an image was cut into; None: not into rows and columns."""
+        """Note the grid of an image; None if its patches form no grid."""
         if is_tracing():
             self._traced = grid
         elif is_compiling():
@@ -38,9 +38,9 @@ class Grids:
             self._note(grid)
 
     def take(self, patches: int) -> Grid | None:
-        """Return the grid of the image whose tokens enter the first block, and forget it; None where none is known.
+        """Return and forget the grid of the image whose tokens enter the first block; None if unknown.
 
-        Raises `UnsupportedError` where images of several shapes wait that have so many patches.
+        Raises `UnsupportedError` if pending images of different shapes have this number of patches.
         """
         if is_tracing():
             return self._traced
@@ -65,7 +65,7 @@ class Grids:
 
 
 class Listener(Override):
-    """The instance `forward` of what cuts images into patches: notes their rows and columns."""
+    """Override of a patch embedding's `forward` that notes the grid."""
 
     def __init__(self, adapter: Adapter, cutter: Any, grids: Grids) -> None:
         super().__init__(cutter)

@@ -1,4 +1,4 @@
-"""Mark the time that a model's own code runs its blocks, and refuse calls that would hand out merged tokens unasked."""
+"""Track when a model's own code runs its blocks, and reject calls that would return merged tokens unexpectedly."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["entries", "settle"]
 def entries(
     model: nn.Module, adapter: Adapter, around: Surroundings, state: ForwardState, refuses: bool
 ) -> list[Binding]:
-    """Return what is bound on every way into the blocks: the forwards around them and the methods that run them.
+    """Return the overrides of every entry point to the blocks: the forwards around them and the methods that run them.
 
-    `refuses`: the methods named by the host's `token_methods` are refused from outside while tokens are merged.
+    With `refuses`, calls from outside to the host's `token_methods` raise while tokens are merged.
     """
-    # where every block hands out every token, nobody has to be trusted
+    # if every block restores all tokens, any code may follow
     watch = None if state.restore == "every" else _Watch(around)
     lists = _ListsOf([block for _, block in adapter.blocks(model)])
     found: list[Override] = [Entry(around.part, state, lists, is_loop=False, watch=watch)]
@@ -47,13 +47,13 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
 
 
 class _BlockLists:
-    """The lists inside a module that hold its blocks, as they were when it was patched."""
+    """A snapshot, made at patch time, of the module lists that hold the blocks."""
 
     def __init__(self, owner: nn.Module, known: set[int]) -> None:
         self.lists = [(names, list(module._modules.values())) for names, module in _holders(owner, known, [])]
 
     def problem(self, owner: nn.Module, state: ForwardState) -> str:
-        """Say what was taken out, put in, replaced or moved since."""
+        """Describe which blocks were removed, added, replaced or moved since; "" if none."""
         for names, blocks in self.lists:
             module: Any = owner
             for name in names:
@@ -73,7 +73,7 @@ class _BlockLists:
 
 
 def _holders(module: nn.Module, known: set[int], names: list[str]) -> Iterator[tuple[list[str], nn.Module]]:
-    """Yield the modules that hold blocks as children, by their names; a block itself is not looked into."""
+    """Yield each module that has blocks as children, with its path; does not descend into blocks."""
     if any(id(child) in known for child in module._modules.values()):
         yield names, module
     for name, child in module._modules.items():
@@ -82,7 +82,7 @@ def _holders(module: nn.Module, known: set[int], names: list[str]) -> Iterator[t
 
 
 class _ListsOf(dict[nn.Module, _BlockLists]):
-    """The lists of every owner, looked for once: a model has several ways into its blocks."""
+    """The block lists by owner, computed once per owner, since a model has several entry points."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.known = set(map(id, blocks))
@@ -93,7 +93,7 @@ class _ListsOf(dict[nn.Module, _BlockLists]):
 
 
 class _Watch:
-    """The methods of a model that are trusted with merged tokens, as they were when it was patched."""
+    """A snapshot, made at patch time, of the methods that are trusted with merged tokens."""
 
     def __init__(self, around: Surroundings) -> None:
         host, self.part = around.adapter.host, around.part
@@ -101,7 +101,7 @@ class _Watch:
         self.before: list[Any] | None = None
 
     def problem(self) -> str:
-        """Say which of them is another one since, and not the host's own either."""
+        """Describe the first method that was replaced by code other than the host's own; "" if none."""
         methods = [*self.loops, *insides(methods_of(self.part, self.heads))]
         now = [(owner, owner.__dict__.get(name), getattr(type(owner), name, None)) for owner, name in methods]
         if self.before is None or now == self.before:
@@ -120,7 +120,7 @@ class _Watch:
 
 
 def _is_alike(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """Say whether a method is the same, or wrapped at most: module, what stands on the instance, and on its class."""
+    """Return whether a method is the same or only wrapped; each is (module, instance attribute, class attribute)."""
     (owner, bound, function), (old_owner, old_bound, old_function) = now, before
     return owner is old_owner and function is old_function and (bound is old_bound or leads_to_ours(bound))
 
@@ -135,16 +135,16 @@ def _difference(now: list[Any], blocks: list[Any]) -> str:
 
 
 def settle(found: Iterable[Binding]) -> None:
-    """Note how the methods that are trusted stand, once everything is bound."""
+    """Take the snapshot of the trusted methods, once everything is bound."""
     for _, _, entry in found:
         if isinstance(entry, Entry):
             entry.problem()
 
 
 class Entry(Override):
-    """The instance `forward` of a model, or of a part that runs the blocks: marks the time that it runs.
+    """Override of the `forward` of a model, or of a part that runs the blocks; marks it as running.
 
-    It is a plain attribute without `__wrapped__`: who unwraps what others put on a forward must not lose it.
+    It has no `__wrapped__`, so that code which unwraps forwards does not remove it.
     """
 
     watch: _Watch | None = None
@@ -163,7 +163,7 @@ class Entry(Override):
         self.__signature__ = inspect.signature(getattr(owner, self.attribute))
 
     def check(self) -> None:
-        """Raise `UnsupportedError` where what this forward relies on was changed since the model was patched."""
+        """Raise `UnsupportedError` if the blocks or trusted methods changed since the model was patched."""
         problem = self.problem()
         if problem:
             fail(problem)
@@ -173,21 +173,21 @@ class Entry(Override):
 
     @property
     def __code__(self) -> Any:
-        """What `torch.export` names a forward by."""
+        """The code object of the class method; `torch.export` takes the name from it."""
         return getattr(type(self.owner), self.attribute).__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return self._trace(args, kwargs)
         if args and args[0] is self.owner:
-            args = args[1:]  # accelerate binds what it finds as a method, once it takes its own wrapper away
+            args = args[1:]  # accelerate binds this as a method when it removes its own wrapper
         if not self.state.is_merging():
             return self.original(*args, **kwargs)
         self.check()
         with self.state.running(self.is_loop):
             return self.original(*args, **kwargs)
 
-    # a compiler calls it while it traces, and takes what it says for a constant (see tracing.py)
+    # dynamo calls it while tracing and treats the result as a constant (see tracing.py)
     problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -196,8 +196,7 @@ class Entry(Override):
         number = trace_number()
         before, outer = WHOLE.trace, self.state.trace_running(number, self.is_loop)
         WHOLE.trace = number
-        # where something inside breaks the graph, the compiler leaves a function with `finally` to Python: no half of
-        # a forward is traced as if it were whole
+        # on a graph break dynamo runs a function with `finally` in Python, so half a forward is never traced as whole
         try:
             return self.original(*args, **kwargs)
         finally:
@@ -206,7 +205,7 @@ class Entry(Override):
 
 
 class _TokenMethod(Entry):
-    """A method that hands tokens out: refused from outside, where the user did not say which tokens are wanted."""
+    """Override of a method that returns tokens; raises for outside calls unless the user chose `restore`."""
 
     def __init__(self, owner: nn.Module, name: str, state: ForwardState, lists: _ListsOf, refuses: bool) -> None:
         self.refuses = refuses
@@ -237,7 +236,7 @@ class _TokenMethod(Entry):
 
 
 class _Unscriptable(Override):
-    """What `torch.jit.script` asks every module for first, where it has it."""
+    """Override of `__prepare_scriptable__`, which `torch.jit.script` calls first; raises `UnsupportedError`."""
 
     def __call__(self) -> Any:
         raise UnsupportedError(

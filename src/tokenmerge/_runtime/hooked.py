@@ -1,8 +1,8 @@
-"""Reduce inside a block of which only three children are known: it runs its own forward, and they are listened to.
+"""Merge inside a block we cannot recompose: run its own forward and intercept its attention, second norm and MLP.
 
-The block computes `x + f(x)` for the tokens x that enter its second norm, f being norm, MLP and what scales it. Merged
-tokens enter the norm, what leaves the MLP is spread over their groups again, and of the block's output only the rows
-of kept tokens count: `merge(x) + (out - x)` there is `merge(x) + f(merge(x))`, what a re-composed block gives.
+The block computes `out = x + f(x)`, with x the input of its second norm and f the norm, MLP and layer scale. Here the
+norm receives `merge(x)`, and the MLP output is unmerged to N tokens, so `out = x + unmerge(f(merge(x)))`. At the rows
+of kept tokens, `merge(x) + (out - x) = merge(x) + f(merge(x))`: the result of a recomposed block.
 
 Shapes: B batch, N tokens in, M tokens out, C channels.
 """
@@ -32,18 +32,18 @@ __all__ = ["HookedRunner"]
 
 @dataclass(eq=False)
 class _Turn:
-    """What the children of a block find out in one call of it."""
+    """State of one block call, shared between the overrides of its children."""
 
     call: Call
-    is_silent: bool = False  # the MLP puts out zeros: a probe
-    mid: Tensor | None = None  # [B, N, C] what enters the norm
+    is_silent: bool = False  # a probe: the MLP returns zeros
+    mid: Tensor | None = None  # [B, N, C] input of the norm
     plan: AnyPlan | None = None
     merged: Tensor | None = None  # [B, M, C]
     size: Tensor | None = None  # [B, M]
 
 
 class HookedRunner(ResidualRunner):
-    """Runs the block's own forward and merges on the way into its second norm; see the head of this file."""
+    """Runs the block's own forward and merges the input of its second norm; see the module docstring."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -57,7 +57,7 @@ class HookedRunner(ResidualRunner):
         return [Binding(listener.owner, "forward", listener) for listener in listeners]
 
     def turn(self) -> _Turn | None:
-        """Return the call of this block that is running in this thread, if tokens are merged in it."""
+        """Return the state of the running call of this block in this thread; None if it merges nothing."""
         found: _Turn | None = self.slot.peek().get("turn")
         return found
 
@@ -119,7 +119,7 @@ class HookedRunner(ResidualRunner):
         return tokens
 
     def reduce(self, turn: _Turn, mid: Tensor) -> Tensor:
-        """Take what enters the norm, `[B, N, C]`, and return what shall, `[B, M, C]`."""
+        """Merge the input of the norm, `[B, N, C]` to `[B, M, C]`."""
         self.tap.check()
         seen = self.tap.take()
         turn.mid = turn.merged = mid

@@ -1,4 +1,4 @@
-"""log(size) per key as a mask that keeps its meaning: a host hands it to torch's attention, and a fused kernel runs."""
+"""A per-key attention bias as a Tensor subclass, so that a host's SDPA call can be routed to a fused kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEEPS = (Tensor.__getitem__, Tensor.expand, Tensor.unsqueeze, Tensor.contiguous
 
 
 class KeyBias(Tensor):
-    """A bias per key, `[B, N]` or viewed as `[B, 1, 1, N]`; for all but attention and views an ordinary tensor."""
+    """A bias per key, `[B, N]` or viewed as `[B, 1, 1, N]`; a plain tensor for all ops but SDPA and views."""
 
     @classmethod
     def __torch_function__(
@@ -31,7 +31,7 @@ class KeyBias(Tensor):
         if func is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if func is Tensor.to and isinstance(args[0], KeyBias):
-            # stays in full precision: what attends rounds it, or need not
+            # keep full precision: the attention kernel rounds it if needed
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*(_plain(value) for value in args), **{name: _plain(value) for name, value in kwargs.items()})
@@ -39,7 +39,7 @@ class KeyBias(Tensor):
 
 
 def key_bias(bias: Tensor) -> Tensor:  # [B, N]
-    """Return the bias for a host's attention: as it is where a mask is what runs, else as a `KeyBias`."""
+    """Return the bias for a host's attention: a `KeyBias` if a fused kernel is selected, else unchanged."""
     if kernels.is_replaced("attend"):
         return bias.as_subclass(KeyBias)
     kernels.note("attend", kernels.TABLE["attend"][-1], bias)
@@ -64,7 +64,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Stand in for torch's function with the same signature, where one of its arguments is a `KeyBias`."""
+    """Replace `F.scaled_dot_product_attention` when one of its arguments is a `KeyBias`."""
     query, key, value = _plain(query), _plain(key), _plain(value)
     is_per_key = attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1)
     if is_per_key and attn_mask is not None and not (dropout_p or is_causal or enable_gqa):

@@ -1,9 +1,9 @@
-"""Reduce inside an attention alone: each window's tokens are merged on the way in and spread out again on the way out.
+"""Merge inside the attention only: each window's tokens are merged before it and unmerged after it.
 
-For blocks whose grid of tokens must stay complete. The block runs its own forward, only its attention is stood in for;
-merging it and putting it back leaves nothing for the next block, so that no sizes go from one block to another.
+For blocks whose token grid must stay complete. The block runs its own forward; only its attention is replaced. No
+sizes pass from one block to the next.
 
-Shapes: B batch, W windows of all images, N tokens of a window, M tokens left of it, C channels, H heads, D head width.
+Shapes: B batch, W windows of all images, N tokens per window, M merged tokens, C channels, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["LocalRunner"]
 
 
 class LocalRunner(ResidualRunner):
-    """Runs the block's own forward and merges inside its attention; see the head of this file."""
+    """Runs the block's own forward and merges inside its attention; see the module docstring."""
 
-    tap: Any  # also projects tokens to rows that can be merged, and splits these
+    tap: Any  # also has `project` (tokens to rows that can be merged) and `split` (rows to q, k, v)
     remark = "merged inside windows for the attention only: r counts per window, each block ends with all its tokens"
 
     def __init__(self, *args: Any) -> None:
@@ -51,7 +51,7 @@ class LocalRunner(ResidualRunner):
         return out
 
     def run(self, x: Tensor, r: int, has_padding: bool, frame: Frame, *args: Any, **kwargs: Any) -> Any:
-        """Run the block while its attention removes `r` tokens of each window; 0: composed, with nothing merged."""
+        """Run the block with `r` tokens per window removed in its attention; r = 0 recomposes without merging."""
         if in_pieces():
             return outside_graph.run(partial(self.run, x, r, has_padding, frame, *args, **kwargs))
         self.slot.put({"turn": (r, has_padding, frame)})
@@ -65,14 +65,14 @@ class LocalRunner(ResidualRunner):
             self.tap.forget()
 
     def attend(self, x: Tensor, r: int, has_padding: bool, frame: Frame) -> Tensor:  # [W, rows, columns, C]
-        """Stand in for the attention: merge what it projects, attend, spread the answers over their groups."""
+        """Replace the attention: merge the projected rows, attend, and unmerge the output."""
         grid = (x.shape[1], x.shape[2])
         qkv = self.tap.project(x.flatten(1, 2))
         bias = kept = None
         if r:
             tokens = x.detach().flatten(1, 2)  # [W, N, C]
             seen = self.tap.split(qkv.detach(), self.method.captures)
-            # what fills up the last windows is zero; it is attended to like all else, but merged with itself first
+            # padding of the last windows is zero; it is attended to like other tokens, but merged with itself first
             valid = tokens.ne(0).any(dim=-1) if has_padding else None
             view = TokenView(
                 stream=tokens,

@@ -1,7 +1,7 @@
-"""Decide after which blocks every token is handed out in its place, by what the model does with them.
+"""Decide after which blocks all input tokens are restored, by how the model uses the block outputs.
 
-Merged tokens leave the blocks only where what follows is known to count each as the tokens it stands for. Known is the
-host's own code, by its name; a host that is recognised by its parts alone is tried, on tokens made for it.
+Merged tokens leave the blocks only if the code after them is known to weight each token by its size. The host's own
+code is known by name. A model recognised only by its structure is tested on generated tokens.
 
 Shapes: B batch, N tokens in, M tokens left, C channels.
 """
@@ -24,19 +24,26 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}  # of the largest value;
 
 
 class Outputs(NamedTuple):
-    """After which blocks every token is handed out ("every", the "last", none: ""), and why."""
+    """After which blocks all tokens are restored ("every", "last", or "" for none), and why."""
 
     restore: str
     reason: str
 
 
 def decide(around: Surroundings, layout: TokenLayout, rest: tuple[None, ...] | None, restore: str | None) -> Outputs:
-    """Say where tokens are put back. `rest` is what blocks return behind their tokens, `restore` the user's wish."""
+    """Decide where tokens are restored.
+
+    Args:
+        around: the surroundings of the blocks.
+        layout: the token layout.
+        rest: what the blocks return after their tokens.
+        restore: the user's `restore` option.
+    """
     if restore == "dense":
         return Outputs("every", "")
     host, part, everywhere = around.adapter.host, around.part, around.every
     if everywhere and restore == "merged" and not host.package:
-        return Outputs("", "")  # a model known by names: its user knows what it does with merged tokens
+        return Outputs("", "")  # patched by names: the user takes care of merged tokens
     is_known = is_of(part, host.package)
     if everywhere is None and is_known:
         everywhere = stranger(around.trusted, host.package)
@@ -51,7 +58,7 @@ def decide(around: Surroundings, layout: TokenLayout, rest: tuple[None, ...] | N
 
 
 def _hooked(heads: list[tuple[nn.Module, str]]) -> str | None:
-    """Say which module behind the blocks has hooks, which may do anything with its tokens."""
+    """Name a module after the blocks that has hooks, whose use of the tokens is unknown."""
     modules = (module for module, name in heads if name == "forward")
     hooked = next((module for module in modules if module._forward_hooks or module._forward_pre_hooks), None)
     return f"hooks of a {type(hooked).__qualname__} behind the blocks see its tokens" if hooked is not None else None
@@ -60,7 +67,7 @@ def _hooked(heads: list[tuple[nn.Module, str]]) -> str | None:
 def _tried(
     adapter: Adapter, model: nn.Module, layout: TokenLayout, rest: tuple[None, ...] | None, last: str | None
 ) -> Outputs:
-    """Find out where tokens have to be put back, by blocks that put out tokens of which the answer is known."""
+    """Test where tokens must be restored, by replacing the blocks with stubs that return known tokens."""
     name = type(model).__qualname__
     if not _Trial.is_possible(model, layout):
         return Outputs("every", f"what {name} does with its tokens could not be tried")
@@ -71,14 +78,14 @@ def _tried(
             if _agree(trial.answer(restore), expected):
                 reason = last or f"{name} does more with its tokens than to take class tokens or the mean that is known"
                 return Outputs(restore, reason if restore else "")
-    # somebody's forward, on an image of noise: whatever it raises, it is not known
+    # an unknown forward on noise may raise anything
     except Exception as error:
         return Outputs("every", f"{name} could not be tried on tokens made for it ({type(error).__name__}: {error})")
     return Outputs("every", f"{name} uses the tokens of several blocks")
 
 
 class _Trial:
-    """Runs a model with random parameters and blocks that put out given tokens, merged or each in its place."""
+    """Runs a model with random parameters and stub blocks that return given tokens, merged or restored."""
 
     def __init__(self, adapter: Adapter, model: nn.Module, layout: TokenLayout, rest: tuple[None, ...] | None) -> None:
         weight = _weight(model)
@@ -94,7 +101,7 @@ class _Trial:
             torch.manual_seed(0)
             self.x = torch.randn(2, *(layout.input_size or ()), **like)
             self.tokens = [torch.randn(2, int(assign.max()) + 1, width, **like) for assign in self.groups]
-            # random ones: the classifier of a model that is to be trained may be zero, and hide everything
+            # random values: a zero-initialised classifier would hide every difference
             self.parameters = {
                 name: _random(parameter)
                 for name, parameter in model.named_parameters()
@@ -103,13 +110,13 @@ class _Trial:
 
     @staticmethod
     def is_possible(model: nn.Module, layout: TokenLayout) -> bool:
-        """Say whether the model tells what it takes, and holds values."""
+        """Return whether the model's input size and token count are known and its weights are not on meta."""
         weight = _weight(model)
         has_tokens = layout.tokens is not None and layout.tokens > layout.protected + 1
         return has_tokens and layout.input_size is not None and weight is not None and not weight.is_meta
 
     def answer(self, restore: str) -> list[Tensor]:
-        """Return what the model puts out where these blocks hand out every token, weighed by size where none does."""
+        """Return the model's outputs if blocks restore as `restore` says; "" pools merged tokens by size."""
         last = len(self.blocks) - 1
         given = []
         for layer, (tokens, assign) in enumerate(zip(self.tokens, self.groups, strict=True)):
@@ -131,7 +138,7 @@ class _Trial:
 
 
 class _Given(Override):
-    """Stands in for a block."""
+    """A stub block that returns a fixed output."""
 
     def __init__(self, block: nn.Module, out: Any) -> None:
         super().__init__(block)
@@ -142,7 +149,7 @@ class _Given(Override):
 
 
 def _groups(layout: TokenLayout, depth: int, device: torch.device) -> list[Tensor]:
-    """Return for each block the group of each token, `[N]`: one grows to half of the patches."""
+    """Return each token's group per block, `[N]`; one group grows to half of the patches over the depth."""
     n, prefix = layout.tokens or 0, layout.prefix
     place = torch.arange(n, device=device)
     largest = ((layer + 1) * (n - layout.protected) // (2 * depth) for layer in range(depth))
@@ -150,7 +157,7 @@ def _groups(layout: TokenLayout, depth: int, device: torch.device) -> list[Tenso
 
 
 def _weight(model: nn.Module) -> Tensor | None:
-    """Return a parameter that has the precision and device of the input: that of its convolution."""
+    """Return the floating-point parameter of most dimensions (a convolution's): it has the input's dtype and device."""
     matrices = [p for p in model.parameters() if p.dim() > 1 and p.is_floating_point()]
     return max(matrices, key=lambda p: p.dim(), default=None)
 
@@ -158,7 +165,7 @@ def _weight(model: nn.Module) -> Tensor | None:
 def _random(parameter: nn.Parameter) -> Tensor:
     if not parameter.is_floating_point():
         return parameter
-    # so that products keep the size of what goes in
+    # keeps the scale of activations
     scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5
     return torch.randn_like(parameter) * scale
 

@@ -1,4 +1,4 @@
-"""The only code that runs inside somebody else's model: one callable per block, bound as its instance `forward`.
+"""The runner of residual blocks: one callable per block, bound as its instance `forward`.
 
 Shapes: B batch, N tokens in, M tokens out, C channels.
 """
@@ -32,12 +32,12 @@ __all__ = ["ResidualRunner"]
 
 
 class ResidualRunner(Override):
-    """Re-composes a residual block from its children, with a reduction between attention and MLP.
+    """Recomposes a residual block from its children, with a reduction between attention and MLP.
 
-    While nothing is merged, before it or in it, the block's own forward runs untouched.
+    If nothing is merged in this block or before it, the block's own forward runs unchanged.
     """
 
-    remark = ""  # what the report should say of this way of merging
+    remark = ""  # a remark on this way of merging, for the report
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class ResidualRunner(Override):
         self.block, self.layer, self.spec, self.tap, self.adapter = block, layer, spec, tap, adapter
         self.method, self.state, self.layout = method, state, layout
         self.is_proportional = is_proportional
-        self.module: nn.Module | None = None  # what a learned method has for this layer
-        self.grids: Grids | None = None  # where the image's rows and columns are noted, for methods by place
+        self.module: nn.Module | None = None  # a learned method's module for this layer
+        self.grids: Grids | None = None  # the noted patch grids, for positional methods
         self.scale = _scale(getattr(tap, "attn", None))
         self.names = list(inspect.signature(type(block).forward).parameters)[2:]
-        self.rest: tuple[None, ...] | None = None  # what the block returns behind its tokens; None: no tuple at all
+        self.rest: tuple[None, ...] | None = None  # what the block returns after its tokens; None: it returns no tuple
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state, layer = self.state, self.layer
@@ -69,7 +69,7 @@ class ResidualRunner(Override):
         )
         size, kept = frame.size[slot], frame.kept[slot]
         if kept is not None and frame.restored[slot]:
-            # every member of a group holds its features: the one whose place it keeps stands for all
+            # all members of a group hold the same features: take the row at the kept position
             tokens = rows(tokens, kept)
         if layer == 0 and self.grids is not None and frame.grid is None:
             frame.grid = self.grids.take(tokens.shape[1] - self.layout.protected)
@@ -97,13 +97,13 @@ class ResidualRunner(Override):
         return Call(x, size, bias, kept, r, (self.layout.prefix, x.shape[1] - self.layout.suffix), given, frame)
 
     def compose(self, call: Call) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
-        """Run attention, reduction and MLP: `[B, N, C]`, `[B, N]` to `[B, M, C]`, `[B, M]` and the plan."""
+        """Run attention, reduction and MLP; returns tokens `[B, M, C]`, sizes `[B, M]` and the plan."""
         x, size, plan = outside_graph.run(self._merge, call) if in_pieces() else self._merge(call)
         after = self._apply_mlp(x)
         if self.method.follows_mlp:
-            stop = x.shape[1] - self.layout.suffix
-            parts = after[:, :stop], x[:, :stop], self.layer, self.state.depth, call.frame.memory
-            after = torch.cat((self.method.after_mlp(*parts), after[:, stop:]), dim=1)
+            end = x.shape[1] - self.layout.suffix
+            parts = after[:, :end], x[:, :end], self.layer, self.state.depth, call.frame.memory
+            after = torch.cat((self.method.after_mlp(*parts), after[:, end:]), dim=1)
         return after, size, plan
 
     def _merge(self, call: Call) -> tuple[Tensor, Tensor | None, AnyPlan | None]:
@@ -114,17 +114,17 @@ class ResidualRunner(Override):
         if branch is not None and self.method.reads_sum:
             x, branch = x + branch, None
         plan = self._choose(call, x, branch, seen)
-        # keys are views of the whole projection: kept through the MLP they would raise peak memory by a sixth
+        # keys are views of the whole projection: keeping them through the MLP raises peak memory by a sixth
         del seen
         return *self.method.merge(plan, x, call.size, branch), plan
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the composition with nothing merged; raises `AdapterMismatchError` where the tap sees something else."""
+        """Run the recomposed block without merging; raises `AdapterMismatchError` if the tap captured wrong shapes."""
         tokens = x if self.layout.batch_first else x.transpose(0, 1)
         return self._mirror(self.counted(tokens, None, None, self.by_name(args, kwargs)))
 
     def counted(self, x: Tensor, size: Tensor | None, kept: Tensor | None, given: Mapping[str, Any]) -> Tensor:
-        """Run the composition on tokens `[B, N, C]` that count `size` times, at their places, with nothing merged."""
+        """Run the recomposed block without merging, on tokens `[B, N, C]` with sizes and positions `[B, N]`."""
         x, branch, seen = self._attend(self._call(x, size, kept, 0, given, Frame(0)))
         self._check_seen(seen, x.shape[1])
         return self._apply_mlp(x if branch is None else x + branch)
@@ -142,23 +142,24 @@ class ResidualRunner(Override):
     def _bias(self, size: Tensor | None, has_padding: bool) -> Tensor | None:  # [B, N]
         if size is None or not self.is_proportional:
             return None
-        # not -inf for padding: of an image that is all padding, attention would be NaN
+        # not -inf for padding: attention over an image of padding only would be NaN
         return key_bias(size.log().clamp_min(-1e4) if has_padding else size.log())
 
     def _choose(self, call: Call, x: Tensor, branch: Tensor | None, seen: dict[str, Tensor]) -> AnyPlan:
-        """Let the method decide on the stream `x` and what the attention adds to it, both `[B, N, C]`.
+        """Let the method plan on the stream `x` and the attention branch, both `[B, N, C]`.
 
-        It sees the tokens up to the end of the span; those behind stay.
+        The method sees the tokens up to the end of the span; the tokens behind it stay.
         """
         n, (start, stop) = x.shape[1], call.span
-        is_detached = self.module is None  # what is learned needs the gradients of what it sees
+
+        def first(tensor: Tensor | None, dim: int = 1) -> Tensor | None:
+            return tensor if tensor is None or stop == n else tensor.narrow(dim, 0, stop)
 
         def shown(tensor: Tensor | None, dim: int = 1) -> Any:
-            if tensor is not None and stop < n:
-                tensor = tensor.narrow(dim, 0, stop)
-            return _cut(tensor) if is_detached else tensor
+            found = first(tensor, dim)
+            return _cut(found) if self.module is None else found  # learned modules need gradients through their inputs
 
-        size = shown(call.size)
+        size = first(call.size)
         valid = size > 0 if call.frame.has_padding and size is not None else None
         view = TokenView(
             stream=shown(x),
@@ -174,8 +175,8 @@ class ResidualRunner(Override):
             branch=shown(branch),
             depth=self.state.depth,
             scale=self.scale,
-            bias=shown(call.bias),
-            places=shown(call.kept),
+            bias=first(call.bias),
+            places=first(call.kept),
             module=self.module,
             memory=call.frame.memory,
         )
@@ -184,7 +185,7 @@ class ResidualRunner(Override):
         return keep_behind(plan, n) if stop < n else plan
 
     def _attend(self, call: Call) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Return the residual stream, what the attention adds to it (None: all is added) and what the tap saw."""
+        """Return the residual stream, the attention branch (None: already added) and the captured q, k, v."""
         x, given = call.x, self._follow(call.given, call.kept)
         if not self.spec.attn:
             return self.tap(x, call.bias, call.kept, **given), None, self.tap.take()
@@ -213,7 +214,10 @@ class ResidualRunner(Override):
         return out
 
     def _follow(self, given: Mapping[str, Any], kept: Tensor | None) -> dict[str, Any]:
-        """Return the block's further arguments for the tokens that are left; raises for one that cannot follow."""
+        """Return the block's extra arguments for the remaining tokens.
+
+        Raises `UnsupportedError` for an argument without a follower.
+        """
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         followers = self.adapter.host.followers
         unknown = [repr(name) for name in given if name not in followers]
@@ -238,22 +242,22 @@ class ResidualRunner(Override):
         return self._mirror(tokens)
 
     def _mirror(self, tokens: Tensor) -> Any:
-        """Return tokens as the block's own forward does."""
+        """Return tokens in the output format of the block's own forward."""
         out = tokens if self.layout.batch_first else tokens.transpose(0, 1)
         return out if self.rest is None else (out, *self.rest)
 
     def seams(self) -> list[Binding]:
-        """Return what is bound inside the block besides the tap; nothing where it is re-composed."""
+        """Return the bindings inside the block besides the tap's; none for a recomposed block."""
         return []
 
     def probe(self, x: Tensor, **given: Any) -> Any:
-        """Run the block's own forward and note how it returns its tokens."""
+        """Run the block's own forward and note its output format."""
         output = self.original(x, **given)
         self.learn_output(output)
         return output
 
     def learn_output(self, output: Any) -> None:
-        """Note how the block's own forward returns its tokens: alone, or as the first of a tuple of nothing else."""
+        """Note the output format of the block's own forward: a tensor, or a tuple of tokens and None entries."""
         self.rest = output[1:] if isinstance(output, tuple) else None
         if self.rest and self.adapter.host.ignores_rest:
             self.rest = (None,) * len(self.rest)
@@ -269,7 +273,7 @@ class ResidualRunner(Override):
             parameter = next(self.block.parameters(), None)
             if parameter is None or parameter.device == x.device:
                 return
-            # accelerate keeps weights that it offloads on meta, and brings them in when a module is called
+            # accelerate keeps offloaded weights on meta and loads them when a module is called
             if not any("_hf_hook" in module.__dict__ for module in self.block.modules()):
                 raise UnsupportedError(
                     f"tokens are on {x.device}, the patched block's weights on {parameter.device}. nn.DataParallel "
@@ -278,11 +282,11 @@ class ResidualRunner(Override):
 
 
 def _scale(attention: Any) -> float | None:
-    """Return what an attention multiplies its scores by, where it says so."""
+    """Return the scale of an attention's scores; None if the module does not store one."""
     values = (getattr(attention, name, None) for name in ("scale", "scaling"))
     return next((value for value in values if isinstance(value, float)), None)
 
 
 def _cut(x: Any) -> Any:
-    """Detach what a method sees, where gradients flow: no_grad would leave an operator in exported graphs."""
+    """Detach a method's input if gradients are enabled. Not `no_grad`, which leaves an operator in exported graphs."""
     return x.detach() if x is not None and torch.is_grad_enabled() else x

@@ -1,4 +1,4 @@
-"""What one forward pass knows about its tokens, and how a layer finds what is known about those it is given."""
+"""The state shared by all runners of a model, and the lookup of a layer's input tokens in it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _FAMILIES = itertools.count(1)
 
 
 class ForwardState:
-    """The settings all runners of a model share, and the frames of its forwards.
+    """The settings shared by all runners of a model, and the frames of its forwards.
 
-    Sizes belong to tokens. Each layer notes its frame with the memory of what it puts out, and a layer looks there for
-    the tokens it is given, in whichever thread, order or copy of the model it runs. Tokens that no layer put out start
-    afresh where that is right, and are refused elsewhere. A forward that is traced as a whole has its frame in the
-    graph. Where a compiler has a piece of a forward only, this runs outside of its graphs.
+    Sizes belong to tokens. Each layer notes its frame with the memory of its output, and looks up the frame of its
+    input there; this works in any thread, layer order or copy of the model. Tokens that no layer returned start a new
+    frame if that is correct, else they are rejected. A forward traced as a whole keeps its frame in the graph. If only
+    a part of a forward is compiled, this code runs outside the graphs.
     """
 
     def __init__(self, depth: int, schedule: Schedule) -> None:
@@ -51,13 +51,13 @@ class ForwardState:
         self.schedule = schedule
         self.enabled = True
         self.is_removed = False
-        self.is_wrapped = False  # somebody put modules around blocks, which may change what these put out
-        self.family = next(_FAMILIES)  # copies have the same, so that one can go on where another stopped
+        self.is_wrapped = False  # blocks were wrapped by other modules, which may change their output
+        self.family = next(_FAMILIES)  # shared by copies, so that one can continue a forward of another
         self.track = False
-        self.restore = ""  # in forwards of the model itself, as `Frame.restore`
-        self.hands_out_merged = False  # the user asked for merged tokens, whoever calls the blocks
+        self.restore = ""  # for forwards of the model itself, as `Frame.restore`
+        self.hands_out_merged = False  # the user chose restore="merged", which holds for any caller of the blocks
         self.needs_places = False
-        self.tokens: int | None = None  # of an input, where the model says how many
+        self.tokens: int | None = None  # number of input tokens, if the model defines it
         self._model: weakref.ref[nn.Module] | None = None
         self.latest: Frame | None = None
         self._traced: Frame | None = None
@@ -67,7 +67,7 @@ class ForwardState:
 
     @property
     def model(self) -> nn.Module | None:
-        """The model that was patched; None in a copy of a part of it, or where it is gone."""
+        """The patched model; None in a copy of a part of it, or if it was deleted."""
         return None if self._model is None else self._model()
 
     @model.setter
@@ -75,10 +75,10 @@ class ForwardState:
         self._model = weakref.ref(model)
 
     def begin(self, layer: int, x: Tensor, n: int, has_hooks: bool) -> tuple[Frame, int]:
-        """Return the frame of the `n` tokens `x` that a layer is given, and their entry in it.
+        """Return the frame of a layer's `n` input tokens `x`, and their entry in it.
 
-        `has_hooks`: hooks may have changed what the layer before put out. Raises `UnsupportedError` for tokens that are
-        merged, and nobody knows how.
+        `has_hooks`: hooks may have changed the previous layer's output. Raises `UnsupportedError` for merged tokens of
+        unknown sizes.
         """
         if not is_compiling():
             if self.is_merging():
@@ -90,7 +90,7 @@ class ForwardState:
         return found
 
     def record(self, frame: Frame, slot: int, layer: int, x: Tensor, size: Tensor | None, plan: AnyPlan | None) -> None:
-        """Write what leaves a layer: its shape `[B, M, ...]`, its sizes `[B, M]` and, where they are needed, groups."""
+        """Record a layer's output: its shape `[B, M, ...]`, its sizes `[B, M]` and, if needed, its groups."""
         frame.size[layer + 1] = size
         frame.shape[layer + 1] = (x.shape[0], x.shape[1])
         kept, needs_groups = frame.kept[slot], frame.is_tracked or bool(frame.restore)
@@ -109,7 +109,7 @@ class ForwardState:
         frame.last = max(frame.last, layer + 1)  # a backward may run an earlier layer again
 
     def put_out(self, frame: Frame, layer: int, out: Tensor, has_hooks: bool) -> None:
-        """Note what a layer ends with, as the host gets it; `has_hooks`: hooks may change it then."""
+        """Note the output that a layer returns to the host; `has_hooks`: forward hooks may still change it."""
         if not is_compiling():
             self._put_out(frame, layer, out, has_hooks)
         elif not is_tracing():
@@ -120,10 +120,10 @@ class ForwardState:
             self.latest = frame
 
     def final_size(self, x: Tensor, cut: int = 0) -> Tensor | None:
-        """Return the sizes `[B, M]` of tokens that left the last block, None where all are 1.
+        """Return the sizes `[B, M]` of the last block's tokens; None if all are 1.
 
-        `x` `[B, M - cut, C]` is what is pooled: `cut` tokens in front have been left out. Raises `UnsupportedError`
-        for tokens that are merged, and nobody knows how.
+        `x` `[B, M - cut, C]` holds the pooled tokens, without the first `cut`. Raises `UnsupportedError` for merged
+        tokens of unknown sizes.
         """
         if not is_compiling():
             return self._final_size(x, cut)
@@ -134,24 +134,24 @@ class ForwardState:
         return size
 
     def amount(self, frame: Frame, layer: int, tokens: int, prefix: int) -> int:
-        """Return how many of `tokens` a layer removes. In a backward: as many as in the forward."""
+        """Return how many of `tokens` a layer removes; a recomputation in backward removes as many as the forward."""
         if not is_compiling() and is_in_backward():
             return frame.schedule.at(layer, tokens, prefix) if frame.schedule else 0
         return self.schedule.at(layer, tokens, prefix) if self.is_merging() else 0
 
     def is_merging(self) -> bool:
-        """Say whether a forward could remove tokens now."""
+        """Return whether a forward started now could remove tokens."""
         return self.enabled and not self.is_removed and self.schedule.is_merging
 
     def is_at_work(self) -> bool:
-        """Say whether a forward could remove tokens now, or has before somebody switched merging off in the middle."""
+        """Return whether a forward could remove tokens now, or the current one did before merging was switched off."""
         if self.is_merging() or is_compiling():
             return self.is_merging()
         frame = self._own.current
         return frame is not None and frame.size[frame.last] is not None
 
     def is_inside(self) -> bool:
-        """Say whether the model's own forward, or a part's, is running: it knows what to do with merged tokens."""
+        """Return whether the forward of the model, or of a part that runs the blocks, is running."""
         if not is_compiling():
             return self._own.forwards > 0 or self._own.loops > 0
         if is_tracing():
@@ -161,14 +161,14 @@ class ForwardState:
         return found
 
     def last(self) -> Frame | None:
-        """Return the last forward of this thread, else the last of any; a compiled one belongs to no thread."""
+        """Return the last forward of this thread, else of any thread; a compiled forward belongs to no thread."""
         if self.latest is not None and self.latest.trace:
             return self.latest
         return self._own.newest or self.latest
 
     @contextmanager
     def running(self, is_loop: bool) -> Iterator[None]:
-        """Mark the time that the model's own forward runs in this thread, or (`is_loop`) that of a part of it."""
+        """Mark the model's own forward, or with `is_loop` that of a part of it, as running in this thread."""
         own, before = self._own, self._own.current
         is_outermost = not (own.forwards or own.loops)
         own.loops, own.forwards = own.loops + is_loop, own.forwards + (not is_loop)
@@ -179,12 +179,12 @@ class ForwardState:
             self._check_restored(own.current)
         finally:
             own.loops, own.forwards = own.loops - is_loop, own.forwards - (not is_loop)
-            # what comes behind a part of the model asks for its sizes
+            # code after a part of the model reads its sizes
             if is_outermost or not is_loop:
                 own.current = before
 
     def trace_running(self, number: int, is_loop: bool) -> tuple[int, bool, Frame | None]:
-        """Mark in a graph what `running` marks in eager mode; returns what `trace_left` has to be given."""
+        """Do in a graph what `running` does in eager mode; returns the argument for `trace_left`."""
         before = (self._trace, self._trace_loops, self._traced)
         if self._trace != number:
             self._trace, self._trace_loops, self._traced = number, is_loop, None
@@ -193,14 +193,14 @@ class ForwardState:
         return before
 
     def trace_left(self, before: tuple[int, bool, Frame | None]) -> None:
-        """Undo `trace_running`; the frame stays within the forward that surrounds it."""
+        """Undo `trace_running`; the surrounding forward, if any, keeps the frame."""
         frame = self._traced
         self._trace, self._trace_loops, self._traced = before
         if self._trace:
             self._traced = frame
 
     def tag(self, tokens: Tensor) -> None:
-        """Note the forward in progress with tokens that it hands out."""
+        """Note the current frame with tokens that the model returns."""
         frame = self._own.current
         if frame is not None and frame.last and recall(tokens)[0] is None:
             remember(tokens, Known(frame, frame.last))
@@ -240,7 +240,7 @@ class ForwardState:
             slot = current.last
             if current.size[slot] is not None:
                 self._check_changed(current, layer, x, n, has_hooks or self.is_wrapped)
-                remember(x, Known(current, slot))  # a checkpoint may give them to the layer again
+                remember(x, Known(current, slot))  # a checkpoint may pass them to the layer again
                 return current, slot
             if slot <= layer and current.shape[slot] == (_batch(x, n), n):
                 return current, slot
@@ -249,7 +249,7 @@ class ForwardState:
         return self._open(x, in_backward, layer), 0
 
     def _check_known(self, known: Known, layer: int, is_same: bool) -> int | None:
-        """Return the entry of tokens that a layer put out, None where nothing has been merged in them."""
+        """Return the entry of tokens that a layer returned; None if nothing was merged in them."""
         frame, slot = known.frame, known.slot
         if slot <= layer and (layer or slot == 0) and is_same:
             return slot
@@ -262,7 +262,7 @@ class ForwardState:
         )
 
     def _check_changed(self, frame: Frame, layer: int, x: Tensor, n: int, has_hooks: bool) -> None:
-        """Refuse tokens that are not those the layer before put out, unless a hook, a cast or a move explains it."""
+        """Reject tokens that are not the previous layer's output, unless a hook, cast or device move explains it."""
         device, dtype, could_change = frame.out
         is_explained = has_hooks or could_change or x.device != device or x.dtype != dtype
         if frame.last == layer and frame.shape[layer] == (_batch(x, n), n) and is_explained:
@@ -274,7 +274,7 @@ class ForwardState:
         )
 
     def _check_whole(self, layer: int, n: int) -> None:
-        """Refuse, outside of a forward, what looks like merged tokens of another process or of a copy."""
+        """Reject, outside a forward, tokens that look like merged ones of another process or copy."""
         loose = self._own.loose
         is_next = loose is not None and loose.last == layer and not loose.restored[layer]
         merged = is_next and loose is not None and loose.size[layer] is not None and n in (loose.shape[layer] or ())[1:]
@@ -289,7 +289,7 @@ class ForwardState:
         own = self._own
         frame = Frame(self.depth, self._mode(own.forwards > 0, own.loops > 0))
         if layer and own.current is not None and own.current.last == layer:
-            # something between the blocks made other tokens of them: they start afresh, what is told of the forward not
+            # code between the blocks made new tokens: they start with size 1, but the frame's report data stays
             frame = own.current.fork(layer)
             frame.memory = {}
         frame.is_tracked, frame.family = self.track, self.family
@@ -300,11 +300,11 @@ class ForwardState:
             own.current = frame
         elif self.is_merging():
             own.loose, self.ran_loose = frame, True
-        remember(x, Known(frame, 0))  # a checkpoint may give them to the layer again
+        remember(x, Known(frame, 0))  # a checkpoint may pass them to the layer again
         return frame
 
     def _mode(self, is_forward: bool, is_loop: bool) -> str:
-        """Return after which layers every token is put back: whoever runs the blocks must know of merged tokens."""
+        """Return after which layers all tokens are restored, which depends on the code that runs the blocks."""
         if self.restore == "every" or is_forward or self.hands_out_merged:
             return self.restore
         return "last" if is_loop else "every"
@@ -367,20 +367,20 @@ class ForwardState:
         self._own = Own()
         self.latest = self._traced = self._traced_out = None
         self._trace, self._trace_loops = 0, False
-        self.ran_loose = False  # blocks were called by code that is not the model's
+        self.ran_loose = False  # code outside the model called blocks directly
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the settings, never a forward; a `disabled()` block is not theirs."""
+        """Return the settings, without any forward and with merging enabled, for copies and pickles."""
         fresh = ForwardState(self.depth, self.schedule).__dict__
         runtime = ("_own", "latest", "ran_loose", "_trace", "_trace_loops", "_traced", "_traced_out", "_model")
         return {key: self.__dict__[key] for key in fresh if key not in runtime} | {"enabled": True}
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__dict__.update(settings)
-        self._model = None  # whoever copies a whole model says so
+        self._model = None  # set by the code that copies a whole model
         self._forget()
 
 
 def _batch(x: Tensor, n: int) -> int:
-    """Return how many images tokens `[B, n, C]` or `[n, B, C]` are of."""
+    """Return the batch size of tokens `[B, n, C]` or `[n, B, C]`."""
     return int(x.shape[0] if x.shape[1] == n else x.shape[1])

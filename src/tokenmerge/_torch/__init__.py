@@ -1,1 +1,1 @@
-"""What is asked of torch's private parts."""
+"""Code that depends on private parts of torch."""

@@ -1,4 +1,4 @@
-"""Remember something about tokens for as long as the memory they lie in is held, whoever holds it."""
+"""Attach a note to the memory of a tensor, for as long as its storage lives."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _NAME = "_tokenmerge"
 
 
 def remember(x: Tensor, thing: Any) -> None:
-    """Note `thing` with the memory of `x`: views, detached tensors and what a checkpoint saves share it."""
+    """Attach `thing` to the storage of `x`; views, detached tensors and checkpointed inputs share it."""
     owner = _owner(x)
     if owner is not None:
         setattr(owner, _NAME, (thing, _geometry(x)))
 
 
 def recall(x: Tensor) -> tuple[Any, bool]:
-    """Return what was last noted with the memory of `x`, None for nothing, and whether `x` is as it was then."""
+    """Return the last note on the storage of `x` (or None), and whether `x` is unchanged since."""
     thing, geometry = getattr(_owner(x), _NAME, (None, None))
     return thing, thing is not None and geometry == _geometry(x)
 

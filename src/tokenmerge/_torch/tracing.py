@@ -37,7 +37,7 @@ WHOLE = _Whole()
 
 
 def is_compiling() -> bool:
-    """Say whether a graph is made of what this thread runs. `torch.compiler.is_compiling` speaks of all threads."""
+    """Return whether this thread is being traced; `torch.compiler.is_compiling` covers all threads."""
     if torch.compiler.is_dynamo_compiling():
         return True
     # torch.export, where it is not strict, runs Python under modes of its own
@@ -59,12 +59,12 @@ def in_pieces() -> bool:
 
 
 def is_in_backward() -> bool:
-    """Say whether a backward runs in this thread: what a checkpoint runs again is called from there."""
+    """Return whether a backward runs in this thread, e.g. for recomputation in gradient checkpointing."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_exporting() -> bool:
-    """Say whether the graph is made by `torch.export`."""
+    """Return whether `torch.export` is making the graph."""
     # torch 2.6 has no is_exporting
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 

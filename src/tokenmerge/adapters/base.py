@@ -1,4 +1,4 @@
-"""What a model family is: where its blocks are, how one is composed, where keys come from, how it pools."""
+"""The adapter interface: where a model family's blocks are, how they are composed, how it attends and pools."""
 
 from __future__ import annotations
 
@@ -45,13 +45,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A residual block as data: `x + chain(attention)`, then `x + chain(mlp)`, each chain the children in call order.
+    """A residual block as data: `x = x + attention(x)`, then `x = x + mlp(x)`, each branch a chain of children.
 
-    A child that can be called is called, a list of them is called side by side and summed, a parameter multiplies,
-    `None` is passed over; names may have dots. `attn` is the child of the first chain that the tap stands in for.
-    `closes` names a last child of the second chain that is called with the branch and the tokens and adds the two
-    itself. Without `attn` the tap stands in for the whole block and tokens are merged after it, for blocks that have no
-    place between attention and MLP.
+    The names of a chain are applied in order: a module is called, a ModuleList is summed over its members, a Parameter
+    scales, None is skipped. Names may be dotted.
+
+    Args:
+        attention: the children of the attention branch.
+        attn: the child of the attention branch that the tap replaces. "": the tap replaces the whole block and tokens
+            are merged after it, for blocks without a point between attention and MLP.
+        mlp: the children of the MLP branch.
+        closes: a final child, called as `closes(branch, x)`, that does the residual add itself.
     """
 
     attention: tuple[str, ...] = ()
@@ -61,15 +65,15 @@ class BlockSpec:
 
     @property
     def children(self) -> tuple[str, ...]:
-        """The names of all children that are run."""
+        """The names of all children that are used."""
         return (*self.attention, *self.mlp, *filter(None, (self.closes,)))
 
 
 @dataclass(frozen=True)
 class HookSpec:
-    """A block of which only three children are known: it runs its own forward, and they are listened to.
+    """A block that cannot be recomposed: it runs its own forward, and three of its children are intercepted.
 
-    Tokens become fewer on their way into `norm` and as many again on their way out of `mlp`.
+    Tokens are merged at the input of `norm` and unmerged at the output of `mlp`.
     """
 
     attn: str
@@ -78,16 +82,16 @@ class HookSpec:
 
     @property
     def children(self) -> tuple[str, ...]:
-        """The names of the three."""
+        """The names of the three children."""
         return (self.attn, self.norm, self.mlp)
 
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """A block on a grid `[B, rows, columns, C]` that must stay complete: it runs its own forward, but for `attn`.
+    """A block whose grid `[B, rows, columns, C]` must stay complete: its own forward runs, only `attn` is replaced.
 
-    `attn` is called with `[windows, rows, columns, C]`. `window` names the block's attribute that holds the side of a
-    window; 0 stands for one window of everything.
+    `attn` is called with `[windows, rows, columns, C]`. `window` names the block attribute that holds the side length
+    of a window; a value of 0 means one window over the whole grid.
     """
 
     attn: str
@@ -95,7 +99,7 @@ class WindowSpec:
 
     @property
     def children(self) -> tuple[str, ...]:
-        """The names of both."""
+        """The names of the attention and the window attribute."""
         return (self.attn, self.window)
 
 
@@ -104,9 +108,10 @@ Grid = tuple[int, int]  # rows and columns
 
 
 def grid_of_call(cutter: Any, image: Any, out: Any) -> Grid | None:
-    """Return what timm says of an image of this size, else rows and columns of the map `[B, C, rows, columns]` put out.
+    """Return the patch grid (rows, columns) of a call `out = cutter(image)` of a patch embedding.
 
-    `cutter` cut the `image` into `out`; None where that is no map.
+    Uses timm's `dynamic_feat_size` if there is one, else the shape of a feature map `[B, C, rows, columns]`. Returns
+    None if `out` is no feature map.
     """
     if hasattr(cutter, "dynamic_feat_size"):
         rows, columns = cutter.dynamic_feat_size(tuple(image.shape[-2:]))
@@ -116,24 +121,24 @@ def grid_of_call(cutter: Any, image: Any, out: Any) -> Grid | None:
 
 @dataclass(frozen=True)
 class Host:
-    """What is known of a family's own code, as data. Dotted names are paths inside the model.
+    """The code of a model family, described as data. Dotted names are paths inside the model.
 
     Args:
-        package: the package whose classes are known by name. "": a model is known by its parts alone, and is tried.
-        models: the models' classes, `package.module.Class`, for an adapter that has no `matches` of its own.
-        blocks: where the list of blocks is.
-        loops: methods that run the blocks; trusted with merged tokens while they are the package's own.
-        heads: methods that make an answer of what leaves the blocks; trusted in the same way.
-        token_methods: methods that hand tokens out by their place: refused unless the user says what to hand out.
-        restored_methods: methods that hand every token out in its place, as tokens are restored after the last block.
-        cut_by: the module that cuts images into patches, whose call says their rows and columns; "": not known.
-        grid_of: makes rows and columns of a call of that module: itself, the image, what it put out.
-        followers: further arguments of a block that belong to its tokens (rotary tables, masks), and how each follows
-            the tokens that are left.
-        padding: arguments of the first block that say which tokens are real, and what makes `[B, N]` bool of each.
-        is_positional: the attention knows where a token lies, and needs the places of those that are left.
-        may_match_features: a method that compares keys may compare features where the attention shows no keys.
-        ignores_rest: nothing reads what a block returns behind its tokens (attention weights): None may stand for it.
+        package: the package whose classes are known by name. "": models are recognised by structure and tested.
+        models: the model classes, `package.module.Class`, for an adapter without its own `matches`.
+        blocks: path of the list of blocks.
+        loops: methods that run the blocks; trusted with merged tokens as long as they are the package's own.
+        heads: methods that compute the model output from the last block's tokens; trusted on the same condition.
+        token_methods: methods that return tokens by position; they raise unless the user chose `restore`.
+        restored_methods: methods that return all tokens in order, since tokens are restored after the last block.
+        cut_by: path of the patch embedding, whose calls give the patch grid; "": not known.
+        grid_of: returns (rows, columns) for a call of the patch embedding, given the module, the image and the output.
+        followers: the block's extra arguments that are per token (rotary tables, masks), each with the function that
+            gathers it for the remaining tokens.
+        padding: arguments of the first block that mark real tokens, each with a function that makes `[B, N]` bool.
+        is_positional: the attention uses token positions, so it needs those of the remaining tokens.
+        may_match_features: methods that compare keys may compare features if keys cannot be captured.
+        ignores_rest: no caller reads what a block returns after its tokens (attention weights), so it may be None.
     """
 
     package: str = ""
@@ -154,19 +159,21 @@ class Host:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is around the blocks of one model, and why it needs tokens in their places: a sentence, or None.
+    """The code around the blocks of one model, and the reasons why it needs restored tokens.
+
+    `every`, `last` and `handed_out` are sentences for the report, or None.
 
     Args:
         adapter: the adapter of `part`.
-        part: the module that makes an answer of its tokens: the model, or the tower inside it.
-        trusted: methods that run the blocks and have to be the host's own, each a module and a name.
-        loops: modules besides `part` that run the blocks and hand out tokens.
-        cutter: the module that cuts images into patches.
-        every: why what leaves every block is needed with every token in its place.
-        last: why what follows the last block needs every token in its place.
-        handed_out: which tokens the model hands out; they are put in their places unless merged ones are asked for.
-        without_merging: it is an MAE model never trained with merging, which is better without proportional attention;
-            None: its weights do not tell.
+        part: the module that computes an output from the tokens: the model, or the tower inside it.
+        trusted: methods that run the blocks and must be the host's own, each as (module, name).
+        loops: modules besides `part` that run the blocks and return tokens.
+        cutter: the patch embedding.
+        every: why all tokens must be restored after every block.
+        last: why all tokens must be restored after the last block.
+        handed_out: which tokens the model returns; they are restored unless the user chose restore="merged".
+        without_merging: True for an MAE model trained without merging, which is better without proportional attention;
+            None if the weights do not tell.
     """
 
     adapter: Adapter
@@ -182,12 +189,12 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Context:
-    """How a model is patched, for what stands in around its blocks.
+    """The state of a patched model, for the overrides around its blocks.
 
     Args:
-        is_merging: says, in a call, whether tokens are merged in it.
-        sizes: gives the sizes of tokens that left the last block; None where all are put back in their places.
-        restore: what the user asked for; "dense" also where every block has to hand out every token.
+        is_merging: returns whether the current call merges tokens.
+        sizes: returns the sizes of the last block's tokens; None if all tokens are restored.
+        restore: the user's `restore` option; "dense" also if every block has to restore all tokens.
     """
 
     is_merging: Callable[[], bool]
@@ -196,23 +203,23 @@ class Context:
 
     @property
     def must_refuse(self) -> bool:
-        """Whether merged tokens leave the blocks and nobody asked for them: what would hand them out is refused."""
+        """Whether overrides must reject returning tokens: merged ones leave the blocks, and `restore` is not set."""
         return self.sizes is not None and self.restore is None
 
 
 class Adapter(ABC):
-    """One model family. Adapters recognise a model by its structure and import their host inside functions only.
+    """Base class of a model family. Adapters import their host package inside functions only.
 
-    A family has to say its names, `layout` and `tiny`, and, where `specs` and `host` say too little, `matches`,
-    `blocks`, `spec` and `tap`.
+    A subclass defines `name`, `families`, `layout` and `tiny`. It overrides `matches`, `blocks`, `spec` and `tap` where
+    `specs` and `host` do not suffice.
     """
 
     name: ClassVar[str]
-    families: ClassVar[str]  # what `tokenmerge list` shows
-    landmarks: ClassVar[tuple[str, ...]] = ()  # names of children that this family has; an error compares them
+    families: ClassVar[str]  # shown by `tokenmerge list`
+    landmarks: ClassVar[tuple[str, ...]] = ()  # typical child names, compared in the error for unknown models
     host: ClassVar[Host] = Host()
-    # how its blocks are made: by their class `package.module.Class`, or several of which the first whose children a
-    # block has describes it
+    # the structure of the blocks: specs by block class `package.module.Class`, or a sequence of specs, of which the
+    # first whose children the block has is used
     specs: ClassVar[Mapping[str, Spec] | Sequence[Spec]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -223,20 +230,20 @@ class Adapter(ABC):
         return _older.read(self, name)
 
     def matches(self, model: nn.Module) -> bool:
-        """Say whether this adapter describes the model. Default: by its class, of `host.models`."""
+        """Return whether this adapter handles the model. Default: its class is in `host.models`."""
         return not set(self.host.models).isdisjoint(class_names(model))
 
     def resolve(self, model: nn.Module) -> Adapter:
-        """Return the adapter that describes the model: this one, or that of the one part of it where tokens are."""
+        """Return the adapter to use: this one, or that of the single part of the model that has tokens."""
         return self
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Return the blocks in order, with their names in the model. Default: the children of `host.blocks`."""
+        """Return the blocks in order, each as (name in the model, block). Default: the children of `host.blocks`."""
         path = self.host.blocks
         return [(f"{path}.{name}", block) for name, block in attrgetter(path)(model).named_children()]
 
     def spec(self, block: nn.Module) -> Spec:
-        """Describe one block, by `specs`; raises `UnsupportedModelError` where it is not of this family."""
+        """Return the spec of a block, from `specs`; raises `UnsupportedModelError` if none fits."""
         if isinstance(self.specs, Mapping):
             names = [name for name in class_names(block) if name in self.specs]
             if names:
@@ -256,15 +263,18 @@ class Adapter(ABC):
 
     @abstractmethod
     def layout(self, model: nn.Module) -> TokenLayout:
-        """Return where the tokens lie, for the input size the model was built with."""
+        """Return the token layout for the input size that the model was built with."""
 
     def tap(self, block: nn.Module) -> AttentionTap:
-        """Build the tap of the block's attention, not attached yet. Default: by its projections or norms of q, k, v."""
+        """Build the tap of the block's attention, without attaching it.
+
+        Default: `MultiheadTap` for an `nn.MultiheadAttention`, else `SeamTap` on the projections or norms of q, k, v.
+        """
         path = self.spec(block).attn
         return (SeamTap if multihead(attrgetter(path)(block)) is None else MultiheadTap)(block, path)
 
     def surroundings(self, model: nn.Module) -> Surroundings:
-        """Return what is around the blocks. Default: by `host`, of a model that needs no token in its place."""
+        """Return the code around the blocks. Default: from `host`, with no need for restored tokens."""
         cutter: Any = model
         for name in filter(None, self.host.cut_by.split(".")):
             cutter = getattr(cutter, name, None)
@@ -273,15 +283,15 @@ class Adapter(ABC):
         return Surroundings(self, model, trusted, cutter=cutter if is_known else None)
 
     def wiring(self, model: nn.Module) -> list[Binding]:
-        """Return what is bound first, where a host has no modules that could be called as blocks. Default: nothing."""
+        """Return bindings to install before the runners, for hosts without callable block modules. Default: none."""
         return []
 
     def overrides(self, model: nn.Module, context: Context) -> list[Binding]:
-        """Return what is bound last, around the blocks: pooling that weighs by size, refusals. Default: nothing."""
+        """Return overrides around the blocks, bound after the runners: weighted pooling, refusals. Default: none."""
         return []
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
-        """Return how many tokens to probe a block with, and the further arguments the model would call it with."""
+        """Return the number of tokens for probing a block, and the extra arguments the model would pass to it."""
         return layout.prefix + PROBED, {}
 
     @abstractmethod
@@ -290,7 +300,7 @@ class Adapter(ABC):
 
 
 def has_parts(module: nn.Module, paths: Collection[str]) -> bool:
-    """Say whether the module has all of these; names may have dots."""
+    """Return whether the module has attributes at all of these dotted paths."""
     try:
         for path in paths:
             attrgetter(path)(module)
@@ -305,7 +315,7 @@ def class_names(module: nn.Module) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Adapters of others may know these two by the names they had before 0.6."""
+    """Provide the names that `Override` and `Binding` had before 0.6, for third-party adapters."""
     successor = {"Original": Override, "Replacement": Binding}.get(name)
     if successor is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A model that no adapter describes: the user names the blocks and three of their children."""
+"""The adapter of models without one of their own: the user names the blocks and three of their children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter of a model that holds its tokens in one part: CLIP around its vision tower, a classifier around that."""
+"""The adapter of a model whose tokens are in one part, e.g. CLIP with its vision tower."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Within"]
 
 
 class Within(Adapter):
-    """Describes a whole model by the adapter of its part at `path`; the rest of the model is left alone.
+    """Applies the adapter of the part at `path` to the whole model; the rest of the model is unchanged.
 
     `token_methods` are those of the whole model, besides the part's own.
     """
@@ -57,7 +57,7 @@ class Within(Adapter):
         return self.inner.tap(block)
 
     def surroundings(self, model: nn.Module) -> Surroundings:
-        # what the rest of the model does with tokens that its part hands out is not known
+        # how the rest of the model uses the part's tokens is unknown
         inner = self.inner.surroundings(self.part(model))
         return replace(inner, last=inner.last or inner.handed_out, handed_out=None)
 

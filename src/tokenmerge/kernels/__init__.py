@@ -1,4 +1,4 @@
-"""One public function per operation, and the table that says which implementations each has."""
+"""One public function per operation, and the table of its implementations."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _triton(run: Callable[..., Any], supports: Callable[[Tensor], bool]) -> Kern
 def _by_name(
     name: str, run: Callable[..., Any], supports: Callable[[Tensor], bool] = lambda x: True, needs: str = "nothing"
 ) -> Kernel:
-    """Plain torch that is chosen by nobody but the user."""
+    """A plain torch implementation that runs only when forced by name."""
     return Kernel(name, run, supports, needs, is_automatic=False)
 
 
@@ -124,7 +124,7 @@ _forced = ""  # by `force`; module-wide, as the environment variable is
 
 
 class _Watch(threading.local):
-    """Where this thread notes what runs."""
+    """Per-thread record of the implementations that run."""
 
     ran: Ran | None = None
 
@@ -170,7 +170,7 @@ def merge(
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
     """Attention `[B, H, N, D]` whose scores get a bias per key, `[B, N]`.
 
-    A bias that is learned through takes the reference: no other version gives it a gradient.
+    A bias that requires a gradient uses the reference; no other implementation provides one.
     """
     kernel = note("attend", TABLE["attend"][-1], q) if bias.requires_grad else select("attend", q)
     out: Tensor = kernel.run(q, k, v, bias, scale)
@@ -209,7 +209,7 @@ def watch(ran: Ran | None) -> None:
 
 
 def note(op: str, kernel: Kernel, x: Tensor) -> Kernel:
-    """Note that an implementation runs on a tensor like `x`, where somebody watches; returns it."""
+    """Record that an implementation runs on a tensor like `x`, if `watch` is on; returns the implementation."""
     if torch.compiler.is_dynamo_compiling():
         _note_traced(trace_number(), op, kernel.name, x.device.type)
     elif _watch.ran is not None:
@@ -256,7 +256,7 @@ def _choose(op: str, x: Tensor) -> Kernel:
 
 
 def is_replaced(op: str) -> bool:
-    """Say whether anything but the reference may run for `op`: it has a fused version, and nothing forbids it."""
+    """Return whether an implementation other than the reference may run for `op`."""
     if _leaves_torch():
         return False
     forced = _wish()
@@ -275,7 +275,7 @@ def fallbacks(ran: Ran) -> list[str]:
 
 
 def _wish() -> str:
-    """Return the name that is forced, or nothing."""
+    """Return the forced name, or "" if none."""
     name = _forced or os.environ.get("TOKENMERGE_KERNELS", "")
     return _known(name)
 

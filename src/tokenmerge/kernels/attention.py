@@ -1,7 +1,7 @@
-"""Proportional attention without a mask, for kernels that are slower or absent with one; all exact, none automatic.
+"""Proportional attention without a mask, for kernels that are slow or missing with one; exact, never automatic.
 
-`columns` and `values` put the bias into widened keys or values and call the plain kernel; `flex` is FlexAttention. On
-CPU all are slower than the mask (benchmarks/results/attention.md); on GPUs they were not measured.
+`columns` and `values` put the bias into widened keys or values and call the plain kernel. `flex` is FlexAttention. On
+CPU all three are slower than the mask (benchmarks/results/attention.md); on GPUs they were not measured.
 
 Shapes: B batch, H heads, N tokens, D head width.
 """
@@ -19,14 +19,14 @@ from tokenmerge._torch.tracing import is_compiling
 
 __all__ = ["columns", "flex", "supports_flex", "values"]
 
-_WIDTH = 8  # what widths are padded to: kernels want multiples of it
+_WIDTH = 8  # widths are padded to a multiple of this, as kernels require
 
 
 def columns(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """See `kernels.attend`: bias / scale as further columns of the keys, against ones in the queries.
+    """See `kernels.attend`: appends bias / scale to the keys and ones to the queries as extra columns.
 
-    In half precision one column would round the bias; three hold all bits of it. Values are padded with zeros, since
-    not every kernel takes them narrower than the keys.
+    In half precision one column would round the bias; three columns hold all its bits. Values are padded with zeros,
+    since not every kernel accepts values narrower than keys.
     """
     D = q.shape[-1]
     scale = D**-0.5 if scale is None else scale
@@ -43,9 +43,9 @@ def columns(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None =
 
 
 def values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """See `kernels.attend`: softmax(a + log s) v is softmax(a) (s v) over softmax(a) s, one further column of values.
+    """See `kernels.attend`: `softmax(a + log s) v = softmax(a) (s v) / (softmax(a) s)`; s is an extra value column.
 
-    Sizes are divided by the largest of each image, which cancels, so that half precision holds them.
+    Sizes are divided by the largest size of each image, which cancels, so that they fit half precision.
     """
     D = q.shape[-1]
     scale = D**-0.5 if scale is None else scale
@@ -59,7 +59,7 @@ def values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = 
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """See `kernels.attend`: FlexAttention, compiled here unless all is."""
+    """See `kernels.attend`: FlexAttention, compiled here unless the caller is being compiled."""
     bias = bias.detach()
 
     def add(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -70,9 +70,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = No
 
 
 def supports_flex(q: Tensor) -> bool:
-    """Say whether FlexAttention runs on `q`.
+    """Return whether FlexAttention supports `q`: on CUDA, with a power of two as head width.
 
-    Its CPU kernel corrupts memory when a score_mod reads a tensor (torch 2.15), and not every torch takes every width.
+    Its CPU kernel corrupts memory when a score_mod reads a tensor (torch 2.15), and some torch versions reject other
+    widths.
     """
     return q.device.type == "cuda" and q.shape[-1] & (q.shape[-1] - 1) == 0
 
@@ -85,5 +86,5 @@ def _flex(is_compiling: bool) -> Any:
 
 
 def _full(bias: Tensor, q: Tensor) -> Tensor:
-    """Return the bias, without gradient, in single precision at least."""
+    """Return the bias without gradient, in float32 or wider."""
     return bias.detach().to(torch.promote_types(q.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""Fused matching and merging on CPU: `native.cpp`, compiled when the package is installed, where there is a compiler.
+"""Fused matching and merging on CPU: `native.cpp`, compiled at installation if there is a compiler.
 
-Fuses head mean, normalisation, scores, row maximum and selection into one call that never holds the scores, and the
-residual add with the merge. float32 and bfloat16, rows contiguous in memory, matching up to a width of 1024.
-Measured gain: matching 2.3 to 2.9 times, merging 1.9 to 2.1 times the reference (benchmarks/results/ops.md).
+Matching fuses head mean, normalisation, scores, row maximum and selection, and never stores the scores. Merging fuses
+the residual add. Requires float32 or bfloat16, rows contiguous in memory, and a width of at most 1024 for matching.
+Measured against the reference: matching 2.3 to 2.9 times, merging 1.9 to 2.1 times as fast (benchmarks/results/ops.md).
 
 Shapes: B batch, H heads, N tokens in, M tokens out, R absorbed tokens, C channels, D head width.
 """
@@ -23,26 +23,27 @@ from tokenmerge.kernels import reference
 
 __all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
 
-_INTERFACE = 2  # of native.cpp
+_INTERFACE = 2  # interface version of native.cpp
 _WRONG_INDEX = 1
 _WIDEST = 1024
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _load() -> ctypes.CDLL | None:
-    """Load the build for this processor's vectors; None where it was not built or belongs to another version.
+    """Load the build for this CPU's vector extension; None if it was not built or has another interface version.
 
-    `TOKENMERGE_NATIVE_LIBRARY` names another build, as one with sanitizers: that one is loaded, or it is an error.
+    `TOKENMERGE_NATIVE_LIBRARY` names another build, e.g. one with sanitizers. Raises `UnsupportedError` if that build
+    cannot be loaded.
     """
     named = os.environ.get("TOKENMERGE_NATIVE_LIBRARY", "")
-    # ours asks for OpenMP by name only and so shares the threads of torch's, which is loaded by now
+    # the build links OpenMP by name only, so it uses torch's OpenMP runtime, which is already loaded
     vectors = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "base")
     path = Path(named) if named else Path(__file__).with_name(f"native.{vectors}.so")
     library, reason = None, "no such file"
     if path.exists():
         try:
             library, reason = ctypes.CDLL(str(path.resolve())), "it is of another version of tokenmerge"
-        except OSError as error:  # another platform's, or a torch without OpenMP
+        except OSError as error:  # built for another platform, or torch has no OpenMP
             reason = str(error)
     if library is None or library.tokenmerge_interface() != _INTERFACE:
         if named:
@@ -61,12 +62,12 @@ _LIBRARY = _load()
 
 
 def supports_bipartite(metric: Tensor) -> bool:
-    """Say whether the fused matching runs on these keys, `[B, H, N, D]` or `[B, N, D]`."""
+    """Return whether the fused matching supports these keys, `[B, H, N, D]` or `[B, N, D]`."""
     return _supports(metric) and metric.stride(-1) == 1 and metric.shape[-1] <= _WIDEST
 
 
 def supports_merge(x: Tensor) -> bool:
-    """Say whether the fused merging runs on these tokens, `[B, N, C]`."""
+    """Return whether the fused merging supports these tokens, `[B, N, C]`."""
     return _supports(x)
 
 
@@ -94,9 +95,9 @@ def _supports(x: Tensor) -> bool:
 
 
 def _is_bare(x: Tensor) -> bool:
-    """Say whether nobody watches (a tracer, a gradient, a dispatch mode) and memory holds the very numbers.
+    """Return whether C++ can be called directly: no tracing, autograd or dispatch mode, and no negative view.
 
-    An operator of torch, which sees to all that, costs 3 us more.
+    The registered operators handle all of these but cost 3 us more per call.
     """
     is_watched = is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return not (is_watched or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg())
@@ -107,7 +108,7 @@ def _bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Ten
     B, H, N, D = heads.shape
     assert _LIBRARY is not None
     threads, floats = torch.get_num_threads(), max(0, _LIBRARY.tokenmerge_scratch(N, D, prefix))
-    if 0 <= r <= N:  # what else is wrong is for the other side to say
+    if 0 <= r <= N:  # C++ checks the rest
         keep, src, dst = _empty_plan(heads, r, prefix)
         scratch = torch.empty(min(B, threads) * floats, dtype=torch.float32, device="cpu")
         code = _LIBRARY.tokenmerge_bipartite(
@@ -146,9 +147,9 @@ def _merge(
 
 
 def _memory(x: Tensor, dtype: torch.dtype = torch.long) -> tuple[int, int]:
-    """Return where a tensor lies and how many elements there are from there on: C++ checks sizes and strides by it.
+    """Return a tensor's data pointer and the number of elements from there on, for the bounds checks in C++.
 
-    Raises `UnsupportedError` for another type or device than C++ is told. Each call adds to what a block costs.
+    Raises `UnsupportedError` for another dtype or device. Runs for every tensor of every block, so keep it cheap.
     """
     if x.dtype != dtype or not x.is_cpu:
         raise UnsupportedError(f"the C++ part takes {dtype} in the CPU's memory here, not {x.dtype} on {x.device}.")
@@ -171,7 +172,7 @@ def _empty_merge(x: Tensor, size: Tensor | None, keep: Tensor, *_: Any) -> tuple
     return x.new_empty(x.shape[0], keep.shape[1], x.shape[2]), x.new_empty(keep.shape, dtype=torch.float32)
 
 
-# for who watches; with written schemas, which torch.library.custom_op would read from annotations
+# registered operators, for autograd, tracing and dispatch modes; schemas are explicit, unlike with custom_op
 _OPERATORS = torch.library.Library("tokenmerge", "FRAGMENT")
 _OPERATORS.define("cpu_bipartite(Tensor metric, int r, int prefix) -> (Tensor, Tensor, Tensor)")
 _OPERATORS.define(

@@ -1,7 +1,7 @@
-"""Merge without a scatter: groups are summed by a product with 0 and 1, for engines that get scatter wrong.
+"""Merge without scatter: a product with a 0/1 membership matrix sums the groups, for engines with a broken scatter.
 
-Never chosen by itself: `kernels.force("matmul")` asks for it, also while a graph is exported. Of the operators it
-leaves behind, only gathers of whole rows, one comparison and one batched product move tokens.
+Never chosen automatically; select it with `kernels.force("matmul")`, also during export. The graph moves tokens with
+row gathers, one comparison and one batched matrix product only.
 
 Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels.
 """
@@ -24,8 +24,8 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Merge groups of `x + branch` as size-weighted means; returns `[B, M, C]` and the new sizes `[B, M]`.
 
-    The formula is the reference's. Sums run over all R absorbed tokens of an image, most of them times 0, so one token
-    that is not finite spoils its whole image.
+    Same formula as the reference. Each sum covers all R absorbed tokens of an image, most of them times 0, so one
+    non-finite token makes the whole image non-finite.
     """
     x = x if branch is None else x + branch
     B, N, C = x.shape
@@ -39,7 +39,7 @@ def merge(
     kept = flat.index_select(0, (keep + first * N).flatten()).view(B, M, C)
     absorbed = flat.index_select(0, (src + first * N).flatten()).view(B, R, C)
     leader = flat.index_select(0, (keep.gather(1, dst) + first * N).flatten()).view(B, R, C)
-    # groups of padding alone have the size 0
+    # a group of padding only has size 0
     weight = absorbed_size / new_size.gather(1, dst).clamp_min(1e-12)  # [B, R]
     step = weight[..., None].to(x.dtype) * (absorbed - leader)
     return kept + torch.bmm(is_member.to(x.dtype), step), new_size

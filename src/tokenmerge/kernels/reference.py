@@ -1,4 +1,4 @@
-"""Every tensor operation of the library in plain torch: the truth that fused versions are compared with.
+"""The reference implementation of every tensor operation, in plain torch; fused versions are tested against it.
 
 Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels, D width of the metric.
 """
@@ -81,7 +81,7 @@ def match(
 
 
 def _best(a: Tensor, b: Tensor, distance: str, valid_a: Tensor | None, valid_b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compare rows of side A with all of side B: `[B, tile, D]` and `[B, Nb, D]` to `[B, tile]` each."""
+    """Return each row's best score and partner in side B: `[B, tile, D]`, `[B, Nb, D]` to `[B, tile]` each."""
     scores = -torch.cdist(a, b) if distance == "euclidean" else torch.bmm(a, b.mT)  # [B, tile, Nb]
     if valid_a is not None and valid_b is not None:
         scores = scores.masked_fill(valid_a ^ valid_b, float("-inf"))
@@ -96,7 +96,7 @@ def _best(a: Tensor, b: Tensor, distance: str, valid_a: Tensor | None, valid_b: 
 
 
 def unit(metric: Tensor) -> Tensor:  # [B, N, D]
-    """Return the rows at length 1, zeros as they are; of float32 and float64.
+    """Normalise rows to length 1, in float32 or float64; zero rows stay zero.
 
     Rows whose squares would overflow or vanish are divided by their largest value first, all others by 1.
     """

@@ -31,13 +31,14 @@ __all__ = ["AdaViT"]
 class AdaViT(Learned):
     """Decide per image which patches and sublayers are used. Meng et al., CVPR 2022, arXiv:2111.15668.
 
-    `r` is the most that a block removes, and in training the share of patches it aims at; `usage` is the share of
-    sublayers (attention, MLP) that training aims at, `budget_weight` weighs the squared differences from both,
-    `temperature` is that of the Gumbel-sigmoid. Ada-DeiT-S has 77.3 % at 2.3 GMACs in the paper (79.8 at 4.6).
-    Differs from the paper: patches go between attention and MLP and are gone for all blocks after; a sublayer that is
-    off adds nothing but is still computed, so only patches save time; there are no gates for heads, which are added up
-    before the place where tokens go; the budget counts decisions as inference makes them, not as they are drawn; of a
-    batch every image loses as many patches as the one that wants least.
+    `r` is the maximum that a block removes, and in training the target for patches. `usage` is the target share of
+    sublayers (attention, MLP) in use. `budget_weight` weights the squared differences from both targets, `temperature`
+    is that of the Gumbel-sigmoid. Published: Ada-DeiT-S 77.3 % at 2.3 GMACs (79.8 at 4.6).
+
+    Differs from the paper: patches are removed between attention and MLP, for all later blocks. A sublayer that is off
+    adds nothing but is still computed, so only patches save time. There are no gates for heads, which are summed before
+    tokens are removed. The budget counts decisions as made in inference, not the draws. All images of a batch lose as
+    many patches as the one with the fewest to remove.
     """
 
     name: ClassVar[str] = "adavit"
@@ -61,7 +62,7 @@ class AdaViT(Learned):
             mask = mask_alive(view, gumbel_sigmoid(patches, self.temperature))
             gates = gumbel_sigmoid(sublayers, self.temperature)
             note, masked = budget(view, self, r, share * mask), MaskedPlan.of(mask)
-            # the budget counts what inference would keep: drawn, it could be met by chance alone, and nothing would go
+            # count what inference would keep: random draws alone could meet the budget while inference removes nothing
             before = view.last_note(_DecisionNote)
             decided = (share if before is None else before.decided) * _decide(patches)
             ratio = decided.sum(dim=1) / (decided.shape[1] - view.prefix)

@@ -20,16 +20,17 @@ __all__ = ["ATS"]
 class ATS(Reduction):
     """Adaptive token sampling. Fayyaz et al., ECCV 2022, arXiv:2111.15667.
 
-    The `score` is divided by its sum over the unprotected tokens; K tokens are drawn where the running sum passes
-    (k - 1/2) / K for k = 1 to K, and those drawn twice count once. Fewer than K are left so, each image its own
-    number; a batch has one and no more than `r` may go, so that the most important of those not drawn fill up.
+    With `p = score / sum(score)` over the N unprotected tokens, token i is drawn if `cumsum(p)` passes a quantile
+    (k - 1/2) / K at i, for k = 1 to K. A token drawn twice counts once, so an image draws at most K tokens. All images
+    of a batch must keep the same number and lose at most `r`, so the most important tokens not drawn fill the rest.
 
-    `samples` is K as a share of the unprotected tokens (0 to 1): every image loses as many as the one with the fewest
-    to lose, at most `r`; compiled it is `r`, and of those drawn the least important may go. None: as many as `r`
-    leaves, which are the tokens the paper draws for this K, filled up to K, and exactly `r` go everywhere.
-    Scores are positive, which `entropy` is not; raises `UnknownNameError` for it or an unknown one and
-    `UnsupportedError` for a share that is none. Published with training: DeiT-S 79.7 at 2.9 GMACs. Differs from the
-    paper: what was not drawn fills up.
+    `samples` is K / N, above 0 and at most 1: every image loses as many tokens as the image with the fewest to lose, at
+    most `r`. Compiled, exactly `r` are removed, possibly the least important of those drawn. With None, K = N - r and
+    exactly `r` are removed: the paper's draw for this K, filled up to K.
+
+    Scores must be positive. Raises `UnknownNameError` for `entropy`, which is not, or an unknown score, and
+    `UnsupportedError` for `samples` out of range. Published with training: DeiT-S 79.7 at 2.9 GMACs. Differs from the
+    paper: tokens not drawn fill the rest.
     """
 
     name: ClassVar[str] = "ats"
@@ -61,7 +62,7 @@ class ATS(Reduction):
 
 
 def _is_drawn(share: Tensor, count: int) -> Tensor:  # [B, N]
-    """Say which tokens are drawn at `count` quantiles of shares that sum to 1."""
-    # how many of the quantiles (k - 1/2) / count the running sum has passed: no search, no table
+    """Return which tokens are drawn at `count` quantiles of shares that sum to 1, `[B, N]` bool."""
+    # floor(cumsum * count + 1/2) is the number of quantiles (k - 1/2) / count passed so far
     passed = (share.cumsum(dim=1) * count + 0.5).floor()
     return passed.diff(dim=1, prepend=passed.new_zeros(passed.shape[0], 1)) > 0

@@ -20,16 +20,20 @@ __all__ = ["AViT"]
 class AViT(Learned):
     """Drop tokens whose halting scores have added up to one. Yin et al., CVPR 2022, arXiv:2112.07658.
 
-    The score is sigmoid(`gamma` * first channel + `beta`), two scalars that all blocks share and learn from here; a
-    token halts at 1 - `epsilon`. Every block that `r` names scores; `r` is the most it removes, and training does not
-    depend on it. The class token that leaves the last block is the mean of its states by the class token's own scores.
-    The loss is `ponder_weight` times the mean halting depth, and `prior_weight` times the divergence of what tokens
-    spend of their one per depth (what is left of it at the end) from a Gaussian of width 1 around `target` (a share of
-    the depth). Needs training of the whole model, and a class token. DeiT-S has 78.6 % in the paper (79.8 without),
-    38 % faster.
-    Differs from the paper: scores are read between attention and MLP, tokens go before the MLP, and of a batch every
-    image loses as many tokens as the one that wants least: the others' halted tokens stay visible; the prior is over
-    what is spent and not over scores made to sum to one, which could shrink at no cost until nothing halts.
+    Each active block adds `h = sigmoid(gamma * x[0] + beta)` to a token's total, with x[0] the first channel; the token
+    halts when `sum(h) >= 1 - epsilon`. All blocks share `gamma` and `beta`, which are the initial values of learned
+    scalars. A block is active if `r` is not 0 there; it removes at most `r`, and training does not depend on the value.
+    A token spends h in each block, and in the block where it halts the remainder: 1 minus the h before. The output
+    class token is the sum of its states, each weighted by what it spent in that block.
+
+    The loss is `ponder_weight * mean(steps + remainder) + prior_weight * KL(spent || N(target, 1))`. `spent` is the
+    mean spent per block, its unspent rest counted at the end; the Gaussian is centred at `target` (a share of the
+    depth), with a width of one block. Needs training of the whole model, and a class token. Published: DeiT-S 78.6 %
+    (79.8 without), 38 % faster.
+
+    Differs from the paper: scores are read between attention and MLP, and tokens are removed before the MLP. All images
+    of a batch lose as many tokens as the one with the fewest halted; other halted tokens stay visible. The prior is
+    over spent scores, not over scores normalised to sum to one, which could shrink at no cost until nothing halts.
     """
 
     name: ClassVar[str] = "avit"
@@ -63,7 +67,7 @@ class AViT(Learned):
         collected = none if before is None else before.total
         total, runs = collected + score, collected < 1 - self.epsilon
         halts = total >= 1 - self.epsilon
-        # the step at which a token halts counts for all that is missing to one
+        # the step at which a token halts spends the whole remainder
         step = torch.where(runs, torch.where(halts, 1 - collected, score), none)  # [B, N]
         if halting.training:
             mask = mask_alive(view, (~halts).float())
@@ -92,7 +96,7 @@ class AViT(Learned):
         notes = notes_of(memory, _PonderNote)
         last = notes[-1]
         ponder = ((last.steps + last.remainder) * last.here).sum() / last.here.sum().clamp_min(1.0)
-        # what a token has not spent when the scores end counts for the end of the model: scores near 0 cost, too
+        # the unspent rest counts at the end of the model, so that scores near 0 cost too
         depths = torch.tensor([*(note.depth for note in notes), 1.0], device=last.here.device)
         wanted = (-0.5 * ((depths - self.target) * last.blocks).square()).log_softmax(dim=0)
         spent = torch.stack([note.spent for note in notes])
@@ -103,26 +107,26 @@ class AViT(Learned):
 
 @dataclass(frozen=True, eq=False)
 class _ClassNote:
-    # class token's states by what it spent, and what it has spent, [B, C] and [B, 1]; None before the block's MLP
+    # the class token's weighted sum of states [B, C] and the total it spent [B, 1]; None before the block's MLP
     mixed: tuple[Any, Any] | None
 
 
 @dataclass(frozen=True, eq=False)
 class _HaltNote(_ClassNote):
-    total: Tensor  # [B, N] scores that each token has collected
-    step: Tensor  # [B] what the class token spends here
+    total: Tensor  # [B, N] sum of each token's scores
+    step: Tensor  # [B] what the class token spends in this block
 
 
 @dataclass(frozen=True, eq=False)
 class _PonderNote(MaskNote, _HaltNote):
-    """What training counts: how long tokens run, and where they spend their one."""
+    """Training statistics: how many blocks each token ran, and how much it spent in each."""
 
-    remainder: Tensor  # [B, N] what was missing to one when a token ran last
-    steps: Tensor  # [B, N] blocks in which it ran
-    here: Tensor  # [B, N] unprotected tokens of the first of the blocks
-    spent: Tensor  # mean that a token spends here
-    depth: float  # share of the model's blocks that this one ends
-    blocks: int  # of the model
+    remainder: Tensor  # [B, N] 1 - sum(h) before the last block in which the token ran
+    steps: Tensor  # [B, N] number of active blocks in which the token ran
+    here: Tensor  # [B, N] unprotected tokens at the first active block
+    spent: Tensor  # mean over tokens of what they spend in this block
+    depth: float  # (layer + 1) / blocks
+    blocks: int  # number of the model's blocks
 
 
 def _ponder(view: TokenView, mask: Tensor, total: Tensor, step: Tensor, runs: Tensor, collected: Tensor) -> _PonderNote:
@@ -144,7 +148,7 @@ def _ponder(view: TokenView, mask: Tensor, total: Tensor, step: Tensor, runs: Te
 
 
 class _Halting(nn.Module):
-    """The two scalars of all blocks."""
+    """The halting score with its two scalars, shared by all blocks."""
 
     def __init__(self, gamma: float, beta: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a reduction method is, and what it may see of the model it runs in."""
+"""The interface of reduction methods, and the view of the model that they get."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ class TokenView:
         return sink_padding(score, self.valid)
 
     def note(self, note: Any) -> None:
-        """Leave a note for the layers after this one and for the loss, instead of any that this layer left before."""
+        """Store a note for later layers and the loss; it replaces this layer's earlier note."""
         if self.memory is not None:
             self.memory[self.layer] = note
 
     def last_note(self, kind: type[Note]) -> Note | None:
-        """Return the newest note of a kind that a layer before this one left; see `last_note`."""
+        """Return the newest note of a type from an earlier layer; see the function `last_note`."""
         return last_note(self.memory, self.layer, kind)
 
     def cells(self) -> tuple[Tensor, tuple[int, int]]:
@@ -139,7 +139,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a learned method may know of a model when its modules are built."""
+    """The dimensions of a model, given to a learned method when its modules are built."""
 
     width: int  # C
     depth: int
@@ -151,7 +151,7 @@ class ModelShape:
 
 
 class Reduction(ABC):
-    """A way to make fewer tokens of many: a frozen dataclass whose fields are its options.
+    """Base class of reduction methods: a frozen dataclass whose fields are the options.
 
     Raises `UnknownNameError` for a name that an option does not have, `ConfigError` for a value of another type or
     beyond its limits.
@@ -200,7 +200,7 @@ class Reduction(ABC):
 
     @classmethod
     def examples(cls) -> list[Reduction]:
-        """Return the instances that the promises of all methods are tested with, one for each of `variants`."""
+        """Return the instances that the tests of all methods use, one for each of `variants`."""
         return [cls(**options) for options in cls.variants]
 
     @property
@@ -215,12 +215,12 @@ class Reduction(ABC):
 
     @property
     def captures(self) -> frozenset[str]:
-        """What of `needs` the attention hands over: `"q"`, `"k"`, `"v"`."""
+        """The entries of `needs` that are captured from the attention: `"q"`, `"k"`, `"v"`."""
         return self.needs & CAPTURED
 
     @property
     def requires(self) -> frozenset[str]:
-        """What of `needs` the model has: `"class"`, `"places"`. Raises `UnknownNameError` for anything else there."""
+        """The entries of `needs` that the model must have: `"class"`, `"places"`; `UnknownNameError` for others."""
         required = self.needs - CAPTURED
         for name in sorted(required - {"class", "places"}):
             raise unknown_name(f"{type(self).__name__} needs", name, ("q", "k", "v", "class", "places"))
@@ -228,7 +228,7 @@ class Reduction(ABC):
 
     @property
     def reads_sum(self) -> bool:
-        """Whether the plan looks at the tokens after the attention: then they are added up once, before it."""
+        """Whether the plan uses the tokens after the attention; the residual add then runs once, before the plan."""
         return getattr(self, "metric", None) == "x"
 
     @abstractmethod
@@ -256,16 +256,16 @@ class Reduction(ABC):
         return max(0, n - prefix - 1) if self.leaves == "one" else largest_r(n, prefix)
 
     def build(self, shape: ModelShape) -> nn.ModuleDict | None:
-        """Return what is learned for a model, one module per layer by its number; None where nothing is."""
+        """Return the learned modules for a model, keyed by layer number; None if the method learns nothing."""
         return None
 
     def after_mlp(self, x: Tensor, before: Tensor, layer: int, depth: int, memory: dict[int, Any]) -> Tensor:
-        """Return what leaves the block, given what its MLP left and found, both `[B, M, C]`; see `follows_mlp`."""
+        """Return the block's output from the tokens after and before its MLP, both `[B, M, C]`; see `follows_mlp`."""
         return x
 
 
 def last_note(memory: Mapping[int, Any] | None, layer: int, kind: type[Note]) -> Note | None:
-    """Return the newest note of a kind of a layer before this one; a layer that runs again finds the same."""
+    """Return the newest note of a type from an earlier layer; a layer that runs again gets the same note."""
     notes = [note for at, note in sorted((memory or {}).items()) if at < layer and isinstance(note, kind)]
     return notes[-1] if notes else None
 

@@ -19,13 +19,14 @@ __all__ = ["DSM"]
 class DSM(Reduction):
     """Bipartite matching inside windows, then without. Heo et al., 2023, arXiv:2303.02331.
 
-    In the first `windowed` blocks that remove tokens, pairs lie within one quarter of the image and are taken from the
-    four quarters in turn, best first, until `r` are merged. Blocks after that match as ToMe does. `metric` is what
-    tokens are compared by; raises `UnknownNameError` for an unknown one, and `UnsupportedError` for a model without a
-    grid of patches. The delay of the paper, no merging in the first third of the blocks, is said by `r`:
-    `patch(model, "dsm", r=[0, 0, 0, 0] + [20] * 8)`. Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed
-    and windowed (ToMe 78.9 at 2.8). Differs from the paper: the default of `windowed` is ours, and a token keeps the
-    window of the place it had first.
+    In the first `windowed` blocks that remove tokens, pairs lie within one quadrant of the image. They are taken
+    round-robin over the four quadrants, best first, until `r` are merged. Later blocks match as ToMe does. `metric` is
+    the feature compared. Raises `UnknownNameError` for an unknown metric, `UnsupportedError` for a model without a
+    patch grid. The paper does not merge in the first third of the blocks; set this with `r`:
+    `patch(model, "dsm", r=[0, 0, 0, 0] + [20] * 8)`.
+
+    Published: DeiT-S 79.2 at 2.8 GFLOPs delayed, 78.6 at 2.5 delayed and windowed (ToMe 78.9 at 2.8). Differs from the
+    paper: the default of `windowed` is ours, and a token keeps the window of its input position.
     """
 
     name: ClassVar[str] = "dsm"
@@ -54,13 +55,13 @@ class DSM(Reduction):
         unit = matching.unit(getattr(view, self.metric))
         n = unit.shape[1]
         side_a, side_b = matching.alternating(n, view.prefix)
-        # four dimensions more, and the products of two tokens of one window are 4 higher than any other
+        # append the one-hot window times 2: products within a window are raised by 4, above all others
         metric = torch.cat((unit, 2 * is_in), dim=2)
         best, partner = matching.match(metric, side_a, side_b, "dot", view.valid)  # [B, A]
         order = best.argsort(dim=1, descending=True, stable=True)
         best, is_in = best.gather(1, order), is_in[:, side_a].gather(1, order[..., None].expand(-1, -1, 4))
         is_in = is_in * best.isfinite()[..., None]
-        # 1 for the best of its window, 0 for padding: it goes first
+        # rank in its window: 1 for the best; 0 for padding, which is merged first
         rank = (is_in.cumsum(dim=1) * is_in).sum(dim=2)
         # tokens without a partner in their window rank last
         rank = rank.masked_fill(best < 2, float("inf"))
@@ -71,4 +72,4 @@ class DSM(Reduction):
 
 @dataclass(frozen=True)
 class _MergeNote:
-    merged: int  # blocks that removed tokens, this one among them
+    merged: int  # number of blocks that removed tokens, including this one

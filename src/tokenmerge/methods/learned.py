@@ -1,4 +1,4 @@
-"""What methods with modules of their own share: where their weights come from, and masks to train them with.
+"""Base class and helpers of learned methods: loading their weights, and the masks used in training.
 
 Shapes: B batch, N tokens, C channels.
 """
@@ -41,9 +41,9 @@ _LEAST = 1e-6  # the share of its size that a masked token keeps: its logarithm 
 
 @dataclass(frozen=True, eq=False)
 class MaskedPlan(Plan):
-    """Nothing is removed yet: tokens keep only the share `mask` of their size, through which gradients reach it.
+    """A training plan that removes nothing: each token's size is multiplied by `mask`, which gets gradients this way.
 
-    A size near 0 takes a token out of attention (log of the size) and pooling as its removal would.
+    A size near 0 removes a token's effect on attention (through log(size)) and pooling, as dropping it would.
     """
 
     mask: Tensor | None = None  # [B, N] in (0, 1]
@@ -57,7 +57,7 @@ class MaskedPlan(Plan):
 
 @dataclass(frozen=True, eq=False)
 class MaskNote:
-    """What a layer that masks leaves to the layers after it."""
+    """The note of a masking layer for later layers."""
 
     share: Tensor  # [B, N] what is left of each unprotected token: 1 or 0; prefix and padding 0
 
@@ -120,7 +120,7 @@ class Learned(Reduction):
 
 
 def module_of(view: TokenView, method: Learned) -> nn.Module:
-    """Return the layer's module; raises `UnsupportedError` where none was made for it."""
+    """Return the layer's module; raises `UnsupportedError` if it has none."""
     if view.module is None:
         raise UnsupportedError(
             f"{method.name} has no module for block {view.layer}: modules are made for the blocks that r names when "

@@ -32,13 +32,14 @@ __all__ = ["LTMP"]
 class LTMP(Learned):
     """Merge above one learned threshold and prune below another. Bonnaerens and Dambre, TMLR 2023, arXiv:2307.10780.
 
-    Tokens are merged with their best partner where the keys' cosine exceeds the block's first threshold (at the start
-    `merge_at`), then dropped where the mean attention they receive is below its second (`prune_at`). `temperature` is
-    that of the sigmoid masks it is trained with, `budget_weight` weighs the squared difference of the blocks' share of
-    FLOPs from `flops` (None: from what `r` plans). `r` is the most that a block removes. The paper's numbers
-    were not found in text.
-    Differs from the paper: a token that has just absorbed another is not dropped in the same block, and of a batch
-    every image loses as many tokens as the one that wants least.
+    Each block merges tokens with their best partner if the keys' cosine exceeds its first threshold (initially
+    `merge_at`). It then drops tokens whose mean attention received is below its second threshold (initially
+    `prune_at`). `temperature` is that of the sigmoid masks in training. `budget_weight` weights the squared difference
+    between the blocks' share of FLOPs and `flops` (None: the share that `r` plans). `r` is the maximum that a block
+    removes. The paper's numbers were not found in text.
+
+    Differs from the paper: a token that absorbed another is not dropped in the same block, and all images of a batch
+    lose as many tokens as the one with the fewest to remove.
     """
 
     name: ClassVar[str] = "ltmp"

@@ -19,14 +19,18 @@ __all__ = ["MaMe"]
 class MaMe(Reduction):
     """Matrix merging. Huo and Li, CVPR Findings 2026, arXiv:2604.13432.
 
-    Destinations are the tokens at odd places. The weight of source i in destination j is `w = relu(cos_ij - tau)`, then
-    `w /= sum_i w`, `w = relu(w - mean of those above 0)` and `w /= sum_i w` again; the destination becomes the mean of
-    itself and of the mean of its sources. Sources without weight anywhere stay. `r` is the most that goes in a block:
-    the sources most similar to any destination. Every image of a batch loses as many as the one with the fewest, and
-    exactly `r` when compiled: what the thresholds would keep then goes whole into its most similar destination.
-    `metric` is what tokens are compared by; raises `UnknownNameError` for an unknown one. Published without training:
-    DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25). Differs from the paper: there a batch
-    keeps whatever one of its images keeps, tokens count by their sizes here, and the default `tau` is ours.
+    Destinations j are the tokens at odd positions, sources i the others. Each destination averages its sources by w:
+    `w = relu(cos_ij - tau); w /= sum_i(w); w = relu(w - mean_i(w > 0)); w /= sum_i(w)`, where the mean is over the
+    positive weights. The result is averaged with the destination itself. Sources with all weights 0 stay.
+
+    `r` is the maximum removed per block: the sources most similar to any destination. All images of a batch lose as
+    many tokens as the one with the fewest. Compiled, exactly `r` are removed: a source that the thresholds would keep
+    then goes entirely into its most similar destination. `metric` is the feature compared; raises `UnknownNameError`
+    for an unknown one.
+
+    Published without training: DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25). Differs
+    from the paper: there a batch keeps every token that one of its images keeps; here tokens count by their sizes, and
+    the default `tau` is ours.
     """
 
     name: ClassVar[str] = "mame"
@@ -41,11 +45,11 @@ class MaMe(Reduction):
         B, n, _ = unit.shape
         side_a, side_b = matching.alternating(n, view.prefix)
         cosine = matching.cosines(unit[:, side_a], unit[:, side_b])  # [B, A, E]
-        # what takes part in no pair of real tokens has no weight, whatever the threshold
+        # pairs with padding get weight 0 for any threshold
         cosine = matching.mask_pairs(cosine, view.valid, side_a, side_b, alike=float("-inf"), unlike=float("-inf"))
         weight, is_merged = self._weights(cosine)
         best, partner = cosine.max(dim=2)
-        # those with weights come first, by how similar they are
+        # sources with weights first, most similar first
         rank = matching.lift_padding(best + 4 * is_merged, view.valid, side_a)
         count = batch_count((rank > 2).sum(dim=1), r, best)
         order = rank.argsort(dim=1, descending=True, stable=True)
@@ -61,7 +65,7 @@ class MaMe(Reduction):
         return MatrixPlan(weight=matrix, keep=keep, n=n)
 
     def _weights(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weight of each source in each destination, `[B, A, E]`, and which have any, `[B, A]`."""
+        """Return the weight of each source in each destination, `[B, A, E]`, and which sources have one, `[B, A]`."""
         weight = _shares((cosine - self.tau).relu())
         mean = weight.sum(dim=1, keepdim=True) / (weight > 0).sum(dim=1, keepdim=True).clamp_min(1)
         weight = (weight - mean).relu()

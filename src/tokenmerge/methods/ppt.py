@@ -14,7 +14,7 @@ from tokenmerge.plan import DroppingPlan
 
 __all__ = ["PPT"]
 
-# of `SCORES` those that are shares of attention: they are divided by their sum
+# scores that are attention probabilities, so that dividing by their sum makes sense
 _SCORES = ("class_value", "class", "received")
 
 
@@ -22,12 +22,13 @@ _SCORES = ("class_value", "class", "received")
 class PPT(Reduction):
     """Token pruning and pooling. Wu et al., 2023, arXiv:2310.01812.
 
-    The `score` of the unprotected tokens is divided by its sum; where its variance in an image is below `threshold`,
-    nothing stands out and the `r` best pairs of ToMe by `metric` are merged, else the `r` lowest tokens are dropped.
-    The policy is one image's own, the count is not. Raises `UnknownNameError` for a value that is not a choice. The
-    paper removes 50 tokens in each of three blocks, `r=[0, 0, 0, 50, 0, 0, 50, 0, 0, 50, 0, 0]`: published without
-    training DeiT-S 79.50 at 2.94 GMACs. Differs from the paper: at most half of the tokens go in a block, since that
-    many can be paired.
+    With `p = score / sum(score)` over the unprotected tokens: if `var(p) < threshold`, the `r` best pairs of ToMe by
+    `metric` are merged, else the `r` tokens of lowest score are dropped. Each image chooses on its own; all remove `r`.
+    Raises `UnknownNameError` for a value that is not a choice.
+
+    The paper removes 50 tokens in each of three blocks, `r=[0, 0, 0, 50, 0, 0, 50, 0, 0, 50, 0, 0]`; published without
+    training: DeiT-S 79.50 at 2.94 GMACs. Differs from the paper: a block removes at most half of the tokens, since no
+    more can be paired.
     """
 
     name: ClassVar[str] = "ppt"
@@ -56,7 +57,7 @@ class PPT(Reduction):
 
 
 def _variance(score: Tensor) -> Tensor:  # [B, N]
-    """Return the variance of the scores divided by their sum, `[B]`; padding, at minus infinity, is left out."""
+    """Return `var(score / sum(score))`, `[B]`, without padding (which is at minus infinity)."""
     is_real = score.isfinite()
     score = torch.where(is_real, score, 0.0)
     share = score / score.sum(dim=1, keepdim=True).clamp_min(1e-12)

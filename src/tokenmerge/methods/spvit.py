@@ -31,12 +31,13 @@ __all__ = ["SPViT"]
 class SPViT(Learned):
     """Drop tokens by a multi-head selector and keep their mean. Kong et al., ECCV 2022, arXiv:2112.13890.
 
-    `heads` is how many parts of the features vote, `ratio_weight` weighs the squared difference of the share kept from
-    the planned one, `temperature` is that of the Gumbel-softmax. A block drops r + 1 tokens and puts their mean by
-    score, the package token, in the place of the best of them. DeiT-S has 79.3 % at 2.6 GMACs (79.8 at 4.6).
-    Differs from the paper: a package token is an ordinary one at the next selector, its size counts in attention, and
-    where selectors go and what they keep is what `r` says, not found by a latency table. Raises `ConfigError` where
-    `heads` do not divide the width.
+    `heads` is the number of feature groups that vote. `ratio_weight` weights the squared difference between the kept
+    and the planned share. `temperature` is that of the Gumbel-softmax. A block drops r + 1 tokens and puts their
+    score-weighted mean, the package token, at the position of the best of them. Raises `ConfigError` if `heads` does
+    not divide the width. Published: DeiT-S 79.3 % at 2.6 GMACs (79.8 at 4.6).
+
+    Differs from the paper: the next selector treats a package token as an ordinary one, its size counts in attention,
+    and `r` sets where selectors are and what they keep, not a latency table.
     """
 
     name: ClassVar[str] = "spvit"

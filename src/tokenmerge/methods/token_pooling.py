@@ -21,13 +21,15 @@ __all__ = ["TokenPooling"]
 class TokenPooling(Reduction):
     """Clusters that lose least of the token set. Marin et al., WACV 2023, arXiv:2110.03860.
 
-    The unprotected tokens become `r` fewer clusters by Euclidean distance: `algorithm` is `kmeans`, whose clusters
-    become the mean of their tokens, or `kmedoids`, whose centres are tokens that stay as they are. It starts at the
-    tokens of the highest `score` and takes so many `iterations`. `weight` is what a token counts, times its size: its
-    `significance` (that score) or the same for all (`none`). Scores are positive, which `entropy` is not; raises
-    `UnknownNameError` for a value that is not a choice. Published with training: DeiT at its accuracy with 42 % fewer
-    FLOPs; without, MAE ViT-L 80.29 at r=8 for k-means (bipartite matching 84.25). Differs from the paper: clusters
-    that run empty become the tokens that are farthest from their centres, so that the count is exact.
+    Clusters the N unprotected tokens by Euclidean distance into N - r clusters. `algorithm` is `kmeans` (a cluster
+    becomes the mean of its tokens) or `kmedoids` (it becomes its centre token, unchanged). The initial centres are the
+    tokens of highest `score`; `iterations` is the number of steps. A token's weight is its size times its score
+    (`weight="significance"`) or its size alone (`"none"`). Scores must be positive, which `entropy` is not; raises
+    `UnknownNameError` for a value that is not a choice.
+
+    Published with training: DeiT at its accuracy with 42 % fewer FLOPs; without, MAE ViT-L 80.29 at r=8 for k-means
+    (bipartite matching 84.25). Differs from the paper: empty clusters are refilled with the tokens farthest from their
+    centres, so that the count is exact.
     """
 
     name: ClassVar[str] = "token_pooling"

@@ -19,13 +19,15 @@ __all__ = ["ZeroTPrune"]
 class ZeroTPrune(Reduction):
     """Prune by graph importance and similarity. Wang et al., CVPR 2024, arXiv:2305.17328.
 
-    Importance is PageRank on the attention graph, per head, from 1 on each token and sqrt(N) on the class token;
-    `iterations` are its steps in the first, middle and last third of the blocks. Heads are joined by the root of the
-    mean square, without those whose variance over tokens lies outside `variance` (all, if none is inside). Of the less
-    important half the tokens most similar (`metric`) to one of the other half go: the share `similar` of `r`. PageRank
-    goes on among those left, and the lowest go. Raises `UnknownNameError` for an unknown metric. Published without
-    training (read off a figure): DeiT-S 79.3 at 2.8 GFLOPs, 78.3 at 2.2. Differs from the paper: its share of similar
-    tokens was not found, the default is ours, and its 30 to 50 and 5 to 10 iterations are the fewest of these.
+    Importance is PageRank on each head's attention graph (initial mass 1, class token sqrt(N)); `iterations` gives the
+    steps for the first, middle and last third of the blocks. Heads are combined by root mean square, without heads
+    whose variance over tokens lies outside `variance` (all heads, if none is inside). First `similar * r` tokens are
+    removed: those of the less important half most similar (`metric`) to a token of the other half. PageRank continues
+    on the remaining tokens, and the lowest are removed. Raises `UnknownNameError` for an unknown metric.
+
+    Published without training (read off a figure): DeiT-S 79.3 at 2.8 GFLOPs, 78.3 at 2.2. Differs from the paper: its
+    share of similar tokens was not found, so the default is ours; of its ranges of 30 to 50 and 5 to 10 iterations we
+    use the minimum.
     """
 
     name: ClassVar[str] = "zero_tprune"

@@ -1,4 +1,4 @@
-"""What timm's models share: their list of blocks, the layout their `patch_embed` says, and how they pool."""
+"""Base class of the timm adapters: list of blocks, layout from `patch_embed`, and pooling."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SIZES: dict[str, Any] = {
 
 
 class TimmAdapter(Adapter):
-    """A family of timm. A subclass says its models and blocks in `host` and `specs`, and how they pool."""
+    """Base class of timm families. A subclass sets its models and blocks in `host` and `specs`, and its pooling."""
 
     sizes: ClassVar[Mapping[str, Any]] = {}  # of a small model, besides `_SIZES`
 
@@ -64,9 +64,9 @@ class TimmAdapter(Adapter):
 def pooling(
     model: Any, context: Context, mean: Callable[[nn.Module, Sizes], Override], start: int = 0
 ) -> list[Binding]:
-    """Return what makes a model of timm pool by size, and refuse kinds of pooling that came after it was patched.
+    """Return overrides that make a timm model pool by size, and reject pooling types set after it was patched.
 
-    `mean` stands in for the method that pools; an attention pool sees the tokens from `start` on.
+    `mean` replaces the pooling method; an attention pool gets the tokens from `start` on.
     """
     if context.sizes is None:
         return []
@@ -81,7 +81,7 @@ def pooling(
 
 
 def stem_layout(embed: Any, prefix: int = 0, has_class: bool | None = None) -> TokenLayout:
-    """Return the layout that a patch embedding says which was built for one size of image."""
+    """Return the layout of a patch embedding built for one image size."""
     if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
         return TokenLayout(prefix, None, None, None, has_class=has_class)
     height, width = embed.grid_size

@@ -1,4 +1,4 @@
-"""What all transformers models share: the tower inside, its blocks and layout, what their outputs may be used for."""
+"""Base class of the transformers adapters: find the tower, its blocks and layout, and how its outputs are used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TINY: dict[str, Any] = SIZES | {"image_size": 32, "patch_size": 8}
 
 
 def follow_mask(value: Any, kept: Tensor) -> Tensor:
-    """Let a mask follow the tokens that are left; raises `UnsupportedError` for one that is no tensor."""
+    """Gather a mask for the remaining tokens; raises `UnsupportedError` if it is not a tensor."""
     return follow.mask(_tensor_mask(value), kept)
 
 
@@ -68,7 +68,7 @@ def _real_keys(mask: Any) -> Tensor:
 
 
 def no_change(value: Any, kept: Tensor) -> Any:
-    """Hand on an argument that does not belong to tokens."""
+    """Return an argument unchanged, since it is not per token."""
     return value
 
 
@@ -88,7 +88,7 @@ HF = Host(
 
 
 class HFAdapter(Adapter):
-    """A family of transformers models. A subclass says which classes are its towers and how its blocks are made."""
+    """Base class of transformers families. A subclass names its tower classes and the structure of its blocks."""
 
     host = HF
     # class of the module whose forward runs the blocks -> where its list of blocks can be, tried in order
@@ -142,7 +142,7 @@ class HFAdapter(Adapter):
         return TokenLayout(prefix, grid, prefix + grid[0] * grid[1], (channels, height, width))
 
     def prefix(self, tower: Any) -> int:
-        """Return how many tokens stand in front of the patches."""
+        """Return the number of tokens before the patches."""
         given = (getattr(tower.embeddings, name, None) for name in _PREFIXES)
         return sum(token.shape[-2] if token.dim() == 3 else 1 for token in given if isinstance(token, Tensor))
 
@@ -233,7 +233,7 @@ def is_backbone(module: nn.Module) -> bool:
 
 
 def not_known(model: nn.Module) -> str:
-    """Say why tokens are put back for a model that is around a tower."""
+    """Return the reason why tokens are restored for a model that wraps a tower."""
     return f"{type(model).__qualname__} is not known to use the class token alone"
 
 
@@ -277,7 +277,7 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def check_host(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for a version that is too old, and for a model with more towers than one."""
+    """Raise `UnsupportedModelError` if transformers is too old, or if the model has more than one tower."""
     version = str(sys.modules["transformers"].__version__)
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < _OLDEST:

@@ -1,4 +1,4 @@
-"""Sees the queries, keys and values of a transformers attention through the library's own `AttentionInterface`.
+"""Captures q, k and v of a transformers attention through the library's own `AttentionInterface`.
 
 Shapes: B batch, N tokens, C channels, H heads, D head width.
 """
@@ -28,7 +28,7 @@ _BIASED = ("eager", "sdpa", "flex_attention")  # implementations that add a mask
 
 
 class InterfaceTap(AttentionTap):
-    """Sees an attention that asks transformers' `AttentionInterface` for its implementation.
+    """The tap of an attention that gets its implementation from transformers' `AttentionInterface`.
 
     The attention module is given a configuration of its own that names our function; that one notes queries, keys and
     values, adds the bias to the mask and calls the implementation which the model's own configuration names.
@@ -120,7 +120,7 @@ def hf_tap(block: nn.Module, path: str) -> AttentionTap:
 
 
 class _Plain:
-    """An attention module as it is without us: with the model's own configuration."""
+    """A view of an attention module with the model's own, unchanged configuration."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self.module, self.config = module, config

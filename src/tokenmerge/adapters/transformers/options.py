@@ -1,4 +1,4 @@
-"""What stands around a transformers model and its blocks: options refused while merging, gradient checkpointing."""
+"""Wrappers for transformers models: reject options that merging would break; gradient checkpointing."""
 
 from __future__ import annotations
 
