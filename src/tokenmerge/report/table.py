@@ -76,7 +76,7 @@ class Table(Generic[_Record]):
         return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
 
     def save(self, path: str | Path) -> None:
-        """Write rows, environment and notes as .json, .csv, .md, .tex or .html; raise `DataError` for other suffixes."""
+        """Write rows, environment and notes in the format of the suffix (`KINDS`); raise `DataError` for others."""
         save_rows(check_writable(path), self.rows, self.environment, self.remarks)
 
     def __str__(self) -> str:
