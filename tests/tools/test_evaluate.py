@@ -185,7 +185,9 @@ def test_every_image_is_broken(folder: Path) -> None:
     for path in folder.rglob("*.png"):
         path.write_bytes(b"broken")
     model = _model()
-    with pytest.raises(DataError, match=r"none of the 21 images of .* could be read; the first: .*class0/0\.png: cannot id"):
+    with pytest.raises(
+        DataError, match=r"none of the 21 images of .* could be read; the first: .*class0/0\.png: cannot id"
+    ):
         evaluate(model, _data(folder, model), rs=(4,))
 
 

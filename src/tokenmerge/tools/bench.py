@@ -35,7 +35,7 @@ from tokenmerge.tools.models import Method, apply_method, choices_of
 __all__ = ["Bench", "BenchRow", "bench"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OnProgress = Callable[[int, int], None]  # done, total
+OnProgress = Callable[[int, int], None]  # (done, total)
 
 
 class BenchRow(Record):
