@@ -43,7 +43,7 @@ ROWS: tuple[tuple[str, str, dict[str, str], bool, float], ...] = (
 
 
 def main() -> None:
-    """Evaluate every row of the table at `-r` (which halves the work) and the default at r = 0..16."""
+    """Evaluate every row of the table at `-r` (16 halves the MACs), and the default at r = 0..16."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-r", type=int, default=16, help="tokens per block in the ablation (%(default)s)")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT test images")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _results(model: nn.Module, data: FashionMNIST, r: int, progress: Progress) -> dict[str, tuple[float, float]]:
-    """Return top-1 and agreement with the unmerged model, in percent, of each different setting, in one pass."""
+    """Return top-1 and agreement with the unmerged model, in percent, for each distinct setting, in one pass."""
     variants = {}
     for _, _, options, prop_attn, _ in ROWS:
         twin = shared_copy(model)

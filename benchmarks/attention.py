@@ -21,7 +21,7 @@ SHAPES = ((8, 12, 197, 64), (16, 6, 144, 64), (32, 3, 144, 64), (2, 16, 577, 64)
 
 
 def main() -> None:
-    """Run every shape in float32 and bfloat16; nothing else should run meanwhile."""
+    """Time every shape in float32 and bfloat16; run nothing else meanwhile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)

@@ -35,7 +35,7 @@ def load(name: str) -> nn.Module:
 
 
 def main() -> None:
-    """Choose on training images, measure on the test images."""
+    """Choose on training images, evaluate on test images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=64, help="unlabelled training images to choose on (%(default)s)")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT test images")
@@ -61,7 +61,7 @@ def main() -> None:
 def compare(
     model: nn.Module, share: float, chosen_on: Tensor, images: Tensor, labels: Tensor, unmerged: Tensor, rounds: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return one row for a share of the MACs, and what was tried for it."""
+    """Return one row for a share of the MACs, and the candidates tried for it."""
     full = tokenmerge.flops(model, SIZE)
     tome, auto = shared_copy(model), shared_copy(model)
     handle = tokenmerge.patch(tome, r=0)

@@ -17,20 +17,20 @@ from tokenmerge.measure.timing import Timing, environment, interleave
 from tokenmerge.plan import Plan
 from tokenmerge.report.progress import Progress
 
-# choice, option, the paper's top-1 (ViT-L/16 MAE without training, r = 8), what is to be known of its gradient
+# choice, option, the paper's top-1 (ViT-L/16 MAE without training, r = 8), a note on its gradient
 ROWS = (
     ("keep one", "keep_one", 81.01, "absorbed tokens get none"),
     ("max", "max", 83.50, "not smooth where members are equal; channel by channel one member gets it all"),
     ("average", "average", 83.57, "every member gets an equal share"),
     ("weighted", "weighted", 84.25, "every member gets a share by its size"),
 )
-SMALL = (2, 17, 6, 5)  # B, N, C, R of the comparison with finite differences
+SMALL = (2, 17, 6, 5)  # B, N, C, R for the comparison with finite differences
 STEP = 1e-6
-Columns = Mapping[str, Mapping[str, Any]]  # by choice: further columns of its row
+Columns = Mapping[str, Mapping[str, Any]]  # further columns by choice
 
 
 def main() -> None:
-    """Compare gradients, then time forward and backward of every kernel; nothing else should run meanwhile."""
+    """Compare gradients, then time forward and backward of every kernel; run nothing else meanwhile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", type=int, nargs=4, default=(32, 197, 384, 16), metavar=("B", "N", "C", "R"))
     parser.add_argument("--rounds", type=int, default=30)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def rows(timings: Mapping[tuple[str, str], Timing], more: Columns | None = None) -> list[dict[str, Any]]:
-    """Return a row per choice; `more` adds columns, such as the accuracy after fine-tuning with each."""
+    """Return a row per choice; `more` adds columns, such as the accuracy after fine-tuning."""
     found = []
     for choice, option, paper, remark in ROWS:
         error, share = compare(ToMe(combine=option))
@@ -74,7 +74,7 @@ def rows(timings: Mapping[tuple[str, str], Timing], more: Columns | None = None)
 
 
 def compare(method: ToMe) -> tuple[float, float]:
-    """Return the gradient's largest relative error, and of the entries of absorbed tokens the percent that get one."""
+    """Return the largest relative error of the gradient, and the percentage of absorbed entries with a gradient."""
     plan, size, x, branch = _inputs(*SMALL, torch.device("cpu"))
     x, branch = x.detach().double(), branch.detach().double()
 
@@ -92,7 +92,7 @@ def compare(method: ToMe) -> tuple[float, float]:
 
 
 def _inputs(B: int, N: int, C: int, R: int, device: torch.device) -> tuple[Plan, Tensor, Tensor, Tensor]:
-    """Return a plan, sizes, tokens and what attention adds to them."""
+    """Return a plan, sizes, tokens and the attention output to add to them."""
     torch.manual_seed(0)
     plan = matching.bipartite(torch.randn(B, N, 64, device=device), R, prefix=1)
     size = torch.randint(1, 9, (B, N), device=device).float()
@@ -101,7 +101,7 @@ def _inputs(B: int, N: int, C: int, R: int, device: torch.device) -> tuple[Plan,
 
 
 def _kernels(option: str, shape: tuple[int, int, int, int], device: torch.device) -> list[str]:
-    """Return the versions that the merge of this choice has on the device."""
+    """Return the kernels that implement the merge of this choice on the device."""
     x = torch.empty(shape[:3], device=device)
     return [kernel.name for kernel in TABLE["merge"] if kernel.supports(x)] if option == "weighted" else ["reference"]
 

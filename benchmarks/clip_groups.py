@@ -23,9 +23,12 @@ COLOURS = ("#ff3030", "#30c030", "#3080ff", "#ffc000")
 
 
 def follow(frames: list[Any], groups: torch.Tensor, side: int, count: int = 4) -> list[Any]:
-    """Return the frames with the brightest groups of several frames in colour: the item is bright, the canvas dark."""
+    """Return the frames, with the brightest groups that span several frames in colour.
+
+    The item is bright and the canvas dark, so bright groups follow the item.
+    """
     pixels = torch.stack([torch.from_numpy(np.array(frame.convert("L"))).float() for frame in frames])
-    light = pixels.unfold(1, side, side).unfold(2, side, side).mean(dim=(-1, -2))  # of each tubelet [T, rows, columns]
+    light = pixels.unfold(1, side, side).unfold(2, side, side).mean(dim=(-1, -2))  # [T, rows, columns]
     spans = [group for group in groups.unique() if (groups == group).any(dim=(1, 2)).sum() > 1]
     chosen = sorted(spans, key=lambda group: -light[groups == group].mean())[:count]
     drawn = []

@@ -22,13 +22,13 @@ from tokenmerge.tools.export import TARGETS, export
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, R, BAR = "vit_small_patch16_224", 8, 13, 1.08
-# what is exported under each name: method and r
+# method and r of each exported variant
 VARIANTS = {"merged": ("tome", R), "unmerged": ("tome", 0), "bound": ("drop", R)}
 FORMATS = ("onnx", "openvino")
 
 
 def main() -> None:
-    """Run on `--threads` threads in float32; nothing else should run meanwhile."""
+    """Time on `--threads` threads in float32; run nothing else meanwhile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
@@ -50,7 +50,7 @@ def main() -> None:
                 ).difference
                 calls[f"{to} {name}"] = _call(TARGETS[to].load(path), x)
         timings: dict[str, Timing] = {}
-        # an engine at a time: the threads of one go on spinning for a while after its turn
+        # one engine at a time, because its threads spin for a while after a run
         for to in FORMATS:
             own = {name: call for name, call in calls.items() if name.startswith(to)}
             with Progress(to) as progress:

@@ -35,7 +35,7 @@ MODELS = ("vit_base_patch16_224", "vit_large_patch16_384", "vit_huge_patch14_224
 
 
 def _tests(name: str, seconds: float, *paths: str) -> Step:
-    # tests leave settings behind
+    # tests may change global settings
     options = (("paths", [f"tests/{path}" for path in paths]),)
     return Step(f"tests-{name}", "gpu-tests", f"{RIGHT}:tests", options, seconds, spoils=True)
 
@@ -62,7 +62,7 @@ def _training(precision: str, seconds: float) -> Step:
     return Step(f"training-{precision}", "gpu-training", f"{FAST}:training", options, seconds, is_forced=True)
 
 
-# in order of importance; the seconds are guesses, never measured
+# in order of importance; the seconds are estimates, not measured
 STEPS: tuple[Step, ...] = (
     Step("environment", "machine", f"{MACHINE}:environment", seconds=15, is_always=True),
     Step("smoke", "gpu-smoke", f"{RIGHT}:smoke", seconds=15),
@@ -97,25 +97,25 @@ STEPS: tuple[Step, ...] = (
         for kind in ("bf16", "fp16")
     ),
     Step("parallel", "gpu-parallel", f"{RIGHT}:parallel", seconds=15),
-    # a minute and more in the compiler: what is left of the budget, or a second run
+    # compiling takes a minute or more, so these come last or in a second run
     *(_model("compiled", model, 150) for model in MODELS[1:]),
     _measured("graphs-compiled", "gpu-graphs", 120, *(f"gpu-graphs-{MODELS[0]}-b{batch}" for batch in (1, 8))),
     _model("eager", "vit_large_patch16_224", 12),
 )
 
 
-# what rows must share to stand in one table, and what is said beside them
+# rows of one table must agree in these; the other facts are noted beside the table
 SAME = ("device", "torch")
 FACTS = (*SAME, "driver_version", "cuda", "triton", "python", "timm", "tokenmerge")
 
 
 def main(argv: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> int:
-    """Run what was asked for; returns 1 where a step failed, 2 for a mistake in what was asked."""
+    """Run the requested steps; return 1 if a step failed, 2 for a user error."""
     arguments = _parser().parse_args(argv)
     results = ROOT / "benchmarks" / "results"
     try:
         if arguments.dry_run:
-            # a busy machine is slow, which is no fault of a step's; and tests that skip themselves spoil nothing
+            # a dry run has no time limits per step, since the machine may be busy; skipped tests change no settings
             steps = [replace(step, seconds=1.0, least_share=arguments.budget, spoils=False) for step in steps]
         chosen = _chosen(steps, arguments.only)
         out = arguments.out or (Path(tempfile.mkdtemp(prefix="on_gpu-")) if arguments.dry_run else results)
@@ -133,15 +133,15 @@ def main(argv: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> in
 
 
 class Run:
-    """A run of steps and the files about it."""
+    """A run of steps, and its output files."""
 
     def __init__(self, steps: Sequence[Step], out: Path, job: Job, device: str = "") -> None:
         self.steps, self.out, self.job, self.device = steps, out, job, device
         self.record = Record(out / "on_gpu.jsonl")
 
     def go(self, chosen: Sequence[Step], budget: float, *, again: bool = False) -> None:
-        """Run the steps that are missing; raises `DataError` without a device, or with figures of another one."""
-        # every part of every step then sees that device alone
+        """Run the missing steps; raise `DataError` without a device, or if the figures are of another device."""
+        # so that every step sees only this device
         environment = {"CUDA_VISIBLE_DEVICES": self.device.partition(":")[2]} if ":" in self.device else {}
         if self.job.is_tiny:
             environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -157,7 +157,7 @@ class Run:
         )
 
     def finish(self, chosen: Sequence[Step]) -> int:
-        """Write the page a last time and print it; returns the exit code."""
+        """Write the page a last time and print it; return the exit code."""
         page = self._write_page(power())
         print(page)
         ends = [end["status"] for step in chosen for end in self.record.ends(step.name)]
@@ -188,7 +188,7 @@ class Run:
                 )
 
     def _about(self) -> Row:
-        """Return what a figure is to be judged by, once it is known."""
+        """Return the facts needed to judge a figure, once known."""
         machine: list[Row] = self.record.rows("machine")
         if not machine:
             return {}
@@ -272,6 +272,6 @@ def _chosen(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
 
 
 if __name__ == "__main__":
-    # also where a job's time is over, what was started ends with it
+    # a job scheduler's SIGTERM must also end the child processes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

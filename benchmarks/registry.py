@@ -1,6 +1,6 @@
-"""What is measured: models, operations and memory as rows of data, and how each is set up.
+"""The benchmark cases (models, operations, memory) as data, and how to set each up.
 
-Only the front door and `kernels` are used, so that an older commit's package can stand behind the same cases.
+Uses only the public API and `kernels`, so that the package of an older commit can run the same cases.
 Shapes: B batch, N tokens in, R absorbed tokens, C channels, H heads, D head width.
 """
 
@@ -21,7 +21,7 @@ from tokenmerge.errors import UnsupportedError, unknown_name
 
 
 class Bar(NamedTuple):
-    """What a column must keep: at most or at least a value."""
+    """A limit for a column: at most or at least a value."""
 
     column: str
     sign: str  # "<=" or ">="
@@ -40,7 +40,7 @@ class ModelCase:
 
     name: str
     group: str
-    model: str  # of timm
+    model: str  # timm name
     side: int  # the input is [batch, 3, side, side]
     batch: int
     r: int
@@ -69,7 +69,7 @@ class OpCase:
 
 Case = ModelCase | OpCase
 
-# model, side, batch, r, the most over the free bound: eager, compiled
+# model, side, batch, r, largest time over the free bound: eager, compiled
 CPU = (
     ("vit_base_patch16_224", 224, 8, 16, 1.02, 1.03),
     ("vit_large_patch16_384", 384, 2, 23, 1.02, 1.03),
@@ -86,7 +86,7 @@ GPU = (
 # B, H, N, D, r of the first block of models above
 CPU_SHAPES = ((8, 12, 197, 64, 16), (2, 16, 577, 64, 23), (32, 3, 197, 64, 13))
 GPU_SHAPES = ((256, 12, 197, 64, 13), (64, 16, 577, 64, 23), (1, 12, 197, 64, 13))
-# B, H, N, D of proportional attention, which may cost little more than attention without a bias
+# B, H, N, D for proportional attention, compared with attention without a bias
 GPU_ATTENTION = ((256, 12, 197, 64), (64, 16, 577, 64), (16, 16, 1025, 64), (2, 16, 4097, 64))
 LONG = (2, 1, 16384, 64, 4096)
 
@@ -148,7 +148,7 @@ GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 
 
 def choose(names: Sequence[str] = (), group: str | None = None) -> list[Case]:
-    """Return the cases of these names, or of a group, or all; raises `UnknownNameError` with the nearest name."""
+    """Return the cases with these names, or of a group, or all; raise `UnknownNameError` with the nearest name."""
     for name in names:
         if name not in CASES:
             raise unknown_name("benchmark case", name, CASES)
@@ -158,7 +158,7 @@ def choose(names: Sequence[str] = (), group: str | None = None) -> list[Case]:
 
 
 def pack(case: Case) -> dict[str, Any]:
-    """Return a case as plain data that `unpack` reads, so that it can travel to another process."""
+    """Return a case as plain data for another process; see `unpack`."""
     return asdict(case)
 
 
@@ -169,23 +169,23 @@ def unpack(data: dict[str, Any]) -> Case:
 
 
 def build_model(case: ModelCase) -> torch.nn.Module:
-    """Build the unmerged model with random weights, in eval mode, on the case's device."""
+    """Build the unmerged model with random weights, in eval mode, on the device of the case."""
     import timm
 
     torch.manual_seed(0)
-    # drawing the weights of a large model takes a CPU half a minute
+    # initialising a large model on a CPU takes half a minute
     with torch.device(case.device):
         model: torch.nn.Module = timm.create_model(case.model).eval()
     return model
 
 
 def images(case: ModelCase) -> Tensor:
-    """Return random images `[batch, 3, side, side]` on the case's device."""
+    """Return random images `[batch, 3, side, side]` on the device of the case."""
     return torch.randn(case.batch, 3, case.side, case.side, device=case.device, dtype=getattr(torch, case.dtype))
 
 
 def operation(case: OpCase) -> Callable[..., Any]:
-    """Return the public function of an operation; raises `UnsupportedError` where this tokenmerge has none like it."""
+    """Return the public function of an operation; raise `UnsupportedError` if this version of tokenmerge lacks it."""
     found: Callable[..., Any] | None = getattr(kernels, case.op, None)
     if found is None:
         raise UnsupportedError(f"{case.name} needs kernels.{case.op}; tokenmerge {tokenmerge.__version__} has none.")
@@ -193,7 +193,7 @@ def operation(case: OpCase) -> Callable[..., Any]:
 
 
 def arguments(case: OpCase) -> tuple[Any, ...]:
-    """Return random arguments of an operation, laid out as a model has them: views of one qkv projection."""
+    """Return random arguments of an operation, laid out as in a model: views of one qkv projection."""
     torch.manual_seed(0)
     B, H, N, D = case.B, case.H, case.N, case.D
     qkv = torch.randn(B, N, 3, H, D, device=case.device, dtype=getattr(torch, case.dtype))
@@ -223,9 +223,9 @@ _ARGUMENTS = {"bipartite": _bipartite, "merge": _merge, "attend": _attend}
 
 
 def merged_call(case: Case) -> Callable[[], Any]:
-    """Set up what two commits are compared by: the merged model, or the operation, as a call without arguments.
+    """Return the call to time for a comparison of commits: the merged model or the operation, without arguments.
 
-    Raises `UnsupportedError` where this tokenmerge has no such operation or gives it other arguments.
+    Raises `UnsupportedError` if this version of tokenmerge lacks the operation or gives it other arguments.
     """
     if isinstance(case, ModelCase):
         x = images(case)

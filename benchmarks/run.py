@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-# silences kineto's lines on stderr; read by torch when it loads
+# silences kineto's messages on stderr; torch reads it on import
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what was asked for; returns the exit code, 2 for a mistake in what was asked."""
+    """Measure the requested cases; return the exit code, 2 for a user error."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.base and arguments.kernels:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.base:
             compare(cases, arguments.base, rounds=arguments.rounds, threads=arguments.threads, out=arguments.out)
         else:
-            # a selection, or what is not chosen by itself, does not replace the rows of a group
+            # a selection of cases, or a forced kernel, does not replace the rows of a group
             out = arguments.out or (None if arguments.cases or arguments.kernels else RESULTS)
             with kernels.force(arguments.kernels) if arguments.kernels else nullcontext():
                 forced = arguments.kernels or os.environ.get("TOKENMERGE_KERNELS") or "chosen"
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(cases: Sequence[Case], *, rounds: int, out: Path | None, about: dict[str, str] | None = None) -> None:
-    """Measure cases, show one table for each group and write it to `out` as soon as it is complete."""
+    """Measure cases; show a table per group and write it to `out` as soon as it is complete."""
     for group in dict.fromkeys(case.group for case in cases):
         rows, notes, seen = [], ["What the columns mean: docs/benchmarks.md."], {"device": "none"}
         for case in (case for case in cases if case.group == group):
@@ -96,9 +96,9 @@ def measure(cases: Sequence[Case], *, rounds: int, out: Path | None, about: dict
 
 
 def measure_case(case: Case, rounds: int, *, others: bool = False) -> tuple[Row, dict[str, str]]:
-    """Measure a case by the kernels that are chosen or forced; returns its row, judged, and what it was measured on.
+    """Measure a case with the selected or forced kernels; return its judged row and the environment.
 
-    With `others` an operation is timed by every version that takes its input too, in the same rounds.
+    With `others`, an operation is also timed with every other version that takes its input, in the same rounds.
     """
     with Progress(case.name) as progress:
         if others and _kind(case) == "op":
@@ -109,7 +109,7 @@ def measure_case(case: Case, rounds: int, *, others: bool = False) -> tuple[Row,
 
 
 def judge(case: Case, row: Row) -> Row:
-    """Return the bars of a case and whether its row meets them; a miss smaller than the spread is called so."""
+    """Return the limits of a case and whether its row meets them; a miss smaller than the spread is marked so."""
     noise = (row.get("spread %") or 0.0) / 100
     verdicts = []
     for bar in case.bars:
@@ -122,7 +122,7 @@ def judge(case: Case, row: Row) -> Row:
 
 
 def compare(cases: Sequence[Case], ref: str, *, rounds: int, threads: int, out: Path | None, root: Path = ROOT) -> None:
-    """Time a commit and the working tree in turn and show `base / this`, above 1 where the working tree is faster."""
+    """Time a commit and the working tree in turn and show `base / this`; above 1 the working tree is faster."""
     rows = []
     with checked_out(root, ref) as tree, tempfile.TemporaryDirectory() as folder:
         about = {"base": describe(tree), "this": describe(root), **environment(torch.device(_device(cases)))}
@@ -196,7 +196,7 @@ def _operation(case: Any, rounds: int, progress: Progress, others: bool = False)
 
 
 def _others(op: str, given: tuple[Any, ...]) -> dict[str, Callable[[], Any] | str]:
-    """Return by name every other version that takes the input, as a call, or why it does not run."""
+    """Return the other versions of an operation by name: a call, or the reason why it does not run."""
     found: dict[str, Callable[[], Any] | str] = {}
     for kernel in kernels.TABLE[op][:-1]:
         if kernel.name != kernels.select(op, given[0]).name and kernel.device in ("", given[0].device.type):
@@ -207,7 +207,7 @@ def _others(op: str, given: tuple[Any, ...]) -> dict[str, Callable[[], Any] | st
                 with torch.inference_mode():
                     call()
                 found[kernel.name] = call
-            except Exception as error:  # of a compiler, say: the other versions are measured all the same
+            except Exception as error:  # for example of a compiler; the other versions are still measured
                 found[kernel.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:100]}"
     return found
 
@@ -256,7 +256,7 @@ def _finish(rows: list[Row], name: str, about: dict[str, str], notes: list[str],
     out.mkdir(parents=True, exist_ok=True)
     for suffix in (".csv", ".md"):
         path = out / f"{name}{suffix}"
-        # figures of a machine with the device are worth more than the news that this one has none
+        # keep figures from a machine that has the device
         if about.get("device") != "none" or not path.exists() or "not measured" in path.read_text():
             save_rows(path, rows, about, notes)
 

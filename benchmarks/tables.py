@@ -1,4 +1,4 @@
-"""What the scripts that repeat a paper's table share: writing the table, and saying how its order differs."""
+"""Shared by the scripts that repeat a paper's table: write the table, and describe differences in its order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(name: str, title: str, rows: list[dict[str, Any]], about: dict[str, st
 
 
 def orders(rows: list[dict[str, Any]], images: int) -> list[str]:
-    """Say for each part in which order its choices come here, and which pairs the paper has the other way round."""
+    """Describe, for each part, the order of its choices here, and the pairs that the paper has the other way round."""
     said = []
     for part in dict.fromkeys(row["part"] for row in rows):
         of_part = sorted((row for row in rows if row["part"] == part), key=lambda row: -row["top-1 %"])

@@ -34,15 +34,15 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class Study:
-    """A recipe that is trained with every r, and without merging; `start` are the runs it starts from."""
+    """A recipe trained at every r, and without merging; `start` are the runs it starts from."""
 
     title: str
     recipe: str
     rs: tuple[int, ...]
     start: tuple[str, ...] = ()
-    # what is changed in [merge], for rows that are compared at the same r
+    # changes in [merge], for rows compared at the same r
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
-    folder: str = ""  # of a study whose runs are used, too
+    folder: str = ""  # folder of another study, whose runs are reused
 
 
 STUDIES = {
@@ -78,7 +78,7 @@ STUDIES = {
 
 
 def main() -> None:
-    """Train what is not trained yet, measure what is not measured yet, and write the table."""
+    """Train and measure what is missing, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -114,16 +114,16 @@ def _keys(study: Study, seeds: list[int]) -> list[tuple[int, str, int]]:
 
 
 def recipe_of(study: Study, r: int, variant: str, seed: int) -> Recipe:
-    """Return the study's recipe for one row: the same steps, batches and rates whatever r is."""
+    """Return the recipe of the study for one row: the same steps, batches and learning rates for every r."""
     found = read_recipe(study.recipe, [f"seed={seed}"])
-    # what a run says while it trains; the whole test set is measured here
+    # evaluations during training use 500 samples; the whole test set is measured here
     found = replace(found, data=replace(found.data, held=500))
     changes = study.variants[variant] if r else {}
     return replace(found, merge=replace(found.merge, r=r, **changes))
 
 
 class _Kept:
-    """Measured accuracies, in a file."""
+    """Measured accuracies, saved in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,7 +153,7 @@ def accuracy(folder: Path, merge: Merge) -> float:
 
 
 class Speeds:
-    """Training steps of every r and of its free bound in turn, and what a step of each holds in memory."""
+    """Times of training steps at every r and of its free bound, in turn, and the peak memory of a step of each."""
 
     def __init__(self, study: Study, rounds: int) -> None:
         self.parts, steps = {}, dict[Any, Callable[[], None]]()
@@ -189,7 +189,7 @@ def _step(parts: Any, recipe: Recipe, inputs: Tensor, labels: Tensor) -> Callabl
     optimizer = optimizer_of(parts.model, recipe)
 
     def step() -> None:
-        # interleave times forwards: gradients are off there
+        # `interleave` turns gradients off
         with torch.inference_mode(False), torch.enable_grad():
             set_training(parts, recipe)
             parts.objective.loss(parts.objective.net(parts.model), *parts.objective.targets(inputs, labels)).backward()

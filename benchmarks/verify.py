@@ -18,12 +18,12 @@ from benchmarks.worker import install
 from tokenmerge.errors import TokenMergeError, unknown_name
 
 ROOT = Path(__file__).parents[1]
-# all of them: a kernel for one operation can break how another is selected
+# all of them, because a kernel of one operation can break the selection of another
 TESTS = ("tests/conformance/test_kernels.py", "tests/kernels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tests of the kernels, then the comparison; returns 1 on red tests, 2 for a mistake in what was asked."""
+    """Run the kernel tests, then the comparison; return 1 for failing tests, 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--op", help="every case of this operation: bipartite, merge, attend")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _test() -> int:
-    """Run the tests on what will be timed: this tree, newly installed, not what the environment has of it."""
+    """Run the tests on the code to be timed: this tree, newly installed, not the package in the environment."""
     tests = [str(path) for path in map(ROOT.joinpath, TESTS) if path.exists()]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(install(ROOT, Path(folder, "this")))}

@@ -1,6 +1,6 @@
-"""Time cases by two commits in turn: one long-lived process for each, which answers requests over its pipes.
+"""Time cases with two commits in turn: one long-lived process each, which answers requests over pipes.
 
-Run as a script this file is such a process; PYTHONPATH decides which tokenmerge it imports.
+Run as a script, this file is such a process; PYTHONPATH selects the tokenmerge it imports.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from benchmarks.registry import Case, merged_call, pack, unpack
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.measure.timing import Timing
 
-# a round of one case lasts at least this long: short operations are called many times in a row
+# shortest duration of a round: short operations are called many times in a row
 ROUND_SECONDS = 0.05
-# threads of the process that was timed last still spin for a moment
+# the threads of the other process still spin for a moment after its turn
 PAUSE_SECONDS = 0.02
 
 
 @contextmanager
 def checked_out(root: Path, ref: str) -> Iterator[Path]:
-    """Check a commit of the repository at `root` out into a temporary folder, which is removed afterwards.
+    """Check out a commit of the repository at `root` into a temporary folder, which is removed afterwards.
 
-    Raises `DataError` for a name that git does not know as a commit.
+    Raises `DataError` for a name that is not a commit.
     """
     found = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     if found.returncode:
@@ -56,14 +56,15 @@ def checked_out(root: Path, ref: str) -> Iterator[Path]:
 
 
 def install(tree: Path, folder: Path) -> Path:
-    """Install a tree's package into a folder of its own, as users do, and return the folder.
+    """Install the package of a tree into its own folder, as a user would, and return the folder.
 
-    Raises `DataError` where that fails, also for the part in C++ where there is a compiler: it would be timed without.
+    Raises `DataError` if that fails, also if a compiler is present and the C++ part is not built, since it would be
+    timed without.
     """
     environment = {**os.environ, "TOKENMERGE_NATIVE": "1" if shutil.which("c++") else "0"}
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     if importlib.util.find_spec("hatchling"):
-        command.append("--no-build-isolation")  # nothing has to be downloaded then
+        command.append("--no-build-isolation")  # needs no download
     done = subprocess.run(
         [*command, "--target", str(folder), str(tree)], env=environment, capture_output=True, text=True, check=False
     )
@@ -81,9 +82,9 @@ def describe(root: Path) -> str:
 
 
 def alternate(base: Worker, this: Worker, case: Case, *, rounds: int) -> tuple[Timing, Timing]:
-    """Time a case in both processes, in turn, each round beginning with the other one.
+    """Time a case in both processes, in turn; they alternate in starting a round.
 
-    Raises `UnsupportedError` where one of the two cannot run the case.
+    Raises `UnsupportedError` if one of them cannot run the case.
     """
     for worker in (base, this):
         worker.load(case)
@@ -98,12 +99,12 @@ def alternate(base: Worker, this: Worker, case: Case, *, rounds: int) -> tuple[T
 
 
 def repeats(seconds: float) -> int:
-    """Return how many calls in a row make one round, where one call takes `seconds`."""
+    """Return the number of calls per round if one call takes `seconds`."""
     return max(1, round(ROUND_SECONDS / seconds))
 
 
 class Worker:
-    """A process that imports tokenmerge from `folder` and times what it is told to; a context that ends it."""
+    """A process that imports tokenmerge from `folder` and times cases; a context manager that ends it."""
 
     def __init__(self, folder: Path, *, threads: int) -> None:
         self.folder = folder.resolve()
@@ -117,13 +118,13 @@ class Worker:
             raise DataError(f"{self.folder} holds no tokenmerge: its process imported {package}. Give another folder.")
 
     def load(self, case: Case) -> None:
-        """Set a case up and run it a few times; raises `UnsupportedError` where this commit cannot run it."""
+        """Set up a case and run it a few times; raise `UnsupportedError` if this commit cannot run it."""
         answer = self._ask(do="load", case=pack(case))
         if "missing" in answer:
             raise UnsupportedError(answer["missing"])
 
     def seconds(self, number: int) -> float:
-        """Return the seconds of one of `number` calls in a row."""
+        """Return the seconds per call over `number` calls in a row."""
         time.sleep(PAUSE_SECONDS)
         return float(self._ask(do="time", number=number)["seconds"])
 
@@ -157,7 +158,7 @@ class Worker:
 
 
 class _Server:
-    """The other end: one method for each request."""
+    """The server side: one method per request."""
 
     def __init__(self) -> None:
         self.call: Callable[[], Any] = lambda: None
@@ -195,8 +196,8 @@ class _Server:
 
 
 def serve() -> None:
-    """Answer requests, one line of JSON each, until there are no more."""
-    # what a library prints must not come between the answers
+    """Answer requests, one line of JSON each, until stdin ends."""
+    # output of libraries must not mix with the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     server = _Server()

@@ -27,7 +27,7 @@ from tokenmerge.tools.models import AUTO, apply_method, load_model
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import read_recipe
 
-LEARNED = Path(os.path.relpath(Path(__file__).parent / "models" / "learned"))  # as it is shown in tables
+LEARNED = Path(os.path.relpath(Path(__file__).parent / "models" / "learned"))  # relative, as shown in tables
 # choice, method, the paper's top-1 % on ViT-L/16 MAE with r = 8
 TABLE_2 = (
     ("random pruning", "random", 79.22),
@@ -37,11 +37,11 @@ TABLE_2 = (
     ("greedy", "greedy", 84.36),
     ("bipartite", "tome", 84.25),
 )
-# name in models/learned -> recipe and what is changed in it
+# name in models/learned -> recipe and changes
 TRAINED: dict[str, tuple[str, list[str]]] = {
     **{name: (name, []) for name in ("dynamicvit", "spvit", "avit", "adavit", "tokenlearner", "dtem", "ltmp")},
     "tome": ("finetune", []),
-    # the same stages, steps and teacher; only which tokens go is left to chance
+    # the same stages, steps and teacher, but random tokens are dropped
     "random": ("dynamicvit", ["merge.method=random"]),
     "random-spvit": ("spvit", ["merge.method=random"]),
 }
@@ -64,7 +64,7 @@ DEIT = (
 
 
 def main() -> None:
-    """Run the parts that are named, one after the other; each goes on where it was cut off."""
+    """Run the named parts in order; each resumes where it was interrupted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = {"learn": learn, "speed": speed, "table2": table_2, "deit": deit, "all": everything}
     parser.add_argument("parts", nargs="*", default=list(parts), metavar="PART", help=f"any of {', '.join(parts)}")
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def learn(arguments: argparse.Namespace) -> None:
-    """Train every method by its recipe, and keep what came out: the models in half precision."""
+    """Train every method with its recipe, and keep the results; models in half precision."""
     for name, (recipe, changes) in TRAINED.items():
         wanted, run, kept = read_recipe(recipe, changes), arguments.work / name, LEARNED / name
         with Progress(name) as progress:
@@ -97,7 +97,7 @@ def learn(arguments: argparse.Namespace) -> None:
 
 
 def table_2(arguments: argparse.Namespace) -> None:
-    """Repeat the paper's Table 2 at the r that halves the work of the bundled model."""
+    """Repeat the paper's Table 2 at the r that halves the MACs of the bundled model."""
     found = _compare(arguments, "table2", [method for _, method, _ in TABLE_2], rs=[16])
     rows = [
         {"part": "matching", "choice": choice, **_figures(found, method), "paper top-1 %": paper}
@@ -108,7 +108,7 @@ def table_2(arguments: argparse.Namespace) -> None:
 
 
 def deit(arguments: argparse.Namespace) -> None:
-    """Set the learned methods beside ToMe, as the paper's Table 4 does; image by image, and in batches."""
+    """Compare the learned methods with ToMe as in the paper's Table 4, one image at a time and in batches."""
     methods = [method for _, method, _, _ in DEIT]
     alone = _compare(arguments, "deit-1", methods, rs=[13], batch_size=1)
     batched = _compare(arguments, "deit-64", methods, rs=[13])
@@ -133,7 +133,7 @@ def deit(arguments: argparse.Namespace) -> None:
 
 
 def _beside_random(accuracies: dict[str, float]) -> list[str]:
-    """Say how pruning that was learned stands to pruning at random, by the same recipe."""
+    """Describe learned pruning compared with random pruning trained by the same recipe."""
     return [
         f"- {name}: {found - accuracies[random]:+.2f} points against {random}."
         for name, found in accuracies.items()
@@ -164,7 +164,7 @@ def everything(arguments: argparse.Namespace) -> None:
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    """Time each method on ViT-S/16 with random weights: over its free bound and against the unmerged model."""
+    """Time each method on ViT-S/16 with random weights: over its free bound, and against the unmerged model."""
     model, x = load_model("vit_small_patch16_224"), torch.randn(8, 3, 224, 224)
     rows = [row for name in tokenmerge.list_methods() if name != Drop.name for row in _timed(name, model, x)]
     slower = [row["method"] for row in rows if row["speed-up"] < 1]
@@ -178,7 +178,7 @@ def speed(arguments: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def _timed(name: str, model: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
-    """Return the row of one method, or none for one that this model cannot run."""
+    """Return the row of a method, or no row if this model cannot run it."""
     kind = find(name)
     merged, bound = shared_copy(model), shared_copy(model)
     try:

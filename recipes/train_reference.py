@@ -70,7 +70,7 @@ merging is usually measured on: the numbers say how the library behaves, not wha
 
 def parse_args() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    # bf16 pays on a CPU only where its matrix units know it
+    # bf16 is faster on a CPU only if it has matrix units for it
     amx = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -95,7 +95,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def training_folder(args: argparse.Namespace) -> Path | None:
-    """Return the folder with the training files, or None where Debian's package has it in its own place."""
+    """Return the folder with the training files, or None if Debian's package is installed."""
     if args.data is not None:
         return Path(args.data)
     try:

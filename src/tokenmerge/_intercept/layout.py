@@ -12,7 +12,7 @@ PROBED = 17  # patch tokens of a probe: cheap, and more than a local window woul
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Token layout: `prefix` protected tokens, then the patches as `grid` (rows, columns), then `suffix` protected ones.
+    """Token layout: `prefix` protected tokens, the patches as `grid` (rows, columns), `suffix` protected tokens.
 
     `tokens` is the total. `tokens`, `grid` and `input_size` (without the batch; channels first for images) are None if
     the model does not define them.

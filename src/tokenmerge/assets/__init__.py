@@ -39,7 +39,7 @@ _PREFIX_AND_COUNT = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Read one gzipped idx file of unsigned bytes that must have exactly this shape."""
+    """Read a gzipped idx file of unsigned bytes; it must have exactly this shape."""
     data = bytearray(gzip.decompress(path.read_bytes()))
     # 0x08 is the format's code for unsigned bytes; the last byte of the magic number counts the dimensions
     magic = bytes((0, 0, 8, len(shape)))
@@ -57,14 +57,14 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def fashion_mnist(split: str = "test", root: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Return the images, uint8 `[N, 28, 28]`, and the labels, int64 `[N]`, of one Fashion-MNIST split.
+    """Return the images, uint8 `[N, 28, 28]`, and labels, int64 `[N]`, of a Fashion-MNIST split.
 
-    The test split (N = 10,000) is bundled. The training split (N = 60,000) is not: it is read from `root`, or from
-    the folder of Debian's package `dataset-fashion-mnist` where that is installed. A `root` that is given is used for
-    either split; it holds the four original `*-ubyte.gz` files.
+    The test split (N = 10,000) is bundled. The training split (N = 60,000) is read from `root`, or from the folder of
+    Debian's package `dataset-fashion-mnist` if that is installed. If `root` is given, both splits are read from it; it
+    must hold the four original `*-ubyte.gz` files.
 
     Raises:
-        ValueError: `split` is neither "train" nor "test", or a file is not the idx file it should be.
+        ValueError: `split` is neither "train" nor "test", or a file is not a valid idx file of the split.
         FileNotFoundError: a file of the split is missing from the folder.
     """
     if split not in _PREFIX_AND_COUNT:
@@ -88,7 +88,7 @@ def fashion_mnist(split: str = "test", root: str | Path | None = None) -> tuple[
 
 
 def _build_model(architecture: dict[str, Any], patch_drop_rate: float = 0.0) -> VisionTransformer:
-    """Build the untrained transformer from its two groups of keyword arguments, "vit" and "stem"."""
+    """Build the untrained model from its two groups of keyword arguments, "vit" and "stem"."""
     try:
         from timm.layers import HybridEmbed
         from timm.models.vision_transformer import VisionTransformer
@@ -117,6 +117,6 @@ def reference_model(pretrained: bool = True) -> VisionTransformer:
 
         # weights stored in half precision are widened here: copying into the model's own parameters casts them
         model.load_state_dict(load_file(_ASSETS / "reference_vit.safetensors"))
-    # as timm's own models say how their images are prepared
+    # where timm models declare their preprocessing
     model.pretrained_cfg = {"input_size": (1, 28, 28), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
     return model.eval()

@@ -1,4 +1,4 @@
-"""The `tokenmerge` command: one sub-command per tool, arguments to function calls."""
+"""The `tokenmerge` command: one sub-command per tool, which turns arguments into function calls."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return the exit code, see `ended`."""
-    # silences kineto's start-up lines on stderr; read by torch when it loads
+    """Run one sub-command and return its exit code; see `ended`."""
+    # silences kineto's start-up messages on stderr; torch reads it on import
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     given = sys.argv[1:] if argv is None else list(argv)
-    arguments = argparse.Namespace(given=given)  # what `train` starts again in several processes
+    arguments = argparse.Namespace(given=given)  # arguments that `train` passes on to its processes
 
     def run() -> int:
         return int(_parser().parse_args(given, arguments).run(arguments))
@@ -291,7 +291,7 @@ def _export(arguments: argparse.Namespace) -> int:
     out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
     model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
     if handle_of(model, None) and arguments.r is None and arguments.method == "tome":
-        r = method = None  # it has its own
+        r = method = None  # the model is patched already
     found = export(
         model,
         out,
@@ -339,7 +339,7 @@ def _print(arguments: argparse.Namespace, result: Table[Any], title: str, out: P
 
     with ExitStack() as after:
         if out is not None:
-            # at the end, whatever becomes of the other: a disk that is full, or a reader who has left
+            # save even if printing fails (closed pipe), and print even if saving fails (full disk)
             after.callback(result.save, out)
         if arguments.json:
             content = {"title": title, "environment": result.environment, "rows": result.rows, "notes": result.remarks}

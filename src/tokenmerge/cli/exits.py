@@ -1,4 +1,4 @@
-"""How a command ends: one sentence on stderr and an exit code, whatever went wrong."""
+"""The end of a command: one sentence on stderr for an error, and an exit code."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ __all__ = ["ended"]
 
 
 def ended(run: Callable[[], int], arguments: argparse.Namespace) -> int:
-    """Run a command and return its exit code; an interruption says what `arguments.left` says, if there is one.
+    """Run a command and return its exit code; an interruption prints `arguments.left`, if set.
 
-    0: all is well; 1: a check failed; 2: a mistake in what was asked, or a disk or a memory too small for it; 130: it
-    was interrupted; 141: nobody reads what it prints.
+    0: success. 1: a check failed. 2: a user error, or too little disk or memory. 130: interrupted. 141: the reader of
+    stdout has closed the pipe.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be of letters the terminal does not have
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # file names may contain characters that the terminal cannot print
     try:
         code = run()
         sys.stdout.flush()
         return code
     except TokenMergeError as error:
-        return _failed(str(error), getattr(error, "exit_code", 2))  # a training run that Ctrl-C stopped has its own
+        return _failed(str(error), getattr(error, "exit_code", 2))  # a training run stopped by Ctrl-C has its own code
     except KeyboardInterrupt:
         return _failed(f"interrupted, {getattr(arguments, 'left', 'nothing more was written')}.", 130)
     except BrokenPipeError:
         _close_stdout()
         return 141
-    except OSError as error:  # a disk that is full, a folder that may not be read
+    except OSError as error:  # full disk, unreadable folder
         _close_stdout()
         where = f" ({error.filename})" if error.filename else ""
         return _failed(f"{error.strerror or error}{where}.")
     except (MemoryError, RuntimeError) as error:
-        # torch has a type of its own for the memory of GPUs alone
+        # torch has an exception type for GPU memory only
         if not isinstance(error, MemoryError) and not re.search(
             "out of memory|allocate memory|(calculation|multiplication) overflow", str(error)
         ):
@@ -53,7 +55,7 @@ def _failed(text: str, code: int = 2) -> int:
 
 
 def _close_stdout() -> None:
-    """Let what is left in the buffer go nowhere: Python would try once more at its end, and complain."""
+    """Discard the rest of the buffer: Python would try to flush it at exit and report an error."""
     try:
         sys.stdout.flush()
     except OSError:

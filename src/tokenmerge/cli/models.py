@@ -1,4 +1,4 @@
-"""What stands for a model on the command line: what the tools take, and the folder of a finished training run."""
+"""Open a model from the command line: anything `load_model` takes, or the folder of a finished training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["open_model"]
 
 
 def open_model(name: str, *, pretrained: bool = False, trust_pickle: bool = False) -> Any:
-    """Return the model of a name, nothing merged, in eval mode; raises what `tools.models.load_model` raises."""
+    """Return the unmerged model of this name, in eval mode; raise the errors of `tools.models.load_model`."""
     from tokenmerge.files import is_file
 
     if is_file(Path(name) / "recipe.json"):

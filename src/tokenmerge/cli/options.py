@@ -1,4 +1,4 @@
-"""Options that several commands share: the method, the images and how they are prepared."""
+"""Options shared by several commands: the model, the method, the images and their preprocessing."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ CALIBRATE_HELP = (
 
 
 def model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the model, and whether a pickle of one is trusted."""
+    """Add the model, and the option to trust a pickle."""
     parser.add_argument("model", help=_MODEL_HELP)
     parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model, how much is merged, and how."""
+    """Add the model, `r` and the method."""
     model_argument(parser)
     parser.add_argument(
         "-r", type=read_r, nargs="+", metavar="R", help=f"{TEXT_FORMS} (that of a saved method, else 0 8 16)"
@@ -63,14 +63,14 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def method_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the method, what it hands out and what it is chosen by."""
+    """Add the method, `--restore` and `--calibrate`."""
     parser.add_argument("--method", default="tome", help=f"{METHOD_HELP} (%(default)s)")
     parser.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
     parser.add_argument("--calibrate", metavar="SOURCE", help=CALIBRATE_HELP)
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where the labelled images are, and how many of them are used."""
+    """Add the source of the labelled images, and how many to use."""
     parser.add_argument("--data", required=True, help=_DATA_HELP)
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
@@ -84,7 +84,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_r(text: str) -> Any:
-    """Read an r as Python would write it; `16,-1` is a pair."""
+    """Parse r as a Python literal; `16,-1` is a pair."""
     try:
         return Schedule.parse(text)
     except ValueError as error:
@@ -92,7 +92,7 @@ def read_r(text: str) -> Any:
 
 
 def preparing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what changes how images are prepared; without these the model's own way is taken."""
+    """Add options that change the preprocessing; the default is that of the model."""
     group = parser.add_argument_group("preprocessing (without these, as the model says)")
     group.add_argument(
         "--mean", type=float, nargs="+", metavar="M", help="of pixels on the scale 0 to 1: 1 or 3 numbers"
@@ -106,7 +106,7 @@ def preparing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def method_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the method that was named and the r it was saved with, if it was."""
+    """Return the method, and the r it was saved with, if any."""
     from tokenmerge.data.labelled import check_source
     from tokenmerge.errors import DataError
     from tokenmerge.tools.models import AUTO, own_r, read_method
@@ -120,7 +120,7 @@ def method_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def calibration_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """Return the images for auto as the option that takes them, where they were asked for."""
+    """Return the images for auto as a keyword argument, or {} if none were given."""
     from tokenmerge.data.labelled import calibration_images
 
     if arguments.calibrate is None:
@@ -129,7 +129,7 @@ def calibration_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def preparing(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what was said of preprocessing, as the options that `find_preprocessing` takes."""
+    """Return the preprocessing options as arguments of `find_preprocessing`."""
     names = ("mean", "std", "resize", "crop_pct", "interpolation")
     given = {name: getattr(arguments, name, None) for name in names}
     beside = arguments.model if Path(arguments.model).exists() else None
@@ -137,20 +137,20 @@ def preparing(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:
-    """Return how the model's images are prepared; None where even their size is unknown."""
+    """Return the preprocessing of the model; None if even its input size is unknown."""
     from tokenmerge.data.prepare import find_preprocessing
     from tokenmerge.errors import ConfigError, TokenMergeError
 
     try:
         return find_preprocessing(model, **preparing(arguments))
-    except ConfigError:  # a file that is there and cannot be read
+    except ConfigError:  # a file that exists but cannot be read
         raise
     except TokenMergeError:
         return None
 
 
 def said_of(arguments: argparse.Namespace, model: Any) -> list[str]:
-    """Return what a reader should know of a command that downloads no weights: its weights, auto's images."""
+    """Return notes for a command that downloads no weights: on random weights, and on the images of auto."""
     from tokenmerge.tools.models import BUNDLED
 
     said = []
@@ -162,7 +162,7 @@ def said_of(arguments: argparse.Namespace, model: Any) -> list[str]:
 
 
 def model_and_data(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Open the model and the labelled images that were named; both names are looked at before either is opened."""
+    """Open the model and the labelled images; both names are checked first."""
     from tokenmerge.data.labelled import check_source, open_data
 
     check_source(arguments.data)

@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, here or in processes that torchrun starts, and print the last evaluation."""
+    """Train, in this process or in several started by torchrun, and print the last evaluation."""
     from tokenmerge.report.progress import Progress
     from tokenmerge.report.table import show
     from tokenmerge.training.loop import train

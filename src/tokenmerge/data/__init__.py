@@ -1,1 +1,1 @@
-"""Samples: where they are read from, how they are prepared, and batches of them with labels."""
+"""Data: sources of samples, preprocessing, and labelled batches."""

@@ -1,4 +1,4 @@
-"""What a model takes and answers: its input size, its classes, and the one tensor out of what it returns."""
+"""The inputs and outputs of a model: its input size, its number of classes, and the answer tensor in its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["answer", "declared_classes", "known_size", "run_images"]
 
 
 def run_images(model: nn.Module, x: Tensor) -> Tensor:
-    """Run a batch `[B, channels, height, width]` without gradients; raises `DataError` where it does not fit."""
+    """Run a batch `[B, channels, height, width]` without gradients; raise `DataError` if the model does not take it."""
     try:
         with torch.inference_mode():
             out = answer(model(x))
@@ -27,14 +27,14 @@ def run_images(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-# what hosts call their answer; the first of these that an output holds is meant, else its first tensor
+# names of the answer in the outputs of hosts; the first one found is used, else the first tensor
 _ANSWERS = ("logits", "predicted_depth", "image_embeds", "last_hidden_state")
 
 
 def answer(output: Any) -> Tensor:
-    """Return the tensor that a model's answer is about: itself, or the one in a tuple, a dict or a host's output.
+    """Return the answer tensor of a model's output: the output itself, or one in a tuple, dict or host output class.
 
-    Raises `DataError` where there is none.
+    Raises `DataError` if there is no tensor.
     """
     found = _tensor_in(output)
     if found is None:
@@ -53,18 +53,18 @@ def _tensor_in(output: Any) -> Tensor | None:
 
 
 def declared_classes(model: nn.Module) -> int | None:
-    """Return how many classes a model says it tells apart; None for one that says nothing of classes."""
+    """Return how many classes a model declares; None if it declares none."""
     count = getattr(model, "num_classes", None)
     if isinstance(count, int):
-        return count or None  # timm's 0: the features themselves
+        return count or None  # 0 in timm: no classifier
     config = getattr(model, "config", None)
-    # others have such a number too, and no classifier
+    # models without a classifier have `num_labels` too
     is_classifier = "ForImageClassification" in type(model).__name__
     return int(config.num_labels) if config is not None and is_classifier else None
 
 
 def known_size(model: nn.Module | Handle) -> tuple[int, ...]:
-    """Return the input size of a model, patched or not; raises `DataError` where the model does not say it."""
+    """Return the input size of a model, patched or not; raise `DataError` if the model does not declare it."""
     model = model.model if isinstance(model, Handle) else model
     handle = handle_of(model, None)
     size = handle.input_size if handle else adapters.find(model).layout(model).input_size

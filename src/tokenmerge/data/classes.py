@@ -1,4 +1,4 @@
-"""How classes are numbered: by a model's labels, by the numbers they are called, or in their order."""
+"""Map class names to a model's class numbers: by its labels, by numeric names, or by order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["by_label", "how_numbered", "numbers_of"]
 
 
 def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
-    """Return a Hugging Face model's number of each class by its labels; None where no class is called as a label.
+    """Return a Hugging Face model's number for each class name; None if no name is one of its labels.
 
-    Case does not count, and "/" and " " count as "_", since a folder cannot be called as every label. Raises
-    `DataError` where some are called so and some are not: numbered by their order, they would be other classes.
+    Names are compared without case, and "/" and " " equal "_", because a folder name cannot contain every character.
+    Raises `DataError` if only some names are labels: numbering by order would then give wrong classes.
     """
     labels = getattr(getattr(model, "config", None), "label2id", None) or {}
     plain: dict[str, set[int]] = {}
@@ -38,7 +38,7 @@ def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
 
 
 def how_numbered(classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> tuple[str, ...]:
-    """Say what classes count as, where a model has labels and no class is called as one."""
+    """Describe how classes are numbered if the model has labels and no class name is one of them."""
     labels = getattr(getattr(model, "config", None), "label2id", None)
     if not labels or declared_classes(model) is None or by_label(model, classes) is not None:
         return ()
@@ -48,12 +48,12 @@ def how_numbered(classes: Sequence[str], model: nn.Module, is_folder: bool = Tru
 
 
 def numbers_of(source: str, classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> list[int]:
-    """Return the model's number of each class; raises `DataError` where they do not fit its classes."""
+    """Return the model's number for each class; raise `DataError` if the classes do not fit the model."""
     expected = declared_classes(model)
     found = by_label(model, classes) if expected is not None else None
     if found is not None:
         return found
-    # by number even where all are there: in the order of names, "10" comes before "2"
+    # number numeric names by value, never by order: as text, "10" sorts before "2"
     is_numbered = all(name.isdecimal() for name in classes)
     if is_numbered and all(int(name) < (expected or len(classes)) for name in classes):
         return [int(name) for name in classes]

@@ -1,4 +1,4 @@
-"""Sources of clips: Fashion-MNIST in motion, folders of frames, video files; see `sources.KINDS`.
+"""Sources of clips: moving Fashion-MNIST, folders of frames, video files; see `sources.KINDS`.
 
 Shapes: T frames, H rows, W columns. A clip is uint8 `[T, H, W]` or, in colour, `[T, H, W, 3]`.
 """
@@ -26,18 +26,18 @@ VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 class MovingFashionMNIST(Source):
-    """One clip of each image: reduced to half its size, it crosses a part of a black, lightly noisy canvas.
+    """One clip per image: at half its size, it moves across a black canvas with faint noise.
 
-    A class is an item and one of four directions. Direction, speed (1.0 to 2.5 pixels a frame), start (the way stays
-    on the canvas) and the noise's strength are drawn from the split and the image's index: a clip is always the same.
+    A class is an item and one of four directions. Direction, speed (1.0 to 2.5 pixels a frame), start (the item stays
+    on the canvas) and noise level are drawn from the split and the image's index, so a clip is always the same.
     """
 
     kind = "clip"
     size = (1, 8, 32, 32)
     item = 14  # pixels
     speed = (1.0, 2.5)
-    noise = 48  # the brightest that noise may be, of 255
-    flippable = False  # mirrored, left is right
+    noise = 48  # largest pixel value of the noise, of 255
+    flippable = False  # a flip would swap left and right
 
     def __init__(self, rest: str, split: str, data: Data) -> None:
         from tokenmerge import assets
@@ -70,12 +70,12 @@ class MovingFashionMNIST(Source):
 
 
 def _way(room: float, length: float, part: float) -> tuple[float, float]:
-    """Return where a way of a signed length starts so that it stays within 0 to `room`, and the length."""
+    """Return the start of a path of this signed length that stays within 0 to `room`, and the length."""
     return part * (room - abs(length)) + max(0.0, -length), length
 
 
 class _Files(Source):
-    """Clips that lie in files: T frames are taken evenly, the middle one of T equal parts each."""
+    """Clips in files. T frames are taken at equal distances: the middle frame of each of T equal parts."""
 
     kind = "clip"
     size = (3, 16, 224, 224)
@@ -94,22 +94,22 @@ class _Files(Source):
         path, label = self.samples[index]
         try:
             return self.clip(Path(path)), label
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders raise any exception
             raise OSError(f"{path}: {error}") from error
 
     @abstractmethod
     def clip(self, path: Path) -> Tensor:
-        """Return the frames wanted, uint8 `[T, H, W, 3]`; raises anything where they cannot be read."""
+        """Return the selected frames, uint8 `[T, H, W, 3]`; raises any exception if they cannot be read."""
 
     def places(self, count: int) -> list[int]:
-        """Return which of so many frames are taken; of fewer than T some are taken twice."""
+        """Return the indices of the frames to take from `count` frames; with fewer than T, some repeat."""
         if not count:
             raise ValueError("there are no frames")
         return [(2 * t + 1) * count // (2 * self.frames) for t in range(self.frames)]
 
 
 class Frames(_Files):
-    """Folders of frames, PATH/train/CLASS/CLIP/x.jpg in the order of their names, all of one size."""
+    """Folders of frames, PATH/train/CLASS/CLIP/x.jpg, sorted by name, all of one size."""
 
     def __init__(self, root: str, split: str, data: Data) -> None:
         from PIL import Image
@@ -132,13 +132,13 @@ def _picture(file: Path) -> Tensor:
 
 
 class Videos(_Files):
-    """Video files, PATH/train/CLASS/x.mp4, decoded by torchcodec where it is installed, else by PyAV."""
+    """Video files, PATH/train/CLASS/x.mp4, decoded by torchcodec if installed, else by PyAV."""
 
     def __init__(self, root: str, split: str, data: Data) -> None:
         try:
-            import torchcodec  # noqa: F401 - decodes the frames wanted alone
-        except (ImportError, RuntimeError, OSError):  # it is there, and the FFmpeg it links to is not
-            import av  # noqa: F401 - a missing one is said at once
+            import torchcodec  # noqa: F401 - preferred: decodes only the selected frames
+        except (ImportError, RuntimeError, OSError):  # the last two: installed, but without its FFmpeg
+            import av  # noqa: F401 - fail here if it is missing
 
             self.decode = self._with_av
         else:
@@ -159,7 +159,7 @@ class Videos(_Files):
         import av
 
         with av.open(str(path)) as container:
-            # what a file says of its length may be missing or wrong: packets are counted without decoding them
+            # the length in the header may be missing or wrong, so count packets, which needs no decoding
             count = sum(packet.size > 0 for packet in container.demux(video=0))
         wanted = self.places(count)
         found: dict[int, Tensor] = {}
@@ -175,7 +175,7 @@ class Videos(_Files):
         return torch.stack([found[place] for place in wanted])
 
 
-# what `sources.KINDS` names
+# the names used in `sources.KINDS`
 moving_fashion_mnist = MovingFashionMNIST
 frames = Frames
 videos = Videos

@@ -1,4 +1,4 @@
-"""Sources of images: Fashion-MNIST, folders, Hugging Face data sets, and streams of shards; see `sources.KINDS`."""
+"""Sources of images: Fashion-MNIST, folders, Hugging Face data sets, and streamed shards; see `sources.KINDS`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tokenmerge.errors import DataError, unknown_name
 __all__ = ["fashion_mnist", "folder", "hf", "hf_stream", "wds"]
 
 T = TypeVar("T")
-HELD_OUT = 2_000  # training images of Fashion-MNIST that are the validation split
+HELD_OUT = 2_000  # the last training images are the validation split
 SIZE = (3, 224, 224)
 
 
 def part_of_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
-    """Return images, uint8 `[n, 28, 28]`, and labels: the last 2,000 training images are those to validate on."""
+    """Return images, uint8 `[n, 28, 28]`, and labels of a split; "valid" is the last 2,000 training images."""
     from tokenmerge import assets
 
     try:
@@ -38,12 +38,12 @@ def part_of_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
 
 
 class FashionMNIST(Source):
-    """Fashion-MNIST: the first 58,000 training images, the last 2,000 as validation split, or the bundled test set."""
+    """Fashion-MNIST: 58,000 training images, the last 2,000 for validation, and the bundled test set."""
 
     size = (1, 28, 28)
 
     def __init__(self, rest: str, split: str, data: Data) -> None:
-        import PIL.Image  # noqa: F401 - a missing one is said at once
+        import PIL.Image  # noqa: F401 - fail here if it is missing
 
         from tokenmerge import assets
 
@@ -79,21 +79,21 @@ class Folder(Source):
 
 
 def _picture(name: str, content: Callable[[], Any]) -> Raw:
-    """Decode the file or stream that `content` returns; raises OSError, with its name, whatever was wrong with it."""
+    """Decode the file or stream that `content` returns; raise OSError with its name on any failure."""
     from PIL import Image
 
     try:
         with Image.open(content()) as image:
             image.load()
             return image
-    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
         raise OSError(f"{name}: {error}") from error
 
 
 class HuggingFace(Source):
-    """A data set of the `datasets` library: a name of the hub, or a folder as `save_to_disk` writes it.
+    """A data set of the `datasets` library: a name on the hub, or a folder written by `save_to_disk`.
 
-    Where its columns are not found by their types, or it has configurations: `hf:NAME?config=C&image=I&label=L`.
+    If the columns cannot be found by type, or it has configurations: `hf:NAME?config=C&image=I&label=L`.
     """
 
     size = SIZE
@@ -114,7 +114,7 @@ class HuggingFace(Source):
 
 
 class HuggingFaceStream(Stream):
-    """The same as `hf`, downloaded as it is read, shuffled by shards and among `data.shuffle` samples."""
+    """A streamed Hugging Face data set; shuffles the shards, and samples within a buffer of `data.shuffle`."""
 
     size = SIZE
 
@@ -131,14 +131,14 @@ class HuggingFaceStream(Stream):
             yield partial(_cell, f"sample {number} of {self.name}", cell), -1 if label is None else label
 
     def _walk(self, shards: list[int]) -> Iterator[tuple[Any, int | None]]:
-        # shard by shard, and in parts: as one it would give a worker only a share
+        # iterate shard by shard: iterated as a whole, `datasets` would give each DataLoader worker only its share
         for shard in shards:
             for part in self.rows.shard(self.rows.num_shards, shard).iter(16):
                 yield from zip(part[self.image], part[self.label], strict=True)
 
 
 def _rows(rest: str, split: str, streaming: bool) -> tuple[Any, dict[str, str]]:
-    """Return a split of a data set, and the options that stand behind its name."""
+    """Return a split of a data set, and the options after its name."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     name, _, query = rest.partition("?")
@@ -149,7 +149,7 @@ def _rows(rest: str, split: str, streaming: bool) -> tuple[Any, dict[str, str]]:
     is_saved = (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file()
     try:
         splits = load_from_disk(name) if is_saved else load_dataset(name, options.get("config"), streaming=streaming)
-    except (OSError, ValueError) as error:  # what both raise for names, files and connections derives from these
+    except (OSError, ValueError) as error:  # the base classes of both libraries' errors on names, files and connections
         raise DataError(f"cannot open the data set {name}: {error}") from error
     if not isinstance(splits, dict):
         splits = DatasetDict({"train": splits})
@@ -160,7 +160,7 @@ def _rows(rest: str, split: str, streaming: bool) -> tuple[Any, dict[str, str]]:
 
 
 def _columns(rows: Any, options: dict[str, str]) -> tuple[Any, str, str, tuple[str, ...]]:
-    """Return rows with images that are not decoded, the names of the two columns, and those of the classes."""
+    """Return the rows with undecoded images, the names of the two columns, and the class names."""
     from datasets import ClassLabel, Image
 
     features = rows.features or {}
@@ -193,10 +193,10 @@ def _cell(name: str, cell: dict[str, Any] | None) -> Raw:
 
 
 class Shards(Stream):
-    """Shards of images as WebDataset packs them, PATH/train-{000..099}.tar: jpg (png, ...) and cls of each sample.
+    """WebDataset shards of images, PATH/train-{000..099}.tar: a jpg (png, ...) and a cls file per sample.
 
-    `cls` is a class' number or name; classes.json, beside the shards, lists the names. An epoch shuffles the shards,
-    then the samples among `data.shuffle` that wait undecoded.
+    `cls` is a class number or name; `classes.json`, beside the shards, lists the names. Each epoch shuffles the shards,
+    and the undecoded samples within a buffer of `data.shuffle`.
     """
 
     size = SIZE
@@ -216,7 +216,7 @@ class Shards(Stream):
         try:
             with webdataset.gopen(beside) as stream:
                 names = json.load(stream)
-        except Exception as error:  # each way of opening an address has errors of its own
+        except Exception as error:  # every URL scheme raises its own errors
             raise DataError(f"cannot read {beside}, a list of the names of the classes: {error}.") from error
         if not isinstance(names, list) or not names:
             raise DataError(f"{beside} holds {str(names)[:40]}; it takes a list of the names of the classes.")
@@ -257,7 +257,7 @@ class Shards(Stream):
 
 
 def _shuffled(samples: Iterable[T], size: int, generator: random.Random) -> Iterator[T]:
-    """Yield samples, each drawn from `size` that wait."""
+    """Yield samples in random order from a buffer of `size` samples."""
     waiting: list[T] = []
     for sample in samples:
         waiting.append(sample)
@@ -269,7 +269,7 @@ def _shuffled(samples: Iterable[T], size: int, generator: random.Random) -> Iter
     yield from waiting
 
 
-# what `sources.KINDS` names
+# the names used in `sources.KINDS`
 fashion_mnist = FashionMNIST
 folder = Folder
 hf = HuggingFace

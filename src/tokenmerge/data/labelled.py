@@ -1,4 +1,4 @@
-"""Labelled images for the tools, from any source of images: batches of them as a model wants them, with labels."""
+"""Labelled images for the tools: batches in the form that a model takes, from any source of images."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ __all__ = [
 ]
 
 FASHION_MNIST = "fashion-mnist"
-_CALIBRATION = 64  # images that "auto" chooses by
+_CALIBRATION = 64  # images for "auto"
 
 
 class Labelled(Protocol):
-    """What the tools walk: batches of images `[B, ...]` as the model takes them and labels `[B]`, as often as asked."""
+    """Data for the tools: batches of images `[B, ...]` as the model takes them, labels `[B]`; for repeated passes."""
 
     source: str
     batch_size: int
-    outputs: int  # how many answers a model must have for the labels to count
+    outputs: int  # number of classes a model must have for the labels to apply
     preprocessing: Preprocessing
 
     @property
@@ -54,10 +54,10 @@ class Labelled(Protocol):
 
     @property
     def corrupt(self) -> Sequence[str]:
-        """What the last pass left out: a path and the reason, each."""
+        """Path and reason of each image that the last pass left out."""
 
     def __len__(self) -> int:
-        """How many images there are, with those that cannot be read."""
+        """Number of images, including unreadable ones."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -71,10 +71,10 @@ class _AsGiven:
 
 
 class Batches:
-    """Labelled batches of your own for the tools: a `DataLoader`, or anything else that can be walked again.
+    """Labelled batches of your own for the tools: a `DataLoader`, or any iterable that can be iterated again.
 
-    `classes` are the names of the classes, or how many there are; `source` is what outputs call the data. Raises
-    `DataError` for what can be walked only once, or holds no batch.
+    `classes` are the class names or their number; `source` is the name of the data in outputs. Raises `DataError` for
+    an iterator that can be iterated only once, or that yields no batch.
     """
 
     corrupt: tuple[str, ...] = ()
@@ -104,9 +104,9 @@ class Batches:
 
 
 class Images:
-    """Images of a source, decoded in workers and prepared as the model wants them; `open_data` says which.
+    """Images of a source, decoded in worker processes and prepared for the model; see `open_data`.
 
-    An image that cannot be decoded is left out; its name and the reason are in `corrupt` after the pass.
+    An image that cannot be decoded is left out; `corrupt` holds its name and the reason after the pass.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Images:
         self._count = len(self._opened) if isinstance(self._opened, Source) else None
 
     def __len__(self) -> int:
-        if self._count is None:  # nobody knows how long a stream is before it was walked
+        if self._count is None:  # the length of a stream is known only after a pass
             self._count = sum(1 for _ in self._opened.samples(0, 0)) if isinstance(self._opened, Stream) else 0
         return self._count
 
@@ -151,13 +151,13 @@ class Images:
                 yield batch.inputs, self._numbers[batch.labels]
 
 
-Folder = Images  # a path is a source too
+Folder = Images  # alias: a path is a source too
 
 
 class FashionMNIST:
-    """The bundled test set: batches of `[B, 1, 28, 28]` as the bundled model takes them, and labels `[B]`.
+    """The bundled test set: batches `[B, 1, 28, 28]` as the bundled model takes them, and labels `[B]`.
 
-    With a `preprocessing` each image goes through that instead.
+    With `preprocessing`, images go through that instead.
     """
 
     corrupt: tuple[str, ...] = ()
@@ -195,7 +195,7 @@ def _bundled(source: str = "as the bundled model takes them", is_known: bool = T
 
 
 def _is_bundled(found: Preprocessing) -> bool:
-    """Say whether the images go through what `normalise` does to a whole batch."""
+    """Return whether the images need exactly what `normalise` does to a whole batch."""
     plain = _bundled()
     return (found.size, found.mean, found.std) == (plain.size, plain.mean, plain.std) and found.resize in (None, 28)
 
@@ -207,7 +207,7 @@ def _prepared(images: Tensor, preprocessing: Preprocessing) -> Tensor:  # uint8 
 
 
 def normalise(images: Tensor) -> Tensor:  # uint8 [B, 28, 28]
-    """Return what the bundled model takes: float `[B, 1, 28, 28]` of the training set's mean and deviation."""
+    """Return the input of the bundled model, float `[B, 1, 28, 28]`, normalised by `assets.MEAN` and `assets.STD`."""
     from tokenmerge import assets
 
     return (images[:, None].float() / 255 - assets.MEAN) / assets.STD
@@ -223,12 +223,12 @@ def open_data(
     preprocessing: Any = None,
     **options: Any,
 ) -> FashionMNIST | Images:
-    """Open the images of a source to evaluate on: a folder, or one named as in `data.source` of a recipe.
+    """Open the images of a source for evaluation: a folder, or a name as in `data.source` of a recipe.
 
-    Of a source with splits the test split is taken, else the validation split, else the training split; the notes say
-    so. Images are prepared as the model says; `preprocessing` is taken instead: a `Preprocessing`, a Hugging Face image
+    Uses the test split if there is one, else the validation split, else the training split, and a note says which.
+    Images are prepared as the model declares, unless `preprocessing` is given: a `Preprocessing`, a Hugging Face image
     processor, or a function of one PIL image. `options` are those of `find_preprocessing`: `beside`, `mean`, ...
-    Raises `DataError` for a source that is missing, empty, of other classes, or holds no images.
+    Raises `DataError` for a source that is missing or empty, has other classes, or holds no images.
     """
     check_source(source)
     if source != FASHION_MNIST:
@@ -241,7 +241,7 @@ def open_data(
 
 
 def _open(source: str, splits: Sequence[str]) -> tuple[Source | Stream, str]:
-    """Open the first of these splits that a source has, and say which."""
+    """Open the first of these splits that the source has, and return which one."""
     for split in splits:
         try:
             return open_source(source, split, Data(source="")), split
@@ -251,7 +251,7 @@ def _open(source: str, splits: Sequence[str]) -> tuple[Source | Stream, str]:
 
 
 def _for_fashion_mnist(model: nn.Module, given: Any, options: dict[str, Any]) -> Preprocessing:
-    """Return what a model says of its images; one that says nothing gets what the bundled model's go through."""
+    """Return the preprocessing that a model declares; a model that declares none gets that of the bundled model."""
     changes = {name: value for name, value in options.items() if name != "beside"}
     try:
         found = find_preprocessing(model, given=given, beside=options.get("beside"))
@@ -265,7 +265,7 @@ def _for_fashion_mnist(model: nn.Module, given: Any, options: dict[str, Any]) ->
 
 
 def none_read(data: Labelled) -> DataError:
-    """Return the error of a pass over images that yielded none, with the first reason."""
+    """Return the error of a pass in which no image could be read, with the first reason."""
     first = f"; the first: {data.corrupt[0]}" if data.corrupt else ""
     return DataError(f"none of the {len(data)} images of {data.source} could be read{first}.")
 
@@ -273,9 +273,9 @@ def none_read(data: Labelled) -> DataError:
 def calibration_images(source: str, model: nn.Module, preprocessing: Any = None, **options: Any) -> Tensor:
     """Return 64 images for `patch(model, "auto", calibrate=...)`, as the model takes them, `[64, C, H, W]`.
 
-    They are those of the training split where there is one: of `"fashion-mnist"` the first, of a folder or data set
-    spread over its classes, of a stream the first once it is shuffled. `preprocessing` and `options` are those of
-    `open_data`. Raises `DataError` where there are none, or the model does not take them.
+    They come from the training split if there is one: the first ones of `"fashion-mnist"`, evenly spread over the
+    classes of a folder or data set, the first ones of a shuffled stream. `preprocessing` and `options` are those of
+    `open_data`. Raises `DataError` if there are no images or the model does not take them.
     """
     check_source(source, "--calibrate")
     if source == FASHION_MNIST:
@@ -295,7 +295,7 @@ def calibration_images(source: str, model: nn.Module, preprocessing: Any = None,
 
 
 def check_source(source: str, option: str = "--data") -> None:
-    """Raise `DataError` where a source does not exist or holds no images, before a model is loaded for it."""
+    """Raise `DataError` if a source does not exist or holds no images, before a model is loaded for it."""
     try:
         form, rest = resolve(source)
     except UnknownNameError:

@@ -1,7 +1,7 @@
-"""Where samples come from, and in which order: batches that depend on seed and position alone.
+"""Batches of samples, whose content depends on the seed and the position only.
 
-A sample's augmentation is drawn from (seed, epoch, its index), a batch from (seed, epoch, its position): how many
-processes and workers share the work, and where a run was cut off, changes nothing.
+The augmentation of a sample is drawn from (seed, epoch, index), that of a batch from (seed, epoch, position). So the
+number of processes and workers, and where a run was interrupted, do not change the batches.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ Transform = Callable[[Raw], Tensor]
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next batch starts; in the next epoch where too few samples are left in this one."""
+    """Where the next batch starts: in the next epoch if too few samples are left in this one."""
 
     epoch: int = 0
-    index: int = 0  # samples of the epoch that are over, of all processes
+    index: int = 0  # samples of the epoch already used, over all processes
 
 
 @dataclass
 class Batch:
-    inputs: Tensor  # [b, ...], this process' share
+    inputs: Tensor  # [b, ...], this process's share
     labels: Tensor  # [b]
     position: Position  # of the batch after this one
     unreadable: list[str] = field(default_factory=list)  # sentences, one for each sample left out
 
-    def pin_memory(self) -> Batch:  # torch's DataLoader asks for it by this name
+    def pin_memory(self) -> Batch:  # torch's DataLoader calls it by this name
         return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory())
 
 
-_Sample = tuple[int, Callable[[], tuple[Raw, int]]]  # its index, and what reads it
+_Sample = tuple[int, Callable[[], tuple[Raw, int]]]  # index, and a function that reads the sample
 _Step = tuple[Position, list[_Sample]]
 
 
@@ -65,11 +65,12 @@ class Loader:
     """Batches of a source for training: shuffled, augmented, endless.
 
     `batch_size` counts the samples of one optimiser step over all processes; process `rank` of `world` takes its
-    contiguous share of each. What is left at the end of an epoch, less than a batch, is left out. Each of `workers`
-    processes prepares whole batches. Raises `DataError` where no batch can be made.
+    contiguous share. An incomplete batch at the end of an epoch is dropped. Each worker process prepares whole batches.
+    Raises `DataError` if no batch can be made.
 
-    A stream is walked by every worker of every process, and from its start where a run is resumed: each reads all
-    bytes and decodes only its own samples. With many processes reading dominates; then copy the data to local disks.
+    Every worker of every process reads a whole stream, and a resumed run starts reading at its beginning. A worker
+    reads all bytes but decodes only its own samples. With many processes reading dominates; then copy the data to local
+    disks.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Batches in an epoch; None for a stream, whose length nobody knows."""
+        """Batches per epoch; None for a stream, whose length is unknown."""
         return None if isinstance(self.source, Stream) else len(self.source) // self.batch_size
 
     def batches(self, start: Position = Position()) -> Iterator[Batch]:
-        """Yield this process' share of every batch from `start` on, without end.
+        """Yield this process's share of every batch from `start` on, endlessly.
 
-        A sample that cannot be read is left out and named in `unreadable`. Raises `DataError` where a whole share
-        cannot be read, a label has no class, or a stream is shorter than a batch.
+        A sample that cannot be read is left out and named in `unreadable`. Raises `DataError` if a whole share cannot
+        be read, a label has no class, or a stream is shorter than a batch.
         """
         steps = partial(_steps, self.source, self.batch_size, self._mine, self.seed, start)
         for batch in _run(_Work(steps, self.source, self.transform, self.seed), self.workers):
@@ -123,10 +124,10 @@ def evaluation(
     world: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yield every `world`-th sample from `rank` on, in order, once, in batches of `batch_size` (the last one smaller).
+    """Yield every `world`-th sample from `rank` on, once and in order, in batches of `batch_size` (the last smaller).
 
-    Samples that cannot be read are left out and named in `unreadable`; a batch may have none left. Raises `DataError`
-    where that is so of all batches.
+    Samples that cannot be read are left out and named in `unreadable`; a batch may then be empty. Raises `DataError` if
+    all batches are empty.
     """
     _check_amounts(batch_size, rank, world, workers)
     if isinstance(source, Source) and not len(source):
@@ -144,7 +145,7 @@ def evaluation(
 def in_order(
     source: Source | Stream, transform: Transform, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Iterator[Batch]:
-    """Yield what `evaluation` does, whether or not anything can be read."""
+    """Yield the batches of `evaluation`, without the error if nothing can be read."""
     steps = partial(_ordered_steps, source, batch_size, rank, world)
     return _run(_Work(steps, source, transform, 0), workers)
 
@@ -186,7 +187,7 @@ def _steps(source: Source | Stream, batch_size: int, mine: range, seed: int, sta
     epoch, index = start.epoch, start.index
     while True:
         samples = islice(_samples(source, epoch, seed), index, None)
-        # the undecoded samples of others are let go at once
+        # skip the samples of other workers without decoding them
         while (
             len(step := [one if i in mine else None for i, one in enumerate(islice(samples, batch_size))]) == batch_size
         ):
@@ -210,7 +211,7 @@ def _ordered_steps(source: Source | Stream, batch_size: int, rank: int, world: i
 
 
 class _Work(IterableDataset[Any]):
-    """Steps made into batches, those of this worker; what cannot be done comes out as an error instead of a batch."""
+    """A data set that builds the batches of one worker; a failed batch is returned as an error instead of raised."""
 
     def __init__(
         self, steps: Callable[[], Iterator[_Step]], source: Source | Stream, transform: Transform, seed: int
@@ -224,7 +225,7 @@ class _Work(IterableDataset[Any]):
             for position, samples in islice(self.steps(), number, None, count):
                 yield self._batch(position, samples)
         except DataError as error:
-            yield error  # raised within a worker it would come out as a trace of lines
+            yield error  # raised in a worker, it would arrive as a long traceback
 
     def _batch(self, position: Position, samples: list[_Sample]) -> Batch:
         inputs, labels, unreadable = [], [], []
@@ -233,7 +234,7 @@ class _Work(IterableDataset[Any]):
                 reseed(seed_of(self.seed, position.epoch, index), devices=False)
                 try:
                     raw, label = read()
-                except (OSError, ValueError, SyntaxError) as error:  # the last is of PIL
+                except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError
                     unreadable.append(f"{error}")
                     continue
                 if not 0 <= label < len(self.classes):
@@ -251,12 +252,12 @@ class _Work(IterableDataset[Any]):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C goes to every process of a terminal: the one that trains decides when the workers end
+    # Ctrl-C reaches every process of the terminal: only the training process may stop the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(work: _Work, workers: int) -> Iterator[Batch]:
-    # a generator of its own: without one, starting workers draws from the caller's
+    # without its own generator, DataLoader draws a seed from the caller's
     loader = DataLoader(
         work,
         batch_size=None,
@@ -278,7 +279,7 @@ def _unchanged(batch: Any) -> Any:
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Put the generators of python, numpy and torch (CPU) back afterwards."""
+    """Restore the random state of python, numpy and torch (CPU) afterwards."""
     import numpy as np
 
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -291,7 +292,7 @@ def _own_randomness() -> Iterator[None]:
 
 
 def reseed(seed: int, *, devices: bool = True) -> None:
-    """Seed the generators of python, numpy and torch, those of its devices too unless told otherwise."""
+    """Seed the generators of python, numpy and torch, including the GPU generators by default."""
     import numpy as np
 
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""Find how a model's images are prepared: what each host keeps of it, and where."""
+"""Find the preprocessing of a model in the places where each host stores it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from tokenmerge.errors import ConfigError, DataError, TokenMergeError, Unsupport
 
 __all__ = ["PROCESSOR", "find_preprocessing"]
 
-PROCESSOR = "preprocessor_config.json"  # of a Hugging Face processor
-_RUN = "model.json"  # of a folder of `tokenmerge train`
+PROCESSOR = "preprocessor_config.json"  # written by a Hugging Face processor
+_RUN = "model.json"  # written by `tokenmerge train`
 
 
 def find_preprocessing(
     model: nn.Module, *, given: Any = None, beside: str | Path | None = None, **changes: Any
 ) -> Preprocessing:
-    """Return what a model's images go through, with the changes that `Preprocessing.changed` takes.
+    """Return the preprocessing of a model, with the changes that `Preprocessing.changed` takes.
 
-    `given` is taken where it is not None: a `Preprocessing`, a Hugging Face image processor, or any function of a PIL
-    image, as torchvision's `weights.transforms()`. Else it is looked for: `beside` the model (its folder or file) and
-    in the folder a Hugging Face model was loaded from (preprocessor_config.json), in timm's `pretrained_cfg`, and in
-    what open_clip keeps. What is found nowhere is assumed, and the result says so. Raises `DataError` where even the
-    input size is unknown, `ConfigError` for a file that cannot be read.
+    If `given` is not None, it is used: a `Preprocessing`, a Hugging Face image processor, or any function of a PIL
+    image, such as torchvision's `weights.transforms()`. Otherwise it is looked up in this order: `beside` the model
+    (its folder or file), then in the folder a Hugging Face model was loaded from (`preprocessor_config.json`, or what
+    `tokenmerge train` recorded), timm's `pretrained_cfg`, open_clip's settings. If none is found, defaults are assumed
+    and the result says so. Raises `DataError` if the input size is unknown, `ConfigError` for a file that cannot be
+    read.
     """
     found = _given(given, model) if given is not None else _found(model, beside)
     return found.changed(**changes)
@@ -39,7 +40,7 @@ def _given(given: Any, model: nn.Module) -> Preprocessing:
         return given
     if hasattr(given, "preprocess") and hasattr(given, "image_mean"):
         return _of_processor(given, _channels(model), f"from the {type(given).__name__} given")
-    # torchvision's presets name their settings alike
+    # attribute names of torchvision's presets
     resize, crop = getattr(given, "resize_size", None), getattr(given, "crop_size", None)
     if resize and crop and hasattr(given, "mean"):
         size = (len(given.mean), *(crop * 2)[:2])
@@ -70,7 +71,7 @@ def _found(model: nn.Module, beside: str | Path | None) -> Preprocessing:
 
 
 def _processor(folder: Path) -> Any:
-    """Read a processor's settings; no code of the folder runs."""
+    """Read the settings of a processor, without running code from the folder."""
     try:
         from transformers import AutoImageProcessor
     except ImportError as error:
@@ -106,7 +107,7 @@ def _of_processor(processor: Any, channels: int, source: str) -> Preprocessing:
 
 
 def _unusual(processor: Any) -> str:
-    """Say what a processor does beyond resizing, cutting and normalising."""
+    """Describe the steps of a processor other than resize, crop and normalise."""
     said = []
     if getattr(processor, "keep_aspect_ratio", False):
         said.append(f"aspect ratio kept, sides multiples of {getattr(processor, 'ensure_multiple_of', 1)}")
@@ -120,7 +121,7 @@ def _unusual(processor: Any) -> str:
 
 
 def _sizes(size: Any) -> dict[str, int]:
-    """Return what is set of a processor's size: height and width, or an edge."""
+    """Return the size settings of a processor: height and width, or one edge."""
     if isinstance(size, int):
         return {"shortest_edge": size}
     values = dict(size) if hasattr(size, "keys") else vars(size) if size is not None else {}
@@ -128,7 +129,7 @@ def _sizes(size: Any) -> dict[str, int]:
 
 
 def _of_run(folder: Path) -> Preprocessing | None:
-    """Return what `tokenmerge train` wrote down, if it did."""
+    """Return the preprocessing that `tokenmerge train` recorded, or None."""
     try:
         kept = json.loads((folder / _RUN).read_text(encoding="utf-8")).get("preprocessing")
         if kept is None:
@@ -150,7 +151,7 @@ def _of_timm(model: Any) -> Preprocessing:
         raise UnsupportedError('images need timm and torchvision: pip install "tokenmerge[timm]"') from error
     kept = model.pretrained_cfg if isinstance(model.pretrained_cfg, dict) else asdict(model.pretrained_cfg)
     try:
-        # the configuration may be that of another size than the model was built for
+        # the model may have been built for another size than its configuration names
         given = {"input_size": _input_size(model)}
     except TokenMergeError:
         given = {}
@@ -194,7 +195,7 @@ def _of_open_clip(model: Any) -> Preprocessing | None:
 
 
 def _open_clip_transform(kept: dict[str, Any], mean: Any, std: Any, size: tuple[int, int]) -> Any:
-    """Return open_clip's own transform, where it is installed."""
+    """Return open_clip's own transform if open_clip is installed."""
     try:
         from open_clip.transform import PreprocessCfg, image_transform_v2
     except ImportError:
@@ -215,7 +216,7 @@ def _assumed(model: nn.Module) -> Preprocessing:
 
 
 def _channels(model: nn.Module) -> int:
-    """Return how many colours a model takes, three where it does not say."""
+    """Return the number of input channels of a model, 3 if it does not declare it."""
     try:
         return _input_size(model)[0]
     except TokenMergeError:

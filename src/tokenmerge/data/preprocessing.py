@@ -1,4 +1,4 @@
-"""What happens to an image before a model sees it: done, changed by options, and said in every output."""
+"""Image preprocessing as a value: apply it, change it by options, and describe it in every output."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["MODES", "Preprocessing", "Processor"]
 
 _OPTIONS = ", or give --mean and --std (and --resize, --crop-pct, --interpolation); in Python preprocessing="
 
-MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's numbers
+MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's enum values
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image (PIL) becomes the tensor `[C, H, W]` that a model takes; call it to do so.
+    """How an image (PIL) becomes the tensor `[C, H, W]` that a model takes; call it to apply it.
 
-    The image is resized (both sides to `resize`, or the shorter one), its middle is cut out where `crops`, pixels are
-    scaled to 0..1, less `mean`, over `std`. `own` is the model's own code for that; it is used as it is where nothing
-    was changed. `is_known` is False where part of this is an assumption: `warning` says so.
+    The image is resized (both sides to `resize`, or the shorter side) and, if `crops`, centre-cropped. Pixels become
+    `(x - mean) / std` on a scale of 0 to 1. `own` is the model's own preprocessing code, used if no setting was
+    changed. `is_known` is False if a part was assumed; `warning` then says so.
     """
 
-    size: tuple[int, ...]  # C, H, W; () where nobody says
+    size: tuple[int, ...]  # C, H, W; () if unknown
     resize: int | tuple[int, int] | None
     crops: bool
     interpolation: str
@@ -36,7 +36,7 @@ class Preprocessing:
     std: tuple[float, ...] | None
     source: str
     is_known: bool = True
-    extra: str = ""  # what the fields cannot say
+    extra: str = ""  # steps that the fields do not describe
     own: Callable[[Any], Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, image: Any) -> Tensor:
@@ -53,9 +53,9 @@ class Preprocessing:
         return f"{self._steps()} ({self.source})"
 
     def warning(self, options: str = _OPTIONS) -> str:
-        """Say what to do where nobody says how images are prepared; "" where it is known.
+        """Return a warning with a remedy if the preprocessing was assumed; "" if it is known.
 
-        `options` is what can be given instead of the model's file.
+        `options` names what can be given instead of the model's file.
         """
         if self.is_known:
             return ""
@@ -65,12 +65,12 @@ class Preprocessing:
         )
 
     def notes(self, options: str = _OPTIONS) -> list[str]:
-        """Return the lines that every output carries; `options` are those of `warning`."""
+        """Return the lines for every output; `options` as in `warning`."""
         warning = self.warning(options)
         return [f"Preprocessing: {self}", *([warning] if warning else [])]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for files."""
+        """Return plain values for files."""
         return {name: value for name, value in asdict(replace(self, own=None)).items() if name != "own"}
 
     def changed(
@@ -82,10 +82,10 @@ class Preprocessing:
         crop_pct: float | None = None,
         interpolation: str | None = None,
     ) -> Preprocessing:
-        """Return this with what is given changed: `resize` is the shorter side, or height and width.
+        """Return a copy with these changes; `resize` is the shorter side, or height and width.
 
-        `crop_pct` resizes the shorter side to the model's size over it and cuts out the middle. Raises `DataError` for
-        values that no images can have.
+        `crop_pct` resizes the shorter side to size / crop_pct and takes a centre crop. Raises `DataError` for invalid
+        values.
         """
         given = {"mean": mean, "std": std, "resize": resize, "crop_pct": crop_pct, "interpolation": interpolation}
         names = [name for name, value in given.items() if value is not None]
@@ -181,7 +181,7 @@ class Processor:
         return tensor
 
     def changed(self, values: dict[str, Any]) -> Processor | None:
-        """Return it with other constants; None where more than these is to change."""
+        """Return a copy with other constants; None if something else is to be changed."""
         if not values.keys() <= {"mean", "std"}:
             return None
         processor = copy.copy(self.processor)
@@ -192,6 +192,6 @@ class Processor:
 
 
 def _short(values: tuple[float, ...] | None) -> str:
-    """Return numbers without repeating what is the same for all channels."""
+    """Return one number if all channels have the same."""
     values = values or ()
     return " ".join(f"{value:.4g}" for value in (values[:1] if len(set(values)) == 1 else values))

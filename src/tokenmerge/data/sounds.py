@@ -1,6 +1,6 @@
-"""Sources of sounds: synthetic tones and folders of wav files, and the spectrogram that models see of them.
+"""Sources of sounds: synthetic tones and folders of wav files, and the spectrogram that models take.
 
-Shapes: S samples, M mel bands, F frames of a spectrogram. A sound is float `[S]` within -1 to 1, of `RATE` samples a
+Shapes: S samples, M mel bands, F frames of a spectrogram. A sound is float `[S]` within -1 to 1, at `RATE` samples a
 second.
 """
 
@@ -20,19 +20,19 @@ from tokenmerge.errors import ConfigError
 
 __all__ = ["LENGTH", "RATE", "spectrogram", "tones", "wav"]
 
-RATE = 8_000  # samples a second, of every source
-LENGTH = 2 * RATE  # samples of a synthetic sound, and those that a spectrogram shows
-_WINDOW = 256  # samples of one frame of a spectrogram
-_LOUDNESS = 80.0  # decibels: what is softer than the loudest by more is not seen
+RATE = 8_000  # samples per second, in every source
+LENGTH = 2 * RATE  # samples of a synthetic sound, and of the part shown in a spectrogram
+_WINDOW = 256  # samples per frame of a spectrogram
+_LOUDNESS = 80.0  # dynamic range in decibels: power further below the loudest is clipped
 
 
 class Tones(Source):
-    """Synthetic sounds of 2 s in twelve classes, drawn from the split and the index: a sound is always the same.
+    """Synthetic sounds of 2 s in twelve classes, drawn from the split and the index, so a sound is always the same.
 
-    Each lasts 0.6 to 1.4 s and starts anywhere; its pitch (200 to 1,600 Hz at its start), loudness and the background,
-    noise 6 dB above the sound to 18 dB below it, are drawn too. All but the noises have one weak overtone. Classes
-    differ in how the pitch moves (steady, rising, falling, up and down, warbling, in steps), in how the loudness moves
-    (steady, trembling, pulses, fading like a bell), or have two or no pitches.
+    Each lasts 0.6 to 1.4 s and starts anywhere. Also drawn: its pitch (200 to 1,600 Hz at the start), its loudness, and
+    background noise (6 dB above the sound to 18 dB below it). All but the noises have one weak overtone. Classes differ
+    in pitch (steady, rising, falling, up and down, warbling, in steps), in loudness (steady, trembling, pulses, fading
+    like a bell), or have two pitches or none.
     """
 
     kind = "sound"
@@ -68,7 +68,7 @@ class Tones(Source):
         start = int(draw[1] * (LENGTH - length))
         sound = _sound(self.classes[label], torch.arange(length) / RATE, draw[2:6], generator)
         edge = torch.arange(1, length + 1).minimum(torch.arange(length, 0, -1)) / (0.02 * RATE)
-        sound = sound * edge.clamp(max=1)  # 20 ms, so that no click betrays where it starts
+        sound = sound * edge.clamp(max=1)  # fades of 20 ms, so that no click marks the start
         power = sound.square().mean().sqrt()
         whole = torch.randn(LENGTH, generator=generator) * 10 ** ((-18 + 24 * draw[6]) / 20)
         whole[start : start + length] += sound / power
@@ -76,7 +76,7 @@ class Tones(Source):
 
 
 def _sound(name: str, t: Tensor, draw: Sequence[float], generator: torch.Generator) -> Tensor:
-    """Return a sound of a class at the times `t` (s), of any loudness."""
+    """Return a sound of a class at times `t` (s), at any loudness."""
     if name.startswith("noise"):
         loudness = _beats(t, 3 + 5 * draw[1]) if name == "noise bursts" else torch.ones_like(t)
         return torch.randn(len(t), generator=generator) * loudness
@@ -90,7 +90,7 @@ def _sound(name: str, t: Tensor, draw: Sequence[float], generator: torch.Generat
     }.get(name, torch.zeros_like(t))
     pitch = 200 * 8 ** draw[0] * 2**octaves  # Hz
     phase = 2 * math.pi * pitch.cumsum(0) / RATE
-    audible = 2 * pitch < RATE / 2  # what is higher would come back as a low tone
+    audible = 2 * pitch < RATE / 2  # a higher overtone would alias to a low tone
     sound = phase.sin() + 0.3 * audible * (2 * phase).sin()
     if name == "chord":
         sound = sound + ((1.2 + 0.5 * draw[1]) * phase).sin()
@@ -103,12 +103,12 @@ def _sound(name: str, t: Tensor, draw: Sequence[float], generator: torch.Generat
 
 
 def _beats(t: Tensor, rate: float) -> Tensor:
-    """Return 1 in the first two fifths of every beat and 0 in the rest."""
+    """Return 1 in the first two fifths of every beat, 0 in the rest."""
     return ((t * rate) % 1 < 0.4).to(t.dtype)
 
 
 class Waves(Source):
-    """Files of PCM samples, PATH/train/CLASS/x.wav, of any rate; their channels' mean, at 8,000 samples a second."""
+    """Files of PCM samples, PATH/train/CLASS/x.wav, at any rate; mixed to mono and resampled to `RATE`."""
 
     kind = "sound"
     size = (1, 64, 128)
@@ -132,7 +132,7 @@ def _wave(path: str) -> Tensor:
     with wave.open(path) as file:
         channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
         content = bytearray(file.readframes(file.getnframes()))
-    if width == 3:  # torch has no such integers: each gets a lowest byte of 0
+    if width == 3:  # torch has no 24-bit integers: append a lowest byte of 0
         low = torch.frombuffer(content, dtype=torch.uint8).view(-1, 3) if content else torch.empty(0, 3).byte()
         sound = torch.cat((torch.zeros_like(low[:, :1]), low), dim=1).flatten().view(torch.int32) / 2**31
     else:
@@ -145,7 +145,7 @@ def _wave(path: str) -> Tensor:
 
 
 def resample(sound: Tensor, rate: int) -> Tensor:
-    """Return a sound of `rate` samples a second with `RATE`: its spectrum, without what the fewer cannot hold."""
+    """Resample a sound from `rate` to `RATE` samples a second, by its spectrum cut off at the new Nyquist frequency."""
     if rate == RATE:
         return sound
     length = max(1, round(len(sound) * RATE / rate))
@@ -155,7 +155,7 @@ def resample(sound: Tensor, rate: int) -> Tensor:
 
 
 class _Spectrogram:
-    """A sound `[S]` to `[1, M, F]`: the logarithm of its power in mel bands, of mean 0 and deviation 1."""
+    """Turn a sound `[S]` into `[1, M, F]`: the log power in mel bands, with mean 0 and deviation 1."""
 
     def __init__(self, mels: int, frames: int) -> None:
         self.frames, self.step = frames, LENGTH // frames
@@ -164,7 +164,7 @@ class _Spectrogram:
 
     def __call__(self, sound: Any) -> Tensor:
         sound = torch.as_tensor(sound, dtype=torch.float32)
-        # the middle of what is longer, silence around what is shorter
+        # crop longer sounds to the middle, pad shorter ones with silence on both sides
         room = LENGTH - len(sound)
         sound = torch.nn.functional.pad(sound, (room // 2, room - room // 2))
         waves = torch.stft(sound, _WINDOW, self.step, window=self.window, return_complex=True)
@@ -175,9 +175,10 @@ class _Spectrogram:
 
 
 def spectrogram(size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Return what makes a sound `[S]` a spectrogram of `size`, (1, mel bands, frames), of mean 0 and deviation 1.
+    """Return a function from a sound `[S]` to a spectrogram of `size`, (1, mels, frames), with mean 0 and deviation 1.
 
-    It shows 2 s: the middle of a longer sound, a shorter one amid silence. Raises `ConfigError` for other sizes.
+    It shows 2 s: the middle of a longer sound; a shorter one is padded with silence on both sides. Raises `ConfigError`
+    for other sizes.
     """
     limit = _WINDOW // 2
     if len(size) != 3 or size[0] != 1 or not 1 <= size[1] <= limit or not 1 <= size[2] <= LENGTH // 8:
@@ -188,22 +189,22 @@ def spectrogram(size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
 
 
 def _bank(mels: int) -> Tensor:
-    """Return how much of each frequency counts to each mel band, `[M, _WINDOW // 2 + 1]`: overlapping triangles."""
+    """Return the mel filter bank of overlapping triangles, `[M, _WINDOW // 2 + 1]`."""
 
     def mel(hertz: Tensor) -> Tensor:
         return 2595 * (1 + hertz / 700).log10()
 
-    found = mel(torch.linspace(0, RATE / 2, _WINDOW // 2 + 1))  # of each frequency
+    found = mel(torch.linspace(0, RATE / 2, _WINDOW // 2 + 1))  # mel value of each frequency bin
     corners = torch.linspace(0, float(found[-1]), mels + 2)
     left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     bank = torch.minimum((found - left) / (middle - left), (right - found) / (right - middle)).clamp(min=0)
-    # low bands are narrower than the step from one frequency to the next: the nearest counts where none is inside
+    # low bands may be narrower than a frequency bin: an empty band takes the nearest bin
     empty = bank.sum(dim=1) == 0
     nearest = (found - middle).abs().argmin(dim=1)
     bank[empty, nearest[empty]] = 1.0
     return bank
 
 
-# what `sources.KINDS` names
+# the names used in `sources.KINDS`
 tones = Tones
 wav = Waves

@@ -1,4 +1,4 @@
-"""What samples are read from: a table of the kinds, and what they have in common."""
+"""Sources of samples: the table of kinds, and the base classes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = [
     "seed_of",
 ]
 
-# an image of PIL, a clip (uint8 [T, H, W, 3] or [T, H, W]) or a sound (float [samples])
+# a PIL image, a clip (uint8 [T, H, W, 3] or [T, H, W]) or a sound (float [samples])
 Raw = Any
 
-# a source of your own: one function, (what stands behind the colon, split, settings) -> Source or Stream, one line
+# a new kind takes one line and one function: (text after the colon, split, settings) -> Source or Stream
 KINDS = {
     "fashion-mnist": ("images", "fashion_mnist"),
     "folder:PATH": ("images", "folder"),
@@ -45,19 +45,19 @@ KINDS = {
     "tones": ("sounds", "tones"),
     "wav:PATH": ("sounds", "wav"),
 }
-# what folders and data sets call a split
+# names of each split in folders and data sets
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 
 
 class MissingSplitError(DataError):
-    """A source has no such split, or one without labels."""
+    """The source does not have this split, or the split has no labels."""
 
 
 class _Samples:
-    kind = "image"  # image, clip or sound: which transform they get
+    kind = "image"  # image, clip or sound: selects the transform
     classes: tuple[str, ...] = ()
-    size: tuple[int, ...] = ()  # what a transformed sample measures where the recipe does not say
-    flippable = True  # a mirrored sample keeps its label
+    size: tuple[int, ...] = ()  # size of a transformed sample if the recipe does not set one
+    flippable = True  # whether a mirrored sample keeps its label
 
 
 class Source(_Samples, ABC):
@@ -68,21 +68,21 @@ class Source(_Samples, ABC):
 
     @abstractmethod
     def read(self, index: int) -> tuple[Raw, int]:
-        """Return a sample and its label; raises OSError or ValueError, naming the file, where it cannot be read."""
+        """Return a sample and its label; raise OSError or ValueError with the file name if it cannot be read."""
 
 
 class Stream(_Samples, ABC):
-    """Samples in an order of their own, undecoded until asked."""
+    """Samples in the order of the stream, decoded on request."""
 
     @abstractmethod
     def samples(self, epoch: int, seed: int) -> Iterator[tuple[Callable[[], Raw], int]]:
-        """Yield the epoch's samples, shuffled by (seed, epoch): a function that decodes one, and its label."""
+        """Yield the samples of an epoch, shuffled by (seed, epoch): a function that decodes one, and its label."""
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Return the form in `KINDS` that a source is named by, and what stands behind the colon; a path is a folder.
+    """Return the kind in `KINDS` that a source name starts with, and the text after the colon; a bare path is a folder.
 
-    Raises `UnknownNameError` for another name, `DataError` for one without what its form asks for.
+    Raises `UnknownNameError` for another kind, `DataError` if the text after the colon is missing.
     """
     kind, _, rest = name.partition(":")
     form = {known.partition(":")[0]: known for known in KINDS}.get(kind)
@@ -98,9 +98,9 @@ def resolve(name: str) -> tuple[str, str]:
 def open_source(name: str, split: str, data: Data) -> Source | Stream:
     """Open the "train", "valid" or "test" split of a source named as in `KINDS`.
 
-    Of the training split `data.limit` samples are kept, of the others `data.held`, spread over all. Raises
+    Keeps `data.limit` samples of the training split and `data.held` of the others, spread evenly. Raises
     `UnknownNameError` for a kind or split that does not exist, `DataError` for data that are missing or cannot be
-    trained on, `UnsupportedError` where a library is missing.
+    trained on, `UnsupportedError` if a library is missing.
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
@@ -119,7 +119,7 @@ def open_source(name: str, split: str, data: Data) -> Source | Stream:
 
 
 def limited(source: Source | Stream, limit: int | None) -> Source | Stream:
-    """Return a source of so many samples, spread over the whole; of a stream the first."""
+    """Return a source with at most `limit` samples, spread evenly; the first ones of a stream."""
     if limit is None:
         return source
     if isinstance(source, Stream):
@@ -128,7 +128,7 @@ def limited(source: Source | Stream, limit: int | None) -> Source | Stream:
 
 
 class _First(Stream):
-    """So many samples of a stream, those that come first."""
+    """The first `limit` samples of a stream."""
 
     def __init__(self, source: Stream, limit: int) -> None:
         self.source, self.limit = source, limit
@@ -139,7 +139,7 @@ class _First(Stream):
 
 
 class _Limited(Source):
-    """So many samples of a source, spread over it, and so over the classes of one that has them in order."""
+    """`limit` samples at equal distances, so also spread over the classes of a source that is sorted by class."""
 
     def __init__(self, source: Source, limit: int) -> None:
         self.source, self.limit = source, limit
@@ -154,7 +154,7 @@ class _Limited(Source):
 
 @contextmanager
 def needed(by: str) -> Iterator[None]:
-    """Raise `UnsupportedError`, saying what to install, where a library is missing within."""
+    """Raise `UnsupportedError` with the install command if the body fails to import a library."""
     try:
         yield
     except ImportError as error:
@@ -162,7 +162,7 @@ def needed(by: str) -> Iterator[None]:
 
 
 def check_classes(labels: Sequence[int], classes: Sequence[str], where: str, *, all_there: bool = True) -> None:
-    """Raise `DataError` where there are no samples, a label has no class, or (`all_there`) a class has no sample."""
+    """Raise `DataError` if there are no samples, a label has no class, or (`all_there`) a class has no sample."""
     if not len(labels):
         raise DataError(f"{where} has no samples.")
     low, high = min(labels), max(labels)
@@ -180,12 +180,12 @@ def check_classes(labels: Sequence[int], classes: Sequence[str], where: str, *, 
 def labelled(
     root: str, split: str, suffixes: Sequence[str], data: Data
 ) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
-    """Return the samples of ROOT/SPLIT/CLASS, (path, label) in order, and the classes, those of the training split.
+    """Return the samples (path, label) of ROOT/SPLIT/CLASS in order, and the classes of the training split.
 
-    Of a ROOT without folders of splits, ROOT/CLASS, all samples are of any split; but those that are trained on
-    (`data.source`) are none to evaluate on. Samples are files with one of the suffixes, at any depth; with no suffixes,
-    the folders in a class. Classes named 0 to n - 1 are numbered so, others in the order of their names. Raises
-    `DataError` for folders that are missing, empty, or of classes the training split does not have.
+    If ROOT has no split folders (ROOT/CLASS), all samples belong to every split, except that data to train on
+    (`data.source`) are not used for evaluation. Samples are files with one of the suffixes, at any depth; without
+    suffixes, the sub-folders of a class. Classes named 0 to n - 1 are numbered by name, others in the order of their
+    names. Raises `DataError` for folders that are missing or empty, or with classes that the training split lacks.
     """
     found = _splits(Path(root))
     is_whole = not found and Path(root).is_dir()
@@ -216,7 +216,7 @@ def labelled(
 
 
 def _splits(root: Path) -> dict[str, Path]:
-    """Return the folders of splits in ROOT; none where they are classes that are called so, "train" among others."""
+    """Return the split folders in ROOT; {} if folders with these names ("train", ...) are classes."""
     found = {name: path for name, there in SPLITS.items() for path in (root / n for n in there) if path.is_dir()}
     is_split = any(_class_names(path) for path in found.values()) or len(found) == len(
         _class_names(root) if found else ()
@@ -235,7 +235,7 @@ def _in_class(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     if not suffixes:
         return sorted(str(entry) for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     return sorted(
-        os.path.join(parent, name)  # noqa: PTH118 - millions of them
+        os.path.join(parent, name)  # noqa: PTH118 - faster than pathlib, for millions of files
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.lower().endswith(suffixes) and not name.startswith(".")
@@ -243,5 +243,5 @@ def _in_class(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def seed_of(*key: int) -> int:
-    """Return a seed, 0 to 2^63 - 1, that any change of any number changes."""
+    """Return a seed, 0 to 2^63 - 1, that depends on every number."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1

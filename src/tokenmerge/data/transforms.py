@@ -1,4 +1,4 @@
-"""From what a source reads to what a model takes: crop, flip, policy, normalise, erase."""
+"""Transforms from a raw sample to the input of a model: crop, flip, augmentation policy, normalise, erase."""
 
 from __future__ import annotations
 
@@ -25,12 +25,20 @@ def train_transform(
     interpolation: str = "bicubic",
     flippable: bool = True,
 ) -> Callable[[Any], Tensor]:
-    """Return what makes a sample of a source of this kind a tensor of this size, augmented.
+    """Return the training transform: from a raw sample of this kind to an augmented tensor of this size.
 
-    An image becomes `[C, H, W]`, C 1 or 3, a clip `[C, T, H, W]`, cropped, flipped and erased alike in all frames; a
-    sound is not augmented. `mean` and `std` (of pixels, 0 to 1) are those of ImageNet or, for one channel, of
-    Fashion-MNIST where not given; `flippable=False` leaves out the flip. Raises `ConfigError` for a size that does not
-    fit the kind, and for a policy (`augment.auto`) for clips.
+    An image becomes `[C, H, W]` with C 1 or 3; a clip `[C, T, H, W]`, with the same crop, flip and erasing in all
+    frames; a sound is not augmented. Raises `ConfigError` for a size that does not fit the kind, and for a policy
+    (`augment.auto`) for clips.
+
+    Args:
+        augment: the augmentation settings.
+        kind: "image", "clip" or "sound".
+        size: of the result, without batch.
+        mean: of pixels on a scale of 0 to 1; default: ImageNet's, for one channel Fashion-MNIST's.
+        std: likewise.
+        interpolation: of resizing.
+        flippable: False leaves out the flip.
     """
     _check_size(kind, size)
     if kind == "sound":
@@ -50,7 +58,7 @@ def eval_transform(
     std: Sequence[float] = (),
     crop_pct: float = 1.0,
 ) -> Callable[[Any], Tensor]:
-    """Return the same without augmentation: the shorter side resized to `size / crop_pct`, the middle cut out."""
+    """Return the transform without augmentation: resize the shorter side to `size / crop_pct`, then a centre crop."""
     _check_size(kind, size)
     if kind == "sound":
         return _spectrogram(size)
@@ -69,7 +77,7 @@ def _check_size(kind: str, size: Sequence[int]) -> None:
 
 
 def statistics(channels: int, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return mean and std of pixels: those given, else ImageNet's or, for one channel, Fashion-MNIST's."""
+    """Return pixel mean and std: the ones given, else ImageNet's, or Fashion-MNIST's for one channel."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     from tokenmerge import assets
@@ -89,7 +97,7 @@ def _spectrogram(size: Sequence[int]) -> Callable[[Any], Tensor]:
 
 
 class _Image:
-    """timm's transforms, and torchvision's where timm always cuts out a random part."""
+    """timm's transforms; torchvision's for crops other than a random resized crop."""
 
     def __init__(
         self,
@@ -121,12 +129,12 @@ class _Image:
                 re_mode="pixel",
                 separate=True,
             )
-        except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
+        except (AssertionError, KeyError, ValueError) as error:  # the errors timm raises for an invalid policy
             raise ConfigError(f"augment.auto is {augment.auto!r}, no policy timm knows: {error}.") from error
         for operation in _operations(policy.transforms):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-        # the shorter side resized and the middle cut out, without making it a tensor
+        # resize of the shorter side and centre crop, without ToTensor
         middle = create_transform((C, H, W), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
         middle = middle.transforms[:2]
         shift = [transforms.RandomCrop((H, W), padding=augment.shift)] if augment.crop == "shift" else []
@@ -140,7 +148,7 @@ class _Image:
 
 
 def _operations(policy: Any) -> Iterator[Any]:
-    """Yield timm's `AugmentOp`s out of its policies, which are lists, lists of lists, or objects that hold them."""
+    """Yield timm's `AugmentOp`s from its policies: lists, nested lists, or objects that contain them."""
     for part in policy:
         if hasattr(part, "aug_fn"):
             yield part
@@ -151,14 +159,14 @@ def _operations(policy: Any) -> Iterator[Any]:
 
 
 def _posterize(image: Any, bits: int, **_: Any) -> Any:
-    """Keep this many bits: timm draws 0 too, a black image, which Pillow 13 refuses to make."""
+    """Keep this many bits. timm also draws 0 (a black image), which Pillow 13 rejects."""
     from PIL import Image, ImageOps
 
     return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class _Clip:
-    """torchvision's transforms, which do the same to all frames of one tensor."""
+    """torchvision's transforms, which treat all frames of one tensor alike."""
 
     def __init__(
         self,
@@ -177,7 +185,7 @@ class _Clip:
         if augment.crop == "resize":
             crop = [transforms.RandomResizedCrop((H, W), augment.scale, antialias=True)]
         else:
-            # the shorter side, as of an image
+            # resize the shorter side, as for images
             crop = [_Cover(round(H / crop_pct), round(W / crop_pct)), transforms.CenterCrop((H, W))]
             if augment.crop == "shift":
                 crop.append(transforms.RandomCrop((H, W), padding=augment.shift))
@@ -200,7 +208,7 @@ class _Clip:
 
 
 class _Cover:
-    """Resizes so that both sides are at least these, one exactly."""
+    """Resize frames to cover (height, width): both sides at least as large, one exactly."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width

@@ -1,1 +1,1 @@
-"""Count, time and simulate merging, and take the one tensor out of what a model answers."""
+"""Measure merging: MACs, time, memory, accuracy, and a simulation of merging in the unpatched model."""

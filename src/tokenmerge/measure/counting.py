@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of a forward, with the tokens that are really there."""
+"""Count the multiply-accumulates (MACs) of a forward, with the tokens that remain in each block."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ __all__ = ["CostModel", "Count", "count", "flops", "macs"]
 
 
 class Count(NamedTuple):
-    """Multiply-accumulates of one forward: the model's own, and what choosing the tokens costs on top."""
+    """MACs of one forward: those of the model, and those of the matching on top."""
 
     model: int
     matching: int
 
 
 def flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Return the MACs of one forward on an input of this size, with or without a batch in front.
+    """Return the MACs of one forward on an input of this size, with or without the batch dimension.
 
-    MACs, which the papers call FLOPs: convolutions, linear layers and both products of attention; norms, activations,
-    additions and, as in the papers, the matching itself are not counted (`count` gives that beside it). Nothing is
-    computed: shapes run through a copy without storage, so a model on the meta device works as well and
-    `handle.tokens` stays as it was.
+    The papers call them FLOPs. Counted are convolutions, linear layers and both products of attention; not norms,
+    activations, additions and, as in the papers, the matching (`count` returns that separately). Nothing is computed: a
+    copy on the meta device runs with shapes only, so `handle.tokens` does not change.
 
     >>> import timm
     >>> model = timm.create_model("vit_small_patch16_224", pretrained=False)
@@ -42,22 +41,23 @@ def flops(model: nn.Module, input_size: Sequence[int]) -> int:
     return count(model, input_size).model
 
 
-macs = flops  # by the name of what is counted
+macs = flops  # the precise name
 
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Count:
-    """Return the MACs of one forward, those of the matching apart; see `flops`."""
+    """Return the MACs of one forward, with the matching counted separately; see `flops`."""
     return _Twin(model, input_size).count()
 
 
 class CostModel:
-    """The MACs of a patched model at any schedule, for one input size: counted a few times, then computed.
+    """The MACs of a patched model at any schedule, for one input size.
 
-    What a block costs is a polynomial of the tokens n that enter it and the m that leave it: both products of attention
-    go with n * n, its projections with n, the MLP with m. A few forwards without storage determine it, block by block.
-    Where it does not hold (tokens are merged inside windows, a method goes by what it sees), every schedule is counted.
+    The MACs of a block are a polynomial of the tokens n that enter it and the m that leave it: `c0 + c1 n + c2 n^2 + c3
+    m` (attention products: n^2; projections: n; MLP: m). The coefficients of each block are fitted to a few forwards on
+    the meta device. Where the fit is not exact (merging inside windows, methods that depend on the values), every
+    schedule is counted.
 
-    Raises `NotPatchedError` for a model that is not patched. The model is left as it is.
+    Raises `NotPatchedError` for a model that is not patched. Does not change the model.
     """
 
     def __init__(self, model: nn.Module, input_size: Sequence[int]) -> None:
@@ -78,7 +78,7 @@ class CostModel:
             seen = torch.stack([_powers(run.tokens[layer], run.tokens[layer + 1]) for run in runs])
             macs = torch.tensor([run.blocks[layer] for run in runs], dtype=torch.float64)
             scale = seen.amax(dim=0)
-            # several columns may depend on each other: as many tokens enter the first block at any schedule
+            # columns may be linearly dependent: n is the same for the first block at every schedule
             terms = torch.linalg.lstsq(seen / scale, macs[:, None], driver="gelsd").solution[:, 0] / scale
             worst = max(worst, (seen @ terms - macs).abs().max().item())
             self._terms.append(terms)
@@ -95,7 +95,7 @@ class CostModel:
         return self._outside + sum(round((terms @ _powers(n, m)).item()) for terms, n, m in pairs)
 
     def _planned(self, r: R) -> list[int]:
-        """Return the tokens that enter the first block and that leave each, where `r` of them go in every block."""
+        """Return the tokens that enter the first block and those that leave each block at `r`."""
         multiple_of = r.multiple_of if isinstance(r, Schedule) else self._config.multiple_of
         schedule = Schedule.of(r, len(self._terms), multiple_of, self._config.method.largest_r)
         return [self.tokens, *schedule.tokens(self.tokens, self._protected)]
@@ -106,7 +106,7 @@ def _powers(n: int, m: int) -> Tensor:
 
 
 class _Run(NamedTuple):
-    """What one forward of the twin took, in MACs, and the tokens that entered each block and left the last."""
+    """The MACs of one forward of the twin, and the tokens that enter each block and leave the last one."""
 
     model: int
     blocks: list[int]
@@ -114,11 +114,11 @@ class _Run(NamedTuple):
 
 
 class _Twin:
-    """A copy of a model that has shapes and no storage."""
+    """A copy of a model on the meta device: shapes without storage."""
 
     def __init__(self, model: nn.Module, input_size: Sequence[int]) -> None:
         shape = tuple(input_size) if len(input_size) != _rank(model) else (1, *input_size)
-        # handing deepcopy the replaced tensors keeps it from copying the weights
+        # with meta tensors in the memo, deepcopy does not copy the weights
         memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
         memo.update({id(b): b.to("meta") for b in model.buffers()})
         self.model = copy.deepcopy(model, memo)
@@ -132,21 +132,21 @@ class _Twin:
             runner.block.__dict__["forward"] = self.blocks[-1]
 
     def count(self) -> Count:
-        # imports triton where that is installed, which `import tokenmerge` must not
+        # imported here because it imports triton, which `import tokenmerge` must not do
         from torch.utils.flop_counter import FlopCounterMode
 
         counter = FlopCounterMode(display=False)
         for meter in self.blocks:
             meter.start(counter)
-        # the fused kernels of some devices are not in the counter's table; the plain products always are, also of ours,
-        # and a version that is forced for the model's device has none for this one
+        # the counter knows the plain products, but not every fused kernel (torch's or ours); a kernel version that the
+        # user forced may not run on the meta device
         with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), kernels.force("reference"):
             self.model(self.x)
         matching = sum(meter.method.seen for meter in self.blocks)
         return Count((counter.get_total_flops() - matching) // 2, matching // 2)
 
     def run(self, r: R) -> _Run:
-        """Return what a forward of the patched model takes at `r`."""
+        """Return the MACs and tokens of one forward of the patched model at `r`."""
         assert self.handle is not None
         self.handle.r = r
         model = self.count().model
@@ -158,7 +158,7 @@ class _Twin:
 
 
 def _rank(model: nn.Module) -> int:
-    """Return how many dimensions one input has: those its family knows (a clip, a spectrogram), else an image's."""
+    """Return the number of dimensions of one input: as the model's family declares it (clips, spectrograms), else 3."""
     try:
         known = adapters.find(model).layout(model).input_size
     except UnsupportedModelError:
@@ -167,7 +167,7 @@ def _rank(model: nn.Module) -> int:
 
 
 class _Meter:
-    """Stands in for a method and notes what the counter counts while it plans."""
+    """Replaces a method and records the MACs counted while it plans."""
 
     def __init__(self, method: Any) -> None:
         self.method, self.seen = method, 0
@@ -184,7 +184,7 @@ class _Meter:
 
 
 class _BlockMeter:
-    """Stands in for a block's runner and notes what the counter counts in it."""
+    """Replaces the runner of a block and records the MACs counted in it."""
 
     def __init__(self, runner: Any) -> None:
         self.runner, self.method = runner, runner.method

@@ -1,4 +1,4 @@
-"""Where a model runs, and copies of it that share its weights."""
+"""Find the device to run on, and copy models with shared weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["answer", "declared_classes", "find_device", "known_size", "run_image
 
 
 def find_device(name: str | int | torch.device) -> torch.device:
-    """Return a torch device that is really there; raises `UnsupportedError` that says which are."""
+    """Return an available torch device; raise `UnsupportedError` with a list of the available ones."""
     there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         there.append("mps")
@@ -29,6 +29,6 @@ def find_device(name: str | int | torch.device) -> torch.device:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's modules, not its weights: both see the same tensors."""
+    """Copy the modules of a model; the copy shares all parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

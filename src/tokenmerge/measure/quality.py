@@ -1,4 +1,4 @@
-"""How the answers of a reduced model compare with the labels, and with those of the unmerged model."""
+"""Compare the outputs of a reduced model with the labels and with the outputs of the unmerged model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Judge", "Question", "standard_error"]
 
 
 class Question:
-    """What can be asked of a model's answers: hits among labelled classes, or nearness to the unmerged answers alone.
+    """Which figures apply to a model's outputs: accuracy on labelled classes, or only distance to the unmerged outputs.
 
-    `note` says why labels do not count, "" where they do.
+    `note` says why accuracy does not apply, "" if it does.
     """
 
     def __init__(self, model: nn.Module, data: Labelled, shape: tuple[int, ...]) -> None:
         self.shape = shape[1:]
         classes, outputs = declared_classes(model), data.outputs
         self.has_classes = len(shape) == 2 and shape[1] == outputs
-        # a map of classes, pixel by pixel
+        # one class per pixel
         self.has_pixels = len(shape) == 4 and classes is None and shape[1] > 1 and _is_segmentation(model)
         self.note = "" if self.has_classes else self._why(type(model).__qualname__, outputs)
 
@@ -38,7 +38,7 @@ class Question:
         )
 
     def check(self, got: Tensor, expected: Tensor) -> None:
-        """Raise `DataError` where merged answers cannot be compared with unmerged ones."""
+        """Raise `DataError` if merged outputs cannot be compared with unmerged ones."""
         if got.shape != expected.shape:
             raise DataError(
                 f"merged, the model answers with {tuple(got.shape)}, unmerged with {tuple(expected.shape)}: it hands "
@@ -47,7 +47,7 @@ class Question:
 
 
 class Judge:
-    """Sums of one reduced model's answers over batches; `figures` are their means."""
+    """Sums over batches that compare one reduced model with labels and unmerged outputs; `figures` are the means."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
@@ -56,7 +56,7 @@ class Judge:
         self.divergence = self.error = self.cosine = 0.0
 
     def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
-        """Take in one batch: a model's answers, the unmerged model's, and the labels."""
+        """Add one batch: outputs of the model, outputs of the unmerged model, labels."""
         self.question.check(got, expected)
         got, expected = got.float(), expected.float()
         self.seen += len(got)
@@ -79,7 +79,7 @@ class Judge:
         self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
 
     def figures(self) -> dict[str, float | None]:
-        """Return the means; None for what was not asked."""
+        """Return the means; None for figures that do not apply."""
         found: dict[str, Any] = dict.fromkeys(
             ("top-1 %", "top-1 ±", "top-5 %", "agreement %", "KL", "error %", "cosine")
         )
@@ -97,9 +97,9 @@ class Judge:
 
 
 def standard_error(hits: int, seen: int) -> float:
-    """Return the standard error, in points, of an accuracy measured on so many images.
+    """Return the standard error, in percentage points, of an accuracy on this many images.
 
-    All right, or none, is no certainty: half an image is then counted as the other case.
+    With 0 % or 100 %, half an image counts as the other case, since the true error is not 0.
     """
     share = (hits + 0.5) / (seen + 1) if hits in (0, seen) else hits / seen
     return round(100 * math.sqrt(share * (1 - share) / seen), 2)

@@ -1,4 +1,4 @@
-"""The meaning of merging, without merging: replace each token by the mean of its group in an unpatched model."""
+"""Simulate merging in an unpatched model: replace each token by the mean of its group."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def simulate(
     adapter: Adapter | None = None,
     **options: Any,
 ) -> Any:
-    """Run an unpatched model whose tokens become their group's mean between attention and MLP of every block.
+    """Run an unpatched model, replacing tokens by their group's mean between attention and MLP of every block.
 
-    `groups` are a handle's after a forward of the same inputs. With proportional attention a patched model's answer is
-    this one, to rounding: all N tokens are still there, so a group of n weighs n times by itself, everywhere. A model
-    whose attention knows places needs the handle's `positions` too: all members of a group stand at the place that
-    their merged token keeps. Uses hooks only, none of the code that merges. Raises `AlreadyPatchedError` for a patched
-    model and `UnsupportedError` where tokens were dropped.
+    With proportional attention the output equals that of the patched model up to rounding: all N tokens are present, so
+    a group of n tokens has weight n everywhere. `groups` are those of a handle after a forward of the same inputs. A
+    model with positions in its attention also needs the handle's `positions`: all tokens of a group then take the
+    position that their merged token keeps. Uses only hooks, and none of the merging code. Raises `AlreadyPatchedError`
+    for a patched model, `UnsupportedError` if tokens were dropped.
     """
     if handle_of(model, None):
         raise AlreadyPatchedError("simulate() runs the unmerged model; call unpatch(model) first.")
@@ -56,7 +56,7 @@ def simulate(
             # x + f(mean(x)) leaves the block, and its group mean is mean(x) + f(mean(x)): what merging computes
             for first in _before_mlp(block, spec):
                 hooks.append(first.register_forward_pre_hook(mean.before))
-            hooks.append(block.register_forward_hook(mean.after, prepend=True))  # before those of the host
+            hooks.append(block.register_forward_hook(mean.after, prepend=True))  # runs before the host's hooks
             if positions is not None and layer:
                 places = positions[layer - 1].gather(1, groups[layer - 1])  # [B, N]
                 hooks.append(block.register_forward_pre_hook(_Places(adapter, block, places), with_kwargs=True))
@@ -98,7 +98,7 @@ class _GroupMean:
 
 
 class _Places:
-    """Gives a block its further arguments (rotary tables, masks) for tokens that stand at other places."""
+    """Replaces position arguments of a block (rotary tables, masks) with those of other places."""
 
     def __init__(self, adapter: Adapter, block: nn.Module, places: Tensor) -> None:
         self.adapter, self.places = adapter, places

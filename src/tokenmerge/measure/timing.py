@@ -1,4 +1,4 @@
-"""Measure forwards side by side: interleaved rounds, medians and spread, the machine they ran on."""
+"""Time forwards in interleaved rounds, measure peak memory, and describe the machine."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
     "training_memory",
 ]
 
-ENOUGH_ROUNDS = 5  # with fewer nobody can tell a difference from chance
-NOISY = 0.1  # from this on it pays to look for what else runs
+ENOUGH_ROUNDS = 5  # with fewer rounds a difference cannot be told from noise
+NOISY = 0.1  # share of the median; from here on, look for other running programs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every round of one variant; rounds of different variants with the same index ran one after another."""
+    """Seconds per round of one variant; rounds with the same index ran next to each other for all variants."""
 
     seconds: tuple[float, ...]
 
@@ -46,20 +46,20 @@ class Timing:
 
     @property
     def spread(self) -> float | None:
-        """Half the distance between the quartiles, as a share of the median; None for fewer than four rounds."""
+        """Half the interquartile range, as a share of the median; None for fewer than four rounds."""
         if len(self.seconds) < 4:
             return None
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 
     def over(self, other: Timing) -> float:
-        """Return how many times longer this variant took: the median over rounds, which cancels slow drift."""
+        """Return how many times longer this variant took: the median ratio over rounds, which cancels slow drift."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def noise(self, other: Timing) -> float | None:
-        """Return how far `over` differs from round to round: half the distance between the quartiles, as a share.
+        """Return how much `over` varies between rounds: half the interquartile range of the ratios, as a share.
 
-        None for fewer rounds than say anything.
+        None if there are too few rounds.
         """
         if len(self.seconds) < ENOUGH_ROUNDS:
             return None
@@ -76,10 +76,10 @@ def interleave(
     number: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time each variant once per round, in turn and without gradients.
+    """Time each variant once per round, in turn, without gradients.
 
-    Every round has an order of its own: what ran before leaves memory and caches in a state that helps or hinders.
-    With `number` > 1 a variant is called as often in a row each round, and its seconds are those of one call.
+    The order changes from round to round, because a variant affects the memory and caches of the next one. With
+    `number` > 1 each variant runs that many times in a row, and its time is the mean per call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)
@@ -109,9 +109,9 @@ def throughput(
     use_fp16: bool = False,
     verbose: bool = False,
 ) -> float:
-    """Return the images per second of random input, the first `throw_out` share of the runs left out.
+    """Return images per second on random input, without the first `throw_out` share of the runs.
 
-    Moves the model to the device and puts it in eval mode. Raises `UnsupportedError` for a device that is not there.
+    Moves the model to the device and puts it in eval mode. Raises `UnsupportedError` for an unavailable device.
     """
     where = find_device(device)
     model = model.to(where).eval()
@@ -127,7 +127,7 @@ def throughput(
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return what a reader needs to judge a figure: machine, threads, versions."""
+    """Return the machine, threads and versions that a measurement depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {
@@ -146,7 +146,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def attention_kernel(model: nn.Module, x: Tensor) -> str:
-    """Return the attention kernel a forward runs on, as the profiler sees it."""
+    """Return the attention kernel of a forward, as seen by the profiler."""
     with torch.inference_mode():
         names = {event.name() for event in _profile(lambda: model(x))}
     fused = sorted(name for name in names if name.startswith("aten::_scaled_dot_product") and "math" not in name)
@@ -156,15 +156,15 @@ def attention_kernel(model: nn.Module, x: Tensor) -> str:
 
 
 def peak_memory(model: Callable[[Tensor], Any], x: Tensor) -> int:
-    """Return the bytes one forward holds at most, on top of weights and input."""
+    """Return the peak bytes of one forward, on top of weights and input."""
     with torch.inference_mode():
         return _peak(lambda: model(x), x.device)
 
 
 def training_memory(model: nn.Module, x: Tensor) -> int:
-    """Return the bytes a forward and its backward hold at most, on top of weights, their gradients and input.
+    """Return the peak bytes of a forward and backward, on top of weights, their gradients and input.
 
-    The model runs as a copy in train mode that shares its weights; their gradients are gone afterwards.
+    Runs a copy in train mode that shares the weights; the gradients are removed afterwards.
     """
     twin = shared_copy(model).train()
 
@@ -172,7 +172,7 @@ def training_memory(model: nn.Module, x: Tensor) -> int:
         answer(twin(x)).sum().backward()
 
     try:
-        # the first step makes the gradients, as large as the weights with and without merging
+        # the first step allocates the gradients, which are as large as the weights with or without merging
         step()
         return _peak(step, x.device)
     finally:
@@ -181,7 +181,7 @@ def training_memory(model: nn.Module, x: Tensor) -> int:
 
 def _peak(call: Callable[[], Any], device: torch.device) -> int:
     if device.type == "cuda":
-        call()  # the first call of a kind allocates workspaces that stay
+        call()  # the first call allocates workspaces that are kept
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
@@ -198,7 +198,7 @@ def _profile(call: Callable[[], Any]) -> list[Any]:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
-    # the summary of the public events loses single allocations
+    # the public event summary does not list single allocations
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     return list(recorded.profiler.kineto_results.events())
 

@@ -1,4 +1,4 @@
-"""Try reductions of one model on one set of images: answers beside the unmerged ones, MACs, and the free bound."""
+"""Run reductions of one model on one set of images: figures beside those of the unmerged model and the free bound."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ from tokenmerge.measure.timing import interleave
 
 __all__ = ["BOUND", "Seen", "Trial"]
 
-_KEPT = 2**28  # bytes of the unmerged model's answers: those of 67,000 images of 1000 classes
+_KEPT = 2**28  # bytes of unmerged outputs to keep: 67,000 images with 1000 classes
 BOUND = "drop"  # the method that removes tokens at no cost
 OnProgress = Callable[[int, int], None]  # done, total
 
 
 @dataclass
 class Seen:
-    """What one model did in a pass over the images: its answers, judged, the seconds of its forwards, its tokens."""
+    """The result of one model in a pass over the images: comparison, seconds of its forwards, mean tokens."""
 
     judge: Judge
     seconds: float = 0.0
-    tokens: list[float] = field(default_factory=list)  # left after each block, the mean over images; none: not patched
+    tokens: list[float] = field(default_factory=list)  # left after each block, mean over images; empty if not patched
 
 
 class Trial:
-    """A model that reductions are tried on, its images, and what the unmerged model makes of them.
+    """A model to try reductions on, its images, and the outputs of the unmerged model.
 
-    Every tool runs a model over images here: `judge` is the one loop. The caller's model moves to the device, and is
-    not changed beyond that. `keep` is how many bytes of unmerged answers stay in memory for later passes (256 MiB).
-    Raises `DataError` for images that cannot be read or do not fit; `UnsupportedModelError` for a model that no adapter
-    describes.
+    All tools run models over images with `judge`. The caller's model moves to the device and is not changed otherwise.
+    `keep` is how many bytes of unmerged outputs stay in memory for later passes (256 MiB). Raises `DataError` for
+    images that cannot be read or do not fit, `UnsupportedModelError` for a model without an adapter.
     """
 
     def __init__(
@@ -56,10 +55,10 @@ class Trial:
         restore: Restore | None = None,
         keep: int | None = None,
     ) -> None:
-        self.model = shared_copy(model.to(device)).eval()  # the caller's may be in training
+        self.model = shared_copy(model.to(device)).eval()  # the caller's model may be in train mode
         self.data, self.device, self.rounds, self.restore = data, device, rounds, restore
         self.dtype = next(model.parameters()).dtype
-        self.corrupt: list[str] = []  # the images left out, as soon as all were read
+        self.corrupt: list[str] = []  # images left out; set after the first full pass
         batch = next((images for images, _ in data), None)
         if batch is None:
             raise none_read(data)
@@ -71,15 +70,15 @@ class Trial:
             self.tokens, self.protected = handle.tokens, handle.protected
         self.macs = count(self.model, self.size).model
         self._keep = _KEPT if keep is None else keep
-        self._answers: list[Tensor] = []  # of the unmerged model, as far as they are kept
-        self._labels: list[Tensor] | None = None  # of each batch, as soon as all were read
+        self._answers: list[Tensor] = []  # unmerged outputs, up to `keep` bytes
+        self._labels: list[Tensor] | None = None  # of each batch; set after the first full pass
         self._counted: dict[tuple[str, int], int] = {}
         self._guess: dict[float, int] = {}
 
     def judge(self, models: Sequence[nn.Module], progress: OnProgress | None = None) -> list[Seen]:
-        """Run every image through every model, batch by batch in turn, and compare with the unmerged answers.
+        """Run every model over all images, in turn for each batch, and compare with the unmerged outputs.
 
-        Raises `DataError` where the images are others than in the pass before.
+        Raises `DataError` if the images differ from those of the previous pass.
         """
         own = next((i for i, model in enumerate(models) if model is self.model), None)
         seen = [Seen(Judge(self.question)) for _ in models]
@@ -105,7 +104,7 @@ class Trial:
         return seen
 
     def reduced(self, config: MergeConfig) -> nn.Module:
-        """Return a copy of the model, with the same weights, that is patched so."""
+        """Return a copy of the model with shared weights, patched by `config`."""
         twin = shared_copy(self.model)
         attached(twin, config)
         return twin
@@ -122,9 +121,9 @@ class Trial:
     def measure(self, reduced: nn.Module) -> dict[str, Any]:
         """Return the figures of a patched copy of the model.
 
-        `r` is what it was patched with, `note` what `"auto"` chose. The MACs of an adaptive method are those of the
-        free bound with as many tokens per block as were left on average. Raises `UnsupportedError` where the free bound
-        cannot drop tokens.
+        `r` is the value it was patched with, `note` the choice of `"auto"`. For an adaptive method the MACs are those
+        of the free bound with the mean number of tokens per block. Raises `UnsupportedError` if the free bound cannot
+        drop tokens.
         """
         handle = handle_of(reduced)
         (seen,) = self.judge([reduced])
@@ -138,8 +137,8 @@ class Trial:
     def smallest_r(self, reduce: Callable[[int], nn.Module], share: float) -> int:
         """Return the smallest constant `r` with at most this share of the unmerged MACs.
 
-        `reduce` returns a copy of the model, patched with an `r`. How many tokens an adaptive method leaves is measured
-        on the first batch. Raises `UnsupportedError` where no `r` reaches the share.
+        `reduce` returns a copy of the model, patched with an `r`. For adaptive methods the tokens left are measured on
+        the first batch. Raises `UnsupportedError` if no `r` reaches the share.
         """
         method = handle_of(reduce(0)).config.method
 
@@ -155,7 +154,7 @@ class Trial:
         largest = method.largest_r(self.tokens[0], self.protected)
         guess = self._guess.get(share, 0)
         near = [guess, guess - 1]
-        low, high = 0, largest + 1  # more than the share is left at `low`, and no r is as large as `high` was at first
+        low, high = 0, largest + 1  # `low` is above the share; no r can be as large as the first `high`
         while high - low > 1:
             r = next((r for r in near if low < r < high), (low + high) // 2)
             low, high = (low, r) if macs(r) <= share * self.macs else (r, high)
@@ -175,10 +174,10 @@ class Trial:
         return answer(output)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images and labels of each batch; raises `DataError` where they changed since the last pass."""
+        """Yield the images and labels of each batch; raise `DataError` if they changed since the last pass."""
         seen: list[Tensor] = []
         if self._labels is None:
-            self._answers.clear()  # of a pass that was cut off
+            self._answers.clear()  # of an interrupted pass
         for images, labels in self.data:
             if self._labels is not None and (
                 len(seen) >= len(self._labels) or not torch.equal(labels, self._labels[len(seen)])
@@ -192,9 +191,9 @@ class Trial:
             raise DataError(_CHANGED)
 
     def _expected(self, turn: int, images: Tensor, answers: Tensor | None) -> Tensor:
-        """Return the unmerged model's answers to a batch, from memory where they are kept there.
+        """Return the unmerged outputs of a batch, from memory if kept.
 
-        The others are computed anew: a map of every image may take more memory than there is.
+        Others are computed again: dense outputs of all images may not fit in memory.
         """
         if answers is None and turn < len(self._answers):
             return self._answers[turn]
@@ -205,11 +204,11 @@ class Trial:
         return found
 
     def _bound(self, left: Sequence[float]) -> nn.Module:
-        """Return the free bound that leaves these tokens after its blocks."""
+        """Return the free bound with these tokens after its blocks."""
         return self.reduced(MergeConfig(BOUND, r=[*self._amounts(left)], restore=self.restore))
 
     def _time(self, reduced: nn.Module) -> dict[str, float]:
-        """Time the first batch: unmerged, merged, and at the free bound with the very same tokens per block."""
+        """Time the first batch: unmerged, merged, and the free bound with the same tokens per block."""
         self._run(reduced, self.batch)
         left = handle_of(reduced).tokens
         bound = self._bound(left)
@@ -229,20 +228,20 @@ class Trial:
         }
 
     def _count(self, reduced: nn.Module, left: Sequence[float]) -> Count:
-        """Return the MACs of a reduced model that leaves these tokens after its blocks."""
+        """Return the MACs of a reduced model with these tokens after its blocks."""
         if not handle_of(reduced).config.method.is_adaptive:
             return count(reduced, self.size)
         probe = shared_copy(reduced)
-        # without values an adaptive method removes just r
+        # on the meta device an adaptive method has no values and removes exactly r
         handle_of(probe).r = [*self._amounts(left)]
         macs, whole = count(self._bound(left), self.size).model, count(probe, self.size)
-        # a merge by a product is no part of the bound
+        # the free bound has no matrix product for merging
         return Count(macs, whole.matching + max(0, whole.model - macs))
 
     def _amounts(self, left: Sequence[float]) -> list[int]:
-        """Return how many tokens each block removes where these are left after it."""
+        """Return how many tokens each block removes, given the tokens after each block."""
         after = [round(n) for n in left]
-        added = [0, *(n - before for before, n in pairwise(self.tokens))]  # by the model itself
+        added = [0, *(n - before for before, n in pairwise(self.tokens))]  # tokens that the model itself adds
         before = [self.tokens[0], *after[:-1]]
         return [n + more - rest for n, more, rest in zip(before, added, after, strict=True)]
 

@@ -1,4 +1,4 @@
-"""How results are said: tables with typed columns, plots, progress, a journal that survives, and a model's report."""
+"""Present results: tables with typed columns, plots, progress, a resumable journal, and the report of a model."""
 
 from tokenmerge.report.summary import Calibration, Candidate, Report
 

@@ -1,4 +1,4 @@
-"""What each column of a result means, said once: its name in files, its unit, its format, and how much it matters."""
+"""The columns of all results, defined once: title, meaning, unit, format and importance."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _ANY_RANK = 50
 
 @dataclass(frozen=True, eq=False)
 class Column(Generic[T]):
-    """A column of a table, and the attribute of a record that reads it: `row.speed_up` is `row["speed-up"]`."""
+    """A column of a table, and a descriptor on records: `row.speed_up` is `row["speed-up"]`."""
 
     title: str  # the heading, and the key in a row and in files
     meaning: str = ""
     unit: str = ""
-    decimals: int | None = None  # None: as many as the size of the number asks for
-    rank: int = _ANY_RANK  # what a reader looks for first has the smallest: narrow terminals show that
+    decimals: int | None = None  # None: chosen by the size of the number
+    rank: int = _ANY_RANK  # importance, smallest first: narrow terminals show only the first columns
 
     @overload
     def __get__(self, row: None, owner: type) -> Column[T]: ...
@@ -35,11 +35,11 @@ class Column(Generic[T]):
         raise AttributeError(f"a column is read by its attribute and set by its key: row[{self.title!r}] = ...")
 
     def or_none(self) -> Column[T | None]:
-        """Return the column for rows that may be without it: the attribute is None then."""
+        """Return this column for records that may lack it: the attribute is then None."""
         return cast("Column[T | None]", self)
 
     def text(self, value: Any) -> str:
-        """Return a value as tables show it.
+        """Return a value as shown in tables.
 
         >>> Column("ms").text(1234.56), Column("ms").text(0.001234), Column("ms").text(None)
         ('1234.6', '0.0012', '-')
@@ -57,9 +57,9 @@ class Column(Generic[T]):
 
 
 class Record(dict[str, Any]):
-    """One row of a result: a dict by the titles of its columns, as files hold it, with an attribute for each.
+    """One row of a result: a dict keyed by column titles, as in files, with an attribute per column.
 
-    An attribute whose column the row does not have is None.
+    An attribute is None if the row lacks its column.
     """
 
     __slots__ = ()
@@ -73,13 +73,13 @@ class Record(dict[str, Any]):
 
     @classmethod
     def columns(cls) -> dict[str, Column[Any]]:
-        """Return the columns in their order, by the names of the attributes."""
+        """Return the columns in order, by attribute name."""
         parts = reversed(cls.__mro__)
         return {name: value for part in parts for name, value in vars(part).items() if isinstance(value, Column)}
 
     @classmethod
     def titles(cls) -> list[str]:
-        """Return the keys that a whole row has, in their order."""
+        """Return the keys of a complete row, in order."""
         return [column.title for column in cls.columns().values()]
 
     def __repr__(self) -> str:
@@ -91,7 +91,7 @@ def _in(unit: str) -> str:
 
 
 def find_column(title: str) -> Column[Any]:
-    """Return the column of that title, or a plain one."""
+    """Return the column with this title, or a default column."""
     return _KNOWN.get(title) or Column(title)
 
 

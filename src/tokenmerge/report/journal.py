@@ -1,4 +1,4 @@
-"""Results that outlive the process: rows by their keys in a JSON file that is whole at any time, to go on with."""
+"""A journal of rows in a JSON file that is complete at any time, so that interrupted work can resume."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """Rows of one piece of work, each written when it is finished; whoever does the same work again goes on with them.
+    """Rows of one piece of work, each saved when finished; a later run with the same settings resumes from them.
 
-    `settings` are what all rows have in common: work with other ones is refused, with the differences named. `facts`
-    are kept beside the rows: set them at any time, they are written with the next row. With `fresh` the file is left
-    alone until there is a row to take its place, and is then kept as NAME.old.
-    Raises `DataError` for a folder that cannot be written, and for a file that holds something else.
+    `settings` are common to all rows: a journal with other settings is refused, and the error names the differences.
+    `facts` are saved beside the rows, each time a row is written. With `fresh` the old file stays until the first row
+    replaces it; it is then kept as NAME.old. Raises `DataError` for a folder that cannot be written, or a file with
+    other content.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Journal:
         self.facts, self.rows = facts, rows
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Write a row; one of the same key is replaced."""
+        """Write a row; it replaces a row with the same key."""
         self.rows[key] = {"key": key, **row}
         if self.fresh and self.path.exists():
             self.path.replace(self.path.with_name(f"{self.path.name}.old"))

@@ -1,4 +1,4 @@
-"""Plots of rows: accuracy over speed and over MACs, with the error of the accuracy; PNG, SVG or PDF by the name."""
+"""Plots of accuracy over speed and MACs, with error bars; PNG, SVG or PDF by the file name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ERROR = "top-1 ±"
 
 
 def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
-    """Save a plot of accuracy over throughput, one point per `r`; the free bound beside it where the rows have it.
+    """Save a plot of accuracy over throughput, one point per `r`, with the free bound if the rows have it.
 
-    Bars are the standard error of the accuracy.
+    Error bars are the standard error of the accuracy.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
@@ -32,7 +32,7 @@ def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str)
     if bound:
         fastest = [row["bound images/s"] for row in bound], [row[name] for row in bound]
         axes.plot(*fastest, "|", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
-    # at least two points high: zoomed in further, chance would look like a trend
+    # at least two points high: at a larger scale noise would look like a trend
     least = 1.0 if name == "top-1 %" else 0.01
     low, high = axes.get_ylim()
     half = 1.15 * max(least, (high - low) / 2)
@@ -52,10 +52,10 @@ def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str)
 def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
     """Save a plot of accuracy over the share of MACs and over images per second, a colour and marker per method.
 
-    The first row is the unmerged model; its images per second times the speed-up of each row are drawn, since how fast
-    the machine is differs from row to row. Bars are standard errors of the accuracy. The rows that no other beats in
-    both are joined and named. Where the lowest fifth would take half of the height, those rows are arrows at the lower
-    edge with their value. Without accuracies the cosine similarity to the unmerged answers is drawn.
+    The first row is the unmerged model. Its images per second times each row's speed-up is drawn, because the speed of
+    the machine varies between rows. Error bars are standard errors of the accuracy. Rows on the Pareto front are joined
+    and named. If the lowest fifth of the rows would take half of the height, those rows are drawn as arrows at the
+    lower edge, with their values. Without accuracies the cosine similarity to the unmerged outputs is drawn.
     """
     pyplot = _pyplot()
     name, label = _quality(rows)
@@ -89,7 +89,7 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
 
 
 def _legend(figure: Any, names: Sequence[str], note: str) -> None:
-    """Write what each colour and marker is below the panels, in as many columns as fit."""
+    """Draw the legend of colours and markers below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], linestyle="", marker="*", color="black", markersize=12)]
@@ -120,14 +120,14 @@ def _save(figure: Any, paths: Path | Sequence[Path]) -> None:
 
 
 def _quality(rows: Sequence[Row]) -> tuple[str, str]:
-    """Return the figure that is drawn upwards, and its label."""
+    """Return the vertical figure and its label."""
     if rows[0].get("top-1 %") is not None:
         return "top-1 %", "top-1 accuracy (%), with its standard error" if _ERROR in rows[0] else "top-1 accuracy (%)"
     return "cosine", "cosine similarity to the unmerged answers"
 
 
 def _heights(rows: Sequence[Row], name: str) -> tuple[float, float]:
-    """Return the lowest and the highest place of the panels: whatever lies between is drawn where it is."""
+    """Return the vertical limits of the panels; rows within them are drawn in place."""
     low = _lowest_drawn(rows, name)
     inside = [row for row in rows if row[name] >= low]
     errors = [row.get(_ERROR) or 0.0 if name == "top-1 %" else 0.0 for row in inside]
@@ -136,10 +136,10 @@ def _heights(rows: Sequence[Row], name: str) -> tuple[float, float]:
 
 
 def _lowest_drawn(rows: Sequence[Row], name: str) -> float:
-    """Return the height from which on rows are drawn in their place."""
+    """Return the height above which rows are drawn in place."""
     heights = sorted(row[name] for row in rows)
     top, low, fifth = heights[-1], heights[0], heights[len(heights) // 5]
-    # what chance alone may do does not make a row an outlier
+    # a difference within the noise does not make a row an outlier
     chance = 4 * (rows[0].get(_ERROR) or 0.0)
     found: float = low if top - low <= 2 * (top - fifth) + chance else min(fifth, rows[0][name])
     return found
@@ -157,7 +157,7 @@ def _look(i: int) -> dict[str, Any]:
 
 
 def _draw_points(axes: Any, rows: Sequence[Row], names: list[str], name: str, column: str, sign: int) -> list[Any]:
-    """Draw each row as a point, and the front; returns the points."""
+    """Draw each row as a point, and the front; return the points."""
     unmerged = rows[0]
     points = list(axes.plot(unmerged[column], unmerged[name], "k*", markersize=14, zorder=4))
     for row in rows[1:]:
@@ -174,11 +174,11 @@ def _draw_points(axes: Any, rows: Sequence[Row], names: list[str], name: str, co
 def _draw_below(
     axes: Any, rows: Sequence[Row], names: list[str], name: str, column: str, height: float
 ) -> list[tuple[float, float]]:
-    """Draw rows that lie lower as arrows with their values; returns the pixels they take."""
+    """Draw lower rows as arrows with their values; return the pixels they cover."""
     panel, taken = axes.get_window_extent(), list[tuple[float, float]]()
     for row in sorted(rows, key=lambda row: row[column]):
         x, y = axes.transData.transform((row[column], height))
-        # side by side, as far as there is room
+        # side by side while there is room
         steps = [side * 13 * step for step in range(30) for side in (1, -1)]
         free = (s for s in steps if panel.x0 + 6 < x + s < panel.x1 - 6 and all(abs(x + s - a) > 12 for a, _ in taken))
         x += next(free, 0)
@@ -192,9 +192,9 @@ def _draw_below(
 
 
 def _front(rows: Sequence[Row], name: str, column: str, sign: int) -> list[Row]:
-    """Return the rows that no other beats in quality and in a column, where more (sign 1) or less (-1) is better.
+    """Return the Pareto front of quality and one column, where more (sign 1) or less (-1) is better.
 
-    Two digits of the column count: rows that were meant to be equal differ a little.
+    The column is compared to two digits, because rows meant to be equal differ slightly.
     """
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (sign * float(f"{row[column]:.2g}"), row[name]), reverse=True):
@@ -204,9 +204,9 @@ def _front(rows: Sequence[Row], name: str, column: str, sign: int) -> list[Row]:
 
 
 def _move_apart(axes: Any, points: list[Any], fixed: list[int], width: int = 9) -> list[tuple[float, float]]:
-    """Move points sideways until none covers another, the unmerged model and the fixed ones not; returns their pixels.
+    """Move points sideways so that none overlap, except the unmerged model and fixed points; return their pixels.
 
-    Where there are too many for the panel the rest stay in their place, on each other.
+    If they do not all fit in the panel, the rest keep their places and overlap.
     """
     panel = axes.get_window_extent()
     placed: list[tuple[float, float]] = []
@@ -228,7 +228,7 @@ def _pixels(axes: Any, spots: Iterable[tuple[float, float]]) -> list[tuple[float
 def _name_points(
     axes: Any, named: Sequence[tuple[str, tuple[float, float]]], spots: Sequence[tuple[float, float]], limit: int = 120
 ) -> None:
-    """Write each name near its point: inside the panel, on no other name and none of the points."""
+    """Write each name near its point: inside the panel, without covering other names or points."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -239,14 +239,14 @@ def _name_points(
         back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
         style = {"fontsize": 8, "in_layout": False, "textcoords": "offset points", "arrowprops": line, "bbox": back}
         text = axes.annotate(_plain(name), at, (0, 0), **style)
-        # to the side where there is room first, and as near as it can be
+        # try the side with more room first, nearest positions first
         sides = ("left", "right") if axes.transData.transform(at)[0] < panel.x0 + panel.width / 2 else ("right", "left")
         places = [(side, sign * lift) for lift in range(5, limit, 5) for sign in (1, -1) for side in sides]
         for side, lift in [*places, (sides[0], 5)]:
             text.set_ha(side)
             text.set_position((6 if side == "left" else -6, lift))
             text.update_positions(axes.figure.canvas.get_renderer())
-            box = Text.get_window_extent(text).padded(1)  # an annotation's own would hold the line
+            box = Text.get_window_extent(text).padded(1)  # the extent of an Annotation would include its line
             fits = panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1
             if fits and not any(box.overlaps(other) for other in taken):
                 break
@@ -254,19 +254,19 @@ def _name_points(
 
 
 def _wrapped(title: str, width: int = 90) -> str:
-    """Break a title where it would leave the page."""
+    """Wrap a title to the width of the page."""
     from textwrap import fill
 
     return _plain(fill(title, width))
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading a formula, and from failing at names of files that are no text."""
+    """Escape "$" and undecodable characters of file names, which matplotlib would read as formulas or fail on."""
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def require_viz() -> None:
-    """Raise `UnsupportedError` with the command that installs what plots and pictures need."""
+    """Raise `UnsupportedError` with the install command if the packages for plots and pictures are missing."""
     import_pil()
     try:
         import matplotlib  # noqa: F401
@@ -275,7 +275,7 @@ def require_viz() -> None:
 
 
 def import_pil() -> Any:
-    """Return PIL's Image; raises `UnsupportedError` with the command that installs it."""
+    """Return PIL's Image module; raise `UnsupportedError` with the install command if it is missing."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, and how much time is left."""
+"""Progress of long work, with the time left."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """A progress line on stderr, with the time left: a rich bar on a terminal, else plain lines.
+    """A progress line on stderr with the time left: a rich bar on a terminal, else plain lines.
 
-    A plain line comes with every tenth, and where that takes longer, every minute.
+    A plain line is printed at every tenth, or every minute if a tenth takes longer.
     """
 
     def __init__(self, label: str) -> None:
         self.label = label
         self._tenth = -1
         self._bar: Any = None
-        self._first: tuple[float, int] | None = None  # when it began, with how much done before
+        self._first: tuple[float, int] | None = None  # start time, and the work already done then
         self._shown = 0.0
 
     def __enter__(self) -> Progress:
@@ -30,7 +30,7 @@ class Progress:
                 from rich.progress import Progress as Bar
             except ImportError:
                 return self
-            # steps may take minutes: of a shorter period no speed could be told
+            # steps may take minutes, so the speed needs a long period
             columns = (*Bar.get_default_columns(), MofNCompleteColumn())
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=3600)
             self._bar.start()

@@ -1,4 +1,4 @@
-"""What `handle.report()` says, and what "auto" has tried."""
+"""The report of a patched model, and the candidates of "auto"."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tokenmerge.schedule import R
 
 __all__ = ["Calibration", "Candidate", "Report"]
 
-# one that is simpler is preferred to one whose damage is less by no more than this
+# a candidate tried later must have at most this share of the damage to be preferred
 _MARGIN = 0.9
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What was put into a model and what is limited; `str()` is a table."""
+    """What was patched in a model and its limits; `str()` is a table."""
 
     model: str
     adapter: str
@@ -24,13 +24,13 @@ class Report:
     r: str
     blocks: int
     tokens: list[int]  # after each block
-    planned: bool  # True: no forward has run, the tokens are those planned for the model's own input size
+    planned: bool  # True: no forward has run yet; tokens are those planned for the model's own input size
     prop_attn: bool
-    attention: str  # how the tap sees the attention
-    kernels: dict[str, str]  # what the last forward ran on, by operation: of those with more than one version
-    fallbacks: list[str]  # operations that ran without the fused version for their device, and what that needs
-    parity: float  # largest difference of a re-composed block from its own forward, when attaching; NaN: not proved
-    limits: list[str]  # what could not be done
+    attention: str  # how the tap reads the attention
+    kernels: dict[str, str]  # kernel of the last forward by operation, for operations with several versions
+    fallbacks: list[str]  # operations without a fused kernel on their device, and what that kernel needs
+    parity: float  # largest difference of a re-composed block from its own forward, when patching; NaN: not checked
+    limits: list[str]  # limitations
     choice: str = ""  # what "auto" chose and why
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -70,7 +70,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend the MACs: a method, the tokens that go per block, and what that did to the answers."""
+    """One way to spend the MACs: a method, its schedule, and its effect on the outputs."""
 
     method: Reduction
     shape: str
@@ -81,19 +81,19 @@ class Candidate:
 
 @dataclass
 class Calibration:
-    """What was tried on how many images, in the order of trial, and what was chosen."""
+    """All candidates in the order of trial, the number of images, and the choice."""
 
     images: int
     tried: list[Candidate] = field(default_factory=list)
 
     @property
     def first(self) -> Candidate:
-        """The paper's method at the `r` that was asked for, which all are compared with."""
+        """The baseline: ToMe at the given `r`."""
         return self.tried[0]
 
     @property
     def best(self) -> Candidate:
-        """The candidate of least damage; of nearly equal ones the one tried first."""
+        """The candidate with the least damage; among nearly equal ones the first one tried."""
         least = min(candidate.damage for candidate in self.tried)
         return next(candidate for candidate in self.tried if candidate.damage * _MARGIN <= least)
 

@@ -1,4 +1,4 @@
-"""Show tables and write them: Markdown, CSV, JSON, and rich on a terminal that has it."""
+"""Print and save tables: Markdown, CSV, JSON, HTML, LaTeX, and rich on a terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Row = Mapping[str, Any]
-KINDS = (".json", ".csv", ".md", ".html", ".tex")  # what rows are written as
+KINDS = (".json", ".csv", ".md", ".html", ".tex")  # file formats
 _Record = TypeVar("_Record", bound=Record)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; padding: 0 1.5em }
@@ -47,28 +47,28 @@ th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: n
 
 
 class Table(Generic[_Record]):
-    """Rows that were measured, and what on: printed, also in notebooks, saved in any format, handed to pandas."""
+    """Measured rows with their environment: print, show in notebooks, save in any format, or convert to pandas."""
 
     rows: list[_Record]
-    environment: Any  # a dict for all rows, or one for each
+    environment: Any  # a dict for all rows, or one per row
 
     @property
     def table(self) -> Sequence[Row]:
-        """The rows as they are printed."""
+        """The rows as printed."""
         return self.rows
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader has to know besides the figures, in sentences."""
+        """Notes for the reader, in sentences."""
         return []
 
     def _said(self) -> list[str]:
-        """Return what is printed below the table."""
+        """Return the lines below the table."""
         one = isinstance(self.environment, Mapping)
         return [*self.remarks, *([measured_on(self.environment)] if one else [])]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return the rows as a frame whose columns have the names that files have; needs pandas."""
+        """Return a DataFrame with the column names of the files; needs pandas."""
         try:
             import pandas
         except ImportError as error:
@@ -76,7 +76,7 @@ class Table(Generic[_Record]):
         return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
 
     def save(self, path: str | Path) -> None:
-        """Write rows, environment and notes as .json, .csv, .md, .tex or .html; raises `DataError` for other names."""
+        """Write rows, environment and notes in the format of the suffix (`KINDS`); raise `DataError` for others."""
         save_rows(check_writable(path), self.rows, self.environment, self.remarks)
 
     def __str__(self) -> str:
@@ -93,12 +93,12 @@ class _Text(NamedTuple):
     """A column as text."""
 
     title: str
-    is_number: bool  # numbers stand to the right
+    is_number: bool  # aligned right
     cells: list[str]
 
 
 def _as_text(rows: Sequence[Row]) -> list[_Text]:
-    """Return the columns of rows of equal keys."""
+    """Return the columns of rows with equal keys, as text."""
     found = []
     for title in rows[0]:
         column, values = find_column(title), [row[title] for row in rows]
@@ -108,7 +108,7 @@ def _as_text(rows: Sequence[Row]) -> list[_Text]:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Return rows of equal keys as a Markdown table, numbers to the right."""
+    """Return rows with equal keys as a Markdown table, numbers right-aligned."""
     lines: list[list[str]] = []
     for title, is_number, texts in _as_text(rows):
         cells = [_cell(text) for text in texts]
@@ -118,14 +118,14 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*lines, strict=True))
 
 
-# marks anywhere, an underscore at the edge of a word, an entity
+# markup characters anywhere, an underscore at the edge of a word, an entity
 _MARKED = re.compile(r"[\\|`<>\[\]*~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
-# what makes a heading or a list, and the closing marks of a heading
+# the start of a heading or list item, and the closing marks of a heading
 _LEADING = re.compile(r"^[#+-](?=\s|#|$)|^\d+[.)](?=\s|$)|#(?=#*$)")
 
 
 def plain(text: str) -> str:
-    """Return a line that Markdown shows as it is: names come from files and command lines of anybody's."""
+    """Escape a line so that Markdown shows it literally; names come from user files and command lines."""
     return _LEADING.sub(_escape, _cell(text))
 
 
@@ -138,7 +138,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return rows of equal keys as CSV with a header."""
+    """Return rows with equal keys as CSV with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -147,7 +147,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_latex(rows: Sequence[Row]) -> str:
-    """Return rows of equal keys as a LaTeX table (booktabs), numbers to the right."""
+    """Return rows with equal keys as a LaTeX table (booktabs), numbers right-aligned."""
     columns = _as_text(rows)
     lines = zip(*([column.title, *column.cells] for column in columns), strict=True)
     head, *body = (" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines)
@@ -158,7 +158,7 @@ def as_latex(rows: Sequence[Row]) -> str:
 
 _LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
-    # behind the end of a row these would be an option of it
+    # after `\\` these would be read as its optional argument
     **{char: f"{{{char}}}" for char in "[]*"},
     "±": r"$\pm$",
     "~": r"\textasciitilde{}",
@@ -172,12 +172,12 @@ _LATEX = {
 
 
 def _escaped(text: str) -> str:
-    """Write a cell as LaTeX reads it."""
+    """Escape a cell for LaTeX."""
     return " ".join("".join(_LATEX.get(char, char) for char in text).split("\n"))
 
 
 def _html(rows: Sequence[Row]) -> str:
-    """Return rows of equal keys as the element `table`."""
+    """Return rows with equal keys as an HTML table."""
     styled = []
     for title, is_number, cells in _as_text(rows):
         style = ' class="number"' if is_number else ""
@@ -188,7 +188,7 @@ def _html(rows: Sequence[Row]) -> str:
 
 
 def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes = b"") -> str:
-    """Return one page that needs no other file: facts as sentences, a picture (PNG), and rows of equal keys."""
+    """Return a self-contained HTML page: sentences, an optional PNG picture, and a table."""
     encoded = base64.b64encode(picture).decode()
     drawn = f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>'
     parts = [
@@ -202,7 +202,7 @@ def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: byte
 
 
 def check_writable(path: str | Path, kinds: Sequence[str] = KINDS) -> Path:
-    """Return the path if a file can be written there; raises `DataError` before any work is done."""
+    """Return the path if it can be written; raise `DataError` before any work is done."""
     path = Path(path)
     if path.suffix not in kinds:
         raise DataError(f"cannot write results to {path}: the name must end in {', '.join(kinds)}.")
@@ -216,9 +216,9 @@ def check_writable(path: str | Path, kinds: Sequence[str] = KINDS) -> Path:
 def save_rows(
     path: Path, rows: Sequence[Row], about: Mapping[str, Any] | Sequence[Row], notes: Sequence[str] = ()
 ) -> None:
-    """Write rows in the format the name ends in, one of `KINDS`.
+    """Write rows in the format of the file suffix, one of `KINDS`.
 
-    `about` is the environment, of all rows or of each; `notes` are plain sentences.
+    `about` is the environment, of all rows or one per row; `notes` are plain sentences.
     """
     said = [*notes, *_measured(about)]
     if path.suffix == ".json":
@@ -236,20 +236,20 @@ def save_rows(
 
 
 def _measured(about: Mapping[str, Any] | Sequence[Row]) -> list[str]:
-    """Return the environment as a sentence, where all rows have one."""
+    """Return the environment as a sentence if all rows share one."""
     return [f"{measured_on(about)}."] if isinstance(about, Mapping) else []
 
 
 def measured_on(about: Mapping[str, Any]) -> str:
-    """Return the environment of figures as a line."""
+    """Return the environment of the figures as one line."""
     return "Measured on: " + ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def show(rows: Sequence[Row], title: str, *, wide: bool = False) -> None:
-    """Print a table to stdout, with rich where it is installed and stdout is a terminal.
+    """Print a table to stdout, with rich if it is installed and stdout is a terminal.
 
-    Numbers are never shortened: without `wide` the columns are left out that do not fit into the terminal, the least
-    important first, and a line says so.
+    Numbers are never shortened. Without `wide`, columns that do not fit the terminal are left out, the least important
+    first, and a line names them.
     """
     width = shutil.get_terminal_size().columns
     shown = rows if wide else fitting(rows, width)
@@ -277,7 +277,7 @@ def _show_richly(rows: Sequence[Row], title: str, width: int) -> bool:
 
 
 def fitting(rows: Sequence[Row], width: int) -> list[dict[str, Any]]:
-    """Return rows with as many of the columns, the important ones first, as fit into a width."""
+    """Return the rows with as many columns as fit into a width, the most important first."""
     names = list(rows[0])
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: find_column(name).rank):
@@ -287,6 +287,6 @@ def fitting(rows: Sequence[Row], width: int) -> list[dict[str, Any]]:
 
 
 def _width(rows: Sequence[Row], names: Sequence[str]) -> int:
-    """Return how many characters a table of these columns takes."""
+    """Return the width in characters of a table with these columns."""
     columns = _as_text([{name: row[name] for name in names} for row in rows])
     return 1 + sum(3 + max(2, len(column.title), *map(len, column.cells)) for column in columns)

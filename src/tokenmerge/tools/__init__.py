@@ -1,16 +1,16 @@
-"""What the command line does, as functions: built on the front door only.
+"""The commands as Python functions.
 
-Every tool is a module, loaded when it is first asked for, and its function has the module's name:
-`tokenmerge.tools.bench.bench`, or `from tokenmerge.tools.bench import bench`. Of `doctor` it is `examine`.
+Every tool is a module that is imported on first use, and its function has the module's name:
+`tokenmerge.tools.bench.bench`, or `from tokenmerge.tools.bench import bench`. The function of `doctor` is `examine`.
 
-bench      times of a merged model beside the unmerged one and the free bound
-evaluate   accuracy and speed over labelled images
+bench      times of a merged model, the unmerged one and the free bound
+evaluate   accuracy and speed on labelled images
 compare    methods side by side on one model
 demo       the bundled model on the bundled images
-doctor     is a model supported, are its answers right, is it faster
+doctor     is a model supported, are its outputs right, is it faster
 export     a merged model for another engine
-visualize  pictures of what was merged
-models     models and methods by what a user types: `load_model`, `read_method`
+visualize  pictures of the groups
+models     models and methods from user input: `load_model`, `read_method`
 """
 
 import importlib
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a name that does not exist is an error for type checkers
+if not TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
 
     def __getattr__(name: str) -> Any:
         from tokenmerge._moved import MOVED

@@ -35,11 +35,11 @@ from tokenmerge.tools.models import Method, apply_method, choices_of
 __all__ = ["Bench", "BenchRow", "bench"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OnProgress = Callable[[int, int], None]  # done, total
+OnProgress = Callable[[int, int], None]  # (done, total)
 
 
 class BenchRow(Record):
-    """One `r` at one batch size: the merged model beside the unmerged one and the free bound."""
+    """One `r` at one batch size: the merged model, the unmerged model and the free bound."""
 
     __slots__ = ()
     model = columns.MODEL
@@ -68,7 +68,7 @@ class BenchRow(Record):
 
 @dataclass(repr=False)
 class Bench(Table[BenchRow]):
-    """Rows of figures, what they were measured on, and what they mean in plain sentences."""
+    """Rows of figures, the environment, and verdicts in plain sentences."""
 
     rows: list[BenchRow]
     environment: dict[str, str]
@@ -100,12 +100,26 @@ def bench(
 ) -> Bench:
     """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
 
-    The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. `method` is
-    anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses, once for each `r`.
-    With `compiled` (True, or a mode of `torch.compile`) all variants are compiled. `restore` is that of `patch`.
-    `compare` adds the merged model on the reference kernels, `training` the peak memory of a training step. The
-    model itself is not changed. Raises `UnsupportedError` for a device or dtype that is not there, `DataError` for
-    an input size the model does not take.
+    The free bound drops the same number of tokens at the same places: no matching, no merging, no bias. The model is
+    not changed. Raises `UnsupportedError` for an unavailable device or dtype, `DataError` for an input size that the
+    model does not take.
+
+    Args:
+        model: the unpatched model.
+        rs: values of `r`.
+        batches: batch sizes.
+        method: anything `read_method` takes or returns.
+        calibrate: images for `"auto"`, which chooses once per `r`.
+        restore: as in `patch`.
+        device: a torch device.
+        dtype: "float32", "bfloat16" or "float16".
+        compiled: compile all variants; True or a mode of `torch.compile`.
+        rounds: timed rounds per row.
+        input_size: (channels, height, width); default: the size the model declares.
+        compare: also time the merged model on the reference kernels.
+        training: also measure the peak memory of a training step.
+        label: name of the model in the rows.
+        progress: called with (done, total).
     """
     where = find_device(device)
     if dtype not in DTYPES:
@@ -114,7 +128,7 @@ def bench(
         raise DataError("bench needs at least one r, one batch size >= 1 and one round.")
     if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
         raise DataError(f"input_size is {tuple(input_size)}; give channels, height and width of 1 or more.")
-    # a copy: a change of dtype cannot be undone in the caller's model
+    # copy first: a change of dtype loses precision in the caller's model
     model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
     rows = []
     with tokenmerge.patched(model, r=0, restore=restore) as handle:
@@ -203,10 +217,10 @@ def _figures(timings: dict[str, Timing], batch: int) -> dict[str, float | None]:
 
 
 def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say for every r where merging is slower, where no difference shows, and from which batch size it pays.
+    """Return sentences per r: where merging is slower, where no difference shows, and from which batch size it pays.
 
-    A difference counts where it is larger than the noise: how far the speed-up differs from round to round, and what
-    the r = 0 row, which merges nothing, is away from 1.
+    A difference counts if it exceeds the noise: the variation of the speed-up between rounds, and the distance from 1
+    of the r = 0 row, which merges nothing.
     """
     merging = [row for row in rows if row["r"] != "0"]
     if merging and any(row["noise %"] is None for row in merging):
@@ -233,7 +247,7 @@ def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _noise(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
-    """Return the smallest difference from 1 that a speed-up of this row must have to mean anything."""
+    """Return the smallest significant distance of this row's speed-up from 1."""
     control = next((one for one in rows if one["r"] == "0" and one["batch"] == row["batch"]), None)
     own = (row["noise %"] or 0.0) / 100
     return max(own, 0.0 if control is None else abs(control["speed-up"] - 1))
@@ -248,7 +262,7 @@ def _warning(rows: Sequence[dict[str, Any]], worst: float) -> list[str]:
 
 
 def _gain(row: dict[str, Any], noise: float) -> int:
-    """1 where merging is faster, -1 where it is slower, 0 where the difference is within the noise."""
+    """Return 1 if merging is faster, -1 if slower, 0 if the difference is within the noise."""
     difference = row["speed-up"] - 1
     return 0 if abs(difference) <= noise else (1 if difference > 0 else -1)
 

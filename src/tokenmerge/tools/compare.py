@@ -1,4 +1,4 @@
-"""Compare methods on one model: what each costs in accuracy and gains in MACs and time. Cut off, it can go on."""
+"""Compare methods on one model: accuracy lost, MACs and time saved. An interrupted comparison can resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL = "all"
 RS: tuple[R, ...] = (8, 13, 16)
 _UNMERGED = "unmerged"
 _VERSION = 2
-_MEASURED = "GMACs"  # a row has it as soon as it has any figures
+_MEASURED = "GMACs"  # every row with figures has this column
 _MEANING = (
     "Agreement and KL divergence are with the unmerged model; ± is the standard error of the accuracy; GMACs are of "
     "one image, those of choosing tokens beside them; over bound is the time over the free bound, which drops the same "
@@ -45,7 +45,7 @@ _MEANING = (
 
 
 class ComparisonRow(Record):
-    """A method at one amount. What its answers do not say is None; a row without figures says why in `note`."""
+    """A method at one amount. Figures that do not apply are None; a row without figures gives the reason in `note`."""
 
     __slots__ = ()
     method = columns.METHOD
@@ -68,45 +68,45 @@ class ComparisonRow(Record):
 
 
 _COLUMNS = ComparisonRow.titles()
-# what is measured; which of the first apply depends on what the model answers
+# the figures; which of the first ones apply depends on the model's outputs
 FIGURES = tuple(title for title in _COLUMNS if title not in ("method", "asked", "r", "note"))
 
 
 @dataclass(repr=False)
 class Comparison(Table[ComparisonRow]):
-    """One row per method and amount, the unmerged model first, and what they were measured on.
+    """One row per method and amount, the unmerged model first, and the environment of each row.
 
     A row that could not be measured has None for numbers and the reason in `note`.
     """
 
     title: str
     rows: list[ComparisonRow]
-    environment: list[dict[str, str]]  # of each row: runs that went on may have other versions
+    environment: list[dict[str, str]]  # per row, because a resumed run may have other library versions
     images: int
     batch_size: int
     corrupt: list[str] = field(default_factory=list)
-    about: list[str] = field(default_factory=list)  # how images were prepared, and what the figures cannot say
+    about: list[str] = field(default_factory=list)  # the preprocessing, and caveats of the figures
 
     @property
     def marked(self) -> int:
-        """How many rows have no numbers."""
+        """Number of rows without figures."""
         return sum(row[_MEASURED] is None for row in self.rows)
 
     @property
     def has_numbers(self) -> bool:
-        """Whether any method could be measured."""
+        """Whether at least one method was measured."""
         return any(row[_MEASURED] is not None for row in self.rows if row["method"] != _UNMERGED)
 
     @property
     def table(self) -> Sequence[Mapping[str, Any]]:
-        """The rows without their notes, and without figures that this model has not."""
+        """The rows without notes and without columns that do not apply to this model."""
         empty = {name for name in FIGURES if all(row[name] is None for row in self.rows)} | {"note"}
         empty -= set() if self.has_numbers else {*FIGURES}
         return [{name: value for name, value in row.items() if name not in empty} for row in self.rows]
 
     @property
     def notes(self) -> list[str]:
-        """What rows say besides numbers, once for each method that says it."""
+        """The notes of the rows, once per method."""
         said: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             if row["note"]:
@@ -115,7 +115,7 @@ class Comparison(Table[ComparisonRow]):
 
     @property
     def facts(self) -> list[str]:
-        """What a reader needs to judge the numbers, in sentences."""
+        """What a reader needs to judge the figures, in sentences."""
         machines = [", ".join(f"{name} {value}" for name, value in found.items()) for found in self.environment]
         counts = {machine: machines.count(machine) for machine in machines}
         facts = [*self.about, _MEANING.format(batch=self.batch_size)]
@@ -130,7 +130,7 @@ class Comparison(Table[ComparisonRow]):
 
     @property
     def remarks(self) -> list[str]:
-        """What rows say besides numbers, and what a reader needs to judge these."""
+        """The notes of the rows, and what a reader needs to judge the figures."""
         return [*self.notes, *self.facts]
 
     def _shown(self) -> list[dict[str, Any]]:
@@ -170,13 +170,16 @@ def compare(
 ) -> Comparison:
     """Measure each method at each `r`, or at the smallest constant `r` that leaves at most a share of the MACs.
 
-    `methods` are anything `read_method` takes or returns; `"all"` stands for every listed one, with `"auto"` where
-    `calibrate` holds the images it chooses by. A method that was saved with an `r` runs once, with that one. What
-    cannot run on this model is a row that says why. Each row is written to `rows.json` in the folder when it is
-    finished, and the next call does not measure it again; rows without numbers are tried again, `fresh` starts over
-    and keeps the old file as `rows.json.old`. At the end the folder holds a table, a plot and a page of all its rows.
-    Where the model's answers are no classes of these images (embeddings, depth), they are compared with the unmerged
-    model's alone. `restore` is that of `patch`. Raises `DataError` before any work for a folder that holds another
+    `methods` are anything `read_method` takes or returns; `"all"` stands for all listed methods, including `"auto"` if
+    `calibrate` holds images for it. A method saved with an `r` runs once, with that `r`. A method that cannot run on
+    this model gets a row with the reason.
+
+    Each row is saved to `rows.json` in the folder when it is finished, and the next call does not measure it again.
+    Rows without figures are tried again. `fresh` starts over and keeps the old file as `rows.json.old`. At the end the
+    folder holds a table, a plot and a page of all rows.
+
+    If the model's outputs are not classes of these images (embeddings, depth), they are only compared with the unmerged
+    model's. `restore` is that of `patch`. Raises `DataError` before any work for a folder that holds another
     comparison.
     """
     require_viz()
@@ -207,14 +210,14 @@ def compare(
 
 
 def _journal(folder: Path, settings: dict[str, Any], fresh: bool) -> Journal:
-    """Return the rows that the folder holds; those without figures are tried again."""
+    """Return the journal of the folder; rows without figures are removed, to be tried again."""
     journal = Journal(
         folder / "rows.json",
         "comparison",
         settings,
         version=_VERSION,
         columns={*_COLUMNS, "environment"},
-        facts={"corrupt": [], "note": ""},  # the images left out, and why labels do not count, where they do not
+        facts={"corrupt": [], "note": ""},  # images left out, and why accuracy does not apply ("" if it does)
         fresh=fresh,
     )
     journal.rows = {key: row for key, row in journal.rows.items() if row[_MEASURED] is not None}
@@ -222,7 +225,7 @@ def _journal(folder: Path, settings: dict[str, Any], fresh: bool) -> Journal:
 
 
 def _comparison(label: str, data: Labelled, journal: Journal, asked: Sequence[str]) -> Comparison:
-    """Return what the folder holds, the rows that were asked for first."""
+    """Return the comparison in the folder, the requested rows first."""
     rows = list({**{key: journal.rows[key] for key in asked}, **journal.rows}.values())
     corrupt, note = journal.facts["corrupt"], journal.facts["note"]
     return Comparison(
@@ -238,15 +241,15 @@ def _comparison(label: str, data: Labelled, journal: Journal, asked: Sequence[st
 
 @dataclass(frozen=True)
 class _Task:
-    """One row to be measured: a method as it was named, and how much it is to remove."""
+    """One row to measure: a method as the user named it, and its amount."""
 
     text: str
     asked: str
     method: Method
-    identity: str  # what it is, whatever it was called
+    identity: str  # the same for all names of a method
     r: R | None = None
     share: float | None = None
-    refusal: str = ""  # why there is no such method
+    refusal: str = ""  # the error, if there is no such method
 
     @property
     def key(self) -> str:
@@ -256,7 +259,7 @@ class _Task:
 def _tasks(
     methods: Sequence[Method], rs: Sequence[R] | None, macs: Sequence[float] | None, has_images: bool
 ) -> list[_Task]:
-    """Return the rows that are asked for, each once, the unmerged model first."""
+    """Return the requested rows without duplicates, the unmerged model first."""
     if rs is not None and macs is not None:
         raise DataError("give either amounts (rs, -r) or shares of the MACs (macs, --macs), not both.")
     if any(not 0 < share < 1 for share in macs or ()):
@@ -290,7 +293,7 @@ def _settings(
     calibrate: Tensor | None,
     restore: Restore | None,
 ) -> dict[str, Any]:
-    """Return what all rows of a folder have in common."""
+    """Return the settings common to all rows of a folder."""
     weights = (part for name, x in model.state_dict().items() for part in (name.encode(), _bytes(x)))
     return {
         "model": label,
@@ -306,7 +309,7 @@ def _settings(
 
 
 def _row(trial: Trial | None, task: _Task, calibrate: Tensor | None) -> dict[str, Any]:
-    """Return one row; whatever keeps a method from running on this model becomes its note."""
+    """Return one row; an error of a method on this model becomes its note."""
     row: dict[str, Any] = {**dict.fromkeys(_COLUMNS), "method": task.text, "asked": task.asked, "r": "-", "note": ""}
     if trial is None or task.refusal:
         return {**row, "note": task.refusal}
@@ -321,7 +324,7 @@ def _row(trial: Trial | None, task: _Task, calibrate: Tensor | None) -> dict[str
     try:
         r = task.r
         if task.share is not None:
-            # for "auto" that of tome
+            # "auto" gets the r of tome
             r = trial.smallest_r(partial(reduce, "tome" if task.method == AUTO else task.method), task.share)
         return row | _of_table(trial.measure(reduce(task.method, r)))
     except RuntimeError as error:
@@ -333,7 +336,7 @@ def _of_table(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(method: Method) -> str:
-    """Return what a method is, with what it has learned: a file that was written anew is another method."""
+    """Return a key of a method, including learned weights: a rewritten file is another method."""
     if isinstance(method, str):
         return method if method == AUTO else repr(tokenmerge.MergeConfig(method).method)
     config = method.config if isinstance(method, Trained) else method

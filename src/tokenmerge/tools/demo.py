@@ -1,4 +1,4 @@
-"""The bundled model on the bundled images for several r: a table, a plot and pictures of what was merged."""
+"""The bundled model on the bundled images at several r: a table, a plot and pictures of the groups."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def demo(
 ) -> Evaluation:
     """Evaluate the bundled model and write `table.md`, `table.json`, `plot.png` and `merged.png` into the folder.
 
-    Raises before any work: `DataError` where the folder cannot be written, `UnsupportedError` without matplotlib.
+    Raises before any work: `DataError` if the folder cannot be written, `UnsupportedError` without matplotlib.
     """
     folder = Path(folder)
     require_viz()
@@ -64,7 +64,7 @@ def demo(
 
 
 def pictures(model: nn.Module, data: FashionMNIST, rs: Sequence[R]) -> Any:
-    """Return a PIL page: one image of each of six classes, then what each `r` leaves of it."""
+    """Return a PIL page: one image of each of six classes, and its groups at each `r`."""
     chosen = [int((data.labels == label).nonzero()[0]) for label in data.labels.unique()[:6]]
     x = normalise(data.images[chosen])
     rows: list[list[Any]] = [[_as_image(data.images[i])] for i in chosen]

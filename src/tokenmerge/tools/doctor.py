@@ -31,7 +31,7 @@ _WRONG = (
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: its name, whether it is as it should be (None: no judgement), and a sentence."""
+    """One check: its name, the result (None: no judgement), and a sentence."""
 
     name: str
     good: bool | None
@@ -40,14 +40,14 @@ class Finding(NamedTuple):
 
 @dataclass(repr=False)
 class Diagnosis:
-    """The findings, and what they were measured on; `str()` is a table."""
+    """The findings and the environment; `str()` is a table."""
 
     findings: list[Finding]
     environment: dict[str, str]
 
     @property
     def is_healthy(self) -> bool:
-        """Whether no finding is wrong."""
+        """Whether no check failed."""
         return all(good is not False for _, good, _ in self.findings)
 
     def __str__(self) -> str:
@@ -71,11 +71,10 @@ def examine(
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
 ) -> Diagnosis:
-    """Check a model on random images: adapter, r = 0, equivalence to the group-mean simulation, unpatch, speed.
+    """Check a model on random images: adapter, r = 0, equality with the group-mean simulation, unpatching, speed.
 
-    `restore` is that of `patch`; `preprocessing` is told where it is given, else what is found with the model. The last
-    finding is a conclusion, with advice. The model itself is not changed. An unsupported model is a finding, not an
-    error.
+    `restore` is that of `patch`. `preprocessing` is reported if given, else the preprocessing found with the model. The
+    last finding is a conclusion with advice. The model is not changed. An unsupported model is a finding, not an error.
     """
     where = find_device(device)
     if batch < 1 or rounds < 1:
@@ -137,7 +136,7 @@ def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, r
         except UnsupportedError as error:
             return Finding("equivalence", None, f"not checked: {error}")
         if merged.shape != simulated.shape:
-            # the model hands out its tokens: they are compared in their places
+            # the model returns its tokens: restore them to their places before comparing
             with tokenmerge.patched(model, r=r, restore="dense"):
                 merged = answer(model(x))
     sentence = f"from the group-mean simulation at r = {r} ({tokens} tokens left)"
@@ -153,11 +152,11 @@ def _compare(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: fl
 
 
 def _speed(model: nn.Module, x: torch.Tensor, r: R, restore: Restore | None, rounds: int) -> list[Finding]:
-    """Time merging, and say what follows from all that was found."""
+    """Time merging and conclude from all findings."""
     merged, bound = shared_copy(model), shared_copy(model)
     tokenmerge.patch(merged, r=r, restore=restore)
     tokenmerge.patch(bound, "drop", r=r, restore=restore)
-    # the unmerged model once more tells what difference means nothing
+    # a second unmerged run shows how large a difference is noise
     variants = {"unmerged": model, "merged": merged, "bound": bound, "again": model}
     timings = interleave({name: _call(variant, x) for name, variant in variants.items()}, x.device, rounds=rounds)
     over, gain = timings["merged"].over(timings["bound"]), timings["unmerged"].over(timings["merged"])

@@ -1,4 +1,4 @@
-"""The engines a model is exported to: how a file of each is written, loaded and run."""
+"""Engines to export to: how to write, load and run a file of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INPUT, OUTPUT = "images", "answer"
 
 
 def find_target(to: str) -> Target:
-    """Return the target of that name; raises `UnknownNameError`, or `UnsupportedError` where a package is missing."""
+    """Return the target of this name; raise `UnknownNameError`, or `UnsupportedError` if a package is missing."""
     if to not in TARGETS:
         raise unknown_name("export target", to, TARGETS)
     for package in TARGETS[to].packages:
@@ -36,7 +36,7 @@ def find_target(to: str) -> Target:
 
 def _write_onnx(program: ExportedProgram, file: Path, opset: int | None) -> Counter[str]:
     onnx = importlib.import_module("onnx")
-    # with gradients attention is decomposed to other strides than it was traced with, and some models' views fail
+    # with gradients, attention decomposes to other strides than traced, and the views of some models fail
     with torch.no_grad():
         written = torch.onnx.export(
             program,
@@ -49,7 +49,7 @@ def _write_onnx(program: ExportedProgram, file: Path, opset: int | None) -> Coun
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
         )
     assert written is not None
-    # weights of more than 2 GB go to a file beside it
+    # weights above 2 GB go to a separate file
     written.save(file)
     graph = onnx.load(file, load_external_data=False)
     given = graph.opset_import[0].version
@@ -61,7 +61,7 @@ def _write_onnx(program: ExportedProgram, file: Path, opset: int | None) -> Coun
 
 
 def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """Sort in ONNX, whose TopK takes the first of equal values; torch translates only the sort that may not."""
+    """Translate `sort` to ONNX TopK, which takes the first of equal values; torch translates only unstable sorts."""
     op = importlib.import_module("onnxscript").opset18
     count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
     return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
@@ -76,7 +76,7 @@ def _load_onnx(file: Path) -> Callable[[Tensor], Tensor]:
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would take cores from whatever runs next
+    # spinning threads would take cores from the next run
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
@@ -84,14 +84,14 @@ def _load_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_openvino(program: ExportedProgram, file: Path, opset: int | None) -> Counter[str]:
     openvino = importlib.import_module("openvino")
-    # by way of ONNX: of torch's own operators OpenVINO reads fewer
+    # via ONNX, because OpenVINO reads fewer of torch's own operators
     with TemporaryDirectory() as folder:
         onnx_file = Path(folder) / "model.onnx"
         _write_onnx(program, onnx_file, opset)
         model = openvino.Core().read_model(onnx_file)
         for operator in model.get_ops():
             if operator.get_type_name() == "TopK":
-                # OpenVINO forgets that ONNX takes the first of equal values
+                # OpenVINO's ONNX reader drops the rule that the first of equal values is taken
                 operator.set_attribute("stable", True)
         openvino.save_model(model, file, compress_to_fp16=False)
     return Counter(operator.get_type_name() for operator in model.get_ops())
@@ -103,7 +103,7 @@ def _load_openvino(file: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _load_openvino_plainly(file: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Load as whoever gives no hint does: in the precision that is the processor's fastest."""
+    """Load without a precision hint: OpenVINO then uses the fastest precision of the processor."""
     compiled = _compiled(file)
     name = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     return name, lambda images: torch.from_numpy(compiled(images.numpy())[0])
@@ -131,16 +131,16 @@ def _load_program(file: Path) -> Callable[[Tensor], Tensor]:
 
 
 class Target(NamedTuple):
-    """A format: what files of it end in, what it needs, and how it is written and run."""
+    """An export format: its file suffix, its packages, and how to write and run it."""
 
     suffix: str
-    engine: str  # the package that runs it
+    engine: str  # the package that runs the file
     packages: tuple[str, ...]
-    extra: str  # what installs them
+    extra: str  # the extra that installs the packages
     write: Callable[[ExportedProgram, Path, int | None], Counter[str]]
     load: Callable[[Path], Callable[[Tensor], Tensor]]
     snippet: str  # how to load and run {file}
-    # loads as the engine does by itself, where that is not in float32; returns the precision, too
+    # for engines whose default is not float32: load with the default, and return its precision
     plainly: Callable[[Path], tuple[str, Callable[[Tensor], Tensor]]] | None = None
 
 

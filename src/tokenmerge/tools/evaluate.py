@@ -27,7 +27,7 @@ _QUALITY = ("top-1 %", "top-1 ±", "top-5 %", "agreement %", "error %", "cosine"
 
 
 class EvaluationRow(Record):
-    """The model at one `r` over all images. What its answers do not say is None."""
+    """The model at one `r` over all images. Figures that do not apply are None."""
 
     __slots__ = ()
     r = columns.R
@@ -47,9 +47,9 @@ class EvaluationRow(Record):
 
 @dataclass(repr=False)
 class Evaluation(Table[EvaluationRow]):
-    """One row per `r` (the unmerged model is r = 0), the images left out, what "auto" chose, and what it ran on.
+    """One row per `r` (r = 0 is the unmerged model), images left out, choices of "auto", and the environment.
 
-    `notes` say how the images were prepared, and what the figures cannot say.
+    `notes` name the preprocessing and caveats of the figures.
     """
 
     rows: list[EvaluationRow]
@@ -61,7 +61,7 @@ class Evaluation(Table[EvaluationRow]):
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader has to know besides the figures, line by line."""
+        """Notes for the reader, line by line."""
         whole = self.images + len(self.corrupt)
         lost = [f"{len(self.corrupt)} of {whole} images could not be read and were left out:"] if self.corrupt else []
         return [*self.notes, *lost, *(f"  {line}" for line in self.corrupt), *self.choices]
@@ -80,17 +80,18 @@ def evaluate(
     bound: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Run every image with every `r`, batch by batch in turn, and through the unmerged model.
+    """Run every image with every `r`, in turn for each batch, and through the unmerged model.
 
-    `method` is anything `read_method` takes or returns, `calibrate` the images by which `"auto"` chooses, `restore`
-    that of `patch`. Agreement is the share of images that get the unmerged model's answer, `top-1 ±` the standard error
-    of the accuracy. Where the answers are no classes of these images (embeddings, depth), they are compared with the
-    unmerged model's alone, and a note says so. With `bound`, the free bound of each `r` (the same tokens
-    dropped at no cost) is timed beside it. The first batch also warms up, untimed.
-    Raises `DataError` where no image could be read.
+    Agreement is the share of images with the same answer as the unmerged model; `top-1 ±` is the standard error of the
+    accuracy. If the outputs are not classes of these images (embeddings, depth), they are only compared with the
+    unmerged model's, and a note says so. The first batch also runs untimed as a warm-up. Raises `DataError` if no image
+    could be read.
+
+    `method` is anything `read_method` takes or returns, `calibrate` the images for `"auto"`, `restore` that of `patch`.
+    With `bound` the free bound of each `r` (the same tokens dropped at no cost) is timed too.
     """
     where = find_device(device)
-    model = shared_copy(model.to(where)).eval()  # the caller's may be in training
+    model = shared_copy(model.to(where)).eval()  # the caller's model may be in train mode
     merged = {i: _patched(model, method, r, prop_attn, restore, calibrate) for i, r in enumerate(rs) if r != 0}
     bounds = {i: _patched(model, BOUND, rs[i], False, restore) for i in merged} if bound else {}
     trial = Trial(model, data, where, keep=0)

@@ -1,4 +1,4 @@
-"""Write a reduced model as a file that another engine runs, and check it there: ONNX, OpenVINO, torch's programs."""
+"""Export a reduced model to ONNX, OpenVINO or torch.export, and check the file in its engine."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tokenmerge.tools.models import Method, apply_method
 __all__ = ["TARGETS", "Exported", "Target", "export", "find_target"]
 
 TOLERANCE = 1e-4  # of the largest output, in float32
-_TRACED = 2  # images in the batch that a graph for any batch is traced with
-_CHECKED = (1, 3)  # and in those that it is checked with
+_TRACED = 2  # batch size for tracing a graph with a dynamic batch
+_CHECKED = (1, 3)  # batch sizes for the check
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Exported:
 
     path: str
     format: str
-    engine: str  # what it was checked in
+    engine: str  # the engine of the check
     batch: int | None  # None: any
     input_size: tuple[int, ...]
     tokens: list[int]  # after each block
-    operators: dict[str, int]  # how many of each the graph holds; a scatter's name ends in its reduction
-    difference: float  # largest difference of an answer from eager, on batches that were not traced
-    scale: float  # largest entry of eager's answer
-    size: int  # bytes, with the files beside it
-    notes: list[str]  # what could not be done
+    operators: dict[str, int]  # counts in the graph; a scatter's name ends in its reduction
+    difference: float  # largest difference from eager mode, on other batch sizes than traced
+    scale: float  # largest entry of the eager output
+    size: int  # bytes, including separate files
+    notes: list[str]  # limitations
     choice: str = ""  # what "auto" chose and why
-    answers: tuple[int, ...] = ()  # shape of an image's answer
-    preprocessing: str = ""  # what images go through before
-    deployed: str = ""  # how it differs where its engine chooses the precision
+    answers: tuple[int, ...] = ()  # shape of the output for one image
+    preprocessing: str = ""  # preprocessing that the images need
+    deployed: str = ""  # difference when the engine chooses the precision
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,16 +96,17 @@ def export(
 ) -> Exported:
     """Write a copy of the model that removes `r` tokens per block; `to` is one of `TARGETS`. The model is not changed.
 
-    A model that is patched already is written as it is: leave out `r` and `method`.
+    A patched model is written as it is: leave out `r` and `method`.
 
-    The file takes `images` `[batch, *input_size]` in float32, of any batch size or only of `batch`, and gives `answer`,
-    the first tensor of what the model returns. It is run in its engine on random images before it is put in place: it
-    answers as eager does, or `UnsupportedError` is raised and nothing is left. `matmul` merges without a scatter.
-    `method` is anything `read_method` takes or returns (a saved one has an `r` of its own, used where `r` is None),
-    `calibrate` the images by which `"auto"` chooses, `restore` that of `patch`. `preprocessing` is written down in what
-    is returned; without it, what is found with the model.
-    Raises `UnsupportedError` also where a package is missing or the model cannot be traced, `UnknownNameError` for an
-    unknown target, `DataError` for a path that cannot be written or an input size that is missing or does not fit.
+    The file takes `images` `[batch, *input_size]` in float32, of any batch size or only of `batch`, and returns
+    `answer`, the first tensor of the model's output. It runs in its engine on random images before it is put in place:
+    if its output differs from eager mode, `UnsupportedError` is raised and no file is left. Raises `UnsupportedError`
+    also if a package is missing or the model cannot be traced, `UnknownNameError` for an unknown target, `DataError`
+    for a path that cannot be written or an input size that is missing or does not fit.
+
+    `matmul` merges without a scatter. `method` is anything `read_method` takes or returns; the `r` of a saved one is
+    used if `r` is None. `calibrate` are the images for `"auto"`, `restore` is that of `patch`. `preprocessing` is
+    recorded in the result; by default the one found with the model.
     """
     target = find_target(to)
     _check_request(model, to, batch, opset)
@@ -126,7 +127,7 @@ def export(
             deployed = _deployed(target, file, images, expected, batch or 1)
             if matmul:
                 _check_no_scatter(operators)
-            # what lies beside the file is there before the file that refers to it
+            # move separate files first, then the file that refers to them
             parts = sorted(Path(folder).iterdir(), key=lambda part: part == file)
             written = sum(part.stat().st_size for part in parts)
             for part in parts:
@@ -142,7 +143,7 @@ def export(
 def _patched(
     model: nn.Module, method: Method | None, r: R | None, calibrate: Tensor | None, restore: Restore | None
 ) -> tokenmerge.Handle:
-    """Patch a copy, unless the original was patched: then it is written with what it has."""
+    """Patch a copy, unless the original is patched already."""
     handle = tokenmerge.handle_of(model, None)
     if handle is None:
         return apply_method(model, method or "tome", r=r, calibrate=calibrate, restore=restore)
@@ -163,7 +164,7 @@ def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
 
 
 def _deployed(target: Target, file: Path, images: Tensor, expected: Tensor, batch: int) -> str:
-    """Say how far the answers are where the engine chooses the precision itself."""
+    """Describe the difference from eager mode when the engine chooses the precision."""
     if target.plainly is None:
         return ""
     precision, run = target.plainly(file)
@@ -194,7 +195,7 @@ def _check_request(model: nn.Module, to: str, batch: int | None, opset: int | No
 
 
 class _Answering(nn.Module):
-    """A model with one input and one output, whatever its host wraps the output in."""
+    """A model with one input and one output tensor, without the output class of its host."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class _Answering(nn.Module):
 
 
 def _steady_images(model: nn.Module, size: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
-    """Draw images whose answers rounding does not decide, with these: of two equal pairs engines may merge either."""
+    """Draw images without near-ties between pairs: of two equal pairs engines may merge either one."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * count + 4, *size, generator=generator)
     answers = run_images(model, x)
@@ -242,14 +243,14 @@ def _write(
     batches: Sequence[int],
     expected: Tensor,
 ) -> tuple[Counter[str], list[tuple[Tensor, Tensor]]]:
-    """Write the file and run it; returns the operators it holds, and answers with those that are expected."""
+    """Write the file and run it; return its operators, its outputs and the expected outputs."""
     try:
         operators = TARGETS[to].write(program, file, opset)
         run = TARGETS[to].load(file)
         return operators, [(run(images[:n]), expected[:n]) for n in batches]
     except (TokenMergeError, OSError):
         raise
-    except Exception as error:  # the engines' errors have no parent but this one
+    except Exception as error:  # the engines' errors have no other common base class
         raise UnsupportedError(
             f"this model cannot be exported to {to}: {_reason(error)}. Nothing was written; other targets: "
             f"{', '.join(name for name in TARGETS if name != to)}."
@@ -257,14 +258,14 @@ def _write(
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error is in the end about, in one line."""
+    """Return the root cause of an error in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return shorten(str(error), 400, placeholder=" ...").rstrip(".") or type(error).__name__
 
 
 def _compare(pairs: list[tuple[Tensor, Tensor]], path: Path, engine: str) -> tuple[float, float]:
-    """Return the largest difference and the largest entry; raises `UnsupportedError` where they do not agree."""
+    """Return the largest difference and the largest entry; raise `UnsupportedError` if they do not agree."""
     scale = max(expected.abs().max().item() for _, expected in pairs)
     allowed, difference = TOLERANCE * max(1.0, scale), 0.0
     for got, expected in pairs:
@@ -288,6 +289,6 @@ def _check_no_scatter(operators: Counter[str]) -> None:
 
 
 def _scatters(operators: Mapping[str, int]) -> list[str]:
-    """Return how many there are of each operator that writes rows at indices, whatever its format calls it."""
+    """Count the operators that write rows at indices, under the names of every format."""
     kinds = ("scatter", "index_add", "index_put", "index_reduce")
     return [f"{count} {name}" for name, count in operators.items() if any(kind in name.lower() for kind in kinds)]

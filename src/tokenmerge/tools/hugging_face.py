@@ -1,4 +1,4 @@
-"""Hugging Face models from folders: what `save_pretrained` wrote, whole, for other classes, or the structure alone."""
+"""Load Hugging Face models from folders of `save_pretrained`: as saved, with other classes, or without weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def is_folder(name: str | Path) -> bool:
-    """Say whether a name is that of a folder with a Hugging Face configuration."""
+    """Return whether a name is a folder with a Hugging Face configuration."""
     return is_file(Path(name) / CONFIG)
 
 
 def load_folder(folder: Path, num_classes: int | None = None) -> nn.Module:
-    """Load what `save_pretrained` wrote, by the class that its configuration names, in eval mode.
+    """Load a folder of `save_pretrained` with the class named in its configuration, in eval mode.
 
-    With `num_classes` it becomes a classifier of so many classes where transformers has one of its kind: a tower gets
-    a classifier, and one of other classes a new one. Nothing in the folder is executed. Raises `DataError` where it
-    cannot be read, and where anything but the classifier has no weights there.
+    With `num_classes` the model becomes a classifier with this many classes, if transformers has one of its kind: a
+    tower gets a classifier, a classifier with other classes a new one. No code in the folder is executed. Raises
+    `DataError` if the folder cannot be read, or if parameters other than the classifier have no weights in it.
     """
     with _reading(folder) as transformers:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
@@ -49,7 +49,7 @@ def load_folder(folder: Path, num_classes: int | None = None) -> nn.Module:
 
 
 def _check_tower(model: nn.Module, keys: Any, folder: Path) -> None:
-    """Raise `DataError` where more than the classifier has other sizes in the file, and so is new."""
+    """Raise `DataError` if parameters other than the classifier have other shapes in the file and would be new."""
     tower = max(model.named_children(), key=lambda child: sum(p.numel() for p in child[1].parameters()))[0]
     names = sorted(key if isinstance(key, str) else key[0] for key in keys)  # transformers 4 and 5
     wrong = [name for name in names if name.startswith(f"{tower}.")]
@@ -58,7 +58,7 @@ def _check_tower(model: nn.Module, keys: Any, folder: Path) -> None:
 
 
 def build_folder(folder: Path) -> nn.Module:
-    """Build a model as a folder's configuration says, with new weights."""
+    """Build a model from the configuration in a folder, with new weights."""
     with _reading(folder) as transformers:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         kind = _class_of(transformers, config)
@@ -67,7 +67,7 @@ def build_folder(folder: Path) -> nn.Module:
 
 
 def write_config(model: Any, folder: Path, classes: tuple[str, ...]) -> None:
-    """Write the configuration of a model that `load_folder` gave, with these classes."""
+    """Write the configuration of a model from `load_folder`, with these classes."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.label2id, config.id2label = {name: i for i, name in enumerate(classes)}, dict(enumerate(classes))
@@ -85,7 +85,7 @@ def _is_classifier(kind: Any) -> bool:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[Any]:
-    """Give transformers, quiet; raises `DataError` for what it cannot read."""
+    """Yield transformers with its logging silenced; raise `DataError` for its read errors."""
     try:
         import transformers
     except ImportError as error:

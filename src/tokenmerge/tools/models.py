@@ -1,4 +1,4 @@
-"""Turn what a user types into a model (the bundled one, a timm name, a saved module) and into a reduction method."""
+"""Turn user input into a model (bundled, timm, saved) or a reduction method."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Trained:
-    """A saved configuration, and the weights (.safetensors) of the model that was trained to do with fewer tokens."""
+    """A saved configuration, and the weights (.safetensors) of the model that was trained with it."""
 
     config: MergeConfig
     weights: Path
 
     def load_into(self, model: nn.Module) -> None:
-        """Give a model these weights, as tensors of its own; raises `DataError` where they are of another model."""
+        """Load weights into a model as new tensors; raise `DataError` if they belong to another model."""
         try:
             from safetensors.torch import load_file
         except ImportError as error:
             raise UnsupportedError("loading weights needs safetensors: pip install safetensors") from error
         try:
             state = load_file(self.weights)
-        except Exception as error:  # the format's own errors derive from Exception alone
+        except Exception as error:  # safetensors errors derive directly from Exception
             raise DataError(f"cannot read the weights {self.weights}: {error}.") from error
         own = model.state_dict()
         expected, found = ({key: tuple(x.shape) for key, x in part.items()} for part in (own, state))
@@ -63,20 +63,20 @@ class Trained:
                 f"the weights in {self.weights} are of another model: {len(different)} tensors differ ({shown}). Give "
                 "the model that the recipe trained."
             )
-        # in place of its tensors, not into them: copies of the model share those
+        # assign new tensors instead of copying: copies of the model share the old ones
         model.load_state_dict({key: value.to(own[key]) for key, value in state.items()}, assign=True)
 
 
-# a name, a name with options, or what `read_method` makes of them
+# a name, a name with options, or a result of `read_method`
 Method = str | Reduction | MergeConfig | Trained
 
 
 def read_method(text: str) -> Method:
     """Return the method that a text names.
 
-    A name that `patch` takes stays what it is; `tome(metric='x')` is a method with options; a `.json` file is a saved
-    configuration; a folder is what `tokenmerge train` wrote, `merge.json` and, where training changed the model,
-    `model.safetensors`. Raises `UnknownNameError` for a name or an option that does not exist (with the nearest),
+    A name that `patch` takes is returned as it is; `tome(metric='x')` is a method with options; a `.json` file is a
+    saved configuration; a folder is one of `tokenmerge train`, with `merge.json` and, if the model was trained too,
+    `model.safetensors`. Raises `UnknownNameError` (with the nearest name) for a name or option that does not exist,
     `ConfigError` for anything else that cannot be read.
 
     >>> read_method("tome(metric='x')")
@@ -94,7 +94,7 @@ def read_method(text: str) -> Method:
 
 
 def short_name(method: Method) -> str:
-    """Return the shortest text that tells a method from others: its name, and the options that are not the default.
+    """Return a short unique text for a method: its name and the options that differ from the default.
 
     >>> short_name(read_method("tome(metric='x')"))
     "tome(metric='x')"
@@ -112,7 +112,7 @@ def short_name(method: Method) -> str:
 
 
 def own_r(method: Method) -> R | None:
-    """Return the `r` that a method was saved with; None for all others."""
+    """Return the `r` that a method was saved with; None for others."""
     config = method.config if isinstance(method, Trained) else method
     return config.r if isinstance(config, MergeConfig) else None
 
@@ -120,10 +120,10 @@ def own_r(method: Method) -> R | None:
 def apply_method(
     model: nn.Module, method: Method, *, r: R | None = None, calibrate: Tensor | None = None, **options: Any
 ) -> Handle:
-    """Patch a model, in place, as `tokenmerge.patch` does, by anything that `read_method` takes or returns.
+    """Patch a model in place, as `tokenmerge.patch` does, with anything that `read_method` takes or returns.
 
-    `calibrate` is what `"auto"` chooses by; other methods do not look at it. A method that was trained together with
-    the model brings the model's weights: they replace this module's tensors, and those of no other that shares them.
+    `calibrate` are the images for `"auto"`; other methods ignore it. A method that was trained together with the model
+    brings weights: they replace the tensors of this model, but not those of copies that share them.
     """
     if isinstance(method, str):
         method = read_method(method)
@@ -134,7 +134,7 @@ def apply_method(
 
 
 def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
-    """Return a sentence for each `r` at which `"auto"` chose what a patched model holds."""
+    """Return a sentence per `r` with the choice of `"auto"` in the patched model."""
     found = [(r, tokenmerge.handle_of(model).report().choice) for r, model in reduced]
     return [f"r = {r}: {choice}" for r, choice in found if choice]
 
@@ -144,11 +144,11 @@ def load_model(
 ) -> nn.Module:
     """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
 
-    A file is what `torch.save(model)` wrote, a pickle: loading it runs the code it holds, so it has to be trusted by
-    name (`trust_pickle`). A folder is what `save_pretrained` of a Hugging Face model wrote (config.json and
-    safetensors; nothing of it is executed). `num_classes` is that of timm's and Hugging Face's classifiers: one of
-    other classes gets a new last layer. Raises `UnknownNameError` for a name timm does not have (with the nearest),
-    `DataError` for a file that holds no module, `UnsupportedError` where timm cannot build it.
+    A file is one of `torch.save(model)`, a pickle: loading it runs the code in it, so it needs `trust_pickle`. A folder
+    is one of `save_pretrained` of a Hugging Face model (config.json and safetensors; no code is executed).
+    `num_classes` applies to timm's and Hugging Face's classifiers: one with another number of classes gets a new last
+    layer. Raises `UnknownNameError` (with the nearest name) for an unknown timm name, `DataError` for a file without a
+    module, `UnsupportedError` if timm cannot build the model.
     """
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
@@ -177,7 +177,7 @@ def load_model(
 
 
 def import_timm() -> Any:
-    """Return the timm module; raises `UnsupportedError` with the command that installs it."""
+    """Return the timm module; raise `UnsupportedError` with the install command if it is missing."""
     try:
         import timm
     except ImportError as error:
@@ -195,7 +195,7 @@ def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except Exception as error:  # a pickle can raise anything at all
+    except Exception as error:  # a pickle can raise any exception
         if not trust_pickle and _is_pickle(path):
             raise DataError(
                 f"{path} is a pickle, and loading it would run whatever code it holds. Where you trust who made it, "
@@ -212,6 +212,6 @@ def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Say whether a file is what torch.save writes, or another pickle."""
+    """Return whether a file was written by torch.save, or is another pickle."""
     with path.open("rb") as file:
         return zipfile.is_zipfile(path) or file.read(1) == b"\x80"

@@ -1,4 +1,4 @@
-"""Draw what was merged: each group of patches in its mean colour, with a border of its own colour."""
+"""Draw the groups of merged tokens: each in its mean colour, with a border in a colour of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["draw_clip", "draw_features", "draw_groups", "sheet"]
 
 
 def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple[int, int] | None = None) -> Any:
-    """Return a PIL image of the same size whose groups of patches are flat areas with a border.
+    """Return a PIL image of the same size, in which groups of patches are flat areas with a border.
 
-    `groups` `[N]` holds the group of each patch, row by row over `grid` (rows, columns; taken from the image's size if
-    not given). A group of one patch keeps its pixels,
-    dropped patches (-1) are black. Raises `DataError` where patches and image do not fit.
+    `groups` `[N]` holds the group of each patch, row by row over `grid` (rows, columns; by default from the image
+    size). A group of one patch keeps its pixels, dropped patches (-1) are black. Raises `DataError` if patches and
+    image do not fit.
     """
     image_module = import_pil()
     rows, columns = grid or (image.height // patch_size, image.width // patch_size)
@@ -40,16 +40,16 @@ def draw_groups(image: Any, groups: Tensor, *, patch_size: int = 16, grid: tuple
 
 
 def draw_clip(frames: Sequence[Any], groups: Tensor, *, grid: tuple[int, int, int], patch_size: int = 16) -> list[Any]:
-    """Return the frames of a clip drawn as `draw_groups` draws one image: a group has one colour in all of them.
+    """Draw the frames of a clip like `draw_groups`; a group has the same colour in all frames.
 
-    `grid` counts the tubelets in time, rows and columns; `frames` has one PIL image, all of one size, for each of the
-    first, and `groups` `[N]` runs over them frame by frame. Raises `DataError` where they do not fit.
+    `grid` is (time, rows, columns) in tubelets. `frames` holds one PIL image per step in time, all of one size;
+    `groups` `[N]` runs over them frame by frame. Raises `DataError` if they do not fit.
     """
     times, rows, columns = grid
     if len(frames) != times:
         raise DataError(f"{len(frames)} frames do not fit tubelets of {times} times; give one frame for each.")
     width, height = frames[0].size
-    # one tall image: what is one group there is one over time
+    # stack the frames into one tall image, so that a group extends over time
     strip = import_pil().new("RGB", (width, times * height))
     for number, frame in enumerate(frames):
         strip.paste(frame.convert("RGB"), (0, number * height))
@@ -58,9 +58,10 @@ def draw_clip(frames: Sequence[Any], groups: Tensor, *, grid: tuple[int, int, in
 
 
 def draw_features(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Any]:  # each [C, rows, columns]
-    """Return a PIL image of `size` (width, height) per feature map: the first three principal components as colours.
+    """Return one PIL image of `size` (width, height) per feature map, with three principal components as colours.
 
-    The components are those of the first map, so that colours compare. Raises `DataError` for maps of other shapes.
+    The components are those of the first map, so that colours are comparable. Raises `DataError` for maps of other
+    shapes.
     """
     image_module = import_pil()
     shape = maps[0].shape
@@ -100,7 +101,7 @@ def sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], *, side: int = 1
 
 
 def _border(index: Tensor) -> Tensor:  # [height, width] -> bool [height, width]
-    """Pixels whose right or lower, left or upper neighbour is of another group."""
+    """Return the pixels next to a pixel of another group."""
     border = torch.zeros_like(index, dtype=torch.bool)
     across, down = index[:, 1:] != index[:, :-1], index[1:] != index[:-1]
     border[:, 1:] |= across
@@ -111,7 +112,7 @@ def _border(index: Tensor) -> Tensor:  # [height, width] -> bool [height, width]
 
 
 def _colours(count: int) -> Tensor:
-    """`count` colours far apart in hue, `[count, 3]`: steps of the golden ratio around the colour circle."""
+    """Return `count` colours with distant hues, `[count, 3]`: steps of the golden ratio around the colour circle."""
     hue = (torch.arange(count) * 0.618034) % 1 * 6
     offsets = torch.tensor([5.0, 3.0, 1.0])
     k = (hue[:, None] + offsets) % 6

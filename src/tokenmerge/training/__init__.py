@@ -1,4 +1,4 @@
-"""Training with merging: recipes, data, objectives, and a loop that loses nothing."""
+"""Training with merging: recipes, objectives, and a loop that can be interrupted and resumed."""
 
 from tokenmerge.training.amount import Amount
 

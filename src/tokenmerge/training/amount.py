@@ -1,4 +1,4 @@
-"""How much is merged at each step of a training: growing from nothing, drawn at random, off at the end."""
+"""How much is merged at each training step: warm-up from 0, random amounts, and none at the end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ __all__ = ["Amount"]
 
 
 class Amount:
-    """The `r` of every step, in the form that was given: `handle.r = amount.at(step)` before the step's forward.
+    """The `r` of each step: set `handle.r = amount.at(step)` before the forward.
 
-    `warmup` and `off` are shares of all steps: in the first, r grows in a straight line from 0; in the last, nothing is
-    merged. With `draw`, every step takes a share of its r, drawn evenly from (seed, step): each count from 0 to r
-    alike. A compiled model is traced anew for every count: give it an r without `draw`, and a short `warmup`.
+    `at` returns r in the form that was given. `warmup` and `off` are shares of all steps: r grows linearly from 0 in
+    the first, and is 0 in the second, at the end. With `draw`, each step uses a random share of its r, drawn uniformly
+    from (seed, step): every count from 0 to r is equally likely. `torch.compile` traces a model again for every new
+    count: for compiled models leave out `draw` and keep `warmup` short.
 
     >>> amount = Amount(8, steps=100, warmup=0.5, off=0.1)
     >>> amount.at(0), amount.at(25), amount.at(50), amount.at(99)
@@ -35,7 +36,7 @@ class Amount:
         self.warmup, self.off, self.draw = warmup, off, draw
 
     def at(self, step: int) -> PlainR:
-        """Return the r of a step, from 0 to `steps` - 1."""
+        """Return the r of a step, 0 to `steps` - 1."""
         if step >= self.steps * (1 - self.off):
             return 0
         share = min(1.0, step / (self.warmup * self.steps)) if self.warmup else 1.0
@@ -48,7 +49,7 @@ class Amount:
 
 
 def _scaled(r: PlainR, share: float) -> PlainR:
-    """Return a share of any form of r."""
+    """Scale any form of r by a share."""
     if share == 1:
         return r
     if callable(r):
@@ -61,7 +62,7 @@ def _scaled(r: PlainR, share: float) -> PlainR:
 
 
 def _scaled_count(amount: int | float, share: float) -> int | float:
-    """A share of tokens stays one, unless it is nothing; a count is rounded."""
+    """Scale one entry of r: a float (share of the tokens) stays a float unless it becomes 0; a count is rounded."""
     if isinstance(amount, float):
         return amount * share or 0
     return round(amount * share)

@@ -1,4 +1,4 @@
-"""Checkpoints: written in one step, the last few kept, the last good one found again."""
+"""Checkpoints: write them atomically, keep the last few, load the newest readable one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints:
-    """The checkpoints of one run, `step-00000200.pt` and so on, in a folder of their own."""
+    """The checkpoints of one run (`step-00000200.pt`, ...) in their own folder."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def paths(self) -> list[Path]:
-        """Return the files that are there, the newest first."""
+        """Return the checkpoint files, newest first."""
         return sorted(self.folder.glob("step-*.pt"), reverse=True)
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Write a checkpoint, then delete the oldest beyond `keep`; raises `DataError` where it cannot be written.
+        """Write a checkpoint, then delete the oldest beyond `keep`; raise `DataError` if it cannot be written.
 
-        The file gets its name when it is complete and on the disk: a crash, or a full disk, leaves the others whole.
+        The file gets its final name only after it is complete and synced to disk: a crash or a full disk leaves the
+        older files intact.
         """
         path = self.folder / f"step-{step:08d}.pt"
         try:
@@ -46,16 +47,16 @@ class Checkpoints:
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """Return the newest checkpoint that can be read, or None where there is none.
+        """Return the newest readable checkpoint, or None if there are no checkpoints.
 
-        Raises `DataError` where there are checkpoints and none can be read.
+        Raises `DataError` if there are checkpoints and none can be read.
         """
         unread = []
         for path in self.paths():
             try:
                 content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
                 return content
-            except Exception as error:  # a broken pickle can raise anything at all
+            except Exception as error:  # a broken pickle can raise any exception
                 unread.append(f"{path}: {type(error).__name__} {error}".splitlines()[0])
                 print(f"skipped a checkpoint that cannot be read: {unread[-1]}", file=sys.stderr, flush=True)
         if unread:

@@ -1,4 +1,4 @@
-"""Evaluation of a model in training: what is held out, and one pass over it."""
+"""Evaluation during training: the held-out splits, and one pass over a split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HeldOut:
-    """The validation and test splits of a recipe, as far as they are there; `notes` says which are not."""
+    """The validation and test splits of a recipe that exist; `notes` name the missing ones."""
 
     def __init__(
         self,
@@ -62,17 +62,17 @@ class HeldOut:
     def evaluate(
         self, split: str, model: nn.Module, objective: Objective, r: Any, see: Callable[[Batch], None]
     ) -> dict[str, Any]:
-        """Run a model over a split, each process its share, with `r` where it merges; `see` is shown every batch."""
+        """Evaluate a model on a split, each process on its share, at `r` if it merges; call `see` with every batch."""
         handle = tokenmerge.handle_of(model, None)
         if handle is not None:
             handle.r = r
         recipe, device, source = self.recipe, self.world.device, self.sources[split]
-        # the forward of sharded parameters waits for all processes: they run over the same samples
+        # the forward of a sharded model is collective: all processes must run over the same samples
         is_sharded = recipe.parallel == "fsdp"
         rank, world = (0, 1) if is_sharded else (self.world.rank, self.world.size)
         sums = torch.zeros(len(objective.counts) + 1, device=device)
         model.eval()
-        # what is drawn (masks to predict) is the same every time
+        # the same random masks in every evaluation
         reseed(seed_of(recipe.seed, rank))
         start = time.perf_counter()
         for batch in evaluation(
@@ -96,16 +96,16 @@ class HeldOut:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the context a forward of this precision runs in."""
+    """Return the autocast context of a precision."""
     dtype = _PRECISIONS.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def shown(r: Any) -> Any:
-    """Return a pair as recipes write it, everything else as it is."""
+    """Return a pair as recipes write it, any other r unchanged."""
     return ",".join(f"{number:g}" for number in r) if isinstance(r, tuple) else r
 
 
 def mean_tokens(handle: tokenmerge.Handle | None) -> float | None:
-    """Return the mean number of tokens after a block in the last forward."""
+    """Return the number of tokens after a block in the last forward, averaged over blocks."""
     return None if handle is None else sum(handle.tokens) / len(handle.tokens)

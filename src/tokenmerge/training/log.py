@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line each, the same as CSV, and TensorBoard where it is wanted."""
+"""Metrics of a run: JSON lines, the same rows as CSV, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenmerge.report.table import as_csv
 
 __all__ = ["COLUMNS", "Log", "peak_mb", "read_rows", "writing"]
 
-# every line has all of them, what it does not know is null
+# every row has all of these; unknown values are null
 COLUMNS = [
     *("step", "split", "loss", "accuracy", "r", "tokens", "lr", "gradient", "scale"),
     *("images_per_second", "peak_memory_mb", "seconds"),
@@ -28,9 +28,10 @@ _LINES = "metrics.jsonl"
 
 
 class Log:
-    """`metrics.jsonl` and `metrics.csv` in a run's folder.
+    """`metrics.jsonl` and `metrics.csv` in the folder of a run.
 
-    Lines after `step` are of a past that is repeated, and so is a last evaluation (at `steps`) that was cut off.
+    When a run is resumed, rows after the checkpoint at `step` are dropped, because those steps run again. Rows of an
+    interrupted last evaluation (at `steps`) are dropped too.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, tensorboard: bool) -> None:
@@ -43,7 +44,7 @@ class Log:
             self._writer = _writer(folder / "tensorboard", step) if tensorboard else None
 
     def add(self, step: int, split: str, **values: Any) -> dict[str, Any]:
-        """Write one line; `values` are some of `COLUMNS`."""
+        """Write one row; the keys of `values` are names from `COLUMNS`."""
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
         with writing(self.folder):
@@ -56,7 +57,7 @@ class Log:
         return row
 
     def write_csv(self) -> None:
-        """Write all lines as `metrics.csv`."""
+        """Write all rows to `metrics.csv`."""
         with writing(self.folder):
             if self.rows:
                 write_file(self.folder / "metrics.csv", as_csv(self.rows))
@@ -65,7 +66,7 @@ class Log:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics that are whole: the last one may be cut off."""
+    """Return the complete metric rows of a run; the last line may be truncated."""
     path = folder / _LINES
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -73,12 +74,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Raise `DataError` where something within cannot be written to a run's folder."""
+    """Raise `DataError` if the body cannot write to the folder of a run."""
     try:
         yield
     except TokenMergeError:
         raise
-    except Exception as error:  # those of safetensors derive from Exception alone
+    except Exception as error:  # safetensors errors derive directly from Exception
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(
             f"cannot write to {folder}: {why}. What was saved before is whole; mend that and run the "
@@ -91,17 +92,17 @@ def _writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UnsupportedError('save.tensorboard needs tensorboard: pip install "tokenmerge[train]"') from error
-    # what an interrupted run wrote after its checkpoint is not shown
+    # hides events that an interrupted run wrote after its checkpoint
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """Return what the process held at most so far: of the GPU, or of the machine."""
+    """Return the peak memory of the process so far, in MB: GPU memory on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows
         return None
-    # kilobytes, but on macOS bytes
+    # ru_maxrss is in kilobytes, on macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

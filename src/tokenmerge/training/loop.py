@@ -1,4 +1,4 @@
-"""The loop: a recipe into a trained model, with nothing lost on the way."""
+"""The training loop: train a recipe to the end, with checkpoints and exact resume."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ __all__ = ["DivergedError", "StoppedError", "train"]
 
 
 class DivergedError(TokenMergeError):
-    """The loss or the gradient is no number any more."""
+    """The loss or the gradient is no longer finite."""
 
 
 class StoppedError(TokenMergeError):
-    """The run was asked to stop, and can go on later."""
+    """The run was stopped by a signal and can be resumed."""
 
-    exit_code = 2  # of the command
+    exit_code = 2  # exit code of the command
 
 
 def train(
@@ -56,12 +56,12 @@ def train(
     progress: Callable[[int, int], None] | None = None,
     trust_pickle: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train what a recipe says, or go on where the same call was cut off; returns the lines of the last evaluation.
+    """Train a recipe, or resume an interrupted run of it; return the metric rows of the last evaluation.
 
-    The folder gets `recipe.json`, `metrics.jsonl` and `.csv`, `checkpoints/` and, at the end, what `load` reads. Raises
-    `TokenMergeError` of all kinds before anything is written, also for a model that is a pickle without `trust_pickle`;
-    `DivergedError`, `StoppedError`, `LostRankError`, `DataError` (a full disk, unreadable data) later, with the last
-    good checkpoint left whole.
+    The folder gets `recipe.json`, `metrics.jsonl` and `.csv`, `checkpoints/` and, at the end, the files that `load`
+    reads. An invalid recipe, folder or data set raises a `TokenMergeError` before anything is written, and so does a
+    pickled model without `trust_pickle`. Later errors keep the last good checkpoint: `DivergedError`, `StoppedError`,
+    `LostRankError`, and `DataError` (full disk, unreadable data).
     """
     import_timm()
     folder = Path(folder)
@@ -83,13 +83,13 @@ def train(
             ) from error
 
 
-_LEAST_SCALE = 1e-6  # of fp16: smaller than any loss needs
-# states by the names of parameters, which any number of processes reads
+_LEAST_SCALE = 1e-6  # of the fp16 loss scale: no real loss needs a smaller one
+# keyed by parameter name, so that a run with another number of processes can load it
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class _Run:
-    """One process of a run: the model with all that belongs to it, and how far it is."""
+    """One process of a run: the model, its optimiser and schedule, and the training progress."""
 
     def __init__(self, recipe: Recipe, folder: Path, world: World, progress: Callable[[int, int], None] | None) -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
@@ -97,7 +97,7 @@ class _Run:
         source = open_source(recipe.data.source, "train", recipe.data)
         self.size = recipe.data.size or own_size(recipe.model.name, source.kind) or source.size
         self.classes = source.classes
-        # every process builds the same model
+        # the same seed in every process, so that all build the same model
         reseed(recipe.seed)
         self.parts = build_parts(recipe, self.size, len(self.classes), world.device, self.classes)
         self.prepared = preparation(self.parts.core, recipe.model.name, source.kind, self.size)
@@ -133,7 +133,7 @@ class _Run:
         # sums since the last line: loss, gradient norm, steps
         self.window = torch.zeros(3, device=world.device)
         self.unreadable: dict[str, None] = {}
-        self.log: Log | None = None  # of the first process
+        self.log: Log | None = None  # in the first process only
 
     def _count_steps(self) -> int:
         per_epoch, recipe = self.loader.steps_per_epoch, self.recipe
@@ -150,14 +150,14 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         is_sharded = self.recipe.parallel == "fsdp"
-        # shards know no operation on many tensors at once
+        # sharded tensors have no foreach operations
         found = ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True, foreach=not is_sharded)
         if is_sharded:
             self.world.shard(found.module)
         return found
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the end, from the last checkpoint on, evaluate, and write the model."""
+        """Train from the last checkpoint to the end, evaluate, and write the model."""
         with alone_in(self.folder) if self.world.is_first else nullcontext():
             self._resume()
             if self.world.is_first:
@@ -196,12 +196,12 @@ class _Run:
             if saves:
                 self._save()
             self._stop_if_asked()
-            # neither belongs to the time that training takes
+            # evaluation and checkpoints do not count as training time
             start += time.perf_counter() - before
 
     def _train_step(self, batch: Batch) -> None:
         recipe, device = self.recipe, self.world.device
-        # dropout and drawn masks depend on seed, step and rank alone: a resumed run draws what this one would
+        # dropout and masks depend on seed, step and rank only, so a resumed run draws the same ones
         reseed(seed_of(recipe.seed, self.step, self.world.rank))
         set_training(self.parts, recipe)
         if self.parts.handle is not None:
@@ -216,14 +216,14 @@ class _Run:
             with self._synchronised(number == len(parts) - 1):
                 with autocast(device, recipe.precision):
                     loss = self.parts.objective.loss(self.net, some, wanted) * (len(some) / len(inputs))
-                # nothing learns where only the method's modules do and nothing is merged
+                # with `only_modules` and r = 0 no parameter gets a gradient
                 learns = loss.requires_grad
                 if learns:
                     self.scaler.scale(loss).backward()
             total += loss.detach()
         norm = self._clip() if learns else torch.zeros_like(total)
         self.window += torch.stack((total, norm, torch.ones_like(total)))
-        # elsewhere looking at every step would hold up the device
+        # on a GPU a check at every step would force a synchronisation
         if device.type == "cpu":
             self._check(self.window, self.step + 1)
         if learns:
@@ -239,13 +239,13 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.parts.model.parameters(), limit)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         whole = whole.detach()
-        # a scaled gradient may overflow: its step is left out
+        # a scaled gradient may overflow: the scaler skips that step
         return torch.where(whole.isfinite(), whole, 0) if self.scaler.is_enabled() else whole
 
     @contextmanager
     def _synchronised(self, is_last: bool) -> Iterator[None]:
-        """Exchange gradients with the other processes in the last part of a batch only."""
-        # a forward that nothing learns from (r = 0, only modules) must not be the last before one that is not exchanged
+        """Synchronise gradients between processes only in the last part of an accumulated batch."""
+        # with `only_modules` a forward at r = 0 has no gradient: no forward under `no_sync` may follow it
         waits = not is_last and not self.recipe.model.only_modules
         if waits and isinstance(self.net, nn.parallel.DistributedDataParallel):
             with self.net.no_sync():
@@ -254,9 +254,9 @@ class _Run:
             yield
 
     def _check(self, window: Tensor, step: int) -> None:
-        """Raise `DivergedError` where a loss or a gradient was no number, up to the `step`-th step."""
+        """Raise `DivergedError` if a loss or gradient was not finite in any step up to `step`."""
         loss, norm, _ = window.tolist()
-        # halved for every gradient that overflows
+        # the scaler halves it at every overflow
         overflows = self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE
         if math.isfinite(loss) and math.isfinite(norm) and not overflows:
             return
@@ -271,7 +271,7 @@ class _Run:
         )
 
     def _line(self, seconds: float, images: int) -> None:
-        """Write what the steps since the last line were like."""
+        """Write a metrics row for the steps since the last one."""
         loss, norm, count = self.world.mean(self.window).tolist()
         self.window.zero_()
         if self.log is not None:
@@ -290,7 +290,7 @@ class _Run:
             )
 
     def _evaluate_all(self) -> list[dict[str, Any]]:
-        """Evaluate the finished model as it was trained, and on test samples without merging too."""
+        """Evaluate the finished model as trained, and on the test split also without merging."""
         splits, r = self.held.sources, self.parts.r
         found = [self._evaluate("valid", r)] if "valid" in splits else []
         if "test" in splits:
@@ -314,7 +314,7 @@ class _Run:
             print(text, file=sys.stderr, flush=True)
 
     def _save(self) -> None:
-        """Write a checkpoint: every process hands in its part, the first writes."""
+        """Write a checkpoint: all processes contribute their state, the first one writes it."""
         window = self.world.total(self.window)
         self._check(window, self.step)
         model, optimizer = get_state_dict(self.parts.model, self.optimizer, options=_WHOLE)
@@ -336,14 +336,14 @@ class _Run:
         self.checkpoints.save(self.step, content)
 
     def _resume(self) -> None:
-        """Take up the last checkpoint, if there is one."""
+        """Load the last checkpoint, if there is one."""
         saved = self.checkpoints.load()
         if saved is None:
             return
         check_recipe(self.folder, from_dict(saved["recipe"]), self.recipe)
         options = StateDictOptions(full_state_dict=True)
         try:
-            # what is not in the checkpoint would silently stay as it is
+            # a key missing from the checkpoint would silently keep its initial value
             strange = sorted(self.parts.model.state_dict().keys() ^ saved["model"].keys())
             if strange:
                 raise ValueError(f"only one of them has {', '.join(strange[:3])}")
@@ -380,7 +380,7 @@ class _Run:
 
     def _stop_if_asked(self) -> None:
         asked = self.world.asked_to_stop
-        # all processes stop at the same step, and agree on it where they exchange numbers anyway
+        # all processes must stop at the same step; they agree on it in a collective that runs anyway
         if self.world.size > 1:
             if self.step % self.recipe.save.log:
                 return

@@ -1,7 +1,7 @@
-"""Masked autoencoders: a transformer learns to predict what it is not shown (arXiv:2111.06377, clips 2205.09113).
+"""Masked autoencoders: predict the pixels of hidden patches (arXiv:2111.06377; for clips arXiv:2205.09113).
 
-A random share of the patches is hidden. The encoder sees the others alone; a small decoder sees all places, the hidden
-ones as one learned token, and predicts the pixels of each patch. Written from the papers.
+A random share of the patches is hidden. The encoder sees only the visible patches. A small decoder sees all places,
+hidden ones as one learned token, and predicts the pixels of each patch. Written from the papers.
 
 Shapes: B batch, C channels, N patches, K visible ones, P pixels of a patch (all channels).
 """
@@ -26,11 +26,11 @@ __all__ = ["MaskedAutoencoder"]
 class MaskedAutoencoder(nn.Module):
     """A timm `VisionTransformer` as the encoder, and a decoder that predicts hidden patches.
 
-    The encoder loses its classifier (and attention pool), which nothing here would train; the rest of its
-    `state_dict` fits the model that is fine-tuned. For images, spectrograms `[B, C, H, W]` and clips
-    `[B, C, T, H, W]`, whichever the encoder takes; in clips patches of all frames are hidden alike. Raises
-    `UnsupportedError` for an encoder whose tokens are not the patches alone (a stem of convolutions), `ConfigError`
-    for a decoder that cannot be built or a ratio that hides none or all.
+    The encoder loses its classifier and attention pool, which this task does not train. The rest of its `state_dict`
+    fits the model to fine-tune. Takes images and spectrograms `[B, C, H, W]` or clips `[B, C, T, H, W]`, depending on
+    the encoder; in clips the hidden patches are drawn over all frames alike. Raises `UnsupportedError` for an encoder
+    whose tokens are not single patches (convolutional stem), and `ConfigError` for a decoder that cannot be built or a
+    ratio that hides no patch or all of them.
     """
 
     places: Tensor
@@ -70,9 +70,9 @@ class MaskedAutoencoder(nn.Module):
         return (predicted - wanted).square().mean()
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the input with hidden patches set to 0, and with hidden patches as predicted; both as `x`.
+        """Return the input with hidden patches set to 0, and with hidden patches predicted; both shaped like `x`.
 
-        Where the model predicts normalised pixels, a patch gets back the mean and the deviation it really has.
+        If the model predicts normalised pixels, each patch gets its true mean and deviation back.
         """
         visible, hidden = self._draw(x)
         patches = self.patches(x)
@@ -84,7 +84,7 @@ class MaskedAutoencoder(nn.Module):
         return self._image(patches.scatter(1, at, 0.0)), self._image(patches.scatter(1, at, predicted))
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that are no matrices: timm's optimisers ask."""
+        """Return the names of parameters without weight decay; timm's optimisers call this."""
         return {"mask_token", *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
 
     def patches(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def _image(self, patches: Tensor) -> Tensor:
-        """Put patches back in their places: the inverse of `patches`."""
+        """Assemble patches into an image: the inverse of `patches`."""
         D = len(self.grid)
         x = patches.reshape(patches.shape[0], *self.grid, *self.patch, self.channels)
         order = [axis for a in range(D) for axis in (1 + a, 1 + D + a)]
@@ -105,7 +105,7 @@ class MaskedAutoencoder(nn.Module):
         return x.permute(0, 1 + 2 * D, *order).reshape(patches.shape[0], self.channels, *size)
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw which patches each sample shows `[B, K]` and hides `[B, N - K]`."""
+        """Draw the visible `[B, K]` and hidden `[B, N - K]` patch indices of each sample."""
         order = torch.rand(x.shape[0], math.prod(self.grid), device=x.device).argsort(dim=1)
         return order[:, self.hidden :], order[:, : self.hidden]
 
@@ -120,7 +120,7 @@ class MaskedAutoencoder(nn.Module):
         return predicted
 
     def _encode(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Return the encoder's tokens, `[B, prefix + K, C]`: the visible patches alone go through its blocks."""
+        """Return the encoder's tokens, `[B, prefix + K, C]`; only visible patches go through its blocks."""
         from timm.models import checkpoint_seq
 
         encoder = self.encoder
@@ -130,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
         )
         checkpointing = encoder.grad_checkpointing and torch.is_grad_enabled()
         tokens = checkpoint_seq(encoder.blocks, tokens) if checkpointing else encoder.blocks(tokens)
-        # an encoder that will classify by a mean has its norm behind that: one of the two is empty
+        # an encoder with average pooling has its norm after the pooling (`fc_norm`): one of the two is an identity
         normed: Tensor = encoder.fc_norm(encoder.norm(tokens))
         return normed
 
@@ -180,6 +180,6 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:  # [B, N, C], [B, K] -> [B, K, C]
 
 
 def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation over the pixels of each patch, `[B, N, 1]` each."""
+    """Return mean and standard deviation over the pixels of each patch, `[B, N, 1]` each."""
     mean = patches.mean(dim=-1, keepdim=True)
     return mean, (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()

@@ -1,4 +1,4 @@
-"""The model a run trains: the bundled one, a transformer of given sizes for images or clips, timm's, a saved one.
+"""Build the model that a run trains: the bundled one, a ViT of given sizes for images or clips, a timm or a saved one.
 
 Shapes: B batch, C channels, T frames, N tokens.
 """
@@ -32,16 +32,19 @@ _log = logging.getLogger(__name__)
 
 
 def build(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool = False) -> nn.Module:
-    """Return a model for inputs of `size`, in train mode on the CPU, with an answer for each of `classes`.
+    """Return a model for inputs of `size` with one logit per class, in train mode on the CPU.
 
-    `size` has no batch: (C, H, W) for images and spectrograms, (C, T, H, W) for clips. Names: `"reference"`, the
-    bundled model; `"vit"`, timm's `VisionTransformer` with `model.options`, cut by `patch_size` into patches (one
-    number or two) or, for clips, tubelets (frames, rows, columns); a timm name, fitted to the size where timm can;
-    a file that `torch.save(model)` wrote, or a folder that `save_pretrained` of a Hugging Face model wrote. A model
-    of other classes gets a new classifier, which is logged. What is a pickle is loaded only with `trust_pickle`.
+    Args:
+        model: the settings. `name` is `"reference"` (the bundled model); `"vit"`, timm's `VisionTransformer` with
+            `model.options`, where `patch_size` is one number or two, or for clips three (frames, rows, columns); a timm
+            name, adapted to `size` where timm can; a file that `torch.save(model)` wrote; or a folder that
+            `save_pretrained` of a Hugging Face model wrote.
+        size: of one input without the batch: (C, H, W) for images and spectrograms, (C, T, H, W) for clips.
+        classes: how many. A model with another number of classes gets a new classifier, which is logged.
+        trust_pickle: load a model that is a pickle.
 
     Raises `UnknownNameError` for a name or an option that does not exist, `ConfigError` for options that do not fit
-    together, `DataError` where the model does not take this size or cannot be given another classifier.
+    together, `DataError` if the model does not take this size or cannot be given another classifier.
     """
     net: Any
     check_trust(model, trust_pickle)
@@ -51,14 +54,14 @@ def build(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool 
         net = _vit(model.options, size, classes)
     else:
         net = _named(model, size, classes, trust_pickle)
-        if getattr(net, "pretrained_cfg", None):  # by this other commands know the size
+        if getattr(net, "pretrained_cfg", None):  # other commands read the input size from here
             net.pretrained_cfg = {**net.pretrained_cfg, "input_size": size}
     _fit_classes(net.eval(), model.name, size, classes)
     return net.train()  # type: ignore[no-any-return]
 
 
 def check_trust(model: Model, trust_pickle: bool) -> None:
-    """Raise `DataError` where building a model would load a pickle, which runs the code it holds, without trust."""
+    """Raise `DataError` if building a model would load a pickle (which runs the code in it) without `trust_pickle`."""
     named = [f"model.options.{key}" for key in _FILES if key in model.options]
     if ":" not in model.name and is_file(model.name):
         named.append(f"model.name, {model.name},")
@@ -70,7 +73,7 @@ def check_trust(model: Model, trust_pickle: bool) -> None:
 
 
 def own_size(name: str, kind: str) -> tuple[int, ...]:
-    """Return the images a Hugging Face folder was made for, (C, H, W); () for every other name and kind."""
+    """Return the image size a Hugging Face folder was made for, (C, H, W); () for every other name."""
     path = Path(name) / "config.json"
     if kind != "image" or not path.is_file():
         return ()
@@ -83,10 +86,9 @@ def own_size(name: str, kind: str) -> tuple[int, ...]:
 
 
 def order_classes(model: nn.Module, names: Sequence[str]) -> None:
-    """Let a Hugging Face classifier answer in the order of `names`, where these are its own classes in another order.
+    """Reorder the outputs of a Hugging Face classifier to match `names`, if these are its own labels in another order.
 
-    Raises `DataError` where it has no linear layer called `classifier` to reorder, and where only some of the names
-    are its labels.
+    Raises `DataError` if it has no linear layer called `classifier`, or if only some of the names are its labels.
     """
     config: Any = getattr(model, "config", None)
     order = by_label(model, names) if declared_classes(model) == len(names) else None
@@ -107,10 +109,10 @@ def order_classes(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
-    """Copy weights into a model from a .safetensors file or a run's folder; return a sentence that says which not.
+    """Load weights from a .safetensors file or the folder of a run; return a sentence that names what was not loaded.
 
-    Everything must fit but the classifier, and the norm in front of it where the two models pool differently: what
-    does not fit of these stays as it is. Raises `DataError`, and changes nothing, where anything else differs.
+    Only the classifier may differ, and the norm before it if the two models pool differently; these then keep their
+    initial values. Raises `DataError`, and changes nothing, if anything else differs.
     """
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     state, own = _read(file), model.state_dict()
@@ -132,9 +134,9 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
 
 
 class TubeletEmbed(nn.Module):
-    """Cut clips `[B, C, T, H, W]` into tubelets and project each: tokens `[B, N, width]`, time first, columns last.
+    """Cut clips `[B, C, T, H, W]` into tubelets and project each to a token: `[B, N, width]`, time first, columns last.
 
-    A timm `embed_layer`; `img_size`, `patch_size` and `grid_size` have three entries each: frames, rows, columns.
+    A timm `embed_layer`. `img_size`, `patch_size` and `grid_size` have three entries each: frames, rows, columns.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class TubeletEmbed(nn.Module):
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, ...]:
-        """Return how many tubelets a clip of this size has along each axis."""
+        """Return the number of tubelets along each axis for a clip of this size."""
         return tuple(length // step for length, step in zip(img_size, self.patch_size, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class TubeletEmbed(nn.Module):
 
 
 def places(grid: Sequence[int], width: int) -> Tensor:
-    """Return `[1, N, width]`: sines and cosines of each axis' coordinate, an equal part of the width for each axis."""
+    """Return sine-cosine position embeddings `[1, N, width]`, an equal part of the width for each axis."""
     half = width // (2 * len(grid))
     waves = 10_000 ** (-torch.arange(half) / half)
     axes = torch.meshgrid(*(torch.arange(length) for length in grid), indexing="ij")
@@ -193,7 +195,7 @@ def _reference(model: Model) -> nn.Module:
 
 
 def _vit(options: dict[str, Any], size: tuple[int, ...], classes: int) -> nn.Module:
-    """Build timm's class; the embedding of clips is a tubelet convolution."""
+    """Build timm's `VisionTransformer`, for clips with a tubelet embedding."""
     import_timm()
     from timm.models.vision_transformer import VisionTransformer
 
@@ -216,15 +218,15 @@ def _vit(options: dict[str, Any], size: tuple[int, ...], classes: int) -> nn.Mod
         net: Any = make(**options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"timm's VisionTransformer does not take model.options {options}: {error}.") from error
-    if net.pos_embed is not None:  # learned, from what a masked autoencoder keeps: neighbours are alike from the start
+    if net.pos_embed is not None:  # learned from a sine-cosine start, as a masked autoencoder keeps it
         start = places(net.patch_embed.grid_size, net.embed_dim)
         net.pos_embed.data[:, -start.shape[1] :] = start
     return net  # type: ignore[no-any-return]
 
 
-# options of timm's models that name files
+# timm options that name files
 _FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
-# arguments of timm's class that follow from the data, or are no plain values
+# arguments of timm's class that are derived from the data or are not plain values
 _OURS = ("img_size", "in_chans", "num_classes", "embed_layer", "block_fn", "device", "dtype")
 
 
@@ -238,7 +240,7 @@ def _named(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool
         fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)
         try:
             return timm.create_model(model.name, model.pretrained, **{**fitted, **model.options})  # type: ignore[no-any-return]
-        except TypeError:  # a model of any size takes no `img_size`
+        except TypeError:  # models without a fixed input size take no `img_size`
             fitted.pop("img_size", None)
             return timm.create_model(model.name, model.pretrained, **{**fitted, **model.options})  # type: ignore[no-any-return]
     except (TypeError, AssertionError) as error:
@@ -252,14 +254,14 @@ def _named(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool
 
 
 def _fitted(config: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return what timm must be told for a model that was made for another size."""
+    """Return the timm arguments that adapt a model made for another size."""
     built = tuple(config.input_size) if config else size
     channels = {} if built[0] == size[0] else {"in_chans": size[0]}
     return channels if built[1:] == size[1:] else {**channels, "img_size": size[1:]}
 
 
 def _fit_classes(net: Any, name: str, size: tuple[int, ...], classes: int) -> None:
-    """Run one input, and see to it that each class has an answer."""
+    """Run one input and check that the model has one output per class."""
     dtype = next((p.dtype for p in net.parameters()), torch.float32)
     out = run_images(net, torch.zeros(1, *size, dtype=dtype))
     found = getattr(net, "num_classes", out.shape[-1])
@@ -289,17 +291,17 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise UnsupportedError('loading weights needs safetensors: pip install "tokenmerge[train]"') from error
     try:
         return load_file(file)  # type: ignore[no-any-return]
-    except Exception as error:  # the format's own errors derive from Exception alone
+    except Exception as error:  # safetensors errors derive directly from Exception
         raise DataError(f"cannot read the weights {file}: {error}.") from error
 
 
 def _replaceable(model: Any, state: dict[str, Tensor]) -> tuple[str, ...]:
-    """Return the beginnings of the names that may differ: the classifier, and what pools in front of it."""
+    """Return the prefixes of the parameter names that may differ: the classifier and the pooling before it."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     names = [name for name, module in model.named_modules() if name and module is classifier]
     names = names or ["head", "fc"]
     own = model.state_dict()
-    # the last norm stands behind the mean of all tokens in one, before the class token is taken in the other
+    # one model has its last norm after average pooling (`fc_norm`), the other before the class token is taken (`norm`)
     if ("fc_norm.weight" in own) != ("fc_norm.weight" in state):
         names += ["norm", "fc_norm"]
     return tuple(f"{name}." for name in [*names, "attn_pool"])

@@ -1,4 +1,4 @@
-"""What a training makes smaller, and what its evaluation counts."""
+"""Training objectives: the loss to minimise and the sums that an evaluation reports."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ __all__ = ["Classify", "Objective", "Predict"]
 
 
 class Objective(ABC):
-    """One task: `loss` of a training batch, `score` of a batch of an evaluation."""
+    """A task: `loss` of a training batch, `score` of an evaluation batch."""
 
-    counts: tuple[str, ...] = ("loss",)  # what `score` sums up
+    counts: tuple[str, ...] = ("loss",)  # names of the sums that `score` returns
 
     def targets(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a training batch as the loss takes it."""
+        """Return the targets of a training batch in the form that `loss` takes."""
         return inputs, labels
 
     def net(self, model: nn.Module) -> nn.Module:
-        """Return what `loss` calls: the model, or what has it inside."""
+        """Return the module that `loss` calls: the model, or a module that contains it."""
         return model
 
     @abstractmethod
     def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the scalar to be made smaller."""
+        """Return the scalar to minimise."""
 
     @abstractmethod
     def score(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the sums over a batch, one for each of `counts`."""
+        """Return the sums over a batch, one per name in `counts`."""
 
 
 class Classify(Objective):
-    """Cross-entropy of the labels (mixed or smoothed), the method's own loss, and the divergence from a teacher.
+    """Cross-entropy of (mixed or smoothed) labels, plus the method's own loss and the distillation loss.
 
-    Distillation as Hinton et al., 2015, arXiv:1503.02531: softened answers, the gradient's scale kept.
+    Distillation follows Hinton et al., 2015, arXiv:1503.02531: softened answers, multiplied by T^2 to keep the scale of
+    the gradient.
     """
 
     counts = ("loss", "accuracy")
@@ -57,7 +58,7 @@ class Classify(Objective):
     def targets(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None:
             return inputs, labels
-        if len(inputs) % 2:  # one could not be read, and timm mixes pairs: one is there twice
+        if len(inputs) % 2:  # timm mixes pairs: where an unreadable sample leaves an odd number, repeat one
             inputs, labels = torch.cat((inputs, inputs[:1])), torch.cat((labels, labels[:1]))
         mixed: tuple[Tensor, Tensor] = self.mixup(inputs, labels)
         return mixed
@@ -68,7 +69,7 @@ class Classify(Objective):
     def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
         output, added = net(inputs) if self.adding else (net(inputs), 0.0)
         logits = answer(output).float()
-        # mixed targets are smoothed already
+        # mixup smooths its targets itself
         smoothing = 0.0 if self.mixup is not None else self.smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is not None:
@@ -85,9 +86,10 @@ class Classify(Objective):
 
 
 class _Adding(nn.Module):
-    """A model that hands out what its method adds to the loss, too.
+    """A model that also returns the extra loss of its method.
 
-    Within the forward: what DistributedDataParallel does not find behind the outputs, it takes as unused.
+    The loss is computed inside the forward, because DistributedDataParallel treats parameters that it cannot reach from
+    the outputs as unused.
     """
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
@@ -99,7 +101,7 @@ class _Adding(nn.Module):
 
 
 class Predict(Objective):
-    """What a masked autoencoder returns: the error of the masked patches."""
+    """Masked autoencoding: the model returns the prediction error of the masked patches."""
 
     def loss(self, net: Callable[[Tensor], Any], inputs: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = net(inputs)

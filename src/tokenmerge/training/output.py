@@ -1,4 +1,4 @@
-"""A run's folder: what may be in it before, what a finished run leaves, and the way back to a model."""
+"""The folder of a run: checks before a run, the files a finished run leaves, and loading a model from them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from tokenmerge.training.recipe import Recipe, differences, read_recipe
 __all__ = ["alone_in", "check_folder", "check_recipe", "export", "last_rows", "load", "write_recipe"]
 
 _RECIPE = "recipe.json"
-_WEIGHTS = "model.safetensors"  # written last: where it is, the run is finished
+_WEIGHTS = "model.safetensors"  # written last: if it exists, the run is finished
 _LOCK = ".lock"
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Raise `DataError` for a folder of something else, `ConfigError` for a run of another recipe, with what differs.
+    """Raise `DataError` if the folder holds something else, `ConfigError` (with the differences) for another recipe.
 
-    Nothing is written.
+    Writes nothing.
     """
-    # a run that was cut off at once leaves no more than these
+    # a run that was interrupted immediately leaves at most these files
     is_started = all(path.name == _LOCK or is_part(path) for path in folder.iterdir()) if folder.is_dir() else False
     if not folder.exists() or is_started:
         return
@@ -45,7 +45,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def check_recipe(folder: Path, before: Recipe, now: Recipe) -> None:
-    """Raise `ConfigError` where two recipes compute different things, with what differs."""
+    """Raise `ConfigError` with the differences if two recipes compute different things."""
     changed = differences(before, now)
     if changed:
         raise ConfigError(
@@ -56,14 +56,14 @@ def check_recipe(folder: Path, before: Recipe, now: Recipe) -> None:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write down what the folder is a run of; raises `DataError` where that cannot be written."""
+    """Write the recipe into the folder of a run; raise `DataError` if it cannot be written."""
     with writing(folder):
         write_file(folder / _RECIPE, json.dumps(recipe.as_dict(), indent=2) + "\n")
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other runs out of it; raises `DataError` where one is in it already."""
+    """Create a folder and lock it for this run; raise `DataError` if another run holds the lock."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a")
@@ -71,19 +71,19 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             import fcntl
 
-            # of this process alone: what it starts may outlive it, and must not hold up the next run
+            # child processes do not inherit a POSIX lock: one that outlives this run must not block the next
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise DataError(
                 f"another run is writing to {folder}: wait for it, stop it, or give another folder (--out)."
             ) from error
-        except (OSError, ImportError):  # a file system, or a system, that knows no such locks
+        except (OSError, ImportError):  # a file system or an operating system without such locks
             pass
         yield
 
 
 def last_rows(folder: Path) -> list[dict[str, Any]] | None:
-    """Return the lines of the last evaluation of a run that is over; None of others."""
+    """Return the rows of the last evaluation of a finished run; None for an unfinished one."""
     if not (folder / _WEIGHTS).is_file():
         return None
     rows = read_rows(folder)
@@ -99,11 +99,11 @@ def export(
     classes: tuple[str, ...],
     prepared: Preprocessing | None = None,
 ) -> None:
-    """Write the trained model: `model.safetensors`, `model.json` (size, classes) and, where it merges, `merge.json`.
+    """Write the trained model: `model.safetensors`, `model.json` (size, classes) and, if it merges, `merge.json`.
 
-    How images are prepared is written to `model.json`, and where that is a Hugging Face processor's work, as its file.
-    A model that was called `name` as a folder of Hugging Face's leaves its `config.json`: the folder needs no other.
-    `state` holds the weights by the names they have in `parts.core`, and what the method learned.
+    `model.json` also records the preprocessing; for a Hugging Face processor its own file is written too. A model built
+    from a Hugging Face folder (`name`) also writes `config.json`, so that the run no longer needs that folder. `state`
+    holds the weights by their names in `parts.core`, and the weights of a learned method.
     """
     from safetensors.torch import save
 
@@ -115,7 +115,7 @@ def export(
             parts.handle.config.save(folder / "merge.json", learned)
         about: dict[str, Any] = {"size": size, "classes": classes}
         if prepared is not None:
-            about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # it was trained with that
+            about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # used in training, so known
             if isinstance(prepared.own, Processor):
                 prepared.own.processor.save_pretrained(folder)
         write_file(folder / "model.json", json.dumps(about, indent=2) + "\n")
@@ -125,10 +125,10 @@ def export(
 
 
 def load(folder: str | Path, *, merged: bool = True, trust_pickle: bool = False) -> nn.Module:
-    """Return the model that a finished run left, in eval mode, patched as it was trained (`merged`).
+    """Return the model of a finished run, in eval mode and (`merged`) patched as it was trained.
 
-    Raises `DataError` where the folder holds no finished run, and where its recipe names a pickle to build the model
-    by: that is loaded only with `trust_pickle`.
+    Raises `DataError` if the folder holds no finished run, or if its recipe builds the model from a pickle and
+    `trust_pickle` is not set.
     """
     folder = Path(folder)
     if not (folder / _WEIGHTS).is_file() or not (folder / _RECIPE).is_file():
@@ -138,13 +138,13 @@ def load(folder: str | Path, *, merged: bool = True, trust_pickle: bool = False)
     if is_folder(folder):
         model = build_folder(folder)
     else:
-        # the weights it started from are no longer needed, nor the network they come by
+        # skip the initial weights and their download
         about_model = dataclasses.replace(recipe.model, pretrained=False)
         model = build(about_model, tuple(about["size"]), len(about["classes"]), trust_pickle)
     load_weights(model, folder)
     config = getattr(model, "config", None)
     if getattr(config, "label2id", None):
-        # in the order of the samples it was trained on
+        # labels in the order of the training classes
         config.label2id = {name: number for number, name in enumerate(about["classes"])}  # type: ignore[union-attr]
         config.id2label = dict(enumerate(about["classes"]))  # type: ignore[union-attr]
     if merged and (folder / "merge.json").is_file():

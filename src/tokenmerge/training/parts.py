@@ -1,4 +1,4 @@
-"""The parts a recipe names: model with its reduction, teacher, objective, optimiser and its schedule."""
+"""Build the parts that a recipe names: model, reduction, teacher, objective, optimiser and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ MODULES = "tokenmerge_modules."
 
 @dataclass
 class Parts:
-    """What is trained, and what it is trained with."""
+    """The model of a run and everything that trains it."""
 
-    model: nn.Module  # what the objective calls
-    core: nn.Module  # what is exported: the model itself, or the encoder inside it
+    model: nn.Module  # the module that the objective calls
+    core: nn.Module  # the module to export: the model itself, or the encoder inside it
     handle: Handle | None  # None: nothing is merged, as in pre-training
     objective: Objective
-    r: Any  # what the trained model removes per block
+    r: Any  # the r of the trained model
     notes: list[str]
 
 
 def build_parts(
     recipe: Recipe, size: tuple[int, ...], classes: int, device: torch.device, names: Sequence[str] = ()
 ) -> Parts:
-    """Build what a recipe names, on a device, its classes in the order of `names`; raises what its parts raise."""
-    core = build(recipe.model, size, classes, trust_pickle=True)  # `train` has asked before
+    """Build the parts of a recipe on a device, with the classes in the order of `names`.
+
+    Raises the errors of the parts.
+    """
+    core = build(recipe.model, size, classes, trust_pickle=True)  # `train` has checked it
     order_classes(core, names)
     notes = [load_weights(core, recipe.model.weights)] if recipe.model.weights else []
     if recipe.model.checkpointing:
@@ -77,9 +80,9 @@ def _checkpoint_blocks(model: nn.Module) -> None:
 
 
 def set_training(parts: Parts, recipe: Recipe) -> None:
-    """Put the model in train mode, but what a recipe keeps as it is."""
+    """Put the model in train mode, except for parts that the recipe freezes."""
     modules = getattr(parts.core, MODULES[:-1], None)
-    # a frozen model keeps its statistics too, and only the method's modules are told that this is training
+    # a frozen model keeps its batch-norm statistics too: only the modules of the method go to train mode
     parts.model.train(not recipe.model.only_modules)
     if modules is not None:
         modules.train()
@@ -90,7 +93,7 @@ def set_training(parts: Parts, recipe: Recipe) -> None:
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return timm's optimiser of a name; no weight decay for one-dimensional parameters, nor for learned modules."""
+    """Return the timm optimiser of this name, without weight decay for 1-d parameters and learned modules."""
     from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
     chosen = recipe.optimizer
@@ -111,7 +114,7 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     try:
         found: torch.optim.Optimizer = create_optimizer_v2(groups, chosen.name, lr=chosen.lr)
-    except (AssertionError, ImportError, TypeError, ValueError) as error:  # no such name, or no such package or GPU
+    except (AssertionError, ImportError, TypeError, ValueError) as error:  # unknown name, or a missing package or GPU
         raise ConfigError(f"timm builds no optimizer.name {chosen.name!r} here: {error}.") from error
     if getattr(found, "is_second_order", False):
         raise ConfigError(f"optimizer.name is {chosen.name!r}: it needs second derivatives, which are not computed.")
@@ -119,16 +122,16 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def scheduler_of(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:
-    """Return timm's scheduler of a name, counting steps: `step_update(step)` before each; None for "none"."""
+    """Return the timm scheduler of this name, or None for "none"; call `step_update(step)` before each step."""
     from timm.scheduler import create_scheduler_v2
 
     chosen = recipe.optimizer
     if chosen.schedule == "none":
-        # what timm's schedulers do with the shares of a layer decay
+        # apply the factors of layer decay as timm's schedulers do
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
         return None
-    # one update per epoch: what timm counts in epochs is counted in steps
+    # with one update per epoch, timm's epochs are our steps
     found, _ = create_scheduler_v2(
         optimizer,
         chosen.schedule,

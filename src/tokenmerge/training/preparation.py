@@ -1,4 +1,4 @@
-"""How a run prepares its images: as the model says, and what a new model is told."""
+"""Choose the preprocessing of a run: the one the model declares, or a default for a new model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["preparation", "statistics_of"]
 
 
 def preparation(model: nn.Module, name: str, kind: str, size: tuple[int, ...]) -> Preprocessing | None:
-    """Return what images go through before a model called `name` in an evaluation; None for clips and sounds.
+    """Return the evaluation preprocessing of the model `name`; None for clips and sounds.
 
-    That is what the model says, for images of this size. One that says nothing gets ImageNet's constants (for one
-    channel those of Fashion-MNIST), the shorter side resized and the middle cut out; it is known then, unless the
-    model was trained before.
+    It is the preprocessing that the model declares, at this size. A model that declares none gets ImageNet's constants
+    (Fashion-MNIST's for one channel), a resize of the shorter side and a centre crop. That default counts as known,
+    unless the model was trained before.
     """
     if kind != "image":
         return None
@@ -30,7 +30,7 @@ def preparation(model: nn.Module, name: str, kind: str, size: tuple[int, ...]) -
         found = find_preprocessing(model, beside=name if Path(name).exists() else None)
     except ConfigError:
         raise
-    except TokenMergeError:  # no adapter, or no known input size
+    except TokenMergeError:  # no adapter, or the input size is unknown
         found = None
     if found is not None and found.is_known and (not found.size or found.size == size):
         return found
@@ -39,7 +39,7 @@ def preparation(model: nn.Module, name: str, kind: str, size: tuple[int, ...]) -
     means, stds = statistics(size[0], mean or (), std or ())
     own = eval_transform(kind, size, mean=means, std=stds)
     source = "as this run prepares them"
-    # what was trained elsewhere may have seen other pixels
+    # a model trained elsewhere may have been trained with other constants
     is_sure = is_known or name in (BUNDLED, VIT)
     is_square = size[1] == size[2]
     return Preprocessing(
@@ -57,7 +57,7 @@ def preparation(model: nn.Module, name: str, kind: str, size: tuple[int, ...]) -
 
 
 def statistics_of(prepared: Preprocessing | None) -> dict[str, Any]:
-    """Return mean and std of pixels, and the interpolation, as `train_transform` takes them."""
+    """Return mean, std and interpolation as arguments of `train_transform`."""
     if prepared is None or prepared.mean is None:
         return {}
     return {"mean": prepared.mean, "std": prepared.std, "interpolation": prepared.interpolation}

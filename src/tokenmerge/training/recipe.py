@@ -1,4 +1,4 @@
-"""A recipe: everything a training run is made of, read from a TOML file, changed by `key=value`, checked at once."""
+"""Recipes: the settings of a training run, read from TOML, changed by `key=value`, checked on construction."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FOLDER = Path(__file__).parent / "recipes"
 @dataclass(frozen=True)
 class Model:
     name: str = "reference"  # see nets.build
-    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its class
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model class
     pretrained: bool = True
-    weights: str | None = None  # .safetensors, or the folder of another run, to start from
-    only_modules: bool = False  # train the method's own modules, nothing of the model
-    freeze_batch_norm: bool = False  # keep its statistics: they depend on how a batch is split
+    weights: str | None = None  # initial weights: a .safetensors file or the folder of another run
+    only_modules: bool = False  # train only the modules of the method
+    freeze_batch_norm: bool = False  # keep the statistics, which depend on how a batch is split
     checkpointing: bool = False  # recompute blocks in the backward: less memory, more time
     compile: bool = False
 
@@ -49,10 +49,10 @@ class Model:
 class Optimizer:
     name: str = "adamw"  # timm's name
     lr: float = 1e-3
-    lr_modules: float | None = None  # of a learned method's own modules; else lr
+    lr_modules: float | None = None  # learning rate of a learned method's modules; None: lr
     weight_decay: float = 0.05
     layer_decay: float | None = None
-    schedule: str = "cosine"  # or tanh, poly; none: neither this nor a warm-up
+    schedule: str = "cosine"  # cosine, tanh, poly, or none (no schedule and no warm-up)
     warmup: float = 0.05  # share of all steps
     min_lr: float = 1e-6
 
@@ -63,12 +63,12 @@ class Merge:
     r: Any = 0  # any form that `patch` takes
     prop_attn: bool | str = "auto"
     warmup: float = 0.0  # share of all steps in which r grows from 0
-    draw: bool = False  # every step draws its r from 0 to r
-    off: float = 0.0  # share of all steps, the last ones, without merging
+    draw: bool = False  # draw the r of each step from 0 to r
+    off: float = 0.0  # share of all steps, at the end, without merging
 
     @property
     def amount(self) -> PlainR:
-        """The r as `patch` takes it: TOML has no pairs, they are written "16,-1"."""
+        """The r as `patch` takes it. TOML has no tuples: a pair is written "16,-1"."""
         try:
             return Schedule.parse(self.r) if isinstance(self.r, str) else Schedule.check(self.r)
         except InvalidScheduleError as error:
@@ -79,43 +79,43 @@ class Merge:
 
 @dataclass(frozen=True)
 class Distill:
-    weight: float = 0.0  # of the divergence to the unmerged model's answers; 0: no teacher
+    weight: float = 0.0  # weight of the KL divergence to the unmerged model's logits; 0: no teacher
     temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Masked:
-    ratio: float = 0.75  # of the patches
+    ratio: float = 0.75  # share of patches to hide
     width: int = 64  # of the decoder
     depth: int = 2
     heads: int = 2
-    normalise: bool = True  # pixels to predict, by their patch's mean and deviation
+    normalise: bool = True  # normalise the target pixels by the mean and deviation of their patch
 
 
 @dataclass(frozen=True)
 class Save:
-    every: int = 200  # steps from one checkpoint to the next
-    keep: int = 2  # checkpoints
-    evaluate: int = 0  # steps from one validation to the next; 0: only at the end
-    log: int = 20  # steps from one line of metrics to the next
+    every: int = 200  # steps between checkpoints
+    keep: int = 2  # number of checkpoints to keep
+    evaluate: int = 0  # steps between validations; 0: only at the end
+    log: int = 20  # steps between rows of metrics
     tensorboard: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run as a value. Raises `ConfigError` for values no run can have."""
+    """One training run as a value. Raises `ConfigError` for invalid values."""
 
     about: str = ""
     task: str = "classify"  # or mae: predict masked patches
     steps: int | None = None
     epochs: float | None = None
-    batch_size: int = 128  # of one optimiser step, over all processes and accumulated parts
-    accumulate: int = 1  # parts that a step's batch is computed in
+    batch_size: int = 128  # samples per optimiser step, over all processes and accumulated parts
+    accumulate: int = 1  # parts that the batch of a step is split into
     seed: int = 0
     precision: str = "fp32"
     parallel: str = "ddp"  # or fsdp: parameters sharded over the processes
-    clip: float | None = 1.0  # norm of the gradients
-    ema: float = 0.0  # decay of the running average that is exported; 0: none
+    clip: float | None = 1.0  # largest norm of the gradients
+    ema: float = 0.0  # decay of the running average of the weights, which is exported; 0: none
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -135,7 +135,7 @@ class Recipe:
                 f"give steps or epochs, one of them; got steps {self.steps} and epochs {self.epochs}; the "
                 "other is none."
             )
-        # written so that nan is refused too
+        # the comparison also rejects NaN
         for key in _POSITIVE:
             if flat[key] is not None and not flat[key] > 0:
                 raise ConfigError(f"{key} is {flat[key]}; it must be more than 0.")
@@ -152,16 +152,16 @@ class Recipe:
             raise ConfigError(f"augment.scale is {list(low_high)}; give two shares, the smaller first, as [0.35, 1.0].")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"a batch of {self.batch_size} cannot be split into {self.accumulate} equal parts.")
-        # what a model and its length would add is checked by `patch`
+        # `patch` checks what depends on the model
         Amount(self.merge.amount, 1, warmup=self.merge.warmup, off=self.merge.off)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as a TOML or JSON file holds them."""
+        """Return plain values, ready for a TOML or JSON file."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
 
-# what settings may be; the rest is checked by what takes them
+# allowed values; other settings are checked where they are used
 _CHOICES = {
     "task": ("classify", "mae"),
     "precision": ("fp32", "bf16", "fp16"),
@@ -179,14 +179,14 @@ _SHARES += ("augment.flip", "augment.erase", "augment.smoothing")
 
 
 def list_recipes() -> dict[str, str]:
-    """Return the name of every recipe of the package and what it is about."""
+    """Return the name and description of every built-in recipe."""
     return {path.stem: str(_load(path).get("about", "")) for path in sorted(FOLDER.glob("*.toml"))}
 
 
 def read_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe of the package by its name, or a file of your own (.toml, .json), and apply `key=value` changes.
+    """Read a built-in recipe by name, or a recipe file (.toml, .json), and apply `key=value` changes.
 
-    Raises `UnknownNameError` for a recipe or a key that does not exist (with the nearest), `ConfigError` for a file
+    Raises `UnknownNameError` (with the nearest name) for a recipe or key that does not exist, `ConfigError` for a file
     that cannot be read or a value that does not fit.
     """
     path = Path(name)
@@ -210,13 +210,13 @@ def read_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:
-    """Build a recipe of plain values; the errors of `read_recipe`."""
+    """Build a recipe from plain values; raises the errors of `read_recipe`."""
     recipe: Recipe = _build(Recipe, content, "")
     return recipe
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every setting by its dotted key."""
+    """Return every setting under its dotted key."""
     found: dict[str, Any] = {}
     for part in dataclasses.fields(value):
         inner = getattr(value, part.name)
@@ -225,14 +225,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# they change how long a run takes and what it tells, not what it computes
+# settings that change the speed and the output of a run, but not its result
 _FREE = {"about", "data.workers", "model.compile"}
 _FREE |= {"data.held", "save.every", "save.keep", "save.evaluate", "save.log", "save.tensorboard"}
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
-    """Say, per setting that changes what a run computes, what it was and what it is."""
-    # as a file holds them: a pair and a list of two are the same there
+    """Describe each changed setting that affects the result of a run: old and new value."""
+    # compare the values as a file stores them, where a pair and a list of two are equal
     old, new = (flatten(from_dict(recipe.as_dict())) for recipe in (before, now))
     return [f"{key}: {old[key]!r} before, {new[key]!r} now" for key in old if key not in _FREE and old[key] != new[key]]
 
@@ -241,7 +241,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else _toml(text)
-    except (OSError, ValueError, RecursionError) as error:  # what both parsers raise derives from ValueError
+    except (OSError, ValueError, RecursionError) as error:  # the errors of both parsers derive from ValueError
         raise ConfigError(f"cannot read the recipe {path}: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {path} holds a {type(content).__name__}, not a table of settings.")
@@ -261,7 +261,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Read what stands after `key=` as TOML would; a bare word is a text."""
+    """Parse the value after `key=` as TOML; a bare word is a string."""
     try:
         return _toml(f"value = {text}")["value"]
     except ValueError:
@@ -291,7 +291,7 @@ def _first(kind: Any) -> str:
 
 
 def _fitted(value: Any, hint: Any, key: str) -> Any:
-    """Return a value as its setting holds it; raises `ConfigError` where it is of another type."""
+    """Convert a value to the type of its setting; raise `ConfigError` if it does not fit."""
     # TOML has no null
     if value in ("none", "None") and type(None) in get_args(hint):
         return None

@@ -1,6 +1,7 @@
-"""The processes of a run: who they are, how they share a model, and which of them is gone when one is.
+"""Distributed training: the process group, DDP and FSDP2 wrapping, and detection of lost ranks.
 
-torchrun starts them; here they meet, beat once a second, and tell each other why they stop.
+torchrun starts the processes. Each one writes a heartbeat to a TCP store every half second, and the reason when it
+stops on an error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LostRankError(TokenMergeError):
 
 
 class World:
-    """This process among those of the run; alone where torchrun has not started it. A context: leaving it parts."""
+    """This process within the run, alone unless torchrun started it. A context manager: leaving it leaves the group."""
 
     def __init__(self, device: str | None = None) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -42,14 +43,14 @@ class World:
         name = device or ("cuda" if has_gpu else "cpu")
         self.device = find_device(f"cuda:{local}" if name == "cuda" else name)
         self.asked_to_stop = False
-        self.signal = "SIGTERM"  # by which it was asked
+        self.signal = "SIGTERM"  # the signal that asked it to stop
         self._handlers: dict[signal.Signals, Any] = {}
         self._stop = threading.Event()
         if self.size > 1:
             if has_gpu:
                 torch.cuda.set_device(self.device)
             distributed.init_process_group("nccl" if has_gpu else "gloo")
-            # a connection of the thread's own: one that waits for an answer would hold up the beat
+            # a separate connection for the thread: a blocking call on a shared one would delay the heartbeat
             self._store, beats = _connect(), _connect()
             beats.set(f"beat/{self.rank}", "0")
             distributed.barrier()
@@ -65,20 +66,20 @@ class World:
             count += 1
             try:
                 store.set(f"beat/{self.rank}", str(count))
-            except RuntimeError:  # the store is gone, and whoever held it: the next collective says so
+            except RuntimeError:  # the store and the process that hosts it are gone: the next collective fails
                 return
 
     def __enter__(self) -> World:
-        # where this is not the main thread, signals are somebody else's business
+        # only the main thread may set signal handlers
         with suppress(ValueError):
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        """SIGTERM: a scheduler takes the machine away, or torchrun ends the others when one process has failed.
+        """Handle SIGTERM and SIGINT: stop after the current step; a second Ctrl-C stops at once.
 
-        SIGINT: Ctrl-C. A second one is not waited for.
+        A scheduler sends SIGTERM before it takes the machine away, torchrun when another process has failed.
         """
         if number == signal.SIGINT:
             if self.asked_to_stop:
@@ -96,7 +97,7 @@ class World:
                 signal.signal(number, handler)
 
     def _part(self, error: BaseException | None) -> None:
-        """Leave the others; raises `LostRankError` where the error comes from one of them being gone."""
+        """Leave the process group; raise `LostRankError` if the error was caused by a lost rank."""
         if error is None:
             self._stop.set()
             distributed.destroy_process_group()
@@ -109,13 +110,13 @@ class World:
         self._tell(str(error) or type(error).__name__)
 
     def _tell(self, reason: str) -> None:
-        # where the store is gone, nobody is left to be told
+        # without a store the reason cannot be passed on
         with suppress(RuntimeError):
             self._store.set(f"reason/{self.rank}", reason)
         self._stop.set()
 
     def _lost(self) -> list[str]:
-        """Return a sentence for each rank that said why it stopped, or whose beat has stopped."""
+        """Return one sentence per rank that reported why it stopped, or whose heartbeat has stopped."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
             before = {rank: self._store.get(f"beat/{rank}") for rank in others}
@@ -134,9 +135,10 @@ class World:
     def wrap(
         self, model: nn.Module, around: Callable[[nn.Module], nn.Module], parallel: str, *, find_unused: bool
     ) -> nn.Module:
-        """Return `around(model)` as all processes share it: `ddp` a copy each, `fsdp` the model's parameters in shards.
+        """Return `around(model)` wrapped for all processes: `"ddp"` gives each a copy, `"fsdp"` shards the parameters.
 
-        Copies look for what is used behind what `around` returns; shards are of the model, which is run alone, too.
+        DDP wraps the output of `around`, so that it finds unused parameters there. FSDP shards `model` itself, because
+        `model` is also run alone.
         """
         if parallel == "fsdp":
             self.shard(model)
@@ -146,9 +148,9 @@ class World:
         return nn.parallel.DistributedDataParallel(net, find_unused_parameters=find_unused)
 
     def shard(self, model: nn.Module) -> None:
-        """Spread a model's parameters over the processes, block by block, in place.
+        """Shard the parameters of a model over the processes, block by block, in place.
 
-        Raises `UnsupportedError` for a model that has single numbers among them.
+        Raises `UnsupportedError` for a model with zero-dimensional parameters.
         """
         if self.size == 1:
             return
@@ -178,14 +180,14 @@ class World:
 
 
 def is_started() -> bool:
-    """Say whether torchrun has started this process."""
+    """Return whether torchrun started this process."""
     return "RANK" in os.environ
 
 
 def launch(arguments: list[str], processes: int, port: int | None) -> int:
-    """Run `python -m tokenmerge.cli ARGUMENTS` in several processes of this machine by torchrun; returns the exit code.
+    """Run `python -m tokenmerge.cli ARGUMENTS` in several local processes with torchrun and return the exit code.
 
-    Raises `ConfigError` for a port that is in use, `LostRankError` that names the rank that failed first.
+    Raises `ConfigError` for a port in use, and `LostRankError` with the rank that failed first.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,1 +1,1 @@
-"""Choose method and schedule for the model in front of us."""
+"""Choose a method and a schedule for a given model."""

@@ -1,4 +1,4 @@
-"""Choose method and schedule for the model in front of us: `patch(model, "auto", r=..., calibrate=images)`."""
+"""Choose a method and a schedule for a given model: `patch(model, "auto", r=..., calibrate=images)`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from tokenmerge.schedule import R, Schedule
 __all__ = ["calibrate"]
 
 _BATCH = 32
-_STEPS = 10  # of the search for one threshold of similarity
+_STEPS = 10  # of the search for the similarity threshold
 
 
 def calibrate(model: nn.Module, r: R, images: Tensor, options: Mapping[str, Any]) -> Calibration:
-    """Try a small set of candidates with the MACs of ToMe at `r` and return what each does to the unmerged answers.
+    """Try a small set of candidates at the MACs of ToMe with `r`; return how much each changes the unmerged outputs.
 
-    First the shape of the schedule (as asked; falling to 0 in a straight line, and steeper; and as many pairs in each
-    block as are alike by one threshold) for keys and for token features. Then, with the best shape, other metrics,
-    early pruning and norms, and class importance. Damage is the squared distance of the output from the unmerged
-    model's, relative to that: of logits too, since the KL divergence of a few images is that of the one or two that
-    the model is unsure of. `options` are those of `MergeConfig` besides the method and `r`. The model is left as it
-    was. Raises `ConfigError` for images it cannot use.
+    First the schedules are tried, with keys and with token features as metric: `r` as given, falling linearly to 0,
+    falling more steeply. With the better metric follows the schedule that merges, in each block, the pairs above one
+    similarity threshold. Then the best schedule is combined with other metrics, early pruning with norms kept, and
+    class importance. `damage = |y - y0|^2 / |y0|^2`, with y0 the unmerged output. This also holds for logits, because
+    the KL divergence of a few images is dominated by the one or two that the model is unsure of.
+
+    `options` are those of `MergeConfig` besides the method and `r`. The model is not changed. Raises `ConfigError` for
+    images it cannot use.
     """
     if not isinstance(images, Tensor) or images.dim() < 2 or len(images) == 0:
         seen = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -62,7 +64,7 @@ def calibrate(model: nn.Module, r: R, images: Tensor, options: Mapping[str, Any]
 
 
 def _variants(best: ToMe, has_class: bool) -> list[Reduction]:
-    """Candidates around the best metric found so far."""
+    """Return further candidates around the best metric so far."""
     others: list[Reduction] = [
         ToMe(heads="concat"),
         ToMe(metric="v"),
@@ -75,12 +77,12 @@ def _variants(best: ToMe, has_class: bool) -> list[Reduction]:
 
 @dataclass(frozen=True)
 class _AsAlike(ToMe):
-    """ToMe of the pairs whose cosine is above a threshold, as many in every image as there are on the average."""
+    """ToMe that merges, in every image, the mean number of pairs with a cosine above a threshold."""
 
     is_adaptive = True
 
     threshold: float = 1.0
-    amounts: dict[int, int] = field(default_factory=dict, compare=False)  # by layer, of the last forward
+    amounts: dict[int, int] = field(default_factory=dict, compare=False)  # pairs merged per layer in the last forward
 
     def plan(self, view: TokenView, r: int) -> Plan:
         *_, cosine = matching.partners(self._metric(view), prefix=view.prefix, valid=view.valid)
@@ -113,14 +115,14 @@ class _Trial:
         return attached(self.model, MergeConfig(method, r=r, **self.options))
 
     def shapes(self, r: R) -> dict[str, R]:
-        """Return the schedules to try: what was asked for, and falling ones that cost no more MACs than it."""
+        """Return the schedules to try: `r` as given, and falling ones with no more MACs."""
         shapes: dict[str, R] = {"given": r}
         if not any(Schedule.of(r, self.depth).amounts) or self.depth < 3:
             return shapes
         most = self._macs(r)
         for name, power in (("falling", 1), ("steeply falling", 2)):
             low, high = 0.0, float(max(8, self._tokens))
-            # amounts are whole numbers: finer steps find no other schedule
+            # amounts are whole numbers: a finer search finds no other schedule
             while high - low > 0.1:
                 middle = (low + high) / 2
                 low, high = (low, middle) if self._macs(self._falling(middle, power)) <= most else (middle, high)
@@ -128,13 +130,13 @@ class _Trial:
         return shapes
 
     def as_alike(self, method: ToMe, r: R) -> R | None:
-        """Return the schedule that merges in each block the pairs above one threshold of similarity, on the average.
+        """Return the schedule that merges, per block, the mean number of pairs above one similarity threshold.
 
-        The threshold is the highest that costs no more MACs than `r`; 16 images are enough to count pairs. None where
-        no threshold removes as much.
+        The threshold is the highest whose schedule costs no more MACs than `r`; pairs are counted on 16 images. None if
+        no threshold removes enough.
         """
         most, found = self._macs(r), None
-        low, high = math.log(1e-5), math.log(2.0)  # of 1 - cosine
+        low, high = math.log(1e-5), math.log(2.0)  # bounds of log(1 - cosine)
         for _ in range(_STEPS):
             middle = (low + high) / 2
             counter = _AsAlike(**vars(method), threshold=1 - math.exp(middle))
@@ -152,7 +154,7 @@ class _Trial:
         return [round(first * (1 - layer / last) ** power) for layer in range(self.depth)]
 
     def _unmerged(self) -> Tensor:
-        """Return the answers to compare with; raises `ConfigError` where the model gives none that can be."""
+        """Return the unmerged outputs; raise `ConfigError` if they cannot be computed or are not finite."""
         try:
             expected = self._answers()
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -174,7 +176,7 @@ class _Trial:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; every module's mode is given back."""
+    """Run in eval mode without gradients; restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
