@@ -7,12 +7,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenmerge.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tokenmerge.adapters.base import Adapter, Context, Surroundings
 
 __all__ = ["adopt", "read"]
 
@@ -40,7 +37,7 @@ _GONE = {
 }
 
 
-def adopt(cls: type[Adapter]) -> None:
+def adopt(cls: Any) -> None:
     """Take over what a class says by older names; raises `ConfigError` for what cannot be taken over."""
     own = vars(cls)
     for name, successor in _GONE.items():
@@ -51,7 +48,7 @@ def adopt(cls: type[Adapter]) -> None:
         cls.host = replace(cls.host, **data)
     fields = {name: own[name] for name in (*_FIELDS, "core", "trained_without_merging") if name in own}
     if fields:
-        cls.surroundings = _surroundings(cls.surroundings, fields)  # type: ignore[method-assign]
+        cls.surroundings = _surroundings(cls.surroundings, fields)
     bound = {name: own[name] for name in _OVERRIDES if name in own}
     if bound:
         if "overrides" in own or any(
@@ -60,7 +57,7 @@ def adopt(cls: type[Adapter]) -> None:
             raise ConfigError(
                 f"{cls.__qualname__} has overrides(), and {', '.join(bound)} besides: say all of it there."
             )
-        cls.overrides = _overrides(bound)  # type: ignore[method-assign]
+        cls.overrides = _overrides(bound)
     for names, successor in ((data, "host"), (fields, "surroundings()"), (bound, "overrides()")):
         if names:
             text = (
@@ -69,7 +66,7 @@ def adopt(cls: type[Adapter]) -> None:
             warnings.warn(text, DeprecationWarning, stacklevel=4)
 
 
-def read(adapter: Adapter, name: str) -> Any:
+def read(adapter: Any, name: str) -> Any:
     """Return what an adapter had by an older name; raises `AttributeError` for a name that it never had."""
     if name in _DATA:
         found, successor = getattr(adapter.host, name), f"host.{name}"
@@ -84,8 +81,8 @@ def read(adapter: Adapter, name: str) -> Any:
     return found
 
 
-def _surroundings(before: Callable[..., Surroundings], own: dict[str, Any]) -> Callable[..., Surroundings]:
-    def surroundings(self: Adapter, model: Any) -> Surroundings:
+def _surroundings(before: Callable[..., Any], own: dict[str, Any]) -> Callable[..., Any]:
+    def surroundings(self: Any, model: Any) -> Any:
         found = before(self, model)
         given = {_FIELDS[name]: method(self, model) for name, method in own.items() if name in _FIELDS}
         if "core" in own:
@@ -99,7 +96,7 @@ def _surroundings(before: Callable[..., Surroundings], own: dict[str, Any]) -> C
 
 
 def _overrides(own: dict[str, Any]) -> Callable[..., Any]:
-    def overrides(self: Adapter, model: Any, context: Context) -> Any:
+    def overrides(self: Any, model: Any, context: Any) -> Any:
         found = []
         if "head" in own and context.sizes is not None:
             found += own["head"](self, model, context.sizes)[0]
