@@ -210,7 +210,9 @@ def keep_behind(plan: AnyPlan, n: int) -> AnyPlan:
     [[0, 2, 3, 4]]
     """
     more = n - plan.n
-    keep = torch.cat((plan.keep, torch.arange(plan.n, n, device=plan.keep.device).expand(len(plan.keep), -1)), dim=1)
+    keep = torch.cat(
+        (plan.keep, torch.arange(plan.n, n, device=plan.keep.device).expand(plan.keep.shape[0], -1)), dim=1
+    )
     if isinstance(plan, MatrixPlan):
         weight = nn.functional.pad(plan.weight, (0, more, 0, more))
         behind = nn.functional.pad(torch.eye(more, device=weight.device), (plan.n, 0, plan.keep.shape[1], 0))

@@ -202,8 +202,8 @@ def _free_blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Modul
 def _shape(layout: TokenLayout, state: ForwardState, blocks: list[tuple[str, nn.Module]]) -> ModelShape:
     removed = tokens = None
     if layout.tokens is not None:
-        left = state.schedule.tokens(layout.tokens, layout.protected)
-        tokens = (layout.tokens, *left[:-1])
+        left = [n - layout.suffix for n in state.schedule.tokens(layout.tokens, layout.protected)]
+        tokens = (layout.tokens - layout.suffix, *left[:-1])
         removed = tuple(before - after for before, after in zip(tokens, left, strict=True))
     active = tuple(layer for layer, amount in enumerate(state.schedule.amounts) if amount != 0)
     width = token_width(blocks[0][1])

@@ -127,8 +127,8 @@ class HookedRunner(ResidualRunner):
             if not turn.is_silent:
                 self._check_seen(seen, mid.shape[1])
             return mid
-        turn.plan = self._choose(turn.call, mid, None, seen)
-        turn.merged, turn.size = self.method.merge(turn.plan, mid, turn.call.size)
+        plan = self._choose(turn.call, mid, None, seen)
+        turn.merged, turn.size, turn.plan = self._apply(plan, turn.call, mid, None)
         return turn.merged
 
 

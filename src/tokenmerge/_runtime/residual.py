@@ -116,7 +116,21 @@ class ResidualRunner(Override):
         plan = self._choose(call, x, branch, seen)
         # keys are views of the whole projection: keeping them through the MLP raises peak memory by a sixth
         del seen
-        return *self.method.merge(plan, x, call.size, branch), plan
+        return self._apply(plan, call, x, branch)
+
+    def _apply(
+        self, plan: AnyPlan, call: Call, x: Tensor, branch: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, AnyPlan]:
+        """Merge the span by the plan that was made for it; returns tokens, sizes and the plan for all tokens."""
+        n, stop = x.shape[1], call.span[1]
+        if stop == n:
+            return *self.method.merge(plan, x, call.size, branch), plan
+        merged, size = self.method.merge(plan, x[:, :stop], _first(call.size, stop), _first(branch, stop))
+        if size is not None:
+            behind = size.new_ones(size.shape[0], n - stop) if call.size is None else call.size[:, stop:]
+            size = torch.cat((size, behind), dim=1)
+        stays = x[:, stop:] if branch is None else x[:, stop:] + branch[:, stop:]
+        return torch.cat((merged, stays), dim=1), size, keep_behind(plan, n)
 
     def parity(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the recomposed block without merging; raises `AdapterMismatchError` if the tap captured wrong shapes."""
@@ -146,20 +160,14 @@ class ResidualRunner(Override):
         return key_bias(size.log().clamp_min(-1e4) if has_padding else size.log())
 
     def _choose(self, call: Call, x: Tensor, branch: Tensor | None, seen: dict[str, Tensor]) -> AnyPlan:
-        """Let the method plan on the stream `x` and the attention branch, both `[B, N, C]`.
-
-        The method sees the tokens up to the end of the span; the tokens behind it stay.
-        """
-        n, (start, stop) = x.shape[1], call.span
-
-        def first(tensor: Tensor | None, dim: int = 1) -> Tensor | None:
-            return tensor if tensor is None or stop == n else tensor.narrow(dim, 0, stop)
+        """Let the method plan on the stream `x` and the attention branch, both `[B, N, C]`, up to the span's end."""
+        start, stop = call.span
 
         def shown(tensor: Tensor | None, dim: int = 1) -> Any:
-            found = first(tensor, dim)
+            found = _first(tensor, stop, dim)
             return _cut(found) if self.module is None else found  # learned modules need gradients through their inputs
 
-        size = first(call.size)
+        size = _first(call.size, stop)
         valid = size > 0 if call.frame.has_padding and size is not None else None
         view = TokenView(
             stream=shown(x),
@@ -175,14 +183,13 @@ class ResidualRunner(Override):
             branch=shown(branch),
             depth=self.state.depth,
             scale=self.scale,
-            bias=first(call.bias),
-            places=first(call.kept),
+            bias=_first(call.bias, stop),
+            places=_first(call.kept, stop),
             module=self.module,
             memory=call.frame.memory,
         )
         plan = self.method.plan(view, call.r)
-        plan = plan if valid is None else lead_by_real(plan, valid)
-        return keep_behind(plan, n) if stop < n else plan
+        return plan if valid is None else lead_by_real(plan, valid)
 
     def _attend(self, call: Call) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the residual stream, the attention branch (None: already added) and the captured q, k, v."""
@@ -279,6 +286,10 @@ class ResidualRunner(Override):
                     f"tokens are on {x.device}, the patched block's weights on {parameter.device}. nn.DataParallel "
                     "copies modules without their runners and is not supported: use DistributedDataParallel."
                 )
+
+
+def _first(x: Tensor | None, stop: int, dim: int = 1) -> Tensor | None:
+    return x if x is None or x.shape[dim] == stop else x.narrow(dim, 0, stop)
 
 
 def _scale(attention: Any) -> float | None:

@@ -146,7 +146,7 @@ class ModelShape:
     prefix: int
     has_class: bool
     removed: tuple[int, ...] | None  # tokens that go at each layer as planned; None where the model does not say
-    tokens: tuple[int, ...] | None  # tokens that enter each layer as planned
+    tokens: tuple[int, ...] | None  # tokens that enter each layer as planned, as `TokenView` shows them
     active: tuple[int, ...]  # the layers that may remove tokens
 
 
