@@ -6,6 +6,7 @@ import io
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -309,3 +310,32 @@ def test_batches_of_your_own() -> None:
         Batches(iter(loader), 3)
     with pytest.raises(DataError, match="there is no batch"):
         Batches([], 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, dtype=torch.long)), r"labels \(2, 1\)"),
+        ((torch.zeros(2, 3, 4, 4), torch.zeros(3, dtype=torch.long)), r"images \(2, 3, 4, 4\) and labels \(3,\)"),
+        ((torch.zeros(2, 3, 4, 4), torch.zeros(2)), "of torch.float32"),
+        ((torch.zeros(2, 3, 4, 4), torch.tensor([0, 3])), "labels from 0 to 3, and there are 3 classes"),
+        ((torch.zeros(2, 3, 4, 4), torch.tensor([-1, 2])), "labels from -1 to 2"),
+        ((torch.zeros(2, 3, 4, 4), [0, 1]), r"batch 0 is \(Tensor, list\); give two tensors"),
+        (torch.zeros(2, 3, 4, 4), r"batch 0 is \(Tensor\); give two tensors"),
+        ({"image": torch.zeros(2, 3, 4, 4)}, r"batch 0 is \(dict\); give two tensors"),
+    ],
+    ids=["column", "lengths", "floats", "too-large", "negative", "list", "images", "dict"],
+)
+def test_batches_that_are_none(batch: Any, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        Batches([batch], 3)
+    good = (torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))
+    with pytest.raises(DataError, match=text.replace("batch 0", "batch 1")):
+        list(Batches([good, batch], 3))
+
+
+def test_batches_of_other_images_are_other_data() -> None:
+    labels = torch.tensor([0, 1])
+    one, other = (Batches([(torch.full((2, 3, 4, 4), value), labels)], 3) for value in (0.0, 1.0))
+    assert one.source != other.source and one.source.startswith("batches as given (")
+    assert Batches([(torch.zeros(2, 3, 4, 4), labels)], 3, "mine").source == "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,33 +75,57 @@ class Batches:
     """Labelled batches of your own for the tools: a `DataLoader`, or any iterable that can be iterated again.
 
     `classes` are the class names or their number; `source` is the name of the data in outputs. Raises `DataError` for
-    an iterator that can be iterated only once, or that yields no batch.
+    an iterator that can be iterated only once, or that yields no batch, and in a pass for what is no batch: images
+    `[B, ...]` as the model takes them, labels `[B]` of 0 to the number of classes less 1.
     """
 
     corrupt: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __init__(
-        self, batches: Iterable[tuple[Tensor, Tensor]], classes: int | Sequence[str], source: str = "batches as given"
+        self, batches: Iterable[tuple[Tensor, Tensor]], classes: int | Sequence[str], source: str = ""
     ) -> None:
         if iter(batches) is batches:
             raise DataError("an iterator can be walked only once: give a list of batches, or a DataLoader.")
         first = next(iter(batches), None)
         if first is None:
-            raise DataError(f"{source}: there is no batch.")
-        self.batches, self.source, self.batch_size = batches, source, len(first[0])
+            raise DataError(f"{source or 'batches'}: there is no batch.")
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
         self.outputs = len(self.classes)
-        self.preprocessing = Preprocessing((), None, False, "", None, None, source, own=_AsGiven())
+        images, _ = self._checked(first, 0)
+        # other images are other data: a comparison of these does not go on with the rows of those
+        digest = hashlib.sha256(images.detach().cpu().float().numpy().tobytes()).hexdigest()[:12]
+        self.batches, self.source, self.batch_size = batches, source or f"batches as given ({digest})", len(images)
+        self.preprocessing = Preprocessing((), None, False, "", None, None, self.source, own=_AsGiven())
         self._count: int | None = None
 
     def __len__(self) -> int:
         if self._count is None:
-            self._count = sum(len(labels) for _, labels in self.batches)
+            self._count = sum(len(labels) for _, labels in self)
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
+        return (self._checked(batch, number) for number, batch in enumerate(self.batches))
+
+    def _checked(self, batch: Any, number: int) -> tuple[Tensor, Tensor]:
+        """Return images and labels of a batch; raises `DataError` for anything else."""
+        pair = tuple(batch) if isinstance(batch, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            parts = ", ".join(type(part).__name__ for part in pair) or type(batch).__name__
+            raise DataError(f"batch {number} is ({parts}); give two tensors, (images, labels).")
+        images, labels = pair
+        if images.dim() < 2 or labels.dim() != 1 or len(images) != len(labels) or labels.is_floating_point():
+            raise DataError(
+                f"batch {number}: images {tuple(images.shape)} and labels {tuple(labels.shape)} of {labels.dtype}; "
+                "give images [B, ...] and labels [B], the number of each image's class."
+            )
+        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        if len(labels) and not 0 <= low <= high < self.outputs:
+            raise DataError(
+                f"batch {number} has labels from {low} to {high}, and there are {self.outputs} classes: give "
+                f"labels from 0 to {self.outputs - 1}."
+            )
+        return images, labels
 
 
 class Images:
