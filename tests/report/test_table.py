@@ -104,6 +104,8 @@ def test_a_table_saves_itself_with_what_it_says(tmp_path: Path) -> None:
     assert [row["torch"] for row in parsed] == ["2.6", "2.14"]
     with pytest.raises(DataError, match=r"the name must end in \.json"):
         bench.save(tmp_path / "x.txt")
+    with pytest.raises(DataError, match="there are no rows to write"):
+        Bench([], ABOUT).save(tmp_path / "none.md")
 
 
 def test_save_markdown(tmp_path: Path) -> None:

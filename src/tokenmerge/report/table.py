@@ -76,8 +76,11 @@ class Table(Generic[_Record]):
         return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
 
     def save(self, path: str | Path) -> None:
-        """Write rows, environment and notes in the format of the suffix (`KINDS`); raise `DataError` for others."""
-        save_rows(check_writable(path), self.rows, self.environment, self.remarks)
+        """Write rows, environment and notes in the format of the suffix (`KINDS`); raise `DataError` for others, and without rows."""
+        path = check_writable(path)
+        if not self.rows:
+            raise DataError(f"there are no rows to write to {path}.")
+        save_rows(path, self.rows, self.environment, self.remarks)
 
     def __str__(self) -> str:
         return "\n".join([as_markdown(self.table) if self.rows else "no rows", *self._said()])
