@@ -76,7 +76,7 @@ class Table(Generic[_Record]):
         return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
 
     def save(self, path: str | Path) -> None:
-        """Write rows, environment and notes in the format of the suffix (`KINDS`); raise `DataError` for others, and without rows."""
+        """Write rows, environment and notes in the format of the suffix; raises `DataError` for others or no rows."""
         path = check_writable(path)
         if not self.rows:
             raise DataError(f"there are no rows to write to {path}.")
