@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,13 +57,28 @@ def _built_in(path: str) -> Adapter:
     return adapter
 
 
-ADAPTERS: tuple[Adapter, ...] = tuple(map(_built_in, _FAMILIES))
+@cache
+def _all_built_in() -> tuple[Adapter, ...]:
+    return tuple(map(_built_in, _FAMILIES))
+
+
+if TYPE_CHECKING:
+    ADAPTERS: tuple[Adapter, ...]
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the families when they are first asked for: `import tokenmerge` does not need them."""
+        if name == "ADAPTERS":
+            return _all_built_in()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _registered: list[Adapter] = []
 
 
 def known() -> tuple[Adapter, ...]:
     """Return the families in the order they are tried: those registered, then those built in."""
-    return (*_registered, *ADAPTERS)
+    return (*_registered, *_all_built_in())
 
 
 def register(adapter: Adapter) -> Adapter:
