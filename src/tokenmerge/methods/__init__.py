@@ -24,6 +24,7 @@ from tokenmerge.methods.atm import ATM as ATM
 from tokenmerge.methods.mame import MaMe as MaMe
 from tokenmerge.methods.greedy import Greedy as Greedy
 from tokenmerge.methods.tomecis import ToMeCIS as ToMeCIS
+from tokenmerge.methods.least_loss import LeastLoss as LeastLoss
 from tokenmerge.methods.dsm import DSM as DSM
 from tokenmerge.methods.evit import EViT as EViT
 from tokenmerge.methods.attention_prune import AttentionPrune as AttentionPrune
