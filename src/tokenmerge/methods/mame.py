@@ -1,4 +1,4 @@
-"""MaMe: merges by one thresholded matrix, in which a source may go to several destinations."""
+"""MaMe: merges with one thresholded matrix, in which a source may go to several destinations."""
 
 from __future__ import annotations
 

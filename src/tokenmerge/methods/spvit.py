@@ -1,4 +1,4 @@
-"""SPViT: a selector with a vote per head drops tokens, and one package token remembers them."""
+"""SPViT: a multi-head selector drops tokens and keeps their mean as one package token."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SPViT(Learned):
             plan = MaskedPlan.of(mask)
             return _PackagePlan(plan.keep, plan.src, plan.dst, plan.n, mask, logit.sigmoid(), package)
         rank = matching.sink_padding(logit, view.valid)
-        kept = matching.prune(rank, r, prefix=view.prefix).keep  # with the best of those that go
+        kept = matching.prune(rank, r, prefix=view.prefix).keep  # includes the best dropped token
         B, n = rank.shape
         order = rank[:, view.prefix :].argsort(dim=1, descending=True, stable=True) + view.prefix
         leader, src = order[:, n - view.prefix - r - 1, None], order[:, n - view.prefix - r :]
@@ -95,14 +95,14 @@ class SPViT(Learned):
 
 @dataclass(frozen=True, eq=False)
 class _PackagePlan(MaskedPlan):
-    """Masks, how much of each token goes into the package, and where it goes."""
+    """Masks, the weight of each token in the package token, and the package token's place."""
 
     weight: Tensor | None = None  # [B, N]
-    package: Tensor | None = None  # [B, N] bool: whose place the package takes
+    package: Tensor | None = None  # [B, N] bool: True at the package token's place
 
 
 class _Selector(nn.Module):
-    """One score per head from the head's part of a token and of the mean token, weighed by what the heads look like."""
+    """Scores tokens per head, from that head's part of the token and of the mean; learned weights average the heads."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
