@@ -229,7 +229,7 @@ class Handle:
         return torch.zeros(()) if is_off else method.loss(frame.memory)
 
     def save(self, path: str | Path) -> None:
-        """Write the configuration, and learned weights as .safetensors beside it; `MergeConfig.load` reads both."""
+        """Write the configuration, and what is learned as .safetensors beside it; `MergeConfig.load` reads both."""
         modules = self.model._modules.get(MODULES)
         self._config.save(path, None if modules is None else modules.state_dict())
 

@@ -1,4 +1,4 @@
-"""The adapter interface: where a model family's blocks are, how they are composed, how it attends and pools."""
+"""The adapter interface: the blocks of a model family, how they are composed, how the model attends and pools."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ class Adapter(ABC):
 
 
 def has_parts(module: nn.Module, paths: Collection[str]) -> bool:
-    """Return whether the module has attributes at all of these dotted paths."""
+    """Return whether the module has attributes at all these dotted paths."""
     try:
         for path in paths:
             attrgetter(path)(module)

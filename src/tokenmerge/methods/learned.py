@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 NEW = "new"
-_LEAST = 1e-6  # share of its size that a masked token keeps, so that its logarithm is finite
+_LEAST = 1e-6  # the share of its size that a masked token keeps: its logarithm shall be finite
 
 
 @dataclass(frozen=True, eq=False)
