@@ -67,8 +67,8 @@ def known() -> tuple[Adapter, ...]:
 def register(adapter: Adapter) -> Adapter:
     """Add a model family from outside the library to `patch` and all tools; returns the adapter.
 
-    Registered families are tried before the built-in ones, in order of registration, because some built-in ones
-    recognise a model by its structure and would claim yours. `unregister` removes a family again.
+    Registered families are tried before the built-in ones, in order of registration: some built-in ones recognise a
+    model by its structure and would claim yours. `unregister` removes a family again.
 
     Args:
         adapter: an instance of a subclass of `tokenmerge.adapters.base.Adapter` with a name of its own.

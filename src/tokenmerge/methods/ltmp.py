@@ -38,8 +38,8 @@ class LTMP(Learned):
     between the blocks' share of FLOPs and `flops` (None: the share that `r` plans). `r` is the maximum that a block
     removes. The paper's numbers were not found in text.
 
-    Differs from the paper: a token that absorbed another is not dropped in the same block, and all images of a batch
-    lose as many tokens as the one with the fewest to remove.
+    Differs from the paper: a token that absorbed another is not dropped in the same block. All images of a batch lose
+    as many tokens as the one with the fewest to remove.
     """
 
     name: ClassVar[str] = "ltmp"

@@ -21,7 +21,7 @@ _TILE = 2**20  # similarities of one image held at a time
 class PiToMe(Reduction):
     """Merge among the `2 r` tokens of the highest energy alone. Tran et al., NeurIPS 2024, arXiv:2405.16148.
 
-    The energy of a token is the mean over all tokens of `c` if `c >= m`, else `alpha * (exp(c - m) - 1)`, with the
+    The energy of a token is the mean over all tokens of `c if c >= m else alpha * (exp(c - m) - 1)`, with the
     cosine c and the block's margin m. m falls linearly from `margin` in the first block to 0 after the last. The `2 r`
     tokens of the highest energy alternate between two sides, in order of energy. Each token of the first side merges
     into its most similar token of the second. `metric` is the feature compared; raises `UnknownNameError` for an

@@ -36,8 +36,8 @@ class SPViT(Learned):
     score-weighted mean, the package token, at the position of the best of them. Raises `ConfigError` if `heads` does
     not divide the width. Published: DeiT-S 79.3 % at 2.6 GMACs (79.8 at 4.6).
 
-    Differs from the paper: the next selector treats a package token as an ordinary one, its size counts in attention,
-    and `r` sets where selectors are and what they keep, not a latency table.
+    Differs from the paper: the next selector treats a package token as an ordinary one. Its size counts in attention.
+    The places of the selectors and what they keep follow from `r`, not from a latency table.
     """
 
     name: ClassVar[str] = "spvit"
