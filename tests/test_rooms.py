@@ -60,7 +60,7 @@ FLOORS = (
     "assets",
     "data",
     "measure",
-    "tune",
+    "tuning",
     "api",
     "",  # the front door
     "testing",

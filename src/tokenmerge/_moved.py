@@ -53,7 +53,7 @@ MOVED = {
     "adapters.transformers.aimv2": "adapters.transformers.plain",
     "adapters.transformers.vit": "adapters.transformers.plain",
     "attach": "_runtime.attach",
-    "calibrate": "tune.auto",
+    "calibrate": "tuning.auto",
     "guards": "_runtime.guards",
     "hooks": "_runtime.hooked",
     "keybias": "_runtime.key_bias",

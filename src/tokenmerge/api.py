@@ -115,7 +115,7 @@ def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, An
     """Return the configuration that "auto" chose on the images, and a remark for the report."""
     if images is None:
         return None, 'tome: "auto" chooses by images, and none were given (calibrate=images)'
-    from tokenmerge.tune.auto import calibrate
+    from tokenmerge.tuning.auto import calibrate
 
     found = calibrate(model, r, images, options)
     return found, str(found)

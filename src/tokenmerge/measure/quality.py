@@ -47,13 +47,26 @@ class Question:
 
 
 class Judge:
-    """Sums over batches that compare one reduced model with labels and unmerged outputs; `figures` are the means."""
+    """Sums over batches that compare one reduced model with labels and unmerged outputs; `figures` are the means.
+
+    `hits` and `same` say of each image whether its first class is right, and that of the unmerged model.
+    """
 
     def __init__(self, question: Question) -> None:
         self.question = question
         self.seen = self.pixels = 0
         self.top1 = self.top5 = self.agree = 0
         self.divergence = self.error = self.cosine = 0.0
+        self.hits: list[bool] = []
+        self.same: list[bool] = []
+        self._losses: list[Tensor] = []  # of each image, in float64
+        self._lengths: list[Tensor] = []
+
+    @property
+    def damage(self) -> Tensor:
+        """The damage to each image, `[images]` float64: KL divergence of its classes, or `|y - y0|^2 / mean |y0|^2`."""
+        losses = torch.cat(self._losses)
+        return losses if self.question.has_classes else losses / torch.cat(self._lengths).mean().clamp_min(1e-24)
 
     def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
         """Add one batch: outputs of the model, outputs of the unmerged model, labels."""
@@ -63,19 +76,26 @@ class Judge:
         if self.question.has_classes:
             ranked = got.topk(min(5, got.shape[1]), dim=1).indices  # [B, 5]
             hits = ranked == labels[:, None]
+            same = ranked[:, 0] == expected.argmax(dim=1)
+            self.hits += hits[:, 0].tolist()
+            self.same += same.tolist()
             self.top1 += int(hits[:, 0].sum())
             self.top5 += int(hits.any(dim=1).sum())
-            self.agree += int((ranked[:, 0] == expected.argmax(dim=1)).sum())
+            self.agree += int(same.sum())
             self.pixels += len(got)
             logs = got.log_softmax(dim=1), expected.log_softmax(dim=1)
-            self.divergence += nn.functional.kl_div(*logs, log_target=True, reduction="sum").item()
+            divergence = nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(dim=1)
+            self._losses.append(divergence.double().cpu())
+            self.divergence += divergence.sum().item()
             return
         if self.question.has_pixels:
             same = got.argmax(dim=1) == expected.argmax(dim=1)
             self.agree, self.pixels = self.agree + int(same.sum()), self.pixels + same.numel()
         flat, wanted = got.flatten(1), expected.flatten(1)
-        length = wanted.norm(dim=1).clamp_min(1e-12)
-        self.error += float(((flat - wanted).norm(dim=1) / length).sum())
+        length, distance = wanted.norm(dim=1).clamp_min(1e-12), (flat - wanted).norm(dim=1)
+        self._losses.append(distance.double().cpu().square())
+        self._lengths.append(length.double().cpu().square())
+        self.error += float((distance / length).sum())
         self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
 
     def figures(self) -> dict[str, float | None]:

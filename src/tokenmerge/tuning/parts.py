@@ -1,0 +1,194 @@
+"""The images to tune on, in parts that share no image: to search on, to select on, and to report on."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.data.labelled import Labelled, open_data
+from tokenmerge.data.preprocessing import Preprocessing
+from tokenmerge.errors import DataError
+
+__all__ = ["LEAST", "Part", "Parts", "split"]
+
+LEAST = 64  # images: fewer say nothing about single percents
+_SHARES = (0.5, 0.2)  # of the images: to search on, to select on; the rest is for the report
+_SCREENED = 4  # the first of so many parts of the search images screens candidates
+_CORRUPT = 0.1  # the share of unreadable images from which on it is an error
+
+
+class _Store:
+    """Images in a temporary file: decoded once, and never all in memory."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed with the store
+        self.shape: tuple[int, ...] = ()
+        self.count = 0
+        self.digest = hashlib.sha256()
+
+    def add(self, images: Tensor) -> None:
+        if self.count and tuple(images.shape[1:]) != self.shape:
+            raise DataError(f"the images have several sizes: {self.shape} and {tuple(images.shape[1:])}.")
+        self.shape, self.count = tuple(images.shape[1:]), self.count + len(images)
+        content = images.detach().cpu().float().contiguous().numpy().tobytes()
+        self.digest.update(content)
+        self._file.write(content)
+
+    def take(self, places: Sequence[int]) -> Tensor:
+        out = torch.empty(len(places), *self.shape)
+        rows = out.flatten(1).numpy()
+        for row, place in zip(rows, places, strict=True):
+            self._file.seek(place * row.nbytes)
+            self._file.readinto(row)  # type: ignore[attr-defined]
+        return out
+
+
+class Part:
+    """Some of the images in batches, as the tools take labelled data; labels of 0 where there are none."""
+
+    corrupt: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, store: _Store, labels: Tensor | None, places: Sequence[int], batch_size: int, outputs: int, name: str
+    ) -> None:
+        self._store, self._places, self.batch_size, self.source = store, list(places), batch_size, name
+        self.labels = torch.zeros(store.count, dtype=torch.long) if labels is None else labels
+        # no model has -1 outputs: answers are compared with the unmerged ones alone
+        self.outputs = -1 if labels is None else outputs
+        self.classes = tuple(map(str, range(max(0, self.outputs))))
+        self.preprocessing = Preprocessing((), None, False, "", None, None, name)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), self.batch_size):
+            places = self._places[start : start + self.batch_size]
+            yield self._store.take(places), self.labels[places]
+
+
+class Parts(NamedTuple):
+    """The parts of the images; `screen` is the beginning of `search`, the others share no image."""
+
+    screen: Part
+    search: Part
+    select: Part
+    report: Part
+    corrupt: tuple[str, ...]
+    digest: str
+    has_labels: bool
+    note: str  # what is to be said about the images
+
+
+def split(
+    images: Tensor | str | Labelled,
+    labels: Tensor | Sequence[int] | None,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    seed: int,
+) -> Parts:
+    """Read images once and deal them out by the seed, the images of each class evenly.
+
+    Raises `DataError` for fewer than 64 images, labels that do not fit the images or the model, more than a tenth of
+    unreadable images, and images that are not finite.
+    """
+    store, found, data = _Store(), [], None
+    if isinstance(images, Tensor):
+        if images.dim() < 2 or not images.is_floating_point():
+            raise DataError(
+                f"images are {tuple(images.shape)} of {images.dtype}; give the model's inputs [N, ...] as floats."
+            )
+        _fill(store, [images])
+        given = None if labels is None else torch.as_tensor(labels)
+    else:
+        data = open_data(images, model, batch_size=batch_size) if isinstance(images, str) else images
+        for batch, own in data:
+            _fill(store, [batch])
+            found.append(own)
+        given = torch.cat(found) if found and labels is None else None if labels is None else torch.as_tensor(labels)
+    corrupt = () if data is None else tuple(data.corrupt)
+    _check_count(store.count, corrupt, data)
+    outputs = _outputs(model, store, data)
+    given, note = _labels(given, store.count, outputs, is_asked=labels is not None, data=data)
+    order = _dealt(given, store.count, seed)
+    first, second = (int(sum(_SHARES[:n]) * store.count) for n in (1, 2))
+    places = {"search": order[:first], "select": order[first:second], "report": order[second:]}
+    parts = {name: Part(store, given, at, batch_size, outputs, name) for name, at in places.items()}
+    screen = Part(store, given, order[: max(1, first // _SCREENED)], batch_size, outputs, "screen")
+    return Parts(screen, **parts, corrupt=corrupt, digest=store.digest.hexdigest()[:16], has_labels=given is not None, note=note)
+
+
+def _fill(store: _Store, batches: Sequence[Tensor]) -> None:
+    for batch in batches:
+        is_bad = ~batch.flatten(1).isfinite().all(dim=1)
+        if is_bad.any():
+            first = store.count + int(is_bad.nonzero()[0])
+            raise DataError(f"{int(is_bad.sum())} images hold NaN or infinity, the first is image {first}.")
+        store.add(batch)
+
+
+def _check_count(count: int, corrupt: Sequence[str], data: Labelled | None) -> None:
+    whole = count + len(corrupt)
+    if len(corrupt) > _CORRUPT * whole:
+        raise DataError(
+            f"{len(corrupt)} of {whole} images cannot be read, more than a tenth; the first: {corrupt[0]}. "
+            "Repair or remove them."
+        )
+    if count < LEAST:
+        source = "" if data is None else f" of {data.source}"
+        raise DataError(
+            f"tune measures on images, and there are {count}{source}. Give at least {LEAST} as the model sees them in "
+            "use (unlabelled ones will do); a few hundred are better. A folder of photographs or a data set's "
+            "validation split is enough: --data DIR."
+        )
+
+
+def _outputs(model: nn.Module, store: _Store, data: Labelled | None) -> int:
+    from tokenmerge.data.answers import run_images
+
+    x = store.take([0]).to(next(model.parameters()))
+    answer = run_images(model, x)
+    if not answer.isfinite().all():
+        raise DataError("the unmerged model answers the first image with NaN or infinity: nothing can be compared.")
+    return data.outputs if data is not None and answer.dim() == 2 else (answer.shape[1] if answer.dim() == 2 else -1)
+
+
+def _labels(
+    labels: Tensor | None, count: int, outputs: int, *, is_asked: bool, data: Labelled | None
+) -> tuple[Tensor | None, str]:
+    """Return the labels if they are classes of the model's answers, and a note where they are not."""
+    if labels is None:
+        return None, ""
+    if labels.shape != (count,) or labels.is_floating_point():
+        raise DataError(f"labels are {tuple(labels.shape)} of {labels.dtype}; give the class of each of {count} images.")
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < outputs:
+        text = f"labels go from {low} to {high}, and the model answers with {max(0, outputs)} classes"
+        if is_asked:
+            raise DataError(f"{text}: give labels that the model was trained for, or none.")
+        return None, f"{text}: they are not used."
+    if low == high:
+        return labels, f"all images are of class {low}: accuracy and agreement on them say little about others."
+    return labels, ""
+
+
+def _dealt(labels: Tensor | None, count: int, seed: int) -> list[int]:
+    """Return an order of the images in which any stretch holds the classes as evenly as the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    if labels is None:
+        return order.tolist()
+    # the k-th of a class with n images goes to (k + 1/2) / n, ties by the drawn order
+    own = labels[order]
+    place = torch.zeros(count, dtype=torch.float64)
+    for label in own.unique():
+        at = (own == label).nonzero()[:, 0]
+        place[at] = (torch.arange(len(at)) + 0.5).double() / len(at)
+    return order[place.argsort(stable=True)].tolist()

@@ -1,0 +1,56 @@
+"""The candidates: methods, and the options of each that are worth trying on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tokenmerge import methods as known
+from tokenmerge.methods import LeastLoss, Reduction, ToFu, ToMe
+from tokenmerge.tuning.subject import Subject
+
+__all__ = ["neighbours", "starts"]
+
+Values = Mapping[str, Sequence[Any]]
+
+# the values that are tried of each option, in the order in which options are searched
+_OPTIONS: dict[type[Reduction], Values] = {
+    ToMe: {
+        "metric": ("k", "x", "x_pre", "q", "v"),
+        "heads": ("mean", "concat"),
+        "combine": ("weighted", "average"),
+    },
+    ToFu: {"metric": ("k", "x", "x_pre", "q", "v"), "early": (0.0, 0.25, 0.5, 0.75), "combine": ("mlerp", "average")},
+    LeastLoss: {
+        "metric": ("k", "x", "x_pre", "q", "v"),
+        "early": (0.0, 0.25, 0.5, 0.75),
+        "combine": ("weighted", "mlerp", "average"),
+        "importance": (0.0, 0.25, 0.5, 1.0),
+        "score": ("class", "shift", "norm"),
+        "size": (0.0, 0.25, 0.5, 1.0),
+        "heads": ("mean", "concat"),
+    },
+}
+
+
+def starts(subject: Subject, given: Sequence[str | Reduction]) -> list[Reduction]:
+    """Return the methods to start from that the model can run.
+
+    `least_loss` by name starts twice: as it is, and with the options that make it ToMe.
+    """
+    found: list[Reduction] = []
+    for one in given:
+        method = known.parse(one) if isinstance(one, str) else one
+        if one == LeastLoss.name:
+            score = "class" if subject.has_class else "shift"
+            found += [LeastLoss(score=score), LeastLoss(early=0.0, combine="weighted", size=0.0, importance=0.0)]
+        else:
+            found.append(method)
+    return [method for method in found if subject.accepts(method)]
+
+
+def neighbours(method: Reduction) -> Iterator[tuple[str, list[Reduction]]]:
+    """Yield each option of a method with the methods that differ from it in this option alone."""
+    for option, values in _OPTIONS.get(type(method), {}).items():
+        yield option, [dataclasses.replace(method, **{option: value}) for value in values]  # type: ignore[type-var]

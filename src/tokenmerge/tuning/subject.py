@@ -1,0 +1,115 @@
+"""The model that is tuned: what a configuration costs in MACs, and what it does to the answers on each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
+from tokenmerge.handle import attached
+from tokenmerge.measure.counting import CostModel
+from tokenmerge.measure.trial import Trial
+from tokenmerge.methods import Reduction
+from tokenmerge.report.journal import Journal
+from tokenmerge.tuning.parts import Part, Parts
+
+__all__ = ["Outcome", "Subject"]
+
+Amounts = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one configuration did to each image of a part."""
+
+    config: MergeConfig
+    damage: Tensor  # [images] float64
+    same: tuple[bool, ...] = ()  # whether the answer is the unmerged model's; empty for outputs that are no classes
+    hits: tuple[bool, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return self.damage.mean().item()
+
+
+class Subject:
+    """A model with its images, for the search: every outcome is computed once and kept in the journal.
+
+    The caller's model is not changed. `options` are those of `MergeConfig` that all candidates share.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        device: torch.device,
+        options: Mapping[str, Any],
+        journal: Journal | None = None,
+    ) -> None:
+        self.parts, self.device, self.options, self.journal = parts, device, dict(options), journal
+        self.model = model
+        self.on_outcome: Callable[[str, int], None] | None = None  # part, images; after each that was computed
+        self._trials: dict[str, Trial] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        size = self.trial("screen").size
+        with attached(model, MergeConfig(**self.options)) as handle:
+            self.depth, self.has_class = len(handle.runners), handle.has_class
+            self.cost = CostModel(model, size)
+            self.largest = handle.config.method.largest_r
+            self.protected = handle.protected
+        self.macs = self.cost([0] * self.depth)
+
+    def trial(self, part: str) -> Trial:
+        if part not in self._trials:
+            self._trials[part] = Trial(
+                self.model, getattr(self.parts, part), self.device, rounds=1, restore=self.options.get("restore")
+            )
+        return self._trials[part]
+
+    def config(self, method: Reduction, r: Sequence[int], **changes: Any) -> MergeConfig:
+        return MergeConfig(method, r=list(r), **{**self.options, **changes})
+
+    def share(self, r: Sequence[int]) -> float:
+        """Return the MACs at `r` as a share of the unmerged model's."""
+        return self.cost(list(r)) / self.macs
+
+    def accepts(self, method: Reduction) -> bool:
+        """Whether the model has what a method needs."""
+        try:
+            with attached(self.model, self.config(method, [1] * self.depth)):
+                pass
+        except TokenMergeError:
+            return False
+        return True
+
+    def outcome(self, config: MergeConfig, part: str = "search") -> Outcome:
+        """Run a configuration over a part; raises `DataError` where answers are not finite."""
+        key = f"{part} {config!r}"
+        if key not in self._outcomes:
+            row = None if self.journal is None else self.journal.rows.get(key)
+            if row is None:
+                row = self._computed(config, part)
+                if self.journal is not None:
+                    self.journal.add(key, row)
+                if self.on_outcome is not None:
+                    self.on_outcome(part, len(row["damage"]))
+            damage = torch.tensor(row["damage"], dtype=torch.float64)
+            self._outcomes[key] = Outcome(config, damage, tuple(row["same"]), tuple(row["hits"]))
+        return self._outcomes[key]
+
+    def _computed(self, config: MergeConfig, part: str) -> dict[str, Any]:
+        trial = self.trial(part)
+        (seen,) = trial.judge([trial.reduced(config)])
+        damage = seen.judge.damage
+        if not damage.isfinite().all():
+            raise DataError(
+                f"the answers to {int((~damage.isfinite()).sum())} of {len(damage)} images are NaN or infinity with "
+                f"{config.method!r}: nothing can be compared. Does the model compute in too low a precision?"
+            )
+        return {"damage": damage.tolist(), "same": seen.judge.same, "hits": seen.judge.hits}
