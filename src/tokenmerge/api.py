@@ -64,7 +64,8 @@ def patch(
     Args:
         model: any model that `supports` takes; a model that no adapter describes is patched by names, see `blocks`.
         method: a name (`list_methods()`), a name with options as `"tome(metric='x')"`, an object, a `MergeConfig` or
-            the path of a saved one, which must be of a model with as many blocks and tokens. `"auto"` is chosen on `calibrate`; without images it is ToMe.
+            the path of a saved one, which is checked to be for such a model. `"auto"` is chosen on `calibrate`;
+            without images it is ToMe.
         r: what each block removes, see `Schedule.of`: 8 tokens, a share 0.1, a list, a pair, a callable, a `Schedule`.
         prop_attn: add log(size) to the attention scores; `"auto"` (default) follows the method's paper.
         track: record `handle.groups`.

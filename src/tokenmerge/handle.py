@@ -43,8 +43,6 @@ _LOOSE = (
 class Handle:
     """A reduction inside a model: change it, ask it, remove it. `patch` returns it."""
 
-    remarks: list[str] = []  # what the configuration says of its model that is not so in this one
-
     def __init__(self, model: nn.Module, adapter: Adapter, config: MergeConfig) -> None:
         self.model = model
         self._adapter = adapter
@@ -54,6 +52,7 @@ class Handle:
         self._choice = ""
         self._actions: list[Callable[[], None]] = []
         self.followers: list[Callable[[], None]] = []  # called when `r` or `track` was set
+        self.remarks: list[str] = []  # what the configuration says of its model that is not so in this one
         if config.fingerprint is not None:
             own = Fingerprint.of(model, adapter, weights=config.fingerprint.weights is not None)
             self.remarks = config.fingerprint.check(own)
@@ -271,7 +270,7 @@ class Handle:
             self.remove()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
+        self.__dict__.update({"remarks": [], **values})  # an older release had none
         self._state.model = self.model  # copied or loaded together
 
     def __repr__(self) -> str:

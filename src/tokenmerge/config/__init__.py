@@ -109,7 +109,9 @@ class MergeConfig:
             if name != "r":
                 object.__setattr__(self, name, value)
         if self.fingerprint is not None and not isinstance(self.fingerprint, Fingerprint):
-            raise ConfigError(f"fingerprint is {self.fingerprint!r}; it takes a Fingerprint, as of Fingerprint.of(model).")
+            raise ConfigError(
+                f"fingerprint is {self.fingerprint!r}; it takes a Fingerprint, as of Fingerprint.of(model)."
+            )
         if self.measured is not None:
             object.__setattr__(self, "measured", file.as_plain(self.measured, "measured"))
 

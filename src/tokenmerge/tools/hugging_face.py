@@ -121,7 +121,9 @@ def host_of(model: nn.Module) -> str:
     return module if getattr(transformers, type(model).__name__, None) is type(model) else ""
 
 
-def write_folder(model: Any, folder: Path, state: dict[str, Tensor], model_args: Mapping[str, Any] | None = None) -> None:
+def write_folder(
+    model: Any, folder: Path, state: dict[str, Tensor], model_args: Mapping[str, Any] | None = None
+) -> None:
     """Write the configuration and these weights of a model of `host_of` into a folder, for its host to read."""
     if host_of(model) == "transformers":
         with _reading(folder):

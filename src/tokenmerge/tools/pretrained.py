@@ -25,7 +25,14 @@ from tokenmerge.tools.models import CONFIGURATION, load_model
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 # what an earlier save may have left in a folder
-_OURS = (CONFIGURATION, "merge.safetensors", "config.json", "generation_config.json", "model*.safetensors*", "README.md")
+_OURS = (
+    CONFIGURATION,
+    "merge.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "README.md",
+)
 _READ = ("*.json", "*.safetensors")  # of a repository: nothing in these is executed
 _LEARNED = "tokenmerge_modules."
 
@@ -66,7 +73,11 @@ def save_pretrained(
             "(base=...), or write them yourself, and handle.save('merge.json') beside them."
         )
     config = handle.described()
-    config = replace(config, fingerprint=replace(config.fingerprint or Fingerprint.of(model), base=base), measured=config.measured if measured is None else dict(measured))
+    config = replace(
+        config,
+        fingerprint=replace(config.fingerprint or Fingerprint.of(model), base=base),
+        measured=config.measured if measured is None else dict(measured),
+    )
     if not force and folder.exists() and (not is_dir(folder) or any(folder.iterdir())):
         raise DataError(
             f"{folder} exists and is not empty; nothing was changed there. Give another folder, or force=True to "
@@ -173,8 +184,8 @@ def _check_written(model: nn.Module, part: Path, folder: Path) -> None:
     if what:
         raise UnsupportedError(
             f"what {host_of(model)} wrote of this {type(model).__qualname__} comes back as another model: {what}. "
-            f"Nothing was written to {folder}. Give what it was built with (timm: model_args={{...}}), or say where its "
-            "weights are (base=...)."
+            f"Nothing was written to {folder}. Give what it was built with (timm: model_args={{...}}), or say where "
+            "its weights are (base=...)."
         )
 
 
