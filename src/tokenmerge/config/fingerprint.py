@@ -60,11 +60,14 @@ class Fingerprint:
     @classmethod
     def read(cls, content: Any) -> Fingerprint:
         """Return the fingerprint that a saved object describes; raises `TokenMergeError`."""
-        if not isinstance(content, dict) or not {"architecture", "depth"} <= content.keys():
-            raise ConfigError(f"fingerprint is {content!r}; it takes an object with architecture and depth.")
         known = [part.name for part in fields(cls)]
-        for name in content.keys() - {*known}:
+        for name in content.keys() - {*known} if isinstance(content, dict) else ():
             raise unknown_name("key of the fingerprint", name, known)
+        if not isinstance(content, dict) or not {"architecture", "depth"} <= content.keys():
+            held = ", ".join(content) if isinstance(content, dict) else repr(content)
+            raise ConfigError(
+                f"fingerprint must be an object with architecture and depth; it holds {held or 'nothing'}."
+            )
         return cls(**content)
 
     @classmethod

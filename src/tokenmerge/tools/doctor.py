@@ -111,10 +111,10 @@ def examine(
     ]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *known_size(handle), generator=generator).to(where, next(model.parameters()).dtype)
-    with torch.inference_mode(), handle.disabled():
-        unmerged = answer(model(x))
-    handle.r = 0
     with torch.inference_mode():
+        with handle.disabled():
+            unmerged = answer(model(x))
+        handle.r = 0
         findings.append(_compare("r = 0", answer(model(x)), unmerged, 1e-6, "from the unmerged model"))
     findings.append(_equivalence(model, handle, x, own))
     if tokenmerge.handle_of(model, None):

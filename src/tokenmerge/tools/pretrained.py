@@ -18,7 +18,7 @@ from tokenmerge.config import Fingerprint
 from tokenmerge.errors import DataError, NotPatchedError, TokenMergeError, UnsupportedError
 from tokenmerge.files import filling, is_dir, is_file, write_file
 from tokenmerge.measure.outputs import answer, known_size, shared_copy
-from tokenmerge.tools.hugging_face import host_of, is_folder, write_folder
+from tokenmerge.tools.hugging_face import host_of, is_folder, load_timm_folder, write_folder
 from tokenmerge.tools.model_card import model_card
 from tokenmerge.tools.models import CONFIGURATION, load_model
 
@@ -130,12 +130,11 @@ def _opened(folder: Path, name: str) -> Handle:
             "own library, and patch it."
         )
     config = MergeConfig.load(folder / CONFIGURATION)
-    base = config.fingerprint.base if config.fingerprint else None
     if is_folder(folder):
         return tokenmerge.patch(load_model(str(folder)), config)
-    if not base:
+    if config.fingerprint is None or not config.fingerprint.base:
         raise DataError(f"{name} holds neither weights (config.json, model.safetensors) nor the name of a base model.")
-    return tokenmerge.patch(_load_base(base), config)
+    return tokenmerge.patch(_load_base(config.fingerprint, config.fingerprint.base), config)
 
 
 def _handle(model: nn.Module) -> Handle:
@@ -205,13 +204,16 @@ def _answers_differ(model: nn.Module, twin: nn.Module) -> str:
     return "" if difference <= tolerance else f"its answers differ by {difference:.2g}"
 
 
-def _load_base(base: str) -> nn.Module:
+def _load_base(model: Fingerprint, base: str) -> nn.Module:
     """Load the model that weights are taken from: a folder, a hub id, or a name that `load_model` takes."""
-    if "/" in base and ":" not in base and not Path(base).exists():
-        base = str(_fetched(base, None))
+    is_hub_id = base.count("/") == 1 and ":" not in base and not Path(base).is_absolute() and not Path(base).exists()
     try:
-        return load_model(base, pretrained=True)
-    except DataError as error:
+        folder = str(_fetched(base, None)) if is_hub_id else base
+        # transformers reads folders of timm's too, as models of its own
+        is_wrapped = not is_folder(folder) or model.architecture.startswith("transformers.")
+        found = None if is_wrapped else load_timm_folder(Path(folder))
+        return load_model(folder, pretrained=True) if found is None else found
+    except TokenMergeError as error:
         raise DataError(f"the base model {base!r} cannot be loaded: {error}") from error
 
 
