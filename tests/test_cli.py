@@ -299,7 +299,7 @@ def test_doctor_on_a_configuration(capsys: Capture, models: Path, tmp_path: Path
     model, path = torch.load(models / "tiny.pt", weights_only=False), tmp_path / "merge.json"
     with tokenmerge.patch(model, r=4) as handle:
         handle.save(path)
-    command = ["doctor", str(models / "tiny.pt"), "--trust-pickle", "--config", str(path)]
+    command = ["doctor", str(models / "tiny.pt"), "--config", str(path)]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ok   config ") and "r = 4: made for this model" in lines[0]

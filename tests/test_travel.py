@@ -183,7 +183,11 @@ TEXT = """{
         ('"depth": 4', '"depth": "4"', r", line 10: depth of the fingerprint is '4'; it takes int"),
         ('"depth": 4', '"dept": 4', r", line 10: no key of the fingerprint 'dept'\. Did you mean 'depth'"),
         ('    "depth": 4,\n', "", r", line 8: fingerprint must be an object with .*; it holds architecture, weights\."),
-        ('"fingerprint": {', '"fingerprint": 5, "x": {', r", line 8: no configuration key 'x'"),
+        (
+            '"fingerprint": {',
+            '"fingerprint": 5, "track": {',
+            r", line 8: fingerprint must be an object with .* holds 5",
+        ),
         ('"weights"', '"wieghts"', r", line 11: no key of the fingerprint 'wieghts'\. Did you mean 'weights'"),
         ('"speed-up": 2.0', '"speed-up": NaN', r", line 14: measured\['speed-up'\] is nan; .*NaN and infinity are"),
         ('"speed-up": 2.0', '"speed-up": -Infinity', r", line 14: measured\['speed-up'\] is -inf"),

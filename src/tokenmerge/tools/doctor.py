@@ -20,6 +20,7 @@ from tokenmerge.handle import attached
 from tokenmerge.measure.outputs import answer, find_device, known_size, shared_copy
 from tokenmerge.measure.timing import NOISY, Timing, environment, interleave
 from tokenmerge.methods import Learned, Reduction, ToMe
+from tokenmerge.plan import Plan
 from tokenmerge.report.table import measured_on
 from tokenmerge.schedule import R
 from tokenmerge.tools.bench import DTYPES
@@ -165,9 +166,12 @@ def _prepared(model: nn.Module, given: Preprocessing | None) -> str:
 
 
 def _takes_mean(method: Reduction) -> bool:
-    """Say whether a method makes the size-weighted mean of each group, and nothing else."""
-    merge = type(method).merge
-    return merge in (Reduction.merge, Learned.merge) or (merge is ToMe.merge and method.combine == "weighted")  # type: ignore[attr-defined]
+    """Say whether a method makes the size-weighted mean of each group: plans with weights of their own make another."""
+    merge, planned = type(method).merge, type(method).plan.__annotations__.get("return")
+    is_mean = merge in (Reduction.merge, Learned.merge) or (
+        merge is ToMe.merge and getattr(method, "combine", "") == "weighted"
+    )
+    return is_mean and planned in ("Plan", Plan)
 
 
 def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, config: MergeConfig) -> Finding:
@@ -183,7 +187,7 @@ def _equivalence(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, c
         if not handle.report().prop_attn:
             return Finding("equivalence", None, "not checked: it does not hold without proportional attention")
         if not _takes_mean(config.method):
-            return Finding("equivalence", None, f"not checked: {config.method.name} makes no means of these groups")
+            return Finding("equivalence", None, f"not checked: {config.method.name} makes no size-weighted means")
         handle.remove()
         try:
             simulated = answer(tokenmerge.simulate(model, groups, x, positions=positions))
