@@ -6,8 +6,8 @@ there after `import tokenmerge`: `tokenmerge.errors` every error, `tokenmerge.me
 of methods, models and kernels of your own.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from tokenmerge import errors as errors
 from tokenmerge import functional as functional
@@ -27,7 +27,7 @@ from tokenmerge.measure.simulate import simulate
 from tokenmerge.methods import Drop, Reduction, ToMe, list_methods
 from tokenmerge.schedule import Schedule
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
@@ -58,12 +58,12 @@ _find_moved()
 # of tools, which are imported on first use
 _LATER = {"from_pretrained": "tokenmerge.tools.pretrained", "save_pretrained": "tokenmerge.tools.pretrained"}
 
-if not TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
+if not _typing.TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _typing.Any:
         if name not in _LATER:
             raise AttributeError(f"module 'tokenmerge' has no attribute {name!r}")
-        return getattr(importlib.import_module(_LATER[name]), name)
+        return getattr(_importlib.import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:
