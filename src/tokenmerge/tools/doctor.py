@@ -112,16 +112,7 @@ def examine(
     ]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *known_size(handle), generator=generator).to(where, next(model.parameters()).dtype)
-    with torch.inference_mode():
-        with handle.disabled():
-            unmerged = answer(model(x))
-        handle.r = 0
-        findings.append(_compare("r = 0", answer(model(x)), unmerged, 1e-6, "from the unmerged model"))
-    findings.append(_equivalence(model, handle, x, own))
-    if tokenmerge.handle_of(model, None):
-        handle.remove()
-    with torch.inference_mode():
-        findings.append(_compare("unpatch", answer(model(x)), unmerged, 0.0, "from the model before"))
+    findings += _exact(model, handle, x, own)
     findings.append(Finding("preprocessing", None, _prepared(model, preprocessing)))
     wrong = [name for name, good, _ in findings if good is False]
     if wrong:
@@ -150,6 +141,19 @@ def _fits(config: MergeConfig, handle: tokenmerge.Handle) -> Finding:
         return Finding("config", None, f"{what}: it fits, but {'; '.join(handle.remarks)}")
     tokens = "" if model.tokens is None else f", {model.tokens} tokens"
     return Finding("config", True, f"{what}: made for this model ({model.architecture}, {model.depth} blocks{tokens})")
+
+
+def _exact(model: nn.Module, handle: tokenmerge.Handle, x: torch.Tensor, config: MergeConfig) -> list[Finding]:
+    """Compare the answers at r = 0, merged, and unpatched; the model is unpatched afterwards."""
+    with torch.inference_mode():
+        with handle.disabled():
+            unmerged = answer(model(x))
+        handle.r = 0
+        off = _compare("r = 0", answer(model(x)), unmerged, 1e-6, "from the unmerged model")
+        merged = _equivalence(model, handle, x, config)
+        if tokenmerge.handle_of(model, None):
+            handle.remove()
+        return [off, merged, _compare("unpatch", answer(model(x)), unmerged, 0.0, "from the model before")]
 
 
 def _limited(handle: tokenmerge.Handle, limits: list[str]) -> Finding:
