@@ -83,18 +83,18 @@ class CostModel:
             worst = max(worst, (seen @ terms - macs).abs().max().item())
             self._terms.append(terms)
         outside = {run.model - sum(run.blocks) for run in runs}
-        is_as_planned = all(self._planned(r) == run.tokens for r, run in zip(schedules, runs, strict=True))
+        is_as_planned = all(self.planned(r) == run.tokens for r, run in zip(schedules, runs, strict=True))
         self._is_exact = worst < 0.5 and len(outside) == 1 and is_as_planned
 
     def __call__(self, r: R) -> int:
         """Return the MACs of one forward at `r`, in any form that `patch` takes."""
         if not self._is_exact:
             return self._twin.run(r).model
-        tokens = self._planned(r)
+        tokens = self.planned(r)
         pairs = zip(self._terms, tokens, tokens[1:], strict=False)
         return self._outside + sum(round((terms @ _powers(n, m)).item()) for terms, n, m in pairs)
 
-    def _planned(self, r: R) -> list[int]:
+    def planned(self, r: R) -> list[int]:
         """Return the tokens that enter the first block and those that leave each block at `r`."""
         multiple_of = r.multiple_of if isinstance(r, Schedule) else self._config.multiple_of
         schedule = Schedule.of(r, len(self._terms), multiple_of, self._config.method.largest_r)

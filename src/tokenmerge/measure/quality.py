@@ -64,15 +64,21 @@ class Judge:
 
     @property
     def damage(self) -> Tensor:
-        """The damage to each image, `[images]` float64: KL divergence of its classes, or `|y - y0|^2 / mean |y0|^2`."""
-        losses = torch.cat(self._losses)
-        return losses if self.question.has_classes else losses / torch.cat(self._lengths).mean().clamp_min(1e-24)
+        """The damage to each image, `|y - y0|^2 / mean |y0|^2`, `[images]` float64.
+
+        The same for classes: their KL divergence is dominated by the few images that the model is unsure of.
+        """
+        return torch.cat(self._losses) / torch.cat(self._lengths).mean().clamp_min(1e-24)
 
     def add(self, got: Tensor, expected: Tensor, labels: Tensor) -> None:
         """Add one batch: outputs of the model, outputs of the unmerged model, labels."""
         self.question.check(got, expected)
         got, expected = got.float(), expected.float()
         self.seen += len(got)
+        flat, wanted = got.flatten(1), expected.flatten(1)
+        length, distance = wanted.norm(dim=1).clamp_min(1e-12), (flat - wanted).norm(dim=1)
+        self._losses.append(distance.double().cpu().square())
+        self._lengths.append(length.double().cpu().square())
         if self.question.has_classes:
             ranked = got.topk(min(5, got.shape[1]), dim=1).indices  # [B, 5]
             hits = ranked == labels[:, None]
@@ -84,17 +90,11 @@ class Judge:
             self.agree += int(same.sum())
             self.pixels += len(got)
             logs = got.log_softmax(dim=1), expected.log_softmax(dim=1)
-            divergence = nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(dim=1)
-            self._losses.append(divergence.double().cpu())
-            self.divergence += divergence.sum().item()
+            self.divergence += nn.functional.kl_div(*logs, log_target=True, reduction="sum").item()
             return
         if self.question.has_pixels:
             same = got.argmax(dim=1) == expected.argmax(dim=1)
             self.agree, self.pixels = self.agree + int(same.sum()), self.pixels + same.numel()
-        flat, wanted = got.flatten(1), expected.flatten(1)
-        length, distance = wanted.norm(dim=1).clamp_min(1e-12), (flat - wanted).norm(dim=1)
-        self._losses.append(distance.double().cpu().square())
-        self._lengths.append(length.double().cpu().square())
         self.error += float((distance / length).sum())
         self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
 

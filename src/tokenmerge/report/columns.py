@@ -111,6 +111,7 @@ ERROR = Column[float]("error %", "the distance from the unmerged answers, relati
 AGREEMENT = Column[float]("agreement %", "images (or pixels) that get the unmerged model's answer", "percent", rank=8)
 COSINE = Column[float]("cosine", "the mean cosine similarity to the unmerged answers", rank=9)
 KL = Column[float]("KL", "the mean KL divergence from the unmerged model's answers", "nats", rank=17)
+DAMAGE = Column[float]("damage", "the squared distance from the unmerged answers, relative to their length", rank=6)
 # time
 SPEED_UP = Column[float]("speed-up", "how many times as fast as the unmerged model", rank=7)
 IMAGES_PER_SECOND = Column[float]("images/s", "throughput of the merged model", "images per second", rank=10)

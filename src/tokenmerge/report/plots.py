@@ -9,7 +9,7 @@ from typing import Any
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.files import replacing
 
-__all__ = ["import_pil", "plot_pareto", "plot_tradeoff", "require_viz"]
+__all__ = ["import_pil", "plot_front", "plot_pareto", "plot_tradeoff", "require_viz"]
 
 Row = Mapping[str, Any]
 _ERROR = "top-1 ±"
@@ -86,6 +86,28 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
         labels = [(f"{row['method']} {row['asked']}", (row[column], row[name])) for row in front]
         _name_points(axes, labels, placed)
     _save(figure, paths)
+
+
+def plot_front(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Save a plot of the damage over the share of the MACs: what was tuned, and constant schedules beside it."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    plain = [row for row in rows if "constant" in row["note"]]
+    tuned = [row for row in rows if row not in plain and row["damage"] > 0]
+    for name, line, style in (("tuned", tuned, "o-"), ("constant r of tome", plain, "s--")):
+        points = [(row["MACs share"], 100 * row["damage"]) for row in line if row["damage"] > 0]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name)
+    for row in tuned:
+        if row["note"] == "chosen":
+            axes.plot(row["MACs share"], 100 * row["damage"], "*", markersize=16, color="C3", label="chosen")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set(xlabel="share of the unmerged MACs (less is better)", ylabel="damage: squared distance of the answers (%)")
+    axes.set_title(_wrapped(title), fontsize=10)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    _save(figure, path)
 
 
 def _legend(figure: Any, names: Sequence[str], note: str) -> None:

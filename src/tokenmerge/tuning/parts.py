@@ -10,6 +10,7 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.data.answers import declared_classes, run_images
 from tokenmerge.data.labelled import Labelled, open_data
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError
@@ -59,8 +60,7 @@ class Part:
     ) -> None:
         self._store, self._places, self.batch_size, self.source = store, list(places), batch_size, name
         self.labels = torch.zeros(store.count, dtype=torch.long) if labels is None else labels
-        # no model has -1 outputs: answers are compared with the unmerged ones alone
-        self.outputs = -1 if labels is None else outputs
+        self.outputs = outputs
         self.classes = tuple(map(str, range(max(0, self.outputs))))
         self.preprocessing = Preprocessing((), None, False, "", None, None, name)
 
@@ -115,14 +115,18 @@ def split(
         given = torch.cat(found) if found and labels is None else None if labels is None else torch.as_tensor(labels)
     corrupt = () if data is None else tuple(data.corrupt)
     _check_count(store.count, corrupt, data)
-    outputs = _outputs(model, store, data)
-    given, note = _labels(given, store.count, outputs, is_asked=labels is not None, data=data)
+    outputs = _outputs(model, store)
+    given, note = _labels(given, store.count, outputs, is_asked=labels is not None)
+    if given is None and not _is_classifier(model, outputs):
+        outputs = -1  # no model has so many: answers are compared as vectors alone
     order = _dealt(given, store.count, seed)
     first, second = (int(sum(_SHARES[:n]) * store.count) for n in (1, 2))
     places = {"search": order[:first], "select": order[first:second], "report": order[second:]}
     parts = {name: Part(store, given, at, batch_size, outputs, name) for name, at in places.items()}
     screen = Part(store, given, order[: max(1, first // _SCREENED)], batch_size, outputs, "screen")
-    return Parts(screen, **parts, corrupt=corrupt, digest=store.digest.hexdigest()[:16], has_labels=given is not None, note=note)
+    return Parts(
+        screen, **parts, corrupt=corrupt, digest=store.digest.hexdigest()[:16], has_labels=given is not None, note=note
+    )
 
 
 def _fill(store: _Store, batches: Sequence[Tensor]) -> None:
@@ -150,24 +154,28 @@ def _check_count(count: int, corrupt: Sequence[str], data: Labelled | None) -> N
         )
 
 
-def _outputs(model: nn.Module, store: _Store, data: Labelled | None) -> int:
-    from tokenmerge.data.answers import run_images
-
-    x = store.take([0]).to(next(model.parameters()))
-    answer = run_images(model, x)
+def _outputs(model: nn.Module, store: _Store) -> int:
+    """Return how many numbers the model answers with; -1 for more than a vector."""
+    answer = run_images(model, store.take([0]).to(next(model.parameters())))
     if not answer.isfinite().all():
         raise DataError("the unmerged model answers the first image with NaN or infinity: nothing can be compared.")
-    return data.outputs if data is not None and answer.dim() == 2 else (answer.shape[1] if answer.dim() == 2 else -1)
+    return answer.shape[1] if answer.dim() == 2 else -1
 
 
-def _labels(
-    labels: Tensor | None, count: int, outputs: int, *, is_asked: bool, data: Labelled | None
-) -> tuple[Tensor | None, str]:
+def _is_classifier(model: nn.Module, outputs: int) -> bool:
+    """Whether answers are classes. A last layer without a bias projects, as CLIP's, which timm counts as classes."""
+    last = next((part for part in reversed([*model.modules()]) if isinstance(part, nn.Linear)), None)
+    return declared_classes(model) == outputs and (last is None or last.bias is not None)
+
+
+def _labels(labels: Tensor | None, count: int, outputs: int, *, is_asked: bool) -> tuple[Tensor | None, str]:
     """Return the labels if they are classes of the model's answers, and a note where they are not."""
     if labels is None:
         return None, ""
     if labels.shape != (count,) or labels.is_floating_point():
-        raise DataError(f"labels are {tuple(labels.shape)} of {labels.dtype}; give the class of each of {count} images.")
+        raise DataError(
+            f"labels are {tuple(labels.shape)} of {labels.dtype}; give the class of each of {count} images."
+        )
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < outputs:
         text = f"labels go from {low} to {high}, and the model answers with {max(0, outputs)} classes"

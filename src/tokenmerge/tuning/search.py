@@ -1,88 +1,148 @@
-"""The search: method and options on a few images, then the amounts of the blocks on all images to search on."""
+"""The search: method and options on a few images, then how much each block removes, on all images to search on.
+
+How much the answers suffer from each block is measured once, at one share of the MACs, and every target starts from it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tokenmerge.methods import Reduction
-from tokenmerge.tuning.shapes import families, fit
+from tokenmerge.tuning.shapes import CONSTANT, Shape, families, fit, normal
 from tokenmerge.tuning.space import neighbours
-from tokenmerge.tuning.subject import Amounts, Outcome, Subject
+from tokenmerge.tuning.subject import Outcome, Subject
 
-Shape = tuple[float, ...]
-_PROBE = 0.75  # how much a probe adds to the weight of a block; the mean weight is 1
-_STEPS = (0.35, 0.8, 1.6)  # of the weight of the most sensitive block
+__all__ = ["Candidate", "Search"]
+
+_PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 1
+_STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
+_PASSES = 2  # over the options of a method
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
+    """A method with a shape: how the removed tokens are spread over the blocks."""
+
     method: Reduction
     shape: Shape
-    outcome: Outcome
+    name: str
 
 
-def choose_method(subject: Subject, starts: Sequence[Reduction], share: float) -> tuple[Reduction, Shape]:
-    """Return the method and the shape of least damage on the screening images, one option after the other."""
+class Search:
+    """Finds, for a share of the MACs, the configuration with the least damage on the images to search on.
 
-    def damage(method: Reduction, shape: Shape) -> float:
-        return subject.outcome(subject.config(method, fit(subject, shape, share)), "screen").mean
+    `budget` is how many candidates may be tried on all images to search on for one share. All is deterministic: a
+    search that goes on from a journal takes the same way.
+    """
 
-    shapes = list(families(subject.depth).values())
-    tried = {(method, shape): damage(method, shape) for method in starts for shape in shapes}
-    best, shape = min(tried, key=lambda pair: tried[pair])
-    least = tried[best, shape]
-    for _ in range(2):
-        before = best
-        for option, _ in neighbours(best):
-            for other in dict(neighbours(best))[option]:
-                if other != best and subject.accepts(other):
-                    found = damage(other, shape)
+    def __init__(self, subject: Subject, starts: Sequence[Reduction], budget: int, reference: float) -> None:
+        self.subject, self.starts, self.budget, self.reference = subject, starts, budget, reference
+        self._slope: Tensor | None = None
+        self._start: Candidate | None = None
+
+    @property
+    def screened(self) -> float:
+        """How many candidates are about to be tried on the screening images."""
+        options = sum(len(option(self.starts[0])) for option in neighbours(self.starts[0]))
+        return len(self.starts) * len(families(self.subject.depth)) + 1.5 * options
+
+    @property
+    def searched(self) -> int:
+        """How many candidates are about to be tried on the images to search on, for one target."""
+        first = 2 + len(_STEPS)
+        each = self.subject.depth + len(_STEPS)
+        return self.subject.depth + first + each * min(3, max(0, self.budget - first) // each)
+
+    @property
+    def start(self) -> Candidate:
+        """The method, options and family of shapes that are best at the reference share."""
+        if self._start is None:
+            self._start = self._screened()
+        return self._start
+
+    @property
+    def slope(self) -> Tensor:
+        """The change of the damage, as a share of it, where a block removes more and the others less, `[depth]`."""
+        if self._slope is None:
+            self._slope = self._sensitivity(self.start, self.reference)
+        return self._slope
+
+    def outcome(self, candidate: Candidate, share: float, part: str = "search") -> Outcome:
+        config = self.subject.config(candidate.method, fit(self.subject, candidate.shape, share))
+        return self.subject.outcome(config, part)
+
+    def solved(self, share: float) -> list[Candidate]:
+        """Return what the measurements at the reference share suggest for a share: nothing is run for it."""
+        start = self.start
+        constant = Candidate(start.method, (1.0,) * self.subject.depth, CONSTANT)
+        return [constant, start, *(self._moved(start, self.slope, step) for step in _STEPS)]
+
+    def best(self, share: float) -> list[Candidate]:
+        """Return candidates for a share, the one of least damage on the images to search on first."""
+        left = self.budget
+        tried = {candidate: self.outcome(candidate, share).mean for candidate in self.solved(share)}
+        left -= len(tried)
+        best = min(tried, key=lambda one: tried[one])
+        shrink = 1.0
+        while left >= self.subject.depth + len(_STEPS):
+            slope = self._sensitivity(best, share)
+            moved = [self._moved(best, slope, step * shrink) for step in _STEPS]
+            tried |= {candidate: self.outcome(candidate, share).mean for candidate in moved}
+            left -= self.subject.depth + len(moved)
+            before, best = best, min(tried, key=lambda one: tried[one])
+            shrink /= 2
+            if best == before and shrink < 0.25:
+                break
+        return sorted(tried, key=lambda one: tried[one])
+
+    def _screened(self) -> Candidate:
+        """Choose on the screening images: a start and a family of shapes, then one option after the other."""
+
+        def damage(candidate: Candidate) -> float:
+            return self.outcome(candidate, self.reference, "screen").mean
+
+        shapes = families(self.subject.depth).items()
+        tried = {
+            one: damage(one)
+            for method in self.starts
+            for name, shape in shapes
+            for one in [Candidate(method, shape, name)]
+        }
+        best = min(tried, key=lambda one: tried[one])
+        least = tried[best]
+        for _ in range(_PASSES):
+            before = best
+            for option in neighbours(best.method):
+                for other in option(best.method):
+                    if not self.subject.accepts(other):
+                        continue
+                    candidate = Candidate(other, best.shape, best.name)
+                    found = damage(candidate)
                     if found < least:
-                        best, least = other, found
-        if best == before:
-            break
-    return best, shape
+                        best, least = candidate, found
+            if best == before:
+                break
+        return best
 
+    def _sensitivity(self, base: Candidate, share: float) -> Tensor:
+        """Probe each block: it removes more, the others less, at equal MACs; what noise explains is shrunk."""
+        at, slopes = self.outcome(base, share), []
+        for layer in range(self.subject.depth):
+            probe = list(base.shape)
+            probe[layer] += _PROBE
+            other = self.outcome(Candidate(base.method, tuple(probe), "probe"), share)
+            change = other.damage - at.damage
+            noise = float(change.std()) / math.sqrt(len(change))
+            t = float(change.mean()) / noise if noise > 0 else 0.0
+            slopes.append(float(change.mean()) / max(at.mean, 1e-300) * t * t / (1 + t * t))
+        return torch.tensor(slopes, dtype=torch.float64)
 
-def gradient(subject: Subject, method: Reduction, shape: Shape, share: float) -> Tensor:
-    base = subject.outcome(subject.config(method, fit(subject, shape, share)))
-    slopes = []
-    for layer in range(subject.depth):
-        probe = list(shape)
-        probe[layer] += _PROBE
-        r = fit(subject, probe, share)
-        other = subject.outcome(subject.config(method, r))
-        change = other.damage - base.damage
-        noise = change.std() / math.sqrt(len(change))
-        t = (change.mean() / noise.clamp_min(1e-300)).item() if noise > 0 else 0.0
-        slopes.append((change.mean() / base.damage.mean()).item() * t * t / (1 + t * t))
-    return torch.tensor(slopes)
-
-
-def refine(subject: Subject, method: Reduction, shape: Shape, share: float, rounds: int = 2) -> tuple[Shape, float]:
-    best = normal(shape)
-    least = subject.outcome(subject.config(method, fit(subject, best, share))).mean
-    for turn in range(rounds):
-        slope = gradient(subject, method, best, share)
-        scale = slope.abs().max().clamp_min(1e-12)
-        found = best
-        for step in _STEPS:
-            step = step / (turn + 1)
-            moved = normal([max(0.0, w - step * g) for w, g in zip(best, (slope / scale).tolist())])
-            damage = subject.outcome(subject.config(method, fit(subject, moved, share))).mean
-            if damage < least:
-                found, least = moved, damage
-        if found == best:
-            break
-        best = found
-    return best, least
-
-
-def normal(shape: Sequence[float]) -> Shape:
-    mean = sum(shape) / len(shape)
-    return tuple(w / mean for w in shape)
+    def _moved(self, base: Candidate, slope: Tensor, step: float) -> Candidate:
+        largest = float(slope.abs().max()) or 1.0
+        weights = [max(0.0, weight - step * s / largest) for weight, s in zip(base.shape, slope.tolist(), strict=True)]
+        return Candidate(base.method, normal(weights), "searched")

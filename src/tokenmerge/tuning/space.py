@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tokenmerge import methods as known
@@ -50,7 +51,12 @@ def starts(subject: Subject, given: Sequence[str | Reduction]) -> list[Reduction
     return [method for method in found if subject.accepts(method)]
 
 
-def neighbours(method: Reduction) -> Iterator[tuple[str, list[Reduction]]]:
-    """Yield each option of a method with the methods that differ from it in this option alone."""
+def neighbours(method: Reduction) -> Iterator[Callable[[Reduction], list[Reduction]]]:
+    """Yield, for each option of the kind of a method, what returns the methods that differ in this option alone."""
     for option, values in _OPTIONS.get(type(method), {}).items():
-        yield option, [dataclasses.replace(method, **{option: value}) for value in values]  # type: ignore[type-var]
+        yield partial(_others, option, values)
+
+
+def _others(option: str, values: Sequence[Any], method: Reduction) -> list[Reduction]:
+    changed = [dataclasses.replace(method, **{option: value}) for value in values]  # type: ignore[type-var]
+    return [other for other in changed if other != method]

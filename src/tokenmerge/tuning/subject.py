@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
+from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.handle import attached
 from tokenmerge.measure.counting import CostModel
 from tokenmerge.measure.trial import Trial
 from tokenmerge.methods import Reduction
 from tokenmerge.report.journal import Journal
-from tokenmerge.tuning.parts import Part, Parts
+from tokenmerge.schedule import R
+from tokenmerge.tuning.parts import Parts
 
 __all__ = ["Outcome", "Subject"]
-
-Amounts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Subject:
         self.model = model
         self.on_outcome: Callable[[str, int], None] | None = None  # part, images; after each that was computed
         self._trials: dict[str, Trial] = {}
-        self._outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, Outcome] = {}  # by part and configuration
         size = self.trial("screen").size
         with attached(model, MergeConfig(**self.options)) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
@@ -75,9 +73,13 @@ class Subject:
     def config(self, method: Reduction, r: Sequence[int], **changes: Any) -> MergeConfig:
         return MergeConfig(method, r=list(r), **{**self.options, **changes})
 
-    def share(self, r: Sequence[int]) -> float:
+    def share(self, r: R) -> float:
         """Return the MACs at `r` as a share of the unmerged model's."""
-        return self.cost(list(r)) / self.macs
+        return self.cost(r) / self.macs
+
+    def tokens(self, r: R) -> int:
+        """Return how many tokens leave the last block at `r`."""
+        return self.cost.planned(r)[-1]
 
     def accepts(self, method: Reduction) -> bool:
         """Whether the model has what a method needs."""
@@ -91,7 +93,7 @@ class Subject:
     def outcome(self, config: MergeConfig, part: str = "search") -> Outcome:
         """Run a configuration over a part; raises `DataError` where answers are not finite."""
         key = f"{part} {config!r}"
-        if key not in self._outcomes:
+        if key not in self.outcomes:
             row = None if self.journal is None else self.journal.rows.get(key)
             if row is None:
                 row = self._computed(config, part)
@@ -100,8 +102,8 @@ class Subject:
                 if self.on_outcome is not None:
                     self.on_outcome(part, len(row["damage"]))
             damage = torch.tensor(row["damage"], dtype=torch.float64)
-            self._outcomes[key] = Outcome(config, damage, tuple(row["same"]), tuple(row["hits"]))
-        return self._outcomes[key]
+            self.outcomes[key] = Outcome(config, damage, tuple(row["same"]), tuple(row["hits"]))
+        return self.outcomes[key]
 
     def _computed(self, config: MergeConfig, part: str) -> dict[str, Any]:
         trial = self.trial(part)

@@ -51,7 +51,9 @@ def read_targets(target: str | float | Target | Sequence[str | Target]) -> tuple
     >>> [str(target) for target in read_targets("2x drop=0.5")]
     ['2x', 'drop=0.5']
     """
-    given = target.split() if isinstance(target, str) else [target] if isinstance(target, (Target, float, int)) else target
+    given = (
+        target.split() if isinstance(target, str) else [target] if isinstance(target, (Target, float, int)) else target
+    )
     found = tuple(one if isinstance(one, Target) else _read(str(one)) for one in given)
     kinds = [one.kind for one in found]
     if not found or len(set(kinds)) < len(kinds):

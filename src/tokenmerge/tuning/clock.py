@@ -1,0 +1,97 @@
+"""Time and memory of configurations on this machine, against the unmerged model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.measure.timing import NOISY, environment, interleave, peak_memory
+from tokenmerge.tuning.subject import Subject
+
+__all__ = ["Clock", "Timed"]
+
+_ENOUGH = 0.01  # noise of the speed-up, as a share, that needs no more rounds
+_ROUNDS = (9, 18, 36)  # what is tried until the noise is that low
+_SECONDS = 0.05  # shortest round; shorter forwards run several times in one
+
+
+class Timed(NamedTuple):
+    """A configuration beside the unmerged model: times as fast, seconds of one batch, noise of the ratio as a share."""
+
+    speed_up: float
+    seconds: float
+    unmerged: float
+    noise: float
+
+
+class Clock:
+    """Times configurations in turn with the unmerged model, on a batch of the images.
+
+    `remarks` say where the machine was too noisy to tell.
+    """
+
+    def __init__(self, subject: Subject, batch_size: int, is_compiled: bool) -> None:
+        self.subject, self.batch_size, self.is_compiled = subject, batch_size, is_compiled
+        self._compiled: Callable[[nn.Module], Any] = torch.compile if is_compiled else lambda model: model
+        images = next(iter(subject.parts.search))[0]
+        rows = torch.arange(batch_size) % len(images)
+        self.batch = images[rows].to(subject.device, next(subject.model.parameters()).dtype)
+        self.environment, self.dtype = environment(subject.device), str(self.batch.dtype).removeprefix("torch.")
+        where = {**self.environment, "batch size": batch_size, "compiled": is_compiled}
+        self._where = json.dumps({key: str(value) for key, value in where.items()})
+        self.remarks: list[str] = []
+        self._unmerged: Any = None
+
+    def time(self, config: MergeConfig) -> Timed:
+        """Return the speed-up over the unmerged model: the median ratio of interleaved rounds."""
+        timed: Timed = self._kept(f"time {config!r}", partial(self._time, config))
+        return timed
+
+    def memory(self, config: MergeConfig) -> float:
+        """Return the peak memory of a forward as a share of the unmerged model's."""
+        found: float = self._kept(f"memory {config!r}", partial(self._memory, config))
+        return found
+
+    def _kept(self, what: str, measure: Callable[[], Any]) -> Any:
+        """Return a measurement of this machine from the journal, or make it."""
+        journal, key = self.subject.journal, f"{what} on {self._where}"
+        if journal is None:
+            return measure()
+        if key not in journal.rows:
+            journal.add(key, {"measured": measure()})
+        found = journal.rows[key]["measured"]
+        return Timed(*found) if isinstance(found, (list, tuple)) else found
+
+    def _time(self, config: MergeConfig) -> Timed:
+        if self._unmerged is None:
+            self._unmerged = self._compiled(self.subject.trial("search").model)
+        models = {"unmerged": self._unmerged, "merged": self._compiled(self.subject.trial("search").reduced(config))}
+        calls = {name: partial(model, self.batch) for name, model in models.items()}
+        once = interleave(calls, self.subject.device, rounds=2, warmup=2)["merged"].median
+        number = max(1, round(_SECONDS / once))
+        for rounds in _ROUNDS:
+            timings = interleave(calls, self.subject.device, rounds=rounds, warmup=1, number=number)
+            noise = timings["unmerged"].noise(timings["merged"]) or 0.0
+            if noise / rounds**0.5 <= _ENOUGH:
+                break
+        if noise >= NOISY:
+            self.remarks.append(
+                f"The machine was busy: the speed-up of {_short(config.r)} varied by {100 * noise:.0f} % between "
+                f"rounds, after {rounds} of them. Tune on a quiet machine."
+            )
+        merged, unmerged = timings["merged"], timings["unmerged"]
+        return Timed(unmerged.over(merged), merged.median, unmerged.median, noise)
+
+    def _memory(self, config: MergeConfig) -> float:
+        model = self.subject.trial("search").model
+        return peak_memory(self.subject.trial("search").reduced(config), self.batch) / peak_memory(model, self.batch)
+
+
+def _short(r: Any) -> str:
+    return f"r = [{', '.join(map(str, r))}]" if isinstance(r, Sequence) else f"r = {r}"

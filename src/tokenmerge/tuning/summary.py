@@ -1,0 +1,184 @@
+"""What was found, in figures, tables and a sentence, on images that nothing was chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenmerge.methods import ToMe
+from tokenmerge.tuning.clock import Clock
+from tokenmerge.tuning.decide import Decision
+from tokenmerge.tuning.losses import interval, loss_of
+from tokenmerge.tuning.result import Front, FrontRow, Tried, TriedRow, Tuning
+from tokenmerge.tuning.search import Candidate, Search
+from tokenmerge.tuning.shapes import CONSTANT, fit
+from tokenmerge.tuning.subject import Outcome, Subject
+from tokenmerge.tuning.target import Target
+
+__all__ = ["FRONT", "summarise"]
+
+FRONT = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # shares of the MACs
+
+
+def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[Target], decision: Decision) -> Tuning:
+    """Measure the decision on the images for the report, beside the constant schedule of equal MACs; draw the front."""
+    chosen, share = decision.candidate, decision.share
+    found = search.outcome(chosen, share, "report")
+    r, constant = _constant(subject, subject.share(found.config.r))
+    none = subject.outcome(subject.config(chosen.method, [0] * subject.depth), "report")
+    figures = _figures(subject, clock, decision, found, constant, none)
+    remarks = [*decision.missed, *_remarks(subject, found, none), *clock.remarks]
+    rows = _front(subject, search, decision)
+    tried = [_tried(subject, key, outcome) for key, outcome in subject.outcomes.items()]
+    report = _sentence(figures, decision, r, targets)
+    return Tuning(
+        found.config,
+        Front(rows, clock.environment),
+        Tried(tried, clock.environment),
+        decision.reached,
+        report,
+        figures,
+        remarks,
+    )
+
+
+def _constant(subject: Subject, share: float) -> tuple[int, Outcome | None]:
+    """Return the smallest constant r of ToMe with no more MACs than a share, and its outcome; None if none is."""
+    if not subject.accepts(ToMe()):
+        return 0, None
+    low, high = 0, subject.cost.tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if subject.share([middle] * subject.depth) <= share else (middle + 1, high)
+    r = [low] * subject.depth
+    return low, subject.outcome(subject.config(ToMe(), r), "report") if subject.share(r) <= share else None
+
+
+def _figures(
+    subject: Subject, clock: Clock, decision: Decision, found: Outcome, constant: Outcome | None, none: Outcome
+) -> dict[str, Any]:
+    """Return the figures of the configuration by name, as they are saved with it."""
+    timed = decision.timed
+    figures: dict[str, Any] = {
+        "speed-up": round(timed.speed_up, 3),
+        "ms": round(1000 * timed.seconds, 4),
+        "unmerged ms": round(1000 * timed.unmerged, 4),
+        "noise %": round(100 * timed.noise, 2),
+        "MACs share": round(subject.share(found.config.r), 4),
+        "damage": float(f"{found.mean:.4g}"),
+    }
+    if constant is not None:
+        figures["damage of constant r"] = float(f"{constant.mean:.4g}")
+    if found.same:
+        low, high = interval(sum(found.same), len(found.same))
+        figures["agreement %"] = round(100 * sum(found.same) / len(found.same), 2)
+        figures["agreement % from"], figures["agreement % to"] = round(low, 2), round(high, 2)
+        if constant is not None:
+            figures["agreement % of constant r"] = round(100 * sum(constant.same) / len(constant.same), 2)
+    if subject.parts.has_labels:
+        loss = loss_of("drop", [none], [found], len(found.hits))
+        figures["top-1 %"] = round(100 * sum(found.hits) / len(found.hits), 2)
+        figures["unmerged top-1 %"] = round(100 * sum(none.hits) / len(none.hits), 2)
+        figures["drop ±"] = round(loss.error, 2)
+    about = {"images": len(subject.parts.report), "batch size": clock.batch_size, "compiled": clock.is_compiled}
+    return {**figures, **about, "dtype": clock.dtype, "environment": clock.environment}
+
+
+def _sentence(figures: dict[str, Any], decision: Decision, r: int, targets: Sequence[Target]) -> str:
+    speed = figures["speed-up"]
+    word = f"{speed:.2f}x faster" if speed >= 1 else f"SLOWER, {speed:.2f}x"
+    parts = [f"{word} ({figures['ms']:.4g} ms for {figures['unmerged ms']:.4g})"]
+    plain = ""
+    if "agreement %" in figures:
+        ends = f"{figures['agreement % from']:.1f} to {figures['agreement % to']:.1f}"
+        parts.append(f"agreement {figures['agreement %']:.1f} % ({ends})")
+        if "agreement % of constant r" in figures:
+            plain = f"{figures['agreement % of constant r']:.1f} %"
+    else:
+        parts.append(f"answers differ by {100 * figures['damage']:.3g} % (squared)")
+        if "damage of constant r" in figures:
+            plain = f"{100 * figures['damage of constant r']:.3g} %"
+    if "top-1 %" in figures:
+        parts.append(f"top-1 {figures['top-1 %']:.1f} % (unmerged {figures['unmerged top-1 %']:.1f} %)")
+    parts.append(f"{100 * figures['MACs share']:.0f} % of the MACs")
+    asked = " ".join(map(str, targets))
+    opening = "" if decision.reached else f"NOT REACHED: {asked}. The nearest: "
+    return opening + ", ".join(parts) + (f"; constant r = {r} would give {plain}" if plain else "") + "."
+
+
+def _remarks(subject: Subject, found: Outcome, none: Outcome) -> list[str]:
+    """Return what to know of the figures: how sure they are, what was left out."""
+    remarks = [subject.parts.note] if subject.parts.note else []
+    if subject.parts.corrupt:
+        lost = subject.parts.corrupt
+        remarks.append(f"{len(lost)} images could not be read and were left out, the first: {lost[0]}.")
+    n = len(found.damage)
+    error = found.damage.std().item() / n**0.5
+    if error > 0.1 * found.mean:
+        remarks.append(
+            f"Too few images for the digits: on {n}, the damage is known to ± {100 * error / found.mean:.0f} % of itself."
+        )
+    if found.same:
+        low, high = interval(sum(found.same), n)
+        if high - low > 2:
+            remarks.append(
+                f"Too few images for tenths of a percent: on {n}, the agreement is known to ± {(high - low) / 2:.1f} points."
+            )
+    return remarks
+
+
+def _front(subject: Subject, search: Search, decision: Decision) -> list[FrontRow]:
+    """Return the unmerged model, the best of the known candidates at several shares, and constant ToMe beside them."""
+    depth, part = subject.depth, "select"
+    constant = Candidate(ToMe(), (1.0,) * depth, CONSTANT)
+    rows = [_row(subject, subject.outcome(subject.config(decision.candidate.method, [0] * depth), part), "unmerged")]
+    found = []
+    for share in sorted({*FRONT, decision.share}, reverse=True):
+        if subject.share(fit(subject, (1.0,) * depth, share)) > share or share >= 1:
+            continue
+        known = (
+            [decision.candidate]
+            if share == decision.share
+            else dict.fromkeys([decision.candidate, *search.solved(share)])
+        )
+        best = min((search.outcome(one, share, part) for one in known), key=lambda one: one.mean)
+        timed = decision.timed.speed_up if share == decision.share else None
+        found.append((best, _row(subject, best, "chosen" if share == decision.share else "", timed)))
+        if subject.accepts(ToMe()):
+            rows.append(_row(subject, search.outcome(constant, share, part), "constant r of tome"))
+    for outcome, row in found:
+        is_beaten = any(o.mean < outcome.mean and x["MACs share"] <= row["MACs share"] for o, x in found)
+        if not is_beaten or row["note"]:
+            rows.append(row)
+    return sorted(rows, key=lambda row: (-row["MACs share"], row["note"]))
+
+
+def _row(subject: Subject, outcome: Outcome, note: str, speed: float | None = None) -> FrontRow:
+    r = outcome.config.r
+    same, hits = outcome.same, outcome.hits
+    return FrontRow(
+        {
+            "method": repr(outcome.config.method),
+            "r": str(r),
+            "MACs share": round(subject.share(r), 4),
+            "damage": float(f"{outcome.mean:.4g}"),
+            "agreement %": round(100 * sum(same) / len(same), 2) if same else None,
+            "top-1 %": round(100 * sum(hits) / len(hits), 2) if hits and subject.parts.has_labels else None,
+            "speed-up": None if speed is None else round(speed, 3),
+            "tokens": subject.tokens(r),
+            "note": note,
+        }
+    )
+
+
+def _tried(subject: Subject, key: str, outcome: Outcome) -> TriedRow:
+    r = outcome.config.r
+    return TriedRow(
+        {
+            "split": key.partition(" ")[0],
+            "method": repr(outcome.config.method),
+            "r": str(r),
+            "MACs share": round(subject.share(r), 4),
+            "damage": float(f"{outcome.mean:.4g}"),
+        }
+    )

@@ -1,0 +1,191 @@
+"""`tune`: from a model, images and a target to the configuration that reaches it with the least damage."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.config import MergeConfig, Restore
+from tokenmerge.config.fingerprint import Fingerprint
+from tokenmerge.data.labelled import Labelled
+from tokenmerge.errors import ConfigError, UnsupportedModelError
+from tokenmerge.handle import require_free
+from tokenmerge.measure.outputs import find_device, shared_copy
+from tokenmerge.methods import LeastLoss, Reduction, ToMe
+from tokenmerge.report.journal import Journal
+from tokenmerge.tuning.clock import Clock
+from tokenmerge.tuning.decide import Decision, decide
+from tokenmerge.tuning.goals import Goals
+from tokenmerge.tuning.parts import Parts, split
+from tokenmerge.tuning.result import Tuning
+from tokenmerge.tuning.search import Search
+from tokenmerge.tuning.shapes import fit
+from tokenmerge.tuning.space import starts
+from tokenmerge.tuning.subject import Subject
+from tokenmerge.tuning.summary import FRONT, summarise
+from tokenmerge.tuning.target import Target, read_targets
+
+__all__ = ["tune"]
+
+_VERSION = 1
+_REFERENCE = 0.5  # the share of the MACs at which methods and blocks are measured for all targets
+
+
+def tune(
+    model: nn.Module,
+    images: Tensor | str | Path | Labelled,
+    target: str | Target | Sequence[str | Target] = "2x",
+    *,
+    labels: Tensor | Sequence[int] | None = None,
+    methods: Sequence[str | Reduction] = (LeastLoss.name, ToMe.name),
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 32,
+    compile: bool = False,
+    budget: int = 64,
+    seed: int = 0,
+    journal: str | Path | None = None,
+    restore: Restore | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    expect: Callable[[float], None] | None = None,
+) -> Tuning:
+    """Find the configuration that reaches a target with the least damage, for this model, images and machine.
+
+    The images are dealt into three parts: candidates are searched on one half, the best of them compared on a fifth,
+    and the figures of the report are measured on the rest, which nothing was chosen by. Damage is the squared distance
+    of the answers to the unmerged model's, relative to their length; labels are used for `drop` and accuracies alone.
+    First the method, its options and the family of schedules are chosen on few images, at half of the MACs; then each
+    block is probed at equal MACs, once for all targets; the schedule of each target starts from that, and is searched
+    on. The model is not changed: `tokenmerge.patch(model, result.config)` uses the result.
+
+    Args:
+        model: a model that `patch` takes, not patched.
+        images: the model's inputs `[N, ...]`, or labelled data as `evaluate` takes it, or the folder or the name of a
+            source, as `--data`. At least 64.
+        target: one or more of "2x", "12ms" (a batch), "macs=0.5", "memory=0.7", "drop=0.5", "agreement=99"; "2x
+            drop=0.5" asks for both: the fastest within the loss that reaches the speed.
+        labels: the class of each image, for images given as a tensor.
+        methods: where the search starts: names and objects. The options of tome, tofu and least_loss are searched.
+        device, dtype, batch_size, compile: what the result is to run with here; the dtype of the model by default.
+        budget: how many candidates are tried on the images to search on, for a target.
+        seed: deals the images.
+        journal: a file that keeps what was measured: an interrupted call goes on, another target starts from it.
+        restore: that of `patch`.
+        progress: called with the images that were run and all that are planned.
+        expect: called with the seconds that the call will take, before its long part.
+
+    Raises `DataError` for images that cannot be used, fewer than 64 of them, and a journal of something else;
+    `ConfigError` for targets that are none or need labels; `UnsupportedModelError` where no method fits.
+    """
+    targets = read_targets(target)
+    if budget < 1 or batch_size < 1:
+        raise ConfigError(f"budget and batch_size must be at least 1; got {budget} and {batch_size}.")
+    require_free(model)
+    where = find_device(device)
+    own = _copied(model, where, dtype)
+    parts = split(str(images) if isinstance(images, Path) else images, labels, own, batch_size=batch_size, seed=seed)
+    _check_labels(targets, parts)
+    kept = None if journal is None else _journal(Path(journal), own, parts, seed, restore)
+    subject = Subject(own, parts, where, {} if restore is None else {"restore": restore}, kept)
+    found = starts(subject, methods)
+    if not found:
+        raise UnsupportedModelError(f"none of the methods {', '.join(map(str, methods))} can run in this model.")
+    lowest = subject.share(fit(subject, (1.0,) * subject.depth, 0.0))
+    search = Search(subject, found, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
+    clock = Clock(subject, batch_size, compile)
+    _foresee(subject, clock, search, targets, progress, expect)
+    decision = decide(Goals(subject, clock, search), targets)
+    return _result(model, decision, summarise(subject, clock, search, targets, decision), parts)
+
+
+def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Return the model in eval mode on a device, in a dtype; it shares the weights where these need no change."""
+    parameter = next(model.parameters())
+    is_same = parameter.device == device and dtype in (None, parameter.dtype)
+    return (shared_copy(model) if is_same else copy.deepcopy(model).to(device, dtype)).eval()
+
+
+def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
+    for target in targets:
+        if target.kind == "drop" and not parts.has_labels:
+            why = f" ({parts.note})" if parts.note else ""
+            raise ConfigError(
+                f"the target {target} is accuracy lost, which needs labels of the images{why}. Give labels, or ask "
+                "for what needs none: agreement=99."
+            )
+        if target.kind == "agreement" and parts.search.outputs < 0:
+            raise ConfigError(
+                f"the target {target} compares classes, and this model answers with none: its outputs are features. "
+                "Ask for a speed or for a share of the MACs (2x, macs=0.5)."
+            )
+
+
+def _journal(path: Path, model: nn.Module, parts: Parts, seed: int, restore: Restore | None) -> Journal:
+    parameter = next(model.parameters())
+    settings = {
+        "model": Fingerprint.of(model).architecture,
+        "weights": Fingerprint.of(model).weights,
+        "images": parts.digest,
+        "labels": parts.has_labels,
+        "batch size": parts.search.batch_size,
+        "seed": seed,
+        "dtype": str(parameter.dtype),
+        "restore": restore,
+        "torch": torch.__version__,
+    }
+    return Journal(path, "tuning", settings, version=_VERSION, columns=("key",))
+
+
+def _foresee(
+    subject: Subject,
+    clock: Clock,
+    search: Search,
+    targets: Sequence[Target],
+    progress: Callable[[int, int], None] | None,
+    expect: Callable[[float], None] | None,
+) -> None:
+    """Say how long it will take, from two batches, and follow what is done."""
+    sizes = {name: len(getattr(subject.parts, name)) for name in ("screen", "search", "select", "report")}
+    total = int(search.screened * sizes["screen"] + search.searched * sizes["search"])
+    total += 4 * len(FRONT) * sizes["select"] + 2 * sizes["report"]
+    if expect is not None:
+        trial = subject.trial("screen")
+        reduced = trial.reduced(
+            subject.config(search.starts[0], fit(subject, (1.0,) * subject.depth, search.reference))
+        )
+        merged, unmerged = (_seconds(model, clock.batch) for model in (reduced, trial.model))
+        each = clock.batch.shape[0]
+        timed = 0 if all(target.kind == "macs" for target in targets) else 12 * 6 * (merged + unmerged)
+        expect(total / each * merged + sum(sizes.values()) / each * unmerged + timed)
+    done = 0
+
+    def follow(part: str, images: int) -> None:
+        nonlocal done
+        done = min(total, done + images)
+        if progress is not None:
+            progress(done, total)
+
+    subject.on_outcome = follow
+
+
+def _seconds(model: nn.Module, batch: Tensor) -> float:
+    with torch.inference_mode():
+        model(batch[:1])
+        start = time.perf_counter()
+        model(batch)
+        if batch.device.type == "cuda":
+            torch.cuda.synchronize(batch.device)
+    return time.perf_counter() - start
+
+
+def _result(model: nn.Module, decision: Decision, tuning: Tuning, parts: Parts) -> Tuning:
+    figures: dict[str, Any] = tuning.figures
+    config: MergeConfig = replace(tuning.config, fingerprint=Fingerprint.of(model), measured=figures)
+    return replace(tuning, config=config, reached=decision.reached, corrupt=list(parts.corrupt))
