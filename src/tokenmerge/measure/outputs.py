@@ -10,7 +10,7 @@ from torch import nn
 from tokenmerge.data.answers import answer, declared_classes, known_size, run_images
 from tokenmerge.errors import UnsupportedError
 
-__all__ = ["answer", "declared_classes", "find_device", "known_size", "run_images", "shared_copy"]
+__all__ = ["answer", "declared_classes", "find_device", "find_dtype", "known_size", "run_images", "shared_copy"]
 
 
 def find_device(name: str | int | torch.device) -> torch.device:
@@ -26,6 +26,15 @@ def find_device(name: str | int | torch.device) -> torch.device:
     if wanted not in there:
         raise UnsupportedError(f"no device {name!r} on this machine; there are: {', '.join(there)}.")
     return device
+
+
+def find_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Return a dtype by its name; raise `UnsupportedError` with a list of those that models run in."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = known.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in known.values():
+        raise UnsupportedError(f"no dtype {name!r}; there are: {', '.join(known)}.")
+    return dtype
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -13,9 +13,9 @@ from torch import nn
 import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.config import Restore
-from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.errors import DataError
 from tokenmerge.measure.counting import count
-from tokenmerge.measure.outputs import find_device, known_size, run_images, shared_copy
+from tokenmerge.measure.outputs import find_device, find_dtype, known_size, run_images, shared_copy
 from tokenmerge.measure.timing import (
     ENOUGH_ROUNDS,
     NOISY,
@@ -34,7 +34,6 @@ from tokenmerge.tools.models import Method, apply_method, choices_of
 
 __all__ = ["Bench", "BenchRow", "bench"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 
@@ -121,15 +120,13 @@ def bench(
         label: name of the model in the rows.
         progress: called with (done, total).
     """
-    where = find_device(device)
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
+    where, kind = find_device(device), find_dtype(dtype)
     if rounds < 1 or any(batch < 1 for batch in batches) or not batches or not rs:
         raise DataError("bench needs at least one r, one batch size >= 1 and one round.")
     if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
         raise DataError(f"input_size is {tuple(input_size)}; give channels, height and width of 1 or more.")
     # copy first: a change of dtype loses precision in the caller's model
-    model = copy.deepcopy(model).to(where, DTYPES[dtype]).eval()
+    model = copy.deepcopy(model).to(where, kind).eval()
     rows = []
     with tokenmerge.patched(model, r=0, restore=restore) as handle:
         size = tuple(input_size or known_size(handle))
@@ -139,7 +136,7 @@ def bench(
     bounds = [_merged(model, "drop", r, restore) for r in rs]
     steps = len(batches) * len(rs)
     for i, batch in enumerate(batches):
-        x = torch.randn(batch, *size, device=where, dtype=DTYPES[dtype])
+        x = torch.randn(batch, *size, device=where, dtype=kind)
         if i == 0:
             run_images(model, x[:1])
         for j, r in enumerate(rs):

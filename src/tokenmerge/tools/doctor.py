@@ -15,15 +15,14 @@ import tokenmerge
 from tokenmerge.config import MergeConfig, Restore
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.data.preprocessing import Preprocessing
-from tokenmerge.errors import ConfigError, DataError, InvalidScheduleError, TokenMergeError
+from tokenmerge.errors import ConfigError, DataError, InvalidScheduleError, TokenMergeError, UnsupportedError
 from tokenmerge.handle import attached
-from tokenmerge.measure.outputs import answer, find_device, known_size, shared_copy
+from tokenmerge.measure.outputs import answer, find_device, find_dtype, known_size, shared_copy
 from tokenmerge.measure.timing import NOISY, Timing, environment, interleave
 from tokenmerge.methods import Learned, Reduction, ToMe
 from tokenmerge.plan import Plan
 from tokenmerge.report.table import measured_on
 from tokenmerge.schedule import R
-from tokenmerge.tools.bench import DTYPES
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
@@ -239,11 +238,12 @@ def _as_measured(model: nn.Module, x: torch.Tensor, measured: Mapping[str, Any])
     size, dtype = measured.get("batch size", len(x)), measured.get("dtype", str(x.dtype).removeprefix("torch."))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ConfigError(f"measured['batch size'] is {size!r}; it takes a whole number of at least 1.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"measured['dtype'] is {dtype!r}; there are: {', '.join(DTYPES)}.")
-    if DTYPES[dtype] != x.dtype:
-        model = copy.deepcopy(model).to(DTYPES[dtype])
-    return model, x[torch.arange(size, device=x.device) % len(x)].to(DTYPES[dtype])
+    try:
+        kind = find_dtype(dtype)
+    except UnsupportedError as error:
+        raise ConfigError(f"measured['dtype']: {error}") from error
+    model = model if kind == x.dtype else copy.deepcopy(model).to(kind)
+    return model, x[torch.arange(size, device=x.device) % len(x)].to(kind)
 
 
 def _delivers(config: MergeConfig, gain: float, x: torch.Tensor, here: dict[str, str]) -> Finding:

@@ -76,7 +76,8 @@ def _short(goals: Goals, costs: Sequence[Target], found: Decision) -> tuple[str,
     """Return what the timing says against targets of speed."""
     wanted = {t: goals.speed(t, found.candidate) for t in costs if t.kind in ("speed", "ms")}
     return tuple(
-        f"{t} cannot be reached: the fastest measured is {found.timed.speed_up:.2f}x ({1000 * found.timed.seconds:.3g} ms)"
+        f"{t} cannot be reached: the fastest measured is {found.timed.speed_up:.2f}x "
+        f"({1000 * found.timed.seconds:.3g} ms)"
         for t, speed in wanted.items()
         if found.timed.speed_up < speed
     )

@@ -115,15 +115,12 @@ def _remarks(subject: Subject, found: Outcome, none: Outcome) -> list[str]:
     n = len(found.damage)
     error = found.damage.std().item() / n**0.5
     if error > 0.1 * found.mean:
-        remarks.append(
-            f"Too few images for the digits: on {n}, the damage is known to ± {100 * error / found.mean:.0f} % of itself."
-        )
+        remarks.append(f"Few images: on {n}, the damage is known to ± {100 * error / found.mean:.0f} % of itself.")
     if found.same:
         low, high = interval(sum(found.same), n)
         if high - low > 2:
-            remarks.append(
-                f"Too few images for tenths of a percent: on {n}, the agreement is known to ± {(high - low) / 2:.1f} points."
-            )
+            half = (high - low) / 2
+            remarks.append(f"Too few images for tenths: on {n}, the agreement is known to ± {half:.1f} points.")
     return remarks
 
 

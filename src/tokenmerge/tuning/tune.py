@@ -17,7 +17,7 @@ from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import ConfigError, UnsupportedModelError
 from tokenmerge.handle import require_free
-from tokenmerge.measure.outputs import find_device, shared_copy
+from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
 from tokenmerge.methods import LeastLoss, Reduction, ToMe
 from tokenmerge.report.journal import Journal
 from tokenmerge.tuning.clock import Clock
@@ -46,7 +46,7 @@ def tune(
     labels: Tensor | Sequence[int] | None = None,
     methods: Sequence[str | Reduction] = (LeastLoss.name, ToMe.name),
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     batch_size: int = 32,
     compile: bool = False,
     budget: int = 64,
@@ -89,7 +89,7 @@ def tune(
         raise ConfigError(f"budget and batch_size must be at least 1; got {budget} and {batch_size}.")
     require_free(model)
     where = find_device(device)
-    own = _copied(model, where, dtype)
+    own = _copied(model, where, None if dtype is None else find_dtype(dtype))
     parts = split(str(images) if isinstance(images, Path) else images, labels, own, batch_size=batch_size, seed=seed)
     _check_labels(targets, parts)
     kept = None if journal is None else _journal(Path(journal), own, parts, seed, restore)

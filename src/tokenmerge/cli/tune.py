@@ -1,0 +1,94 @@
+"""`tokenmerge tune`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tokenmerge.cli.options import data_arguments, model_and_data, model_argument
+
+__all__ = ["add", "run"]
+
+_TARGET_HELP = (
+    "one or more of 2x (times as fast here), 12ms (a batch), macs=0.5 (the share left), memory=0.7, drop=0.5 (points "
+    "of accuracy, needs labels), agreement=99 (percent of answers that stay)"
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `tokenmerge tune`."""
+    model_argument(parser)
+    data_arguments(parser)
+    parser.add_argument("--target", nargs="+", default=["2x"], metavar="TARGET", help=_TARGET_HELP)
+    parser.add_argument("-o", "--out", default="merge.json", help="the configuration that is written (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace an existing configuration")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="where the search starts (least_loss tome)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (that of the model)")
+    parser.add_argument("--compile", action="store_true", help="time the model under torch.compile")
+    parser.add_argument("--budget", type=int, default=64, help="candidates on all search images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="deals the images (%(default)s)")
+    parser.add_argument("--journal", help="what was measured, to go on from (OUT with .journal.json)")
+    parser.set_defaults(
+        limit=512,
+        calibrate=None,
+        left="what was measured is kept in the journal, and the same command goes on from it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tune, print the report and the front, write the configuration and its pages; 1 where a target is missed."""
+    from tokenmerge.report.progress import Progress
+    from tokenmerge.report.table import show
+    from tokenmerge.tuning.target import read_targets
+    from tokenmerge.tuning.tune import tune
+
+    targets = read_targets(arguments.target)
+    out = _checked_out(Path(arguments.out), arguments.force)
+    model, data = model_and_data(arguments)
+
+    def expect(seconds: float) -> None:
+        text = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        print(f"This will take about {text}.", file=sys.stderr, flush=True)
+
+    more = {} if arguments.methods is None else {"methods": arguments.methods}
+    with Progress("images") as progress:
+        found = tune(
+            model,
+            data,
+            targets,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            compile=arguments.compile,
+            budget=arguments.budget,
+            seed=arguments.seed,
+            journal=arguments.journal or out.with_suffix(".journal.json"),
+            progress=progress,
+            expect=expect,
+            **more,
+        )
+    written = found.save(out)
+    if arguments.json:
+        content = {
+            "report": found.report,
+            "reached": found.reached,
+            "figures": found.figures,
+            "front": found.front.rows,
+        }
+        print(json.dumps({**content, "remarks": found.remarks, "files": list(map(str, written))}, indent=2))
+    else:
+        show(found.front.rows, found.report, wide=arguments.wide)
+        print("\n".join(["", *found.remarks, f"Written: {', '.join(map(str, written))}"]))
+    return 0 if found.reached else 1
+
+
+def _checked_out(out: Path, is_forced: bool) -> Path:
+    from tokenmerge.errors import DataError
+    from tokenmerge.report.table import check_writable
+
+    check_writable(out, (".json",))
+    if out.exists() and not is_forced:
+        raise DataError(f"{out} exists already: give another name (-o), or --force to replace it.")
+    return out
