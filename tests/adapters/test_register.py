@@ -151,9 +151,10 @@ class Blind(Adapter):
         (OutsideFamily, ConfigError, r"takes an instance .* given the class OutsideFamily: register\(MyFamily\(\)\)"),
         ("timm_vit", ConfigError, "given a str"),
         (Nameless(), ConfigError, "Nameless does not say its name"),
+        (type("Empty", (OutsideFamily,), {"name": ""})(), ConfigError, "Empty does not say its name"),
         (Blind(), ConfigError, r"Blind does not say its matches \(or host.models\)"),
     ],
-    ids=["twice", "built-in", "class", "text", "no name", "matches nothing"],
+    ids=["twice", "built-in", "class", "text", "no name", "empty name", "matches nothing"],
 )
 def test_what_cannot_be_registered(outside: Adapter, adapter: Any, error: type[Exception], text: str) -> None:
     before = list_adapters()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tokenmerge
 import tokenmerge.testing
 from tokenmerge import adapters, kernels
+from tokenmerge.adapters.base import TokenLayout
 from tokenmerge.adapters.generic import Generic
 from tokenmerge.adapters.timm.vit import TimmViT
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
@@ -371,6 +372,23 @@ class Leaves(TimmViT):
         return super().blocks(model)
 
 
+class Described(TimmViT):
+    """A layout with one field that is wrong."""
+
+    name = "described"
+
+    def __init__(self, **wrong: Any) -> None:
+        self.wrong = wrong
+
+    def layout(self, model: nn.Module) -> TokenLayout:
+        return replace(super().layout(model), **self.wrong)
+
+
+class Blockless(TimmViT):
+    name = "blockless"
+    host = replace(TimmViT.host, blocks="layers")
+
+
 class Forgets(TimmViT):
     """Forgets a child of its blocks: layer scale."""
 
@@ -445,6 +463,18 @@ class Branches(PlainStandIn):
 
 BROKEN_FAMILIES: list[tuple[str, Any, str]] = [
     ("found", Missing(), "VisionTransformer is taken for 'timm_vit', not for 'missing'"),
+    ("layout", Described(grid=(2, 8)), r"layout.grid is \(2, 8\), and the images are cut into \(4, 4\) patches"),
+    ("layout", Described(tokens=17), "layout.tokens is 17, and 18 tokens enter the first block"),
+    (
+        "layout",
+        Described(input_size=(3, 64, 64)),
+        r"layout.input_size is \(3, 64, 64\), tiny\(\) gives .*\(3, 32, 32\)",
+    ),
+    ("layout", Described(prefix=3, grid=None), r"layout.prefix is 3, and of these tokens \[2\] differ from input to"),
+    ("layout", Described(prefix=0, grid=None), "layout.prefix is 0, and token 0 is the same for all inputs"),
+    ("layout", Described(suffix=1, grid=None), r"layout.suffix is 1, and of these tokens \[17\] differ"),
+    ("layout", Described(prefix=3), r"layout.prefix 3, .*layout.suffix 0 make 19 tokens; 18 enter the first block"),
+    ("layout", Blockless(), "host.blocks of 'blockless' is 'layers', .* has no such part. Its lists are: blocks"),
     ("original", Leaves(), "removal leaves traces in the model"),
     ("recomposed", Forgets(), "AdapterMismatchError: "),
     ("group_mean", Unweighted(), r"merged and simulated: max \|difference\| .*what follows them \(pooling, the head\)"),
@@ -463,7 +493,7 @@ BROKEN_FAMILIES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize(("promise", "broken", "words"), BROKEN_FAMILIES, ids=[part[0] for part in BROKEN_FAMILIES])
+@pytest.mark.parametrize(("promise", "broken", "words"), BROKEN_FAMILIES)
 def test_a_broken_family_is_caught(promise: str, broken: Any, words: str) -> None:
     if isinstance(broken, type):
         model, x = randomised(broken()).eval(), torch.randn(2, 3, 32, 32)
@@ -528,6 +558,11 @@ def test_what_does_not_exist_is_refused_with_what_is_near() -> None:
         tiny_model("timm_vitt")
     with pytest.raises(DataError, match=r"this PlainStandIn needs inputs.*check_adapter\(model, x\)"):
         check_adapter(PlainStandIn())
+    model, x = randomised(PlainStandIn()).eval(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(DataError, match=r"this PlainStandIn is in train mode \(itself\): call model.eval\(\) first"):
+        check_adapter(randomised(PlainStandIn()).train(), x, patch=NAMES)
+    with pytest.raises(DataError, match=r"inputs 0 and 1 of this PlainStandIn are equal: give different ones"):
+        check_adapter(model, x[:1].expand(2, -1, -1, -1), patch=NAMES)
     with pytest.raises(AssertionError, match=r"no input is a batch of two or more"):
         check_adapter(tiny_vit(), torch.randn(1, 3, 32, 32), only=["single"])
     with pytest.raises(AttributeError, match=r"no attribute 'check_methods'; there are: assert_close, check_adapter"):

@@ -86,7 +86,8 @@ def register(adapter: Adapter) -> Adapter:
     if not isinstance(adapter, Adapter):
         given = f"the class {adapter.__qualname__}" if isinstance(adapter, type) else f"a {type(adapter).__qualname__}"
         raise ConfigError(f"register() takes an instance of an Adapter, and was given {given}: register(MyFamily()).")
-    lacking = [name for name in ("name", "families") if not isinstance(getattr(adapter, name, None), str)]
+    given = {name: getattr(adapter, name, None) for name in ("name", "families")}
+    lacking = [name for name, value in given.items() if not isinstance(value, str) or not value.strip()]
     if type(adapter).matches is Adapter.matches and not adapter.host.models:
         lacking.append("matches (or host.models)")
     if lacking:

@@ -240,6 +240,12 @@ class Adapter(ABC):
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Return the blocks in order, each as (name in the model, block). Default: the children of `host.blocks`."""
         path = self.host.blocks
+        if not has_parts(model, (path,)):
+            lists = [name for name, part in model.named_modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+            raise UnsupportedModelError(
+                f"host.blocks of {self.name!r} is {path!r}, and this {type(model).__qualname__} has no such part. Its "
+                f"lists are: {', '.join(lists) or 'none'}."
+            )
         return [(f"{path}.{name}", block) for name, block in attrgetter(path)(model).named_children()]
 
     def spec(self, block: nn.Module) -> Spec:
