@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from tokenmerge._intercept.override import Binding, Override
 from tokenmerge._intercept.pooling import Sizes
 from tokenmerge._intercept.taps import AttentionTap, SeamTap
 from tokenmerge._intercept.trust import Method, methods_of
+from tokenmerge._moved import moved_names
 from tokenmerge.adapters import _older
 from tokenmerge.errors import UnsupportedModelError
 
@@ -320,10 +320,5 @@ def class_names(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
-def __getattr__(name: str) -> Any:
-    """Provide the names that `Override` and `Binding` had before 0.6, for third-party adapters."""
-    successor = {"Original": Override, "Replacement": Binding}.get(name)
-    if successor is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.{name} is {successor.__name__} now.", DeprecationWarning, stacklevel=2)
-    return successor
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)
