@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from tokenmerge.adapters import _older
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.refused import refusal
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedModelError
@@ -98,6 +99,7 @@ def register(adapter: Adapter) -> Adapter:
             f"the name {adapter.name!r} is taken by the adapter {type(taken).__qualname__}. Give yours another `name`"
             + (f", or take that one out first: unregister({taken.name!r})." if taken in _registered else ".")
         )
+    _older.adopt(type(adapter))
     _registered.append(adapter)
     return adapter
 
@@ -140,6 +142,7 @@ def find(model: nn.Module) -> Adapter:
     _check_bare(model)
     for adapter in known():
         if adapter.matches(model):
+            _older.adopt(type(adapter))  # names that were set after the class was made
             return adapter.resolve(model)
     reason = refusal(model)
     if reason:

@@ -207,7 +207,7 @@ class Context:
         return self.sizes is not None and self.restore is None
 
 
-class Adapter(ABC):
+class Adapter(_older.Older, ABC):
     """Base class of a model family. Adapters import their host package inside functions only.
 
     A subclass defines `name`, `families`, `layout` and `tiny`. It overrides `matches`, `blocks`, `spec` and `tap` where
@@ -228,6 +228,10 @@ class Adapter(ABC):
 
     def __getattr__(self, name: str) -> Any:
         return _older.read(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _older.check_value(self, name, value)
+        super().__setattr__(name, value)
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether this adapter handles the model. Default: its class is in `host.models`."""

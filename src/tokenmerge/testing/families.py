@@ -121,8 +121,9 @@ def _check_kind(adapter: Any) -> None:
 
 def _check_given(subject: str, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Refuse what would hide mistakes: a model in train mode, and inputs that are alike."""
-    training = [path or "itself" for path, part in model.named_modules() if part.training]
-    if training:
+    parts = model.named_modules()
+    training = [path or "itself" for path, part in parts if part.training and (not path or not any(part.children()))]
+    if training:  # lists of blocks do nothing by themselves
         raise DataError(f"{subject} is in train mode ({training[0]}): call model.eval() first.")
     for x in inputs:
         if isinstance(x, Tensor) and x.dim() > 1 and len(x) > 1:
