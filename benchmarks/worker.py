@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.registry import Case, merged_call, pack, unpack
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.measure.timing import Timing
+
+if TYPE_CHECKING:
+    from tokenmerge.measure.timing import Timing
 
 # shortest duration of a round: short operations are called many times in a row
 ROUND_SECONDS = 0.05
@@ -86,6 +88,8 @@ def alternate(base: Worker, this: Worker, case: Case, *, rounds: int) -> tuple[T
 
     Raises `UnsupportedError` if one of them cannot run the case.
     """
+    from tokenmerge.measure.timing import Timing  # not in the processes: an older commit has it elsewhere
+
     for worker in (base, this):
         worker.load(case)
     number = repeats(this.seconds(1))

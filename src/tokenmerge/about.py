@@ -1,4 +1,4 @@
-"""What a reduction method is, for who chooses one."""
+"""Describe a reduction method, for choosing one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["MethodInfo", "describe"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a method does and what it asks of a model; `str()` is a table."""
+    """What a method does and what it needs from a model; `str()` returns a table."""
 
     name: str
     summary: str  # a sentence
     paper: str  # authors, place, year and identifier; "" where there is none
     needs: tuple[str, ...]  # q, k, v of the attention, a class token, the places of tokens on the grid of patches
-    is_adaptive: bool  # how many tokens go depends on the images, `r` is the most
+    is_adaptive: bool  # the number of removed tokens depends on the images: at most `r`
     is_learned: bool  # it has weights of its own: trained, or read from a file
     is_proportional: bool  # what prop_attn="auto" means for it
     options: dict[str, Any]  # by name, with their values
@@ -41,10 +41,10 @@ class MethodInfo:
 
 
 def describe(method: str | Reduction) -> MethodInfo:
-    """Return what a method is: a name (`list_methods()`), a name with options, or an object.
+    """Return the description of a method: a name (`list_methods()`), a name with options, or an object.
 
-    Raises `UnknownNameError` for a name or an option that does not exist, with the nearest, and
-    `ConfigError` for what is no method.
+    Raises `UnknownNameError` (with the nearest name) for an unknown name or option, and `ConfigError` for anything that
+    is no method.
 
     >>> describe("tofu").paper, describe("tofu").needs
     ('Kim et al., WACV 2024, arXiv:2312.01026.', ('k',))

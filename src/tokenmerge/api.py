@@ -24,7 +24,6 @@ from tokenmerge.handle import Handle, attached, handle_of, require_free, unpatch
 from tokenmerge.methods import Reduction
 from tokenmerge.report import Calibration, Report
 from tokenmerge.schedule import R
-from tokenmerge.tune.auto import calibrate as run_trials
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,7 +115,9 @@ def _choose(model: nn.Module, r: R, images: Tensor | None, options: dict[str, An
     """Return the configuration that "auto" chose on the images, and a remark for the report."""
     if images is None:
         return None, 'tome: "auto" chooses by images, and none were given (calibrate=images)'
-    found = run_trials(model, r, images, options)
+    from tokenmerge.tune.auto import calibrate
+
+    found = calibrate(model, r, images, options)
     return found, str(found)
 
 

@@ -1,4 +1,4 @@
-"""Every error of the library, under one parent.
+"""The errors of the library, under one parent; `training` adds some of its own.
 
 TokenMergeError(RuntimeError)
   UnknownNameError         a method, option or keyword that does not exist (with the nearest name)
@@ -6,10 +6,10 @@ TokenMergeError(RuntimeError)
   ConfigError              a saved configuration that cannot be read or written
   UnsupportedModelError    no adapter describes this model
   AdapterMismatchError     a block does not behave as its adapter says
-  AlreadyPatchedError      the model is reduced already
-  NotPatchedError          the model is not reduced
-  NotTrackedError          something was asked that only `track=True` or a forward provides
-  UnsupportedError         the model is known, what was asked of it cannot be done
+  AlreadyPatchedError      the model is patched already
+  NotPatchedError          the model is not patched
+  NotTrackedError          the request needs `track=True` or a forward
+  UnsupportedError         the model is known, but cannot do what was requested
   DataError                images, labels or files that cannot be used
 """
 
@@ -67,7 +67,7 @@ class NotPatchedError(TokenMergeError):
 
 
 class NotTrackedError(TokenMergeError):
-    """A question about the last forward that was not recorded."""
+    """A query about a forward that did not run or was not recorded."""
 
 
 class UnsupportedError(TokenMergeError):
@@ -79,7 +79,7 @@ class DataError(TokenMergeError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """Build the error for a name that is not in `known`, with the nearest one."""
+    """Return the error for a name that is not in `known`, with the nearest name."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

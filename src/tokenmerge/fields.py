@@ -1,4 +1,4 @@
-"""Check settings by their annotated types: those of methods, of configurations, and of recipes."""
+"""Check the settings of methods, configurations and recipes against their annotated types."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["checked", "fitted", "named"]
 
 
 def fitted(value: Any, hint: Any) -> Any:
-    """Return a value as a field of this type holds it; raises `TypeError` where it is of another type.
+    """Return a value converted to the type of a field; raises `TypeError` for a value of another type.
 
-    Numbers become Python's own, whoever made them, and lists become tuples where tuples are held. NaN is no number, nor
-    is `True`, and 1 is not `True`. Types that are not plain take what they are given.
+    Numbers of other libraries become Python's own, and lists become tuples in tuple fields. NaN and `True` are no
+    numbers, and 1 is not `True`. Types that are not plain accept any value.
     """
     origin = get_origin(hint)
     if origin in (Union, UnionType):
@@ -46,7 +46,7 @@ def _itself(value: Any) -> Any:
     return value
 
 
-# what a plain type accepts, and how it is made of that
+# for each plain type: whether it accepts a value, and the conversion
 _PLAIN: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     bool: (lambda value: isinstance(value, bool), bool),
     int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), int),
@@ -58,9 +58,9 @@ _PLAIN: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
 
 
 def checked(owner: object) -> dict[str, Any]:
-    """Return the fields of a dataclass that are to be replaced by plain values; raises `TypeError` with the field.
+    """Return the plain values of those fields of a dataclass that hold something else; raises `TypeError`.
 
-    The error's arguments are the name of the field, what it holds and its type in words.
+    The error's arguments are the field's name, its value, and its type in words.
     """
     changed = {}
     for name, hint in _hints(type(owner)).items():  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def checked(owner: object) -> dict[str, Any]:
 
 
 def named(hint: Any, value: Any = None) -> str:
-    """Return a type in words; for a value that it would take if it were a number, that too."""
+    """Return a type in words; for a value of NaN, also that NaN is no number."""
     if get_origin(hint) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(hint)):
         parts = [named(part) if part is not bool else "True, False" for part in get_args(hint)]
         return ", ".join(parts)
@@ -88,7 +88,7 @@ def named(hint: Any, value: Any = None) -> str:
 
 
 def _fitted_to_one(value: Any, hints: tuple[Any, ...]) -> Any:
-    """Fit a value to the first type that takes it; its own comes before those it would be changed for."""
+    """Fit a value to the first type that accepts it; the value's own type is tried first."""
     for hint in sorted(hints, key=lambda hint: type(value) is not hint):
         try:
             return fitted(value, hint)
@@ -110,6 +110,6 @@ def _fitted_tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
 def _hints(kind: Any) -> dict[str, Any]:
     try:
         found = get_type_hints(kind)
-    except NameError:  # of a class that was written inside a function: its names are not to be seen from here
+    except NameError:  # a class defined inside a function, whose names cannot be resolved here
         return {}
     return {part.name: found[part.name] for part in dataclasses.fields(kind)}

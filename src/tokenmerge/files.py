@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and never through a link that somebody else has put where they go."""
+"""Write files atomically, and never through a link at the target path."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PART = ".part-"
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file in one step: whoever is cut off in it leaves the old file whole. Raises `OSError`.
+    """Write a file atomically: if interrupted, the old file stays intact. Raises `OSError`.
 
-    A link of that name is replaced, not followed; a pipe or a device of that name is refused. Text is UTF-8; what
-    UTF-8 cannot say, of a file name that is no text, is escaped.
+    A link at `path` is replaced, not followed; a pipe or a device is rejected. Text is UTF-8; characters that UTF-8
+    cannot encode, from file names that are no valid text, are escaped.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with replacing(path) as part:
@@ -28,9 +28,9 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a new, empty file beside `path`, of a name nobody can foresee, for writers that take a name.
+    """Yield a new, empty file beside `path` with an unpredictable name, for writers that take a file name.
 
-    It has the same suffix. It takes the place of `path` when the `with` is over, and is deleted where that fails.
+    It has the same suffix. At the end of the `with` it replaces `path`; if that fails it is deleted.
     """
     part = new_part(path)
     try:
@@ -41,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def new_part(path: str | Path) -> Path:
-    """Make the file that `replacing` gives; raises `OSError` where `path` cannot be written."""
+    """Create the file that `replacing` yields; raises `OSError` if `path` cannot be written."""
     path = Path(path)
     try:
         kind = path.lstat().st_mode
@@ -60,20 +60,20 @@ def new_part(path: str | Path) -> Path:
 
 
 def is_part(path: Path) -> bool:
-    """Say whether a file is what `replacing` leaves where its process is killed."""
+    """Return whether a file was left by `replacing` in a process that was killed."""
     return path.name.startswith(_PART)
 
 
 def is_file(name: str | Path) -> bool:
-    """Say whether a name is a file's; a text that no file can be named by is not."""
+    """Return whether `name` is a file; False for text that cannot be a file name."""
     try:
         return Path(name).is_file()
-    except (OSError, ValueError):  # too long, for one
+    except (OSError, ValueError):  # e.g. too long
         return False
 
 
 def is_dir(name: str | Path) -> bool:
-    """Say whether a name is a folder's, as `is_file` does."""
+    """Return whether `name` is a folder; False for text that cannot be a file name."""
     try:
         return Path(name).is_dir()
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""The functions of the ToMe package by their own names, on this library's plans.
+"""The functions of the ToMe package under their own names, built on this library's plans.
 
 Each matching function returns `(merge, unmerge)`: `merge(x, mode="mean")` takes `[B, N, C]` to `[B, M, C]`, `unmerge`
-takes it back by copying. Bolya et al., ICLR 2023, arXiv:2210.09461.
+copies each group's row back to its tokens. Bolya et al., ICLR 2023, arXiv:2210.09461.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
 
 
 def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tensor:
-    """Follow which input tokens each merged one holds: `[B, M, N0]` of 0 and 1; `x` `[B, N, C]` gives the first N0."""
+    """Return which input tokens each merged token holds, `[B, M, N0]` of 0 and 1; without `source`, N0 is N of `x`."""
     if source is None:
         B, N, _ = x.shape
         source = torch.eye(N, device=x.device)[None].expand(B, N, N)

@@ -1,4 +1,4 @@
-"""What is in a patched model: change it, ask it, take it out."""
+"""The handle of a patched model: change the reduction, query it, remove it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tokenmerge.schedule import R, Schedule
 __all__ = ["ATTRIBUTE", "Handle", "attached", "handle_of", "require_free", "unpatch"]
 
 _RAISE = object()
-ATTRIBUTE = "_tokenmerge_handle"  # of a patched model, which holds its handle
+ATTRIBUTE = "_tokenmerge_handle"  # the attribute of a patched model that holds its handle
 _LOOSE = (
     "blocks were called by code that is not the model's own: after each of those, tokens are put back in their places"
 )
 
 
 class Handle:
-    """A reduction inside a model: change it, ask it, remove it. `patch` returns it."""
+    """The reduction in a patched model, returned by `patch`: change it, query it, remove it."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, config: MergeConfig) -> None:
         self.model = model
@@ -61,7 +61,7 @@ class Handle:
 
     @property
     def r(self) -> R:
-        """What is removed per block, in any form that `patch` takes; set it at any time; 0 turns merging off."""
+        """The amount removed per block, in any form that `patch` takes. Set it at any time; 0 turns merging off."""
         return list(self._config.r) if isinstance(self._config.r, list) else self._config.r
 
     @r.setter
@@ -91,14 +91,14 @@ class Handle:
 
     @property
     def config(self) -> MergeConfig:
-        """The present settings, to be saved or to patch another model with."""
+        """The current settings, to save or to patch another model with."""
         return self._config
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens after each block: those of the last forward, or those planned before any.
+        """Tokens after each block: of the last forward, or as planned if none has run.
 
-        Where tokens are merged inside windows, for the attention only: those of a window that each attention saw.
+        For models that merge inside windows, for the attention only: the tokens of a window that each attention got.
         """
         frame = self._state.last()
         if frame is None or not frame.last:
@@ -131,7 +131,7 @@ class Handle:
 
     @property
     def protected(self) -> int:
-        """How many tokens are never merged: those in front, and those behind (detection tokens)."""
+        """How many tokens are never merged: those in front and those behind (detection tokens)."""
         return self._layout.protected
 
     @property
@@ -141,7 +141,7 @@ class Handle:
 
     @property
     def input_size(self) -> tuple[int, ...] | None:
-        """Channels, height and width of the input the model was built for, where it says so."""
+        """Channels, height and width of the input that the model was built for; None if unknown."""
         return self._layout.input_size
 
     @property
@@ -171,9 +171,9 @@ class Handle:
         return [everyone if frame.kept[layer] is None else frame.kept[layer] for layer in ran]  # type: ignore[misc]
 
     def dense(self, y: Tensor) -> Tensor:  # [B, M, C]
-        """Give every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.
+        """Copy to every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.
 
-        Raises `ValueError` where `y` is not what the last forward put out.
+        Raises `ValueError` if `y` does not have the batch and tokens of the last forward.
         """
         groups = self.groups[-1]
         frame = self._last()
@@ -185,7 +185,7 @@ class Handle:
         return kernels.unmerge(y, groups)
 
     def report(self) -> Report:
-        """Return what was found, what runs, the tokens per block, and what is limited."""
+        """Return the report: the adapter, the method, what runs, the tokens per block, and the limitations."""
         runner = self._attachment.runners[0]
         frame = self._state.last()
         planned = frame is None or not frame.last
@@ -217,9 +217,9 @@ class Handle:
             self._state.enabled = before
 
     def loss(self) -> Tensor:
-        """Return what a learned method adds to the training loss after a forward; raises for methods that do not.
+        """Return a learned method's part of the training loss, after a forward; raises for methods that have none.
 
-        Nothing where the present `r` takes no token, as at the start of a training in which it grows from 0.
+        Zero if the current `r` removes no token, as at the start of a training in which it grows from 0.
         """
         method, frame = self._config.method, self._last()
         if not isinstance(method, Learned) or not method.adds_loss:
@@ -234,7 +234,7 @@ class Handle:
         self._config.save(path, None if modules is None else modules.state_dict())
 
     def remove(self) -> None:
-        """Take the reduction out: the model is what it was, bit for bit. A second call raises `NotPatchedError`."""
+        """Remove the reduction: the model is restored bit for bit. A second call raises `NotPatchedError`."""
         if self.model.__dict__.get(ATTRIBUTE) is not self:
             raise NotPatchedError(
                 f"this handle's reduction was taken out of the {type(self.model).__qualname__} already"
@@ -244,14 +244,14 @@ class Handle:
         unpatch(self.model)
 
     def on_remove(self, action: Callable[[], None]) -> None:
-        """Call `action` when the reduction is taken out: for surfaces that add something of their own."""
+        """Register an action for the removal of the reduction, for code that adds attributes or hooks of its own."""
         self._actions.append(action)
 
     def __enter__(self) -> Handle:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take the reduction out, unless that was done inside the `with`."""
+        """Remove the reduction, unless it was removed inside the `with`."""
         if self.model.__dict__.get(ATTRIBUTE) is self:
             self.remove()
 
@@ -270,7 +270,7 @@ class Handle:
 
 
 def attached(model: nn.Module, config: MergeConfig) -> Handle:
-    """Put a reduction into a model by its whole configuration, in place: what `patch` ends in, and tools begin with.
+    """Patch a model in place from a whole configuration; `patch` and the tools call this.
 
     Raises what `patch` raises; on any error the model stays as it was.
     """
@@ -281,7 +281,7 @@ def attached(model: nn.Module, config: MergeConfig) -> Handle:
 
 
 def require_free(model: nn.Module) -> None:
-    """Raise where a model cannot be patched whatever it is asked for: it is none, or holds a reduction already."""
+    """Raise if the model is no `nn.Module`, or is patched already."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"patch takes a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}."
@@ -305,7 +305,7 @@ def _adapter(model: nn.Module, config: MergeConfig) -> Adapter:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give the original model back, bit for bit, with no attribute left; raises `NotPatchedError`.
+    """Restore the original model bit for bit, with no attribute left; raises `NotPatchedError`.
 
     Takes a patched model, a copy of one, or a copy of a part of one.
     """
@@ -315,7 +315,7 @@ def unpatch(model: nn.Module) -> None:
     handle = handle_of(model)
     del model.__dict__[ATTRIBUTE]
     handle._attachment.undo()
-    with ExitStack() as actions:  # all of them, in order, though one may raise
+    with ExitStack() as actions:  # runs all of them, even if one raises
         for action in reversed(handle._actions):
             actions.callback(action)
 
@@ -331,7 +331,7 @@ def handle_of(model: nn.Module, default: None) -> Handle | None: ...
 def handle_of(model: nn.Module, default: Any = _RAISE) -> Handle | None:
     """Return the handle of a patched model, e.g. of a copy or a loaded one; raises `NotPatchedError`.
 
-    With `default=None`, `None` stands for a model that is not patched.
+    With `default=None` it returns None for a model that is not patched.
     """
     handle = model.__dict__.get(ATTRIBUTE)
     if handle is None and default is not _RAISE:

@@ -23,12 +23,12 @@ __all__ = [
     "shift",
 ]
 
-# attention weights of one image, all heads, that are held at a time: a limit for the batch would fix it in a graph
+# attention weights of one image, all heads, held at a time; a limit per batch would fix the batch size in a graph
 _TILE = 2**18
 
 
 def class_attention(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
-    """Return what the first token attends to, `[B, H, N]`: one row of the attention, at the cost of one token.
+    """Return the attention of the first token to all tokens, `[B, H, N]`; computes one row of the attention only.
 
     The score of EViT (Liang et al., ICLR 2022, arXiv:2202.07800) and DiffRate is its mean over heads.
     """
@@ -48,10 +48,10 @@ def class_value(
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
-    """Return the mean attention each token gets, over all queries and heads, `[B, N]`.
+    """Return the mean attention each token receives, over all queries and heads, `[B, N]`.
 
-    The significance score of PoWER-BERT and Token Pooling (arXiv:2110.03860). Rows are made in tiles: memory grows with
-    the tokens, time with their square.
+    The significance score of PoWER-BERT and Token Pooling (arXiv:2110.03860). Computed in tiles: memory grows linearly
+    with the tokens, time quadratically.
     """
     total = torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
     for rows in attention_rows(q, k, scale, bias):
@@ -62,7 +62,7 @@ def received_attention(q: Tensor, k: Tensor, scale: float | None = None, bias: T
 def entropy(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Return `sum_j a_ij log a_ij` of the heads' mean attention, the negative entropy of each token's row, `[B, N]`.
 
-    High where a token looks at few others: the saliency of vid-TLDR (Choi et al., CVPR 2024, arXiv:2403.13347).
+    High for a token that attends to few others: the saliency of vid-TLDR (Choi et al., CVPR 2024, arXiv:2403.13347).
     """
     tiles = []
     for rows in attention_rows(q, k, scale, bias):
@@ -75,7 +75,7 @@ def self_received(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor
     """Return each token's attention to itself times the attention it receives from all, heads apart, `[B, H, N]`.
 
     The score of GTP-ViT (Xu et al., WACV 2024, arXiv:2311.03035): how hard a token is to regenerate from others, and
-    how much it tells them.
+    how much it passes to them.
     """
     total = torch.zeros_like(q[..., 0], dtype=torch.float32)
     own: list[Tensor] = []
@@ -96,7 +96,7 @@ def page_rank(
     """Return the mass per head, `[B, H, N]`, after repeated steps `s <- A^T s` from `start`.
 
     The importance of Zero-TPrune (Wang et al., CVPR 2024, arXiv:2305.17328). Attention that needs more than one tile is
-    made again for every step.
+    recomputed in every step.
     """
     B, H, n, _ = q.shape
     mass = start[:, None].expand(B, H, n).float()
@@ -113,18 +113,18 @@ def page_rank(
 def shift(x: Tensor, x_pre: Tensor) -> Tensor:  # [B, N, C]
     """Return how far the attention moved each token, `||x - x_pre||`, `[B, N]`.
 
-    Representation Shift (ICCV 2025, arXiv:2508.00367) of the attention; the paper prefers that of the MLP, which here
-    runs after the tokens are gone. It needs no attention map.
+    Representation Shift (ICCV 2025, arXiv:2508.00367) of the attention. The paper prefers that of the MLP, which here
+    runs after tokens are removed. It needs no attention map.
     """
     moved: Tensor = (x - x_pre).float().norm(dim=-1)
     return moved
 
 
 def attention_rows(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the attention of one tile of queries after another, `[B, H, tile, N]` in float32.
+    """Yield the attention for one tile of queries after another, `[B, H, tile, N]` in float32.
 
-    `scale` multiplies the scores (None: 1 / sqrt(D)), `bias` `[B, N]` is added per key. Fewer key than query heads:
-    each serves several queries' heads, as in grouped-query attention.
+    `scale` multiplies the scores (None: 1 / sqrt(D)), `bias` `[B, N]` is added per key. With fewer key than query
+    heads, each key head serves several query heads, as in grouped-query attention.
     """
     _, H, n, D = q.shape
     if k.shape[1] != H:
@@ -137,6 +137,6 @@ def attention_rows(q: Tensor, k: Tensor, scale: float | None = None, bias: Tenso
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    # autocast would bring half precision back
+    # autocast would compute the product in half precision
     with kernels.full_precision(a.device.type):
         return a @ b

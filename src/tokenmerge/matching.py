@@ -39,14 +39,14 @@ __all__ = [
 DISTANCES = ("cosine", "dot", "euclidean", "softmax")
 HEADS = ("mean", "concat")
 PARTITIONS = ("alternating", "sequential", "random")
-# beyond any score, and finite: a pair that is masked out by minus infinity ranks below all that padding takes part in
+# beyond any score, yet finite, so that a pair masked with minus infinity ranks below every pair with padding
 _FAR = torch.finfo(torch.float32).max
 
-alternating, choose, match = kernels.alternating, kernels.choose, kernels.match  # for methods with scores of their own
+alternating, choose, match = kernels.alternating, kernels.choose, kernels.match  # for methods with their own scores
 
 
 def join_heads(x: Tensor, how: str) -> Tensor:  # [B, H, N, D]
-    """Make one metric of queries, keys or values: `concat` gives `[B, N, H * D]`, a `mean` is left to the matching."""
+    """Join the heads of q, k or v: `concat` returns `[B, N, H * D]`; with `mean`, the matching averages them later."""
     return x if how == "mean" else x.transpose(1, 2).flatten(2)
 
 
@@ -66,14 +66,22 @@ def bipartite(
     by_position: bool = True,
     valid: Tensor | None = None,  # [B, N] bool
 ) -> Plan:
-    """Match each token of side A with its best of side B and merge the `r` best pairs; heads are averaged.
+    """Match each token of side A with its best of side B and merge the `r` best pairs.
 
-    Bipartite soft matching of Bolya et al., ICLR 2023, arXiv:2210.09461. The first `prefix` tokens are protected and
-    come first in the output, then the unmerged tokens of A, then B. `r` is clamped to half of the unprotected tokens;
-    0 keeps all in their order. Of equal scores the first place wins. `by_position=False` leaves the unmerged tokens of
-    A in the order of their scores, as the paper's own code does without a class token. Tokens that are not `valid`
-    (padding) are merged with each other, before any others, and with a real one only where nothing else is left to
-    remove. Raises `UnknownNameError` for an unknown distance or partition.
+    Bipartite soft matching of Bolya et al., ICLR 2023, arXiv:2210.09461. Of equal scores the first place wins. Raises
+    `UnknownNameError` for an unknown distance or partition.
+
+    Args:
+        metric: the features to compare; heads are averaged.
+        r: pairs to merge, clamped to half of the unprotected tokens; 0 keeps all tokens in order.
+        prefix: protected tokens in front. They come first in the output, then the unmerged tokens of A, then B.
+        distance: one of `DISTANCES`.
+        partition: how tokens are divided into A and B, one of `PARTITIONS`.
+        seed: of the random partition.
+        by_position: order the unmerged tokens of A by place; False orders them by score, as the paper's own code does
+            without a class token.
+        valid: which tokens are real. Padding merges with padding, before any others, and with a real token only if
+            nothing else is left to remove.
     """
     if distance not in DISTANCES:
         raise unknown_name("distance", distance, DISTANCES)
@@ -110,7 +118,7 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Return the most similar token of side B for every token of side A and its cosine, both `[B, A]`.
 
-    As `partners`, of sides that differ from image to image.
+    Like `partners`, for sides that differ between images.
     """
     metric = metric.mean(dim=1) if metric.dim() == 4 else metric
     tokens, split = torch.cat((side_a, side_b), dim=1), side_a.shape[1]
@@ -121,7 +129,7 @@ def nearest(
 
 
 def absorb(src: Tensor, into: Tensor, n: int, gone: Tensor | None = None) -> Plan:  # [B, R], [B, R], [B, G]
-    """Return the plan in which the tokens `into` absorb those of `src` and `gone` are dropped; the rest stay in order.
+    """Return the plan in which `into` absorb `src` and `gone` are dropped; all other tokens stay in order.
 
     >>> absorb(torch.tensor([[0]]), torch.tensor([[2]]), 4, gone=torch.tensor([[1]])).keep.tolist()
     [[2, 3]]
@@ -142,13 +150,13 @@ def unit(metric: Tensor) -> Tensor:  # [B, N, D] or [B, H, N, D]
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Return the products of unit rows, `[B, A, D]` and `[B, E, D]` to `[B, A, E]`, for methods that need them all."""
+    """Return the products of unit rows, `[B, A, D]` and `[B, E, D]` to `[B, A, E]`, for methods that need all pairs."""
     with kernels.full_precision(a.device.type):
         return torch.bmm(a, b.mT)
 
 
 def sink_padding(score: Tensor, valid: Tensor | None, at: kernels.Side | None = None) -> Tensor:  # [B, A], [B, N] bool
-    """Return scores with those of padding at minus infinity; `at` names the tokens that have scores, None: all N.
+    """Return the scores with minus infinity for padding; `at` selects the tokens that have scores (None: all N).
 
     >>> sink_padding(torch.tensor([[0.5, 0.7]]), torch.tensor([[True, True, False]]), slice(1, 3)).tolist()
     [[0.5, -inf]]
@@ -157,7 +165,7 @@ def sink_padding(score: Tensor, valid: Tensor | None, at: kernels.Side | None = 
 
 
 def lift_padding(score: Tensor, valid: Tensor | None, at: kernels.Side | None = None) -> Tensor:
-    """Return scores with those of padding at infinity, as `sink_padding`."""
+    """Return the scores with infinity for padding; see `sink_padding`."""
     return score if valid is None else score.masked_fill(~_of(valid, at), float("inf"))
 
 
@@ -169,7 +177,7 @@ def mask_pairs(
     alike: float = _FAR,
     unlike: float = -_FAR,
 ) -> Tensor:
-    """Return the scores of pairs with two padding tokens `alike`, and padding and a real one `unlike`."""
+    """Return the scores with `alike` for pairs of padding tokens, and `unlike` for padding with a real token."""
     if valid is None:
         return score
     is_a, is_b = _of(valid, side_a)[..., None], _of(valid, side_b)[:, None]
@@ -218,7 +226,7 @@ def _of(valid: Tensor, at: kernels.Side | None) -> Tensor:
 
 
 def _sides(n: int, prefix: int, partition: str, seed: int, device: torch.device) -> tuple[kernels.Side, kernels.Side]:
-    """Indices of the unprotected tokens of A and B."""
+    """Return the unprotected tokens of A and B."""
     if partition == "alternating":
         return kernels.alternating(n, prefix)
     half = prefix + (n - prefix + 1) // 2
@@ -231,7 +239,7 @@ def _sides(n: int, prefix: int, partition: str, seed: int, device: torch.device)
 
 
 def shuffle(n: int, seed: int, device: torch.device) -> Tensor:
-    """Return a permutation of `n` that depends on `seed` alone: by hashing, since generators cannot be captured."""
+    """Return a permutation of `n` that depends on `seed` alone; it hashes, since generators cannot be captured."""
     value = torch.arange(n, device=device) + (seed * 7919 + 1) % 2**31
     for shift, factor in ((16, 0x45D9F3B), (15, 0x119DE1F3), (16, 0x3449F5)):
         value = ((value ^ (value >> shift)) * factor) % 2**31

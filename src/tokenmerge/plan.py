@@ -1,4 +1,4 @@
-"""The recipe of one reduction: which tokens stay, which are absorbed by whom.
+"""Plans: which tokens a reduction keeps, and which kept token absorbs each of the others.
 
 Shapes: B batch, N tokens in, M tokens out, R absorbed tokens, C channels.
 """
@@ -33,9 +33,9 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """What happens to `n` tokens: `keep` stay, in order; `src` are absorbed by output slot `dst`; others are dropped.
+    """The fate of `n` tokens: `keep` stay, in order; output slot `dst` absorbs `src`; the others are dropped.
 
-    All shapes are fixed by the number of tokens and `r`, never by values, so graphs can be captured.
+    All shapes depend on the number of tokens and `r` only, never on values, so graphs can be captured.
 
     >>> plan = Plan(keep=torch.tensor([[0, 2]]), src=torch.tensor([[1]]), dst=torch.tensor([[1]]), n=3)
     >>> merge(plan, torch.tensor([[[1.0], [2.0], [4.0]]])).flatten().tolist()
@@ -54,30 +54,30 @@ class Plan:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WeightedPlan(Plan):
-    """A plan whose groups are averaged by any positive weights, which their sizes are part of or not."""
+    """A plan whose groups are averaged by its own positive weights; sizes count only as far as these contain them."""
 
     weight: Tensor  # [B, N]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DroppingPlan(Plan):
-    """A plan that drops some of `src`: images that merge and images that prune then have plans of one shape.
+    """A plan that drops some of `src`, so that images that merge and images that prune have plans of one shape.
 
     >>> plan = DroppingPlan(torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[0]]), 3, torch.tensor([[True]]))
     >>> assignment(plan).tolist()
     [[0, -1, 1]]
     """
 
-    dropped: Tensor  # [B, R] bool: which of `src` nobody absorbs, whatever `dst` says
+    dropped: Tensor  # [B, R] bool: True for tokens of `src` that are dropped; their `dst` is ignored
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MatrixPlan:
-    """What happens to `n` tokens where every output token may hold a part of every input token.
+    """A plan for `n` tokens in which each output token may contain a part of each input token.
 
-    Row m of `weight` says how much of each token goes into output m, which is the mean by weight and size. A token's
-    size is divided among the outputs as its column is; a token whose column is zero is dropped. `keep` names the input
-    token whose place each output takes. A matrix of zeros and ones, one per column, is a `Plan` written out.
+    Row m of `weight` holds the weight of each token in output m, which is the mean by weight and size. A token's size
+    is divided among the outputs in proportion to its column; a token with a zero column is dropped. `keep` is the input
+    token whose place each output takes. A `Plan` is a matrix of zeros and ones with a single 1 per column.
 
     >>> plan = MatrixPlan(weight=torch.tensor([[[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]]), keep=torch.tensor([[0, 2]]), n=3)
     >>> x, size = merge_weighted(plan, torch.tensor([[[0.0], [3.0], [6.0]]]))
@@ -98,10 +98,10 @@ AnyPlan = Plan | MatrixPlan
 
 
 def merge(plan: Plan, x: Tensor, mode: str = "mean") -> Tensor:  # [B, N, C]
-    """Combine each group by `mode` (`mean`, `sum`, `amax`, `amin`, `prod`), members counting equally: `[B, M, C]`."""
+    """Combine each group by `mode` (`mean`, `sum`, `amax`, `amin`, `prod`) with equal weights: `[B, M, C]`."""
     if not isinstance(plan, DroppingPlan):
         return kernels.reduce(x, plan.keep, plan.src, plan.dst, mode)
-    # what is dropped goes into one slot more
+    # dropped tokens go into one extra slot
     left = plan.keep.shape[1]
     keep, dst = torch.cat((plan.keep, plan.keep[:, :1]), dim=1), plan.dst.masked_fill(plan.dropped, left)
     return kernels.reduce(x, keep, plan.src, dst, mode)[:, :left]
@@ -113,7 +113,7 @@ def merge_weighted(
     size: Tensor | None = None,  # [B, N]
     branch: Tensor | None = None,  # [B, N, C]
 ) -> tuple[Tensor, Tensor]:
-    """Combine each group of `x + branch` as its mean by size, or by the plan's own weights: `[B, M, C]` and `[B, M]`.
+    """Average each group of `x + branch` by size, or by the plan's own weights; return `[B, M, C]` and sizes `[B, M]`.
 
     The new sizes are the sums of the groups' sizes.
     """
@@ -131,7 +131,7 @@ def merge_average(
     size: Tensor | None = None,  # [B, N]
     branch: Tensor | None = None,  # [B, N, C]
 ) -> tuple[Tensor, Tensor]:
-    """Combine each group of `x + branch` as its plain mean, padding (size 0) left out; new sizes stay sums of sizes."""
+    """Average each group of `x + branch` with equal weights, without padding (size 0); new sizes are sums of sizes."""
     ones = None if size is None else size.clamp_max(1)
     merged, _ = kernels.merge(x, _counted(plan, x, ones), plan.keep, plan.src, plan.dst, branch)
     return merged, merged_size(plan, x, size)
@@ -148,7 +148,7 @@ def _counted(plan: Plan, x: Tensor, size: Tensor) -> Tensor: ...
 @overload
 def _counted(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor | None: ...
 def _counted(plan: Plan, x: Tensor, size: Tensor | None) -> Tensor | None:
-    """Return the sizes with 0 for what the plan drops."""
+    """Return the sizes, with 0 for tokens that the plan drops."""
     if not isinstance(plan, DroppingPlan):
         return size
     size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
@@ -165,12 +165,12 @@ def _mix(plan: MatrixPlan, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tens
 
 
 def unmerge(plan: AnyPlan, y: Tensor) -> Tensor:  # [B, M, C]
-    """Give every input token its group's row, `[B, N, C]`; dropped tokens get zeros."""
+    """Copy to every input token its group's row, `[B, N, C]`; dropped tokens get zeros."""
     return kernels.unmerge(y, assignment(plan))
 
 
 def assignment(plan: AnyPlan) -> Tensor:
-    """Return the output slot of each input token, `[B, N]`, that of its largest part; -1 for dropped ones."""
+    """Return each input token's output slot, or that of its largest part, `[B, N]`; dropped tokens have -1."""
     if isinstance(plan, MatrixPlan):
         most, slot = plan.weight.max(dim=1)
         return slot.masked_fill(most <= 0, -1)
@@ -182,9 +182,9 @@ def assignment(plan: AnyPlan) -> Tensor:
 
 
 def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
-    """Let a real token lead each group that has one, so that masks at the kept places say whether a group is real.
+    """Make a real token lead each group that has one, so that a mask at the kept places tells real groups from padding.
 
-    Padding (not `valid`) that was to absorb real tokens changes places with the first of them.
+    Padding (not `valid`) that would absorb real tokens swaps places with the first of them.
     """
     if isinstance(plan, MatrixPlan) or plan.src.shape[1] == 0:
         return plan
@@ -194,7 +194,7 @@ def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
     if isinstance(plan, DroppingPlan):
         is_real = is_real & ~plan.dropped
     rank = torch.arange(R, device=plan.src.device).expand_as(plan.src).masked_fill(~is_real, R)
-    # compared rather than scattered: an exported graph shall hold no scatter but sums
+    # compare instead of scatter: an exported graph may contain scatter-adds only
     slots = torch.arange(plan.keep.shape[1], device=rank.device)[:, None]
     first = torch.where(plan.dst[:, None] == slots, rank[:, None], R).amin(dim=2)  # [B, M]
     src = torch.where(is_real & (rank == first.gather(1, plan.dst)), leader, plan.src)
@@ -203,7 +203,7 @@ def lead_by_real(plan: AnyPlan, valid: Tensor) -> AnyPlan:  # [B, N] bool
 
 
 def keep_behind(plan: AnyPlan, n: int) -> AnyPlan:
-    """Return the plan for `n` tokens whose first ones it was made for; those behind them stay, in order, at the end.
+    """Extend a plan to `n` tokens: the tokens behind those it was made for stay, in order, at the end.
 
     >>> plan = Plan(keep=torch.tensor([[0, 2]]), src=torch.tensor([[1]]), dst=torch.tensor([[1]]), n=3)
     >>> keep_behind(plan, 5).keep.tolist()
@@ -223,7 +223,7 @@ def keep_behind(plan: AnyPlan, n: int) -> AnyPlan:
 
 
 def compose(previous: Tensor | None, plan: AnyPlan) -> Tensor:  # [B, N0] or None
-    """Follow the tokens of the first layer through one more plan: `[B, N0]` of slots after it, -1 for dropped."""
+    """Return the slots of the first layer's tokens after one more plan, `[B, N0]`; dropped tokens have -1."""
     groups = assignment(plan)
     if previous is None:
         return groups

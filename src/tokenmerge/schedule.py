@@ -1,4 +1,4 @@
-"""How many tokens go at each layer: every form of `r`, checked once and asked per layer."""
+"""The number of tokens that each layer removes: checks every form of `r`, and evaluates it per layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALLOWED = (
     "(block, tokens) -> int, or a Schedule."
 )
 
-# how `Schedule.parse` reads them
+# the forms that `Schedule.parse` reads
 TEXT_FORMS = "tokens removed per block: 8, a share 0.1, a pair 16,-1 (amount, inflection), or a list [25,25,10]"
 
 
@@ -34,7 +34,7 @@ def _half(tokens: int, prefix: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One amount per layer, rounded so that `multiple_of` divides what is left. `Schedule.of` checks what was given.
+    """One amount per layer, rounded so that `multiple_of` divides the tokens left. `Schedule.of` validates the input.
 
     >>> Schedule.of((16, -1.0), depth=12).amounts
     (32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0)
@@ -46,9 +46,13 @@ class Schedule:
 
     @staticmethod
     def of(r: R, depth: int, multiple_of: int = 1, largest: Callable[[int, int], int] = _half) -> Schedule:
-        """Check any allowed form of `r` against the number of blocks; raises `InvalidScheduleError` (a ValueError).
+        """Build a schedule from any allowed form of `r`; raises `InvalidScheduleError` (a ValueError).
 
-        `largest(tokens, prefix)` is how many one block can remove at most: half of the unprotected ones, if not given.
+        Args:
+            r: the amounts, in any form that `patch` takes.
+            depth: the number of blocks.
+            multiple_of: the number that divides the tokens left by each block.
+            largest: `largest(tokens, prefix)` is the maximum that one block can remove. Default: half the unprotected.
         """
         if isinstance(multiple_of, bool) or not isinstance(multiple_of, Integral) or multiple_of < 1:
             raise InvalidScheduleError(
@@ -58,10 +62,10 @@ class Schedule:
 
     @staticmethod
     def check(r: R) -> PlainR:
-        """Return any allowed form of `r` as Python's own numbers, in a list of its own; raises `InvalidScheduleError`.
+        """Return any allowed form of `r` as plain Python numbers, with lists copied; raises `InvalidScheduleError`.
 
-        How many blocks there are is not known here: `Schedule.of` checks the length of a list. A schedule becomes the
-        list of its amounts.
+        The number of blocks is unknown here: `Schedule.of` checks the length of a list. A schedule becomes the list of
+        its amounts.
 
         >>> Schedule.check([8, 0.0])
         [8, 0]
@@ -80,7 +84,7 @@ class Schedule:
 
     @staticmethod
     def parse(text: str) -> PlainR:
-        """Return the `r` that a text means, as Python would write it; raises `InvalidScheduleError`.
+        """Parse `r` from text in Python's notation; raises `InvalidScheduleError`.
 
         >>> Schedule.parse("16,-1"), Schedule.parse("[25, 0.1]"), Schedule.parse("8")
         ((16, -1), [25, 0.1], 8)
@@ -98,7 +102,7 @@ class Schedule:
         return any(amount != 0 for amount in self.amounts)
 
     def at(self, layer: int, tokens: int, prefix: int) -> int:
-        """Return how many of `tokens` (prefix included) the layer removes, at most what the method can."""
+        """Return how many of `tokens` (prefix included) the layer removes, at most what the method can remove."""
         amount = self.amounts[layer]
         if callable(amount):
             amount = amount(layer, tokens)
@@ -114,7 +118,7 @@ class Schedule:
         return self._round(amount, tokens, most) if amount and self.multiple_of > 1 else amount
 
     def _round(self, amount: int, tokens: int, most: int) -> int:
-        """Return the nearest amount that leaves a multiple: the larger of two, this one where there is none."""
+        """Return the nearest amount that leaves a multiple (of two the larger), or `amount` if there is none."""
         more = amount + (tokens - amount) % self.multiple_of
         allowed = [other for other in (more, more - self.multiple_of) if 0 <= other <= most]
         return min(allowed, key=lambda other: abs(other - amount), default=amount)
@@ -155,7 +159,7 @@ def _amounts(r: R, depth: int) -> tuple[Amount, ...]:
 
 
 def _inflected(pair: tuple[Any, ...], depth: int) -> list[int]:
-    """Amounts that rise or fall in a straight line around `r`: from 2r to 0 at -1, from 0 to 2r at +1."""
+    """Return amounts that rise or fall linearly around `r`: from 2r to 0 at -1, from 0 to 2r at +1."""
     if len(pair) != 2:
         raise InvalidScheduleError(f"r is a tuple of {len(pair)} entries: {pair!r}. {_ALLOWED}")
     r, inflection = pair
@@ -171,7 +175,7 @@ def _inflected(pair: tuple[Any, ...], depth: int) -> list[int]:
 
 
 def _entry(value: Any) -> int | float:
-    """In a list of shares, no share is written 0.0."""
+    """Return one entry of a list: a count or a share; 0.0 means 0 tokens."""
     is_nothing = isinstance(value, Real) and not isinstance(value, bool) and value == 0
     return 0 if is_nothing else _amount(value)
 

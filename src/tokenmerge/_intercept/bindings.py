@@ -34,7 +34,7 @@ def bind(replacement: Binding) -> None:
 
 
 def is_bound(module: nn.Module) -> bool:
-    """Say whether anything is bound on this module."""
+    """Return whether anything is bound on this module."""
     return _NOTES in module.__dict__
 
 

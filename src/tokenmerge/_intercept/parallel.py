@@ -1,4 +1,4 @@
-"""Taps of timm's parallel blocks: several attentions side by side, or attention and MLP in one piece.
+"""Taps of timm's parallel blocks: several attentions side by side, or attention and MLP in one step.
 
 Shapes: B batch, N tokens, C channels, H heads, D head width.
 """
@@ -18,7 +18,7 @@ __all__ = ["BranchesTap", "ScalingTap"]
 
 
 class BranchesTap(AttentionTap):
-    """Runs a list of branches, each a sequence with a child `attn`, and sums them; the heads of all are seen."""
+    """Runs a list of branches, each a sequence with a child `attn`, and sums them; captures the heads of all."""
 
     kind = "seam"
 
@@ -53,9 +53,9 @@ class BranchesTap(AttentionTap):
 
 
 class ScalingTap(SeamTap):
-    """Stands in for a whole block whose `in_proj` gives the MLP's input, q, k and v at once.
+    """The tap of a whole block whose `in_proj` returns the MLP's input, q, k and v at once.
 
-    `has_heads_last`: its `q_norm` and `k_norm` see `[B, N, H, D]`.
+    `has_heads_last`: its `q_norm` and `k_norm` get `[B, N, H, D]`.
     """
 
     def __init__(self, block: nn.Module, has_heads_last: bool) -> None:
@@ -64,7 +64,7 @@ class ScalingTap(SeamTap):
         self.own = Attending(block, self)
 
     def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
-        # the block itself is in its call already
+        # the block is already being called
         return self.own(x, **given)
 
     def take(self) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class ScalingTap(SeamTap):
 
 
 class _Values(ChildOverride):
-    """The instance `forward` of a block's `in_proj`: keeps the values, which come last."""
+    """The instance `forward` of a block's `in_proj`: captures the values, the last part of its output."""
 
     def __init__(self, block: Any, slot: Slot) -> None:
         super().__init__(block, "in_proj")

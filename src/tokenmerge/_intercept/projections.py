@@ -25,8 +25,14 @@ __all__ = ["ProjectionTap", "listen_with_biases"]
 class ProjectionTap(AttentionTap):
     """Computes softmax attention from an attention's own children, for attentions whose forward takes no bias.
 
-    `qkv` names one projection that gives all three, or three of them; `before` and `after` are called in their order,
-    `drop` is the dropout of the weights: a module, a number, or None, `softmax` the module that makes the weights.
+    Args:
+        block: the block.
+        path: the path of the attention in the block.
+        qkv: one projection that gives q, k and v, or three projections.
+        after: children that are called on the output, in order.
+        before: children that are called on the input, in order.
+        drop: attribute with the dropout of the weights: a module, a number, or None.
+        softmax: the module that computes the weights, if the attention has one.
     """
 
     kind = "projections"
@@ -70,7 +76,7 @@ class ProjectionTap(AttentionTap):
         softmax, drop = getattr(self.attn, self.softmax, None), getattr(self.attn, self.drop, None)
         drops = isinstance(drop, nn.Dropout) and drop.p and drop.training
         if drops or _is_watched(softmax) or _is_watched(drop):
-            # as the attention itself would, so that the same weights are dropped
+            # like the attention itself, so that dropout drops the same weights
             scores = q @ k.mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
             scores = scores if mask is None else scores + mask
             weights = softmax(scores) if isinstance(softmax, nn.Softmax) else scores.softmax(dim=-1)
@@ -99,9 +105,10 @@ def _is_watched(module: Any) -> bool:
 
 
 def listen_with_biases(tap: SeamTap, found: list[Binding], needs: frozenset[str]) -> list[Binding]:
-    """Return what is bound so that a timm attention with separate biases calls its `qkv`, besides what `found` holds.
+    """Return the bindings by which a timm attention with separate biases calls its `qkv`, and the rest of `found`.
 
-    It uses the weight of its `qkv` alone, but where it finds no q_bias it calls `qkv`, which then adds the biases.
+    Such an attention uses only the weight of `qkv`. Without a q_bias it calls `qkv`, and the bound projection adds the
+    biases.
     """
     attn = tap.attn
     projection = _BiasedProjection(attn, tap, tuple(sorted(needs)))
@@ -115,7 +122,7 @@ def listen_with_biases(tap: SeamTap, found: list[Binding], needs: frozenset[str]
 
 
 class _Unbiased(Attending):
-    """Has an attention's own forward find no q_bias, which stays the parameter that it is for everybody else."""
+    """Runs the attention's own forward on a view without q_bias; the parameter itself stays."""
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.owner).forward(_WithoutBias(self.owner), *args, **kwargs)
@@ -134,12 +141,12 @@ class _WithoutBias:
 
 
 class _BiasedProjection(Listener):
-    """The instance `forward` of `qkv`: the projection with the biases of the attention around it."""
+    """The instance `forward` of `qkv`: the projection with the biases of its attention."""
 
     def __init__(self, attn: Any, tap: SeamTap, names: tuple[str, ...]) -> None:
         super().__init__(attn, "qkv", tap.slot, names, attn.num_heads, 3)
         self.attn = attn
-        # timm's own forward can run on another self; one of somebody else's may not
+        # timm's own forward can run on another self; a custom one may not
         is_own = "forward" not in attn.__dict__ and type(attn).forward.__module__.startswith("timm.")
         self.is_hidden = not is_own
 
@@ -154,7 +161,7 @@ class _BiasedProjection(Listener):
 
     def follow(self) -> None:
         if self.is_hidden and not is_compiling():
-            self.attn.__dict__["q_bias"] = None  # whoever sets the parameter anew uncovers it
+            self.attn.__dict__["q_bias"] = None  # assigning the parameter anew removes this entry
         super().follow()
 
     def move(self, found: Any) -> None:

@@ -22,7 +22,7 @@ from tokenmerge.errors import AdapterMismatchError, TokenMergeError, Unsupported
 
 __all__ = ["Parity", "Probe", "called_children", "check_parity", "token_width", "undisturbed"]
 
-_COUNT = 4  # how many tokens the one stands for whose bias is proved
+_COUNT = 4  # size of the token that the verification repeats
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -45,28 +45,34 @@ class Probe(NamedTuple):
     given: dict[str, Any]
     layout: TokenLayout
     label: str
-    has_places: bool  # its attention knows them, and the description follows them
+    has_places: bool  # the attention uses places, and the description follows them
 
 
 def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, counted: Counted | None) -> Parity:
     """Compare a block with its description on random tokens, without merging, in eval and train mode.
 
-    `counted(x, size, kept, given)` runs the description on tokens `[B, N, C]` that count `size` `[B, N]` times (None:
-    once) at their places `kept`; without it neither is proved. Raises `UnsupportedModelError` where the block cannot be
-    run on tokens, `AdapterMismatchError` where its description gives something else, or where it treats a token by its
-    place and is not described so. Parameters, buffers, modes, attributes, hooks and the random state are left as they
-    were.
+    Args:
+        block: the block to verify.
+        original: the block's own forward.
+        composed: the forward that the adapter describes.
+        probe: the input.
+        counted: `counted(x, size, kept, given)` runs the description on tokens `[B, N, C]` of sizes `size` `[B, N]`
+            (None: all 1) at their places `kept`. None: neither sizes nor places are verified.
+
+    Raises `UnsupportedModelError` if the block cannot run on tokens. Raises `AdapterMismatchError` if the description
+    gives another output, or if the block uses places and the description does not say so. Parameters, buffers, modes,
+    attributes, hooks and the random state are left unchanged.
     """
     found = _parameters(block)
     if not found:
         return Parity(0.0, True)
-    # tokens have the precision of the matrices: CLIP keeps float32 norms beside them
+    # tokens get the dtype of the matrices: CLIP keeps its norms in float32
     dtype = next((p.dtype for p in found if p.dim() > 1), found[0].dtype)
     with undisturbed(block) as run:
         _shake(block)
         x = torch.randn(2, probe.tokens, token_width(block), device=found[0].device, dtype=dtype)
         pair = _Pair(block, partial(run, original), partial(run, composed), probe)
-        # two images only where both are looked at, or where the further arguments are made for two
+        # two images only if both are compared, or if the extra arguments are made for two
         worst = pair.difference(x if x.is_meta or counted is None or probe.given else x[:1], training=True)
         if x.is_meta or counted is None:
             return Parity(max(worst, pair.difference(x, training=False)), True)
@@ -81,7 +87,7 @@ class _Pair:
         self.block, self.original, self.composed, self.probe = block, original, composed, probe
 
     def difference(self, x: Tensor, training: bool) -> float:
-        """Return the largest difference of the two, in train or eval mode; raises where it is more than rounding."""
+        """Return the largest difference between the two, in train or eval mode; raises if it exceeds rounding."""
         self.block.train(training)
         out = self.own(x)
         tokens = x if self.probe.layout.batch_first else x.transpose(0, 1)
@@ -89,7 +95,7 @@ class _Pair:
         return _difference(out, again, self.probe.label)
 
     def own(self, x: Tensor) -> Any:
-        """Return what the block's own forward puts out; raises for what cannot be run, and for NaN and inf."""
+        """Return the output of the block's own forward; raises if it cannot run, or gives NaN or inf."""
         label, tokens = self.probe.label, x if self.probe.layout.batch_first else x.transpose(0, 1)
         try:
             out = self.original(tokens, **self.probe.given)
@@ -108,7 +114,7 @@ class _Pair:
         return out
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        """Return the tokens that the block's own forward puts out, the batch first."""
+        """Return the output tokens of the block's own forward, batch first."""
         out = first_of(self.own(x))
         tokens: Tensor = out if self.probe.layout.batch_first else out.transpose(0, 1)
         return tokens
@@ -120,7 +126,7 @@ def token_width(block: nn.Module) -> int:
 
 
 def _parameters(block: nn.Module) -> list[nn.Parameter]:
-    # of a module without children first: what a block or an attention holds itself may be of any inner width
+    # modules without children first: parameters of a block or an attention itself may have any inner width
     leaves = (module for module in block.modules() if next(module.children(), None) is None)
     return [p for module in (*leaves, block) for p in module.parameters() if p.is_floating_point()]
 
@@ -158,7 +164,11 @@ class _Noting(Override):
 
 @contextmanager
 def undisturbed(block: nn.Module) -> Iterator[Run]:
-    """Let a block run without its users' noticing: yields what calls a function of it, each time from one state."""
+    """Run a block without side effects: yields `run(function, *args)`, which starts each call from the same state.
+
+    Inside, hooks are off and dropout scales instead of drawing. Attributes, buffers, hooks and the random state are
+    restored at the end.
+    """
     modules = list(block.modules())
     attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
     contents = [(v, v.copy()) for own, _ in attributes for v in own.values() if type(v) in _CONTAINERS]
@@ -181,7 +191,7 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
     devices = [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []
 
     def seed() -> None:
-        # torch.manual_seed would note the call for every backend that has not started yet, which takes milliseconds
+        # torch.manual_seed queues a call for every backend that has not started yet, which takes milliseconds
         torch.default_generator.manual_seed(0)
         for device in devices:
             torch.cuda.default_generators[device.index].manual_seed(0)
@@ -215,14 +225,14 @@ def _put_back(now: Any, before: Any) -> None:
 
 
 class _Scaling(Override):
-    """Dropout that scales instead of drawing: it draws in the order of memory, which a composition may change."""
+    """Dropout that scales instead of drawing: draws depend on the memory order, which a composition may change."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * (1 - 0.5 * self.owner.p) if self.owner.training else x  # type: ignore[operator]
 
 
 def _shake(block: nn.Module) -> None:
-    """Draw parameters that are one number all over: a gate or a scale that starts at zero would hide what it scales."""
+    """Randomise constant parameters: a gate or scale that starts at zero would hide the branch that it scales."""
     drawn: dict[int, nn.Parameter] = {}
     for module in block.modules():
         for name, p in module._parameters.items():
@@ -235,7 +245,7 @@ def _shake(block: nn.Module) -> None:
 
 def _is_constant(p: Tensor) -> bool:
     flat = p.detach().reshape(-1)
-    # the first values decide for most parameters
+    # for most parameters the first values suffice
     return flat.numel() > 0 and all(bool((part == flat[0]).all()) for part in (flat[:16], flat))
 
 
@@ -278,9 +288,9 @@ def _difference(original: Any, composed: Any, label: str) -> float:
 
 
 def _check_tokens(pair: _Pair, counted: Run, x: Tensor, worst: float) -> Parity:
-    """Prove a block in eval mode: that a token of size n counts as n tokens, and that the order of tokens does not."""
+    """Verify in eval mode that a token of size n counts as n tokens, and that the order of tokens does not matter."""
     probe = pair.probe
-    # a prefix that the user gives may be any number; no block treats it in a way of its own there
+    # a prefix given by the user may be any number; then no block treats these tokens differently
     prefix = probe.layout.prefix if probe.layout.prefix < x.shape[1] // 2 else 0
     many, kept, size = _repeated(x, prefix)
     order = _order(many.shape[1], prefix, x.device)
@@ -290,7 +300,7 @@ def _check_tokens(pair: _Pair, counted: Run, x: Tensor, worst: float) -> Parity:
         run = partial(counted, many[:, order], None, kept[:, order], probe.given)
         repeated = _described(run, probe.label)[:, back]
     else:
-        # its own forward on all of them against the description of those that count: both things at once
+        # compare the own forward on repeated tokens with the description on sizes: this verifies both
         repeated = pair.own_tokens(many[:, order])[:, back]
     try:
         weighed = counted(x, size, None, probe.given)
@@ -312,7 +322,7 @@ def _check_tokens(pair: _Pair, counted: Run, x: Tensor, worst: float) -> Parity:
 
 
 def _repeated(x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `x` with one token of each row again at its end, the places of all, and the sizes that stand for it."""
+    """Return `x` with one token per image repeated at the end, the places of all tokens, and the equivalent sizes."""
     B, N, _ = x.shape
     rows = torch.arange(B, device=x.device)
     one = prefix + (N - prefix) // (2 + rows)  # [B]
@@ -324,7 +334,7 @@ def _repeated(x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _order(n: int, prefix: int, device: torch.device) -> Tensor:
-    """Return another order of the tokens behind the prefix: no rotation, which a convolution would follow."""
+    """Return a permutation of the tokens after the prefix; a rotation would not reveal a convolution."""
     return torch.tensor([*range(prefix), *range(prefix, n, 2), *range(prefix + 1, n, 2)], device=device)
 
 
@@ -334,7 +344,7 @@ def _agree(weighed: Tensor, repeated: Tensor, plain: Callable[[], Tensor]) -> bo
         return False
     if weighed.dtype in (torch.float32, torch.float64):
         return True
-    # where rounding is coarse, a bias that is not added at all could pass for one that is
+    # with coarse rounding, a missing bias could pass the tolerance
     effect = (repeated - plain()).abs().mean().item()
     return effect <= 1e-2 * repeated.abs().mean().item() or error.mean().item() <= 0.5 * effect
 

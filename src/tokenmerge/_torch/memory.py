@@ -29,12 +29,12 @@ def recall(x: Tensor) -> tuple[Any, bool]:
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:
-    """Say whether two tensors are one: a module with backward hooks gets each of its arguments as a view of its own."""
+    """Return whether two tensors are the same memory: a module with backward hooks gets views of its arguments."""
     return x is y or (not is_compiling() and _owner(x) is _owner(y) and _geometry(x) == _geometry(y))
 
 
 def watched(make: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """Return `make(x, ...)`, in which torch counts what is written later: in inference mode it does not by itself."""
+    """Return `make(x, ...)` as a tensor with a version counter, which inference mode would not give it."""
     if is_compiling() or not torch.is_inference_mode_enabled():
         return make(x, *args)
     with torch.inference_mode(False), torch.no_grad():
@@ -45,13 +45,13 @@ def _owner(x: Tensor) -> Any:
     # torch keeps the Python object of a storage for as long as the storage lives
     try:
         return x.untyped_storage() if isinstance(x, Tensor) else None  # torch.fx traces with proxies
-    except (RuntimeError, NotImplementedError):  # wrappers of functorch have no memory of their own
+    except (RuntimeError, NotImplementedError):  # wrappers of functorch have no storage
         return x
 
 
 def _geometry(x: Tensor) -> tuple[Any, ...]:
     try:
-        # what is written into tokens later makes others of them; see `watched`
+        # an in-place write makes the note invalid; see `watched`
         version = None if x.is_inference() else x._version
         return x.shape, x.stride(), x.storage_offset(), version
     except RuntimeError:  # wrappers of functorch

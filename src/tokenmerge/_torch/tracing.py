@@ -1,4 +1,4 @@
-"""Tell one trace of a compiler from another: what was noted in another trace, or in eager mode, is not this graph's."""
+"""Detect tracing and tell traces apart: a graph must not use notes of another trace or of eager mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NUMBERS = itertools.count(1)
 
 
 class _Whole:
-    """The trace that holds a whole forward of a patched model, by its number; 0 outside of one."""
+    """The number of the trace that contains a whole forward of a patched model; 0 outside of such a trace."""
 
     trace = 0
 
@@ -40,21 +40,21 @@ def is_compiling() -> bool:
     """Return whether this thread is being traced; `torch.compiler.is_compiling` covers all threads."""
     if torch.compiler.is_dynamo_compiling():
         return True
-    # torch.export, where it is not strict, runs Python under modes of its own
+    # non-strict torch.export runs Python under its own dispatch modes
     return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_tracing() -> bool:
-    """Say whether a whole forward is traced into one graph: nothing of it can run, or have run, outside of the graph.
+    """Return whether a whole forward is traced into one graph, so that no part of it runs outside of the graph.
 
-    False in eager mode, and where a compiler has only a piece of a forward: blocks compiled one by one, or what lies
-    between two graph breaks. There, eager code keeps the books.
+    False in eager mode, and if only a piece of a forward is compiled: single blocks, or code between two graph breaks.
+    Eager code keeps the state then.
     """
     return is_compiling() and (is_exporting() or WHOLE.trace == trace_number())
 
 
 def in_pieces() -> bool:
-    """Say whether a compiler has a piece of a forward only; `outside_graph` is for what other pieces must see."""
+    """Return whether only a piece of a forward is compiled; `outside_graph` runs what other pieces must see."""
     return is_compiling() and not is_tracing()
 
 
@@ -70,12 +70,12 @@ def is_exporting() -> bool:
 
 
 def trace_number() -> int:
-    """Return the number of the trace at work, -1 where Python itself runs for one. Compilers take it for a constant."""
+    """Return the number of the current trace, -1 in non-strict export. Compilers treat the result as a constant."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         graph = InstructionTranslator.current_tx().output
-    except AttributeError:  # torch.export runs the model's Python where it is not strict
+    except AttributeError:  # non-strict torch.export runs the model's Python
         return -1
     number: int = vars(graph).setdefault("_tokenmerge_number", next(_NUMBERS))
     return number
@@ -97,9 +97,9 @@ class _Outside:
     run: Callable[..., Any] = staticmethod(_call)
 
     def prepare(self) -> None:
-        """Tell the compiler, once something is patched: it is not imported before, and hosts have imported it then."""
+        """Exclude `run` from compilation; called at the first patch, when the hosts have imported the compiler."""
         if self.run is _call:
-            # torch 2.6 takes no reason
+            # torch 2.6 has no `reason`
             has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
             self.run = torch.compiler.disable(_call, **({"reason": _APART} if has_reason else {}))
 
@@ -108,7 +108,7 @@ outside_graph = _Outside()
 
 
 def refuse_symbols(things: Iterable[Any]) -> None:
-    """Raise `UnsupportedError` where one of them is what torch.fx traces with: it has no values to merge by."""
+    """Raise `UnsupportedError` if one of the inputs is a proxy of torch.fx, which has no values to merge by."""
     if any(isinstance(thing, torch.fx.Proxy) for thing in things):
         raise UnsupportedError(
             "torch.fx.symbolic_trace (torchvision's create_feature_extractor) has no values, and which tokens are "
@@ -118,7 +118,7 @@ def refuse_symbols(things: Iterable[Any]) -> None:
 
 
 def fail(message: str) -> None:
-    """Raise `UnsupportedError`, as itself where a strict export would wrap what the traced code raises."""
+    """Raise `UnsupportedError`; also under strict export, which wraps other errors of the traced code."""
     if is_compiling() and is_exporting():
         _fail_now(message)
     raise UnsupportedError(message)
@@ -128,6 +128,6 @@ def _fail_now(message: str) -> None:
     raise UnsupportedError(message)
 
 
-# compilers take what these return for constants; torch.compiler.assume_constant_result does just this, after it has
-# imported dynamo and triton
+# compilers treat the results of these as constants; torch.compiler.assume_constant_result sets the same flag, but
+# imports dynamo and triton first
 trace_number._dynamo_marked_constant = _fail_now._dynamo_marked_constant = True  # type: ignore[attr-defined]

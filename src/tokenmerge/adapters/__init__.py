@@ -1,8 +1,10 @@
-"""The model families: those built in, one line each, and those that a user registers."""
+"""The model families: the built-in ones, one line each, and those that a user registers."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedModelErr
 
 __all__ = ["ADAPTERS", "find", "known", "list_adapters", "register", "unregister"]
 
-# tried in this order: the first that matches describes the model
+# tried in this order; the first adapter that matches is used
 _FAMILIES = (
     "timm.vit.TimmViT",
     "timm.beit.TimmBeit",
@@ -56,25 +58,40 @@ def _built_in(path: str) -> Adapter:
     return adapter
 
 
-ADAPTERS: tuple[Adapter, ...] = tuple(map(_built_in, _FAMILIES))
+@cache
+def _all_built_in() -> tuple[Adapter, ...]:
+    return tuple(map(_built_in, _FAMILIES))
+
+
+if TYPE_CHECKING:
+    ADAPTERS: tuple[Adapter, ...]
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the families when they are first asked for: `import tokenmerge` does not need them."""
+        if name == "ADAPTERS":
+            return _all_built_in()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _registered: list[Adapter] = []
 
 
 def known() -> tuple[Adapter, ...]:
-    """Return the families in the order they are tried: those registered, then those built in."""
-    return (*_registered, *ADAPTERS)
+    """Return the families in the order they are tried: registered ones first, then built-in ones."""
+    return (*_registered, *_all_built_in())
 
 
 def register(adapter: Adapter) -> Adapter:
-    """Add a model family from outside the library; `patch` and all tools know it from then on. Returns the adapter.
+    """Add a model family from outside the library to `patch` and all tools; returns the adapter.
 
-    Registered families are tried before the built-in ones, in the order they were registered: some of those know a
-    model by its parts alone, and would take one of yours for theirs. `unregister` takes a family out again.
+    Registered families are tried before the built-in ones, in order of registration: some built-in ones recognise a
+    model by its structure and would claim yours. `unregister` removes a family again.
 
     Args:
         adapter: an instance of a subclass of `tokenmerge.adapters.base.Adapter` with a name of its own.
 
-    Raises `ConfigError` for anything but an instance, `UnknownNameError` where the name is taken.
+    Raises `ConfigError` for anything but an instance, and `UnknownNameError` if the name is taken.
 
     >>> from tokenmerge.adapters.timm.vit import TimmViT
     >>> class MyViT(TimmViT):
@@ -105,9 +122,9 @@ def register(adapter: Adapter) -> Adapter:
 
 
 def unregister(name: str) -> Adapter:
-    """Take out a registered family and return its adapter; patched models keep theirs.
+    """Remove a registered family and return its adapter; patched models keep theirs.
 
-    Raises `UnknownNameError` for a name that was not registered; built-in families stay.
+    Raises `UnknownNameError` for a name that was not registered; built-in families cannot be removed.
     """
     adapter = next((adapter for adapter in _registered if adapter.name == name), None)
     if adapter is None:
@@ -123,7 +140,7 @@ def list_adapters() -> list[str]:
 
 
 def _check_bare(model: nn.Module) -> None:
-    """Refuse what stands for a model: a wrapper answers for what it wraps, so adapters would take it for that."""
+    """Reject wrappers: they forward attribute access to the wrapped model, so an adapter would match them."""
     inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(inner, nn.Module):
         raise UnsupportedModelError(
@@ -138,7 +155,7 @@ def _check_bare(model: nn.Module) -> None:
 
 
 def find(model: nn.Module) -> Adapter:
-    """Return the adapter of the model; raises `UnsupportedModelError` that says what was tried and what is nearest."""
+    """Return the adapter of the model; raises `UnsupportedModelError` with the families tried and the nearest one."""
     _check_bare(model)
     for adapter in known():
         if adapter.matches(model):
@@ -182,7 +199,7 @@ def find(model: nn.Module) -> Adapter:
 
 
 def _part(model: nn.Module, depth: int = 4) -> str | None:
-    """Return the path of the part of a model, not deeper than `depth`, that an adapter describes."""
+    """Return the path of a part of the model, at most `depth` levels deep, that an adapter describes."""
     parts: list[tuple[str, nn.Module]] = sorted(model.named_modules(), key=lambda item: item[0].count("."))
     shallow = (item for item in parts if item[0] and item[0].count(".") < depth and any(item[1].children()))
     return next((path for path, part in shallow if _describes(part)), None)
@@ -199,7 +216,7 @@ def _describes(part: nn.Module) -> bool:
 
 
 def _attends(model: nn.Module) -> bool:
-    """Say whether anything in the model looks like attention, by its class or its name."""
+    """Return whether a class or name in the model looks like attention."""
     for path, module in model.named_modules():
         kind, name = type(module).__name__.lower(), path.rpartition(".")[2].lower()
         if "attn" in kind + name or "attention" in kind + name or name in ("qkv", "to_qkv", "query", "q_proj", "to_q"):

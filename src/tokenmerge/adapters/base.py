@@ -1,4 +1,4 @@
-"""The adapter interface: where a model family's blocks are, how they are composed, how it attends and pools."""
+"""The adapter interface: the blocks of a model family, how they are composed, how the model attends and pools."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Host:
         restored_methods: methods that return all tokens in order, since tokens are restored after the last block.
         cut_by: path of the patch embedding, whose calls give the patch grid; "": not known.
         grid_of: returns (rows, columns) for a call of the patch embedding, given the module, the image and the output.
-        followers: the block's extra arguments that are per token (rotary tables, masks), each with the function that
+        followers: extra block arguments with one row per token (rotary tables, masks), each with the function that
             gathers it for the remaining tokens.
         padding: arguments of the first block that mark real tokens, each with a function that makes `[B, N]` bool.
         is_positional: the attention uses token positions, so it needs those of the remaining tokens.
@@ -310,7 +310,7 @@ class Adapter(_older.Older, ABC):
 
 
 def has_parts(module: nn.Module, paths: Collection[str]) -> bool:
-    """Return whether the module has attributes at all of these dotted paths."""
+    """Return whether the module has attributes at all these dotted paths."""
     try:
         for path in paths:
             attrgetter(path)(module)

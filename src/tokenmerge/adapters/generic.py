@@ -1,4 +1,4 @@
-"""The adapter of models without one of their own: the user names the blocks and three of their children."""
+"""The adapter for models without their own: the user names the blocks and three of their children."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Generic", "count_prefix"]
 
 
 class Generic(Adapter):
-    """Describes a model by names: `blocks` is a path to the list of blocks, the others are paths inside a block."""
+    """Describes a model by names: `blocks` is the path of the list of blocks, the others are paths inside a block."""
 
     name = "generic"
     families = "any pre-norm model, told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)"
@@ -88,7 +88,7 @@ class Generic(Adapter):
 
 
 class _Prefixed(Override):
-    """The instance `forward` of the first block: refuses fewer tokens than the user said stand in front."""
+    """The instance `forward` of the first block: raises if it gets fewer tokens than the user's `prefix`."""
 
     def __init__(self, block: nn.Module, prefix: int, batch_first: bool) -> None:
         super().__init__(block)
@@ -109,9 +109,9 @@ _REGISTERS = ("reg_token", "reg_tokens", "register_tokens", "registers")
 
 
 def count_prefix(model: nn.Module) -> int:
-    """Return how many tokens a model that is not known puts in front of its patches, by the usual names for them.
+    """Return how many tokens an unknown model puts in front of its patches, from the usual parameter names.
 
-    They are looked for in the whole model; of one name, the one that is least deep counts.
+    The whole model is searched. Of several parameters of one name, the least deep counts.
     """
     declared = getattr(model, "num_prefix_tokens", None)
     if isinstance(declared, int):

@@ -1,4 +1,4 @@
-"""CLIP as in open_clip and in OpenAI's own repository: the vision tower, alone or inside the whole model.
+"""CLIP of open_clip and of OpenAI's own repository: the vision tower, alone or inside the whole model.
 
 Shapes: B batch, M tokens, C channels.
 """
@@ -38,7 +38,7 @@ class OpenClip(Adapter):
     name = "open_clip"
     families = "CLIP and CoCa of open_clip, CLIP of OpenAI's repository: whole models and their vision towers"
     landmarks = ("visual", "conv1", "transformer", "resblocks", "ln_1", "attn", "ln_2", "mlp")
-    # OpenAI's repository is known by its parts: it is tried
+    # OpenAI's models are recognised by structure and tested
     host = Host(
         "open_clip",
         blocks="transformer.resblocks",
@@ -54,7 +54,7 @@ class OpenClip(Adapter):
     def resolve(self, model: Any) -> Adapter:
         from tokenmerge.adapters import find
 
-        # the text tower is made of the same blocks; what is patched are those of the vision tower only
+        # the text tower has the same blocks; only those of the vision tower are patched
         path = "visual" if isinstance(getattr(model, "visual", None), nn.Module) else "trunk"
         part = getattr(model, path, None)
         return self if part is None else Within(path, find(part), self.host.token_methods)
@@ -76,7 +76,7 @@ class OpenClip(Adapter):
                 f"this {type(block).__qualname__} has a mask or a cross-attention of its own: it belongs to a text "
                 "tower or a decoder, whose tokens are not merged."
             )
-        # scaled attention and layer scale are options that older versions do not have
+        # older versions have no scaled attention and no layer scale
         scaled = [name for name in ("ln_attn", "ls_1") if hasattr(block, name)]
         mlp = ("ln_2", "mlp", *(["ls_2"] if hasattr(block, "ls_2") else []))
         return BlockSpec(attention=("ln_1", "attn", *scaled), attn="attn", mlp=mlp)
@@ -116,7 +116,7 @@ class OpenClip(Adapter):
 
 
 class _PatchMean(Override):
-    """open_clip's `_global_pool(x)`: where it averages the tokens behind the class token, each weighs as its size."""
+    """open_clip's `_global_pool(x)`: weights by size where it averages the tokens behind the class token."""
 
     def __init__(self, owner: nn.Module, sizes: Sizes) -> None:
         super().__init__(owner, "_global_pool")
@@ -130,7 +130,7 @@ class _PatchMean(Override):
 
 
 class _Unchanged(Override):
-    """The same method: refuses, while tokens are merged, outputs that were not there to be prepared."""
+    """open_clip's `_global_pool(x)`: while merging, raises if the pooling was changed after patching."""
 
     def __init__(self, owner: nn.Module, is_merging: Callable[[], bool]) -> None:
         super().__init__(owner, "_global_pool")
@@ -147,7 +147,7 @@ class _Unchanged(Override):
 
 
 def _is_open(tower: Any) -> bool:
-    """Say whether the tower puts out tokens."""
+    """Return whether the tower returns tokens."""
     return getattr(tower, "output_tokens", False) or getattr(tower, "pool_type", "tok") not in ("tok", "avg")
 
 

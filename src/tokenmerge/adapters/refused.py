@@ -1,4 +1,4 @@
-"""Families that token merging does not fit, each with the reason: what `find` says instead of "no adapter"."""
+"""Model families that token merging does not fit, with the reason: `find` raises it instead of "no adapter"."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NO_ATTENTION = (
     "token cannot count as the tokens it stands for"
 )
 
-# the beginning of a class name, whoever's it is; timm's, transformers', torchvision's and the authors' own differ
+# start of the class name -> reason; names differ between timm, transformers, torchvision and the authors' code
 REFUSED = {
     "Swin": _WINDOWS,
     "Swinv2": _WINDOWS,
@@ -111,11 +111,11 @@ REFUSED = {
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Return why tokens cannot be merged in a model of this class, if that is known."""
+    """Return the known reason why tokens cannot be merged in a model of this class, or None."""
     for path in class_names(model):
         name = path.rpartition(".")[2]
         for start, reason in REFUSED.items():
-            # "Nest" is not the beginning of "NestedThing"
+            # "Nest" does not match "NestedThing"
             if name.startswith(start) and not name[len(start) : len(start) + 1].islower():
                 return reason
     return None

@@ -1,4 +1,4 @@
-"""`torch.nn.TransformerEncoder` with `norm_first=True`, alone or as the one encoder of a model.
+"""`torch.nn.TransformerEncoder` with `norm_first=True`, alone or as the only encoder of a model.
 
 Shapes: B batch, N tokens, C channels.
 """
@@ -28,7 +28,7 @@ _SPEC = BlockSpec(
 
 
 def _added(padding: Tensor) -> Tensor:
-    """Return a padding mask, True for padding or added to the scores already, as one that is added."""
+    """Return a padding mask as an additive one; a bool mask is True for padding, any other is additive already."""
     if padding.dtype != torch.bool:
         return padding
     return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, float("-inf"))
@@ -42,7 +42,7 @@ class TorchEncoder(Adapter):
     name = "torch_encoder"
     families = "torch.nn.TransformerEncoder with norm_first=True, alone or as the one encoder of a model"
     landmarks = ("layers", "norm1", "self_attn", "linear1", "linear2", "norm2")
-    # True where a token is padding; what the encoder makes of it is added to the scores
+    # True for padding; the encoder turns it into an additive mask
     host = Host("torch", followers={"src_key_padding_mask": follow.mask}, padding={"src_key_padding_mask": _real})
 
     def matches(self, model: nn.Module) -> bool:
@@ -83,7 +83,7 @@ class TorchEncoder(Adapter):
 
 
 class _EncoderTap(MultiheadTap):
-    """Also hands on which tokens are padding, as its layer does."""
+    """Also passes the padding mask on to the attention, as the encoder layer does."""
 
     def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         if x.dim() != 3:

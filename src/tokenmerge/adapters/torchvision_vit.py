@@ -1,4 +1,4 @@
-"""torchvision's vision transformers: ViT-B/16 to ViT-H/14, with a class token and the batch first."""
+"""torchvision's vision transformers (ViT-B/16 to ViT-H/14), with a class token, batch first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TorchvisionViT(Adapter):
 
     def matches(self, model: Any) -> bool:
         position = getattr(getattr(model, "encoder", None), "pos_embedding", None)
-        # SWAG's models have the same children, but keep the tokens first and call their classifier `head`
+        # SWAG's models have the same children, but are sequence-first and call their classifier `head`
         has_parts = hasattr(model, "conv_proj") and hasattr(model, "heads")
         return has_parts and isinstance(position, Tensor) and position.shape[0] == 1
 

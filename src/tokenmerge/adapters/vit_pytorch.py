@@ -1,4 +1,4 @@
-"""lucidrains' vit-pytorch: `ViT` and `SimpleViT`, whose blocks are pairs in a list, called by the list's owner."""
+"""lucidrains' vit-pytorch: `ViT` and `SimpleViT`, whose blocks are pairs in a list and not callable."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MODELS = frozenset(("vit_pytorch.vit.ViT", "vit_pytorch.simple_vit.SimpleViT"))
 
 
 def _grid_of(cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
-    # einops cuts it: "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
+    # the patch embedding is einops' "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
     patch = getattr(cutter[0], "axes_lengths", {})
     return (image.shape[-2] // patch["p1"], image.shape[-1] // patch["p2"]) if {"p1", "p2"} <= set(patch) else None
 
@@ -52,13 +52,13 @@ class VitPytorch(Adapter):
         cut_by="to_patch_embedding",
         grid_of=_grid_of,
     )
-    specs = (BlockSpec(attention=("0",), attn="0", mlp=("1",)),)  # each member normalises what it is given
+    specs = (BlockSpec(attention=("0",), attn="0", mlp=("1",)),)  # each member normalises its input
 
     def matches(self, model: nn.Module) -> bool:
         return any(name.startswith("vit_pytorch.") for name in class_names(model))
 
     def wiring(self, model: Any) -> list[Binding]:
-        # pairs are made callable, and what runs the list calls them instead of their members
+        # make the pairs callable, and let the loop call them instead of their members
         transformer = model.transformer
         pairs, loop = [_Pair(pair) for pair in transformer.layers], _Loop(transformer)
         composed = partial(loop.run, pairs)
@@ -111,7 +111,7 @@ def _is_open(model: Any) -> bool:
 
 
 class _NormMean(OutputMean):
-    """The norm behind the blocks: where the model averages what leaves it, as it may be told after patching."""
+    """The norm after the blocks: weights its output by size if the model averages it, as set at each call."""
 
     def __init__(self, norm: nn.Module, sizes: Sizes, model: nn.Module) -> None:
         super().__init__(norm, sizes, start=0)
@@ -125,7 +125,7 @@ class _NormMean(OutputMean):
 
 
 class _Pair(Override):
-    """The forward that a pair of attention and MLP does not have."""
+    """The forward of a pair (attention, MLP), which is a plain list."""
 
     def __call__(self, input: Tensor) -> Tensor:
         attention, mlp = self.owner.children()
@@ -135,7 +135,7 @@ class _Pair(Override):
 
 
 class _Loop(Override):
-    """The instance `forward` of the module that runs the pairs: calls each as a block."""
+    """The instance `forward` of the module that runs the pairs: calls each pair as a block."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(self.owner.layers, x)  # type: ignore[arg-type]

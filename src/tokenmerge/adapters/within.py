@@ -27,7 +27,7 @@ class Within(Adapter):
             token_methods=(*token_methods, *self._inside(inner.host.token_methods)),
             restored_methods=self._inside(inner.host.restored_methods),
         )
-        # what other adapters say once for their class
+        # class attributes of other adapters
         vars(self).update(name=inner.name, families=inner.families, landmarks=inner.landmarks, host=host)
 
     def _inside(self, names: tuple[str, ...]) -> tuple[str, ...]:

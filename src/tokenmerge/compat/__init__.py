@@ -1,1 +1,1 @@
-"""Drop-in surfaces of older packages: a script written for one runs after changing its import."""
+"""Drop-in replacements for older packages: a script written for one runs after changing its import."""

@@ -1,4 +1,4 @@
-"""One public function per operation, and the table of its implementations."""
+"""One public function per operation, and the table of implementations."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ __all__ = [
     "watch",
 ]
 
-Ran = dict[tuple[str, str], str]  # an operation and the implementation that ran, and the type of device it ran on
+Ran = dict[tuple[str, str], str]  # (operation, implementation that ran) -> device type
 
 
 class Kernel(NamedTuple):
     name: str
     run: Callable[..., Any]
     supports: Callable[[Tensor], bool]  # a pure predicate on device, dtype and shape; never raises
-    needs: str = "nothing"  # in words, for whoever forces it
-    device: str = ""  # the type it is made for; none: any
-    is_automatic: bool = True  # False: only where it is forced by name
+    needs: str = "nothing"  # requirements in words, for the error message
+    device: str = ""  # the device type it is made for; "": any
+    is_automatic: bool = True  # False: runs only when forced by name
 
 
 def _reference(op: str) -> Kernel:
@@ -63,7 +63,7 @@ def _cpu(op: str) -> Kernel:
     return Kernel("cpu", getattr(cpu, op), getattr(cpu, f"supports_{op}"), needs, device="cpu")
 
 
-# triton is imported by the first call, not by `import tokenmerge`; by statements, since dynamo knows no import_module
+# the first call imports triton, not `import tokenmerge`; with statements, since dynamo does not support import_module
 def _triton_attend(*args: Any) -> Any:
     from tokenmerge.kernels import triton_attention
 
@@ -84,18 +84,18 @@ def _triton_merge(*args: Any) -> Any:
 
 def _triton(run: Callable[..., Any], supports: Callable[[Tensor], bool]) -> Kernel:
     needs = "triton, a CUDA device (or TRITON_INTERPRET=1) and float32, float16 or bfloat16"
-    # never measured on a GPU so far: what was not measured is not chosen
+    # not chosen automatically, since it was not measured on a GPU
     return Kernel("triton", run, supports, needs, device="cuda", is_automatic=False)
 
 
 def _by_name(
     name: str, run: Callable[..., Any], supports: Callable[[Tensor], bool] = lambda x: True, needs: str = "nothing"
 ) -> Kernel:
-    """A plain torch implementation that runs only when forced by name."""
+    """Return a plain torch implementation that runs only when forced by name."""
     return Kernel(name, run, supports, needs, is_automatic=False)
 
 
-# fastest first; the reference supports everything and closes every row
+# fastest first; the reference supports everything and comes last
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "attend": (
         _triton(_triton_attend, triton_supports.supports_attend),
@@ -120,7 +120,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "unmerge": (_reference("unmerge"),),
 }
 NAMES = sorted({kernel.name for row in TABLE.values() for kernel in row})
-_forced = ""  # by `force`; module-wide, as the environment variable is
+_forced = ""  # set by `force`, for the whole process like the environment variable
 
 
 class _Watch(threading.local):
@@ -130,16 +130,16 @@ class _Watch(threading.local):
 
 
 _watch = _Watch()
-_traced: dict[int, Ran] = {}  # what the graphs of traces hold, by the trace's number
+_traced: dict[int, Ran] = {}  # the implementations in each traced graph, by trace number
 
 
 def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Match tokens at even with tokens at odd places by cosine similarity and absorb the `r` best.
+    """Match even-placed with odd-placed tokens by cosine similarity and absorb the `r` best.
 
-    Keys `[B, H, N, D]`, whose heads are averaged, or one metric `[B, N, D]`, to `keep` `[B, N - r]`, `src` and `dst`
-    `[B, r]` of a plan; `0 < r <= (N - prefix) // 2`. Of equal scores the first place wins.
+    Takes keys `[B, H, N, D]`, whose heads are averaged, or one metric `[B, N, D]`. Returns `keep` `[B, N - r]`, `src`
+    and `dst` `[B, r]` of a plan; `0 < r <= (N - prefix) // 2`. Of equal scores the first place wins.
     """
-    # not in a graph: what is symbolic there would be fixed by the comparison
+    # not while tracing: the comparison would specialise symbolic sizes
     if not is_compiling() and not 0 <= r <= (metric.shape[-2] - prefix) // 2 <= metric.shape[-2] // 2:
         raise UnsupportedError(
             f"matching was asked to remove {r} of {metric.shape[-2]} tokens, of which {prefix} are protected; it "
@@ -152,7 +152,7 @@ def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tens
 def match(
     metric: Tensor, side_a: Side, side_b: Side, distance: str = "cosine", valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Best partner in side B of every token of side A, of `[B, N, D]`: scores and places in B, both `[B, Na]`."""
+    """Return each A token's best score in side B and that partner's place in B, both `[B, Na]`; metric `[B, N, D]`."""
     best: tuple[Tensor, Tensor] = select("match", metric).run(metric, side_a, side_b, distance, valid)
     return best
 
@@ -162,15 +162,15 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted means of groups of `x + branch`: `[B, N, C]` and `[B, N]` to `[B, M, C]` and `[B, M]`."""
     if branch is not None and branch.dtype != x.dtype:
-        x, branch = x + branch, None  # under autocast
+        x, branch = x + branch, None  # autocast makes the dtypes differ
     merged: tuple[Tensor, Tensor] = select("merge", x).run(x, size, keep, src, dst, branch)
     return merged
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """Attention `[B, H, N, D]` whose scores get a bias per key, `[B, N]`.
+    """Compute attention `[B, H, N, D]` with a bias per key on the scores, `[B, N]`.
 
-    A bias that requires a gradient uses the reference; no other implementation provides one.
+    A bias that requires a gradient uses the reference; no other implementation has a gradient for it.
     """
     kernel = note("attend", TABLE["attend"][-1], q) if bias.requires_grad else select("attend", q)
     out: Tensor = kernel.run(q, k, v, bias, scale)
@@ -178,7 +178,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = 
 
 
 def reduce(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor, mode: str) -> Tensor:
-    """Unweighted reduction of groups by `mode`: `[B, N, C]` to `[B, M, C]`."""
+    """Combine groups by `mode` without weights: `[B, N, C]` to `[B, M, C]`."""
     reduced: Tensor = select("reduce", x).run(x, keep, src, dst, mode)
     return reduced
 
@@ -191,7 +191,7 @@ def unmerge(y: Tensor, assignment: Tensor) -> Tensor:
 
 @contextmanager
 def force(name: str) -> Iterator[None]:
-    """Use the implementation `name` of every operation that has it, as `TOKENMERGE_KERNELS` does, inside the `with`.
+    """Use the implementation `name` for every operation that has it while inside the `with`, like `TOKENMERGE_KERNELS`.
 
     Raises `UnknownNameError` for a name that no operation has.
     """
@@ -204,12 +204,15 @@ def force(name: str) -> Iterator[None]:
 
 
 def watch(ran: Ran | None) -> None:
-    """Note in `ran` what this thread runs from now on, of the operations with more than one version; None: nowhere."""
+    """Record in `ran` the implementations that this thread runs from now on; None stops recording.
+
+    Only operations with more than one implementation are recorded.
+    """
     _watch.ran = ran
 
 
 def note(op: str, kernel: Kernel, x: Tensor) -> Kernel:
-    """Record that an implementation runs on a tensor like `x`, if `watch` is on; returns the implementation."""
+    """Record that an implementation runs on a tensor like `x`, if `watch` is on; return the implementation."""
     if torch.compiler.is_dynamo_compiling():
         _note_traced(trace_number(), op, kernel.name, x.device.type)
     elif _watch.ran is not None:
@@ -218,7 +221,7 @@ def note(op: str, kernel: Kernel, x: Tensor) -> Kernel:
 
 
 def ran_in_trace(number: int) -> Ran:
-    """Return what was captured in the graph of a trace, by the trace's number."""
+    """Return the implementations in the graph of a trace, by trace number."""
     return _traced.get(number, {})
 
 
@@ -233,8 +236,8 @@ _note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def select(op: str, x: Tensor) -> Kernel:
     """Return the first implementation of `op` that supports `x`; `TOKENMERGE_KERNELS` forces one by name.
 
-    Raises `UnknownNameError` for a forced name that does not exist and `UnsupportedError` where it cannot run. A
-    compiled graph keeps what was chosen when it was captured; an exported one holds torch's own operators only.
+    Raises `UnknownNameError` for a forced name that does not exist, and `UnsupportedError` if it cannot run. A compiled
+    graph keeps the implementation that was chosen at capture; an exported one uses torch's own operators only.
     """
     kernel = _choose(op, x)
     return kernel if len(TABLE[op]) == 1 else note(op, kernel, x)
@@ -246,7 +249,7 @@ def _choose(op: str, x: Tensor) -> Kernel:
         return row[-1]
     if not forced:
         return next(kernel for kernel in row if kernel.is_automatic and kernel.supports(x))
-    named = [kernel for kernel in row if kernel.name == forced] or [row[-1]]  # an op without that version has one only
+    named = [kernel for kernel in row if kernel.name == forced] or [row[-1]]  # an op without it has one only
     if named[0].supports(x):
         return named[0]
     raise UnsupportedError(
@@ -264,7 +267,7 @@ def is_replaced(op: str) -> bool:
 
 
 def fallbacks(ran: Ran) -> list[str]:
-    """Say which operations ran without the version made for their device, if there is one, and what that needs."""
+    """Return a sentence for each operation that ran without the implementation made for its device."""
     said = []
     for (op, name), device in ran.items():
         made = [kernel for kernel in TABLE[op] if kernel.device == device]
@@ -281,9 +284,9 @@ def _wish() -> str:
 
 
 def _leaves_torch() -> bool:
-    """Say whether a graph is made for somewhere else, or by who knows torch's own operators only.
+    """Return whether only torch's own operators may be used: for export, tracers, functorch and forward-mode AD.
 
-    These are tracers, and derivatives in forward mode: where a dual level is open, any tensor may carry a tangent.
+    While a dual level is open, any tensor may carry a tangent.
     """
     if is_compiling():
         # torch 2.6 cannot tell export and compilation apart

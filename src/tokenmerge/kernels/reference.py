@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 Side = slice | Tensor  # the tokens of one side of a bipartite graph: positions `[Na]`, the same in every image
-_TILE = 2**20  # scores of one image that are held at a time
+_TILE = 2**20  # scores of one image held at a time
 
 
 def alternating(n: int, prefix: int) -> tuple[slice, slice]:
-    """Return sides A and B of `n` tokens: the unprotected ones at even and at odd places.
+    """Return sides A and B of `n` tokens: the unprotected tokens at even and at odd places.
 
-    The parity is that of the whole sequence, prefix included, as in the paper.
+    Even and odd count from the start of the whole sequence, prefix included, as in the paper.
     """
     return slice(prefix + prefix % 2, n, 2), slice(prefix + 1 - prefix % 2, n, 2)
 
@@ -54,12 +54,12 @@ def match(
     distance: str,
     valid: Tensor | None = None,  # [B, N] bool
 ) -> tuple[Tensor, Tensor]:
-    """Return for every token of side A its best score in side B and the place there that has it, both `[B, Na]`.
+    """Return each A token's best score in side B and the place of that partner in B, both `[B, Na]`.
 
-    Heads are averaged. Of equal scores the first place is the best. Between two tokens that are not `valid` the score
-    is infinite, between one that is and one that is not minus that.
+    Heads are averaged. Of equal scores the first place wins. A pair of tokens that are both not `valid` scores
+    infinity, a valid and an invalid one minus infinity.
     """
-    # half precision ties scores that differ in the third digit, and autocast would bring it back in the product
+    # half precision makes ties of scores that differ in the third digit; autocast would compute the product in it
     with full_precision(metric.device.type):
         metric = metric if metric.dtype in (torch.float32, torch.float64) else metric.float()
         metric = metric.mean(dim=1) if metric.dim() == 4 else metric
@@ -68,7 +68,7 @@ def match(
         a, b = metric[:, side_a], metric[:, side_b]
         valid_a, valid_b = (None, None) if valid is None else (valid[:, side_a, None], valid[:, None, side_b])
         count = a.shape[1]
-        # rows of side A at a time, so that memory grows with the tokens and not with their square
+        # tile side A, so that memory grows linearly with the number of tokens
         step = count if count * b.shape[1] <= _TILE else max(1, _TILE // b.shape[1])
         best = [
             _best(a[:, i : i + step], b, distance, None if valid_a is None else valid_a[:, i : i + step], valid_b)
@@ -81,14 +81,14 @@ def match(
 
 
 def _best(a: Tensor, b: Tensor, distance: str, valid_a: Tensor | None, valid_b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return each row's best score and partner in side B: `[B, tile, D]`, `[B, Nb, D]` to `[B, tile]` each."""
+    """Return each row's best score and partner in side B, `[B, tile]` each, from `[B, tile, D]` and `[B, Nb, D]`."""
     scores = -torch.cdist(a, b) if distance == "euclidean" else torch.bmm(a, b.mT)  # [B, tile, Nb]
     if valid_a is not None and valid_b is not None:
         scores = scores.masked_fill(valid_a ^ valid_b, float("-inf"))
     if distance == "softmax":
         scores = (scores / a.shape[-1] ** 0.5).softmax(dim=-1)
     if valid_a is not None and valid_b is not None:
-        # again after the softmax: of infinities alone it is NaN
+        # mask again: the softmax of a row of infinities is NaN
         scores = scores.masked_fill(~valid_a & ~valid_b, float("inf"))
         scores = scores.masked_fill(valid_a ^ valid_b, float("-inf"))
     best, index = scores.max(dim=-1)
@@ -115,9 +115,9 @@ def choose(
     prefix: int,
     by_position: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `keep`, `src` and `dst` of the plan that absorbs the `r` best tokens of A; equal scores: the first ones.
+    """Return `keep`, `src` and `dst` of the plan that absorbs the `r` best tokens of A; of equal scores the first ones.
 
-    Kept are the first `prefix` tokens, the rest of A in order of place (`by_position`) or of score, and B.
+    `keep` holds the first `prefix` tokens, the rest of A in order of place (`by_position`) or of score, then B.
     """
     B, n = best.shape[0], prefix + _length(side_a) + _length(side_b)
     token = torch.arange(n, device=best.device)
@@ -158,7 +158,7 @@ def merge(
     # one flat index_select copies whole rows; a gather with an expanded index is several times slower on CPU
     out = flat.index_select(0, (keep + rows * N).flatten())  # [B*M, C]
     flat_dst = (dst + rows * M).flatten()  # [B*R]
-    # groups of padding alone have the size 0
+    # a group of only padding has size 0
     weight = (absorbed_size / new_size.gather(1, dst).clamp_min(1e-12)).flatten()[:, None].to(x.dtype)
     step = flat.index_select(0, (src + rows * N).flatten()) - out.index_select(0, flat_dst)
     out.index_add_(0, flat_dst, weight * step)
@@ -166,7 +166,7 @@ def merge(
 
 
 def merge_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep what `merge_backward` needs of a call of `merge`: sizes and places, no features."""
+    """Save what `merge_backward` needs from a call of `merge`: sizes and indices, no features."""
     x, size, keep, src, dst, branch = inputs
     ctx.save_for_backward(size, keep, src, dst, output[1])
     ctx.tokens, ctx.has_branch = x.shape[1], branch is not None
@@ -174,11 +174,11 @@ def merge_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def merge_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # [B, M, C]
-    """Return the gradients of `merge`: every token has its share of its group's, those dropped none. `[B, N, C]`."""
+    """Return the gradients of `merge`: each token gets its share of its group's, a dropped token none. `[B, N, C]`."""
     size, keep, src, dst, new_size = ctx.saved_tensors
     (B, M, C), n = grad.shape, ctx.tokens
     size = new_size.new_ones((B, n)) if size is None else size
-    # a group of padding alone has the size 0: its gradient is its leader's
+    # in a group of only padding (size 0) the leader gets the whole gradient
     lead = torch.where(new_size > 0, size.gather(1, keep) / new_size, 1.0)  # [B, M]
     share = size.gather(1, src) / new_size.gather(1, dst).clamp_min(1e-12)  # [B, R]
     weight = size.new_zeros(B, n).scatter(1, keep, lead).scatter(1, src, share)
@@ -190,7 +190,7 @@ def merge_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:  # [B, H, N, D], [B, N]
-    """Attend with a bias per key, log(size) of proportional attention: an additive mask, `[B, H, N, D]`."""
+    """Compute attention with an additive bias per key, log(size) in proportional attention; returns `[B, H, N, D]`."""
     mask = bias.to(q.dtype)[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -204,7 +204,7 @@ def reduce(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor, mode: str) -> Tens
 
 
 def unmerge(y: Tensor, assignment: Tensor) -> Tensor:  # [B, M, C], [B, N]
-    """Give every input token the row of its group, `[B, N, C]`; dropped tokens (-1) get zeros."""
+    """Copy to every input token the row of its group, `[B, N, C]`; dropped tokens (-1) get zeros."""
     index = assignment.clamp_min(0)[..., None].expand(-1, -1, y.shape[-1])
     return y.gather(1, index).masked_fill(assignment[..., None] < 0, 0)
 
@@ -216,12 +216,12 @@ def _length(side: Side) -> int:
 
 
 def _is_for_onnx() -> bool:
-    # ONNX sorts stably by definition, and torch 2.15 translates only the sort that need not be stable
+    # ONNX sorts are stable by definition, and torch 2.15 cannot export a stable argsort
     is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)()
     return bool(is_exporting and torch.onnx.is_in_onnx_export())
 
 
 def full_precision(device: str) -> AbstractContextManager[None]:
-    """Switch autocast off where it is on."""
+    """Return a context that turns autocast off if it is on."""
     is_on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()

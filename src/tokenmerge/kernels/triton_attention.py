@@ -1,7 +1,7 @@
-"""Exact attention with a bias per key on CUDA, tile by tile: no `[B, H, N, N]` scores in memory, forward or backward.
+"""Exact attention with a bias per key on CUDA, in tiles: no `[B, H, N, N]` scores in memory, forward or backward.
 
-For heads up to 256 wide, any strides; sums in float32. Measured gain: not measured (no GPU at hand).
-Needs Triton and compute capability 8.0.
+For heads up to 256 wide, any strides; sums in float32. Speed on a GPU: not measured. Needs Triton and compute
+capability 8.0.
 """
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
@@ -31,7 +31,7 @@ def attend(
     Differentiable in `q`, `k` and `v`. Dao, 2023, arXiv:2307.08691; the bias is ToMe's proportional attention.
     """
     device = q.device.type
-    # as torch's own attention does under autocast; elsewhere q decides
+    # under autocast like torch's own attention; else the dtype of q
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _attend(q.to(dtype), k.to(dtype), v.to(dtype), bias.float(), scale)[0]
@@ -73,7 +73,7 @@ def _attend_grad(
     B, H, N, _ = q.shape
     grads: tuple[Tensor, Tensor, Tensor] = _attend_grad_fake(grad, q, k, v, bias, out, lse, scale)
     grad, q, k, v, bias = _rows(grad), _rows(q), _rows(k), _rows(v), bias.contiguous()
-    # addressed as the forward wrote them: a compiler may have kept them in another order
+    # in the memory order of the forward, which a compiler may have changed
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     blocks, options = _blocks(q)
@@ -81,7 +81,7 @@ def _attend_grad(
     sizes = (H, N, scale, *strides, *blocks)
     grid = (B * H * triton.cdiv(N, blocks[-1]),)
     with torch.cuda.device_of(q):
-        # in this order: the first writes delta, which the second reads
+        # order matters: the first kernel writes delta, the second reads it
         attend_grad_q_kernel[grid](q, k, v, bias, grad, out, lse, delta, grads[0], *sizes, **options)
         attend_grad_kv_kernel[grid](q, k, v, bias, grad, lse, delta, *grads[1:], *sizes, **options)
     return grads
@@ -112,16 +112,16 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _heads_within(x: Tensor) -> Tensor:
-    """Allocate `[B, H, N, D]` so that the model's reshape to `[B, N, H * D]` copies nothing."""
+    """Allocate `[B, H, N, D]` in the memory order of `[B, N, H, D]`, so that the model's reshape copies nothing."""
     B, H, N, D = x.shape
     return x.new_empty((B, N, H, D)).transpose(1, 2)
 
 
 def _blocks(x: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Width of a row, width of its block and rows of a tile; and the options of the launch."""
+    """Return (row width, its block width, rows per tile) and the launch options."""
     D = x.shape[-1]
     width = max(16, triton.next_power_of_2(D))
-    # 99 KiB of shared memory, what 8.6 has, and at most 312 bytes spilt: compiled for sm_80, not timed
+    # fits the 99 KiB of shared memory of sm_86; spills at most 312 bytes (compiled for sm_80, not timed)
     if x.dtype == torch.float32:
         return (D, width, min(32, 4096 // width)), {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     warps = 4 if width <= 64 else 8
@@ -130,7 +130,7 @@ def _blocks(x: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
 
 @triton.jit
 def place(N, H, TILE: tl.constexpr):
-    """This program's image, head, tokens, and the place of the first in a `[B, H, N]` tensor."""
+    """Return this program's image, head, tokens, and its offset in a `[B, H, N]` tensor."""
     tiles = tl.cdiv(N, TILE)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     return pair // H, pair % H, tl.program_id(0) % tiles * TILE + tl.arange(0, TILE), pair * N
@@ -152,7 +152,7 @@ def store_rows(p_x, b_x, image, head, o_n, H, N, D: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def scores(b_q, b_k, p_bias, o_k, N, scale):
-    """Scores of a tile in base 2, minus infinity for keys beyond the last."""
+    """Return the scores of a tile in base 2; keys beyond the last get minus infinity."""
     b_bias = tl.load(p_bias + o_k, mask=o_k < N, other=float("-inf"))
     return (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale + b_bias[None, :]) * LOG2E
 
@@ -234,7 +234,7 @@ def attend_grad_q_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gradient of a tile of queries, and delta, the sum of grad * out of every query."""
+    """Compute the gradient of a tile of queries, and delta = sum(grad * out) of each query."""
     image, head, o_q, first = place(N, H, TILE)
     p_k += image * stride_kb + head * stride_kh
     p_v += image * stride_vb + head * stride_vh
@@ -296,7 +296,7 @@ def attend_grad_kv_kernel(
         o_q = start + tl.arange(0, TILE)
         b_q = load_rows(p_q, o_q, N, stride_qn, D, WIDTH)
         b_grad = load_rows(p_grad, o_q, N, stride_gn, D, WIDTH)
-        # queries beyond the last weigh nothing
+        # queries beyond the last get weight 0
         b_lse = tl.load(p_lse + first + o_q, mask=o_q < N, other=float("inf"))
         b_delta = tl.load(p_delta + first + o_q, mask=o_q < N, other=0.0)
         b_weight = tl.exp2(scores(b_q, b_k, p_bias + image * N, o_k, N, scale) - b_lse[:, None])

@@ -1,7 +1,8 @@
-"""Bipartite matching on CUDA: mean over heads, normalisation, best partner and choice of the r best in two launches.
+"""Bipartite matching on CUDA: head mean, normalisation, best partner and selection of the r best in two launches.
 
-No `[B, N/2, N/2]` matrix exists: a program holds one tile of it. For any N; beyond 1,024 two more launches average the
-heads once and rank in parallel. Measured gain: not measured (no GPU at hand). Needs Triton and compute capability 8.0.
+The `[B, N/2, N/2]` scores are never stored: a program holds one tile of them. For any N; beyond 1,024, two more
+launches average the heads once and rank in parallel. Speed on a GPU: not measured. Needs Triton and compute capability
+8.0.
 """
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
@@ -14,14 +15,14 @@ from torch import Tensor
 
 __all__ = ["bipartite"]
 
-ONE_PROGRAM = 512  # tokens of side A that one program ranks by itself
+ONE_PROGRAM = 512  # tokens of side A that one program can rank
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Match `[B, H, N, D]` or `[B, N, D]` by cosine; returns `keep` `[B, M]`, `src` and `dst` `[B, R]`, in int64.
+    """Match `[B, H, N, D]` or `[B, N, D]` by cosine; return `keep` `[B, M]`, `src` and `dst` `[B, R]`, in int64.
 
-    A score that is NaN loses to every other. Bolya et al., ICLR 2023, arXiv:2210.09461, section 3.
+    A NaN score loses to every other score. Bolya et al., ICLR 2023, arXiv:2210.09461, section 3.
     """
     plan: tuple[Tensor, Tensor, Tensor] = _bipartite(metric, r, prefix)
     return plan
@@ -47,7 +48,7 @@ def _bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Ten
     grid = (B * triton.cdiv(count_a, tile),)
     with torch.cuda.device_of(metric):
         if count_a > ONE_PROGRAM and H > 1:
-            # every tile of A reads all of B: heads are averaged once
+            # average the heads once, since every tile of A reads all of B
             mean = metric.new_empty((B, 1, N, D), dtype=torch.float32)
             mean_kernel[(B * triton.cdiv(N, tile),)](metric, mean, N, H, *metric.stride(), D, width, tile, **OPTIONS)
             metric, H = mean, 1
@@ -70,7 +71,7 @@ def _bipartite_fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor
 
 @triton.jit
 def mean_rows(p_x, o_n, N, H, stride_h, stride_n, stride_d, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean over heads of the rows `o_n`, in float32."""
+    """Return the mean over heads of the rows `o_n`, in float32."""
     o_d = tl.arange(0, WIDTH).to(tl.int64)
     m_x = (o_n < N)[:, None] & (o_d < D)[None, :]
     p_x += o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
@@ -84,7 +85,7 @@ def mean_rows(p_x, o_n, N, H, stride_h, stride_n, stride_d, D: tl.constexpr, WID
 @triton.jit
 def unit_rows(p_x, o_n, N, H, stride_h, stride_n, stride_d, D: tl.constexpr, WIDTH: tl.constexpr):
     b_x = mean_rows(p_x, o_n, N, H, stride_h, stride_n, stride_d, D, WIDTH)
-    # rounded as IEEE says: parallel vectors tie exactly, whatever their length
+    # IEEE rounding, so that parallel vectors of different lengths tie exactly
     b_norm = tl.maximum(tl.sqrt_rn(tl.sum(b_x * b_x, 1)), 1e-12)
     return tl.div_rn(b_x, tl.broadcast_to(b_norm[:, None], b_x.shape))
 
@@ -121,7 +122,7 @@ def score_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Best score of a tile of A in all of B, and the place in B that has it, the lower one of equals."""
+    """Compute the best score of a tile of A in all of B, and the partner's place in B; of equal scores the first."""
     tiles = tl.cdiv(count_a, TILE)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o_a = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
@@ -133,7 +134,7 @@ def score_kernel(
         o_b = start + tl.arange(0, TILE)
         b_b = unit_rows(p_x, first_b + 2 * o_b, N, H, stride_h, stride_n, stride_d, D, WIDTH)
         b_score = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
-        # a NaN is no score: it would make the ranks something else than a permutation
+        # drop NaN scores: with them the ranks would be no permutation
         b_score = tl.where((o_b < count_b)[None, :] & (b_score == b_score), b_score, float("-inf"))
         b_top, b_index = tl.max(b_score, 1, return_indices=True)
         b_partner = tl.where(b_top > b_best, start + b_index, b_partner)
@@ -145,7 +146,7 @@ def score_kernel(
 
 @triton.jit
 def ranks(p_best, o_a, count_a, CHUNK: tl.constexpr):
-    """Place of the tokens `o_a` in the order of falling scores, the earlier one of equals first."""
+    """Return the ranks of the tokens `o_a` by falling score; of equal scores the earlier token comes first."""
     b_mine = tl.load(p_best + o_a, mask=o_a < count_a, other=float("-inf"))[:, None]
     b_rank = tl.zeros(o_a.shape, tl.int32)
     for start in range(0, count_a, CHUNK):
@@ -181,7 +182,7 @@ def place_kernel(
     first_b,
     BLOCK: tl.constexpr,
 ):
-    """Write an image's plan; kept are the prefix, what is left of A and all of B, each in order of place."""
+    """Write an image's plan; `keep` is the prefix, the rest of A and all of B, each in order of place."""
     image = tl.program_id(0).to(tl.int64)
     p_keep += image * (prefix + count_a - r + count_b)
     o = tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""Size-weighted merge on CUDA in one launch: residual add, group means and new sizes; the gradient in one more.
+"""Size-weighted merge on CUDA in one launch: residual add, group means, new sizes; one more launch for the gradient.
 
-For any `[B, N, C]`; no atomics, so that sums are the same in every run. Measured gain: not measured (no GPU at hand).
-Needs Triton and compute capability 8.0.
+For any `[B, N, C]`; no atomics, so that sums are the same in every run. Speed on a GPU: not measured. Needs Triton and
+compute capability 8.0.
 """
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["merge"]
 
-ROWS = 16  # output rows of a program: each reads all of dst once
+ROWS = 16  # output rows per program; each program reads all of dst once
 SOURCES = 64
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -113,7 +113,7 @@ def load_sizes(p_size, o_n, m_n):
 
 @triton.jit
 def load_rows(p_x, p_branch, o_n, m_n, o_c, m_c, C):
-    """Rows `o_n` of x + branch in float32, rounded to the dtype of x as an add of its own would be."""
+    """Return the rows `o_n` of x + branch in float32, rounded to the dtype of x like a separate add."""
     m_x = m_n[:, None] & m_c[None, :]
     b_x = tl.load(p_x + o_n[:, None] * C + o_c[None, :], mask=m_x, other=0.0)
     if p_branch is not None:
@@ -158,7 +158,7 @@ def merge_kernel(
         o_r = start + tl.arange(0, SOURCES)
         b_dst = tl.load(p_dst + image * R + o_r, mask=o_r < R, other=-1)
         b_mine = tl.where(b_dst[None, :] == o_m[:, None], o_r[None, :], R)
-        # every row takes its sources one by one, in order: no two programs add to the same row
+        # each row adds its sources in order, and no two programs add to the same row
         b_next = tl.min(b_mine, 1)
         while tl.min(b_next, 0) < R:
             m_row = b_next < R
@@ -191,7 +191,7 @@ def merge_grad_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Row by row of keep, then of src: every token's share of its group's gradient."""
+    """Compute, for the rows of keep and then of src, each token's share of its group's gradient."""
     tiles = tl.cdiv(M + R, ROWS)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     o = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -204,7 +204,7 @@ def merge_grad_kernel(
     b_slot = tl.where(m_kept, o, tl.load(p_dst + o_r, mask=m_absorbed, other=0))
     b_total = tl.load(p_new_size + image * M + b_slot, mask=m_any, other=1.0)
     b_size = load_sizes(p_size, image * N + b_token, m_any)
-    # a kept token has what the absorbed ones leave, also in a group of size 0
+    # the kept token gets what the absorbed ones leave, also in a group of size 0
     b_share = tl.where(m_kept, b_total - b_size, b_size) / tl.maximum(b_total, 1e-12)
     b_share = tl.where(m_kept, 1.0 - b_share, b_share)
     m_x = m_any[:, None] & m_c[None, :]

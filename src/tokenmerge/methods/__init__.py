@@ -11,8 +11,7 @@ from tokenmerge.methods.base import TokenView as TokenView
 from tokenmerge.methods.learned import NEW as NEW
 from tokenmerge.methods.learned import Learned as Learned
 
-# One line per method, in the order the documentation shows them: a class that is imported here and has a name is
-# one that `list_methods` knows.
+# one line per method, in the order of the documentation; each imported class that has a `name` is registered
 # isort: off
 from tokenmerge.methods.tome import ToMe as ToMe
 from tokenmerge.methods.tofu import ToFu as ToFu
@@ -66,10 +65,10 @@ def find(name: str) -> type[Reduction]:
 
 
 def parse(text: str) -> Reduction:
-    """Return the method that a name, or a name with options, means.
+    """Return the method for a name, or for a name with options.
 
-    Raises `UnknownNameError` for a name or an option that does not exist, with the nearest, `ConfigError` for a text
-    that is neither.
+    Raises `UnknownNameError` (with the nearest name) for an unknown name or option, and `ConfigError` for any other
+    text.
 
     >>> parse("tome(metric='x')")
     ToMe(metric='x', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)

@@ -1,4 +1,4 @@
-"""AdaViT: a linear decision per block says which patches stay, and whether attention and MLP add anything."""
+"""AdaViT: in each block, linear layers decide which patches stay and whether attention and MLP are used."""
 
 from __future__ import annotations
 
@@ -106,38 +106,38 @@ class AdaViT(Learned):
 
 @dataclass(frozen=True, eq=False)
 class _GateNote:
-    gates: Tensor  # [B, 2] whether attention and MLP add anything
+    gates: Tensor  # [B, 2] 1 if the sublayer (attention, MLP) is used, else 0
 
 
 @dataclass(frozen=True, eq=False)
 class _DecisionNote(BudgetNote, _GateNote):
-    """In training, also what the decisions are without the draw; the ratio counts these."""
+    """Training note that also holds the decisions without the random draw; `ratio` counts these."""
 
-    decided: Tensor  # [B, N] share of each unprotected token that is left so
-    used: Tensor  # [B, 2]
+    decided: Tensor  # [B, N] 1 for each unprotected token that these decisions keep
+    used: Tensor  # [B, 2] the sublayers that these decisions use
 
 
 def _decide(logit: Tensor) -> Tensor:
-    """Return the decisions without the draw, straight through."""
+    """Return the decisions without the random draw, with straight-through gradients."""
     return straight_through((logit >= 0).to(logit.dtype), logit.sigmoid())
 
 
 @dataclass(frozen=True, eq=False)
 class _GatedPlan(MaskedPlan):
-    """A plan, or masks, and whether the attention adds anything."""
+    """A plan or masks, and the gate of the attention branch."""
 
     attention: Tensor | None = None  # [B]
 
 
 class _Decision(nn.Module):
-    """Linear maps of the block's input: of each token for the token, of the class token (or the mean) for the rest."""
+    """Linear layers on the block's input: one logit per token, and two for the sublayers from class token or mean."""
 
     def __init__(self, width: int, has_class: bool) -> None:
         super().__init__()
         self.has_class = has_class
         self.norm = nn.LayerNorm(width)
         self.patch, self.sublayers = nn.Linear(width, 1), nn.Linear(width, 2)
-        # all is in use at the start
+        # everything is in use at the start
         nn.init.constant_(self.patch.bias, 3.0)
         nn.init.constant_(self.sublayers.bias, 3.0)
 

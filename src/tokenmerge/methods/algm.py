@@ -1,4 +1,4 @@
-"""ALGM: first merges windows of four equal neighbours, in later blocks similar tokens wherever they are."""
+"""ALGM: merges 2 x 2 windows of similar tokens in the first block, and similar tokens anywhere in later blocks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ __all__ = ["ALGM"]
 class ALGM(Reduction):
     """Adaptive local-then-global merging. Norouzi et al., CVPR 2024, arXiv:2406.09936.
 
-    In the first block that removes tokens, each 2 x 2 window of the grid becomes one token whose six pairs have a mean
-    cosine of at least `threshold`; in later ones, pairs of ToMe merge whose cosine is at least the mean plus the
-    standard deviation of all between the two sides. `r` is the most that goes in a block: every image loses as many as
-    the one with the fewest, best first, and exactly `r` when compiled. The paper merges in blocks 1 and 5,
-    `r=[n, 0, 0, 0, n]` with n as large as you like. `metric` is what tokens are compared by. Raises `UnknownNameError`
-    for an unknown one, `UnsupportedError` for a model without a grid. Published with training, Segmenter on ADE20k:
-    ViT-S 45.3 to 46.4 mIoU at 134 to 192 images a second. Differs from the paper: a block loses at most half of its
-    tokens, the default metric is ours, and with padding the first block merges as later ones do.
+    The first block that removes tokens merges each 2 x 2 window of the grid into one token if the mean cosine of its
+    six pairs is at least `threshold`. Later blocks merge those of ToMe's pairs with `cos >= mean + std` over all
+    cosines between the two sides. `metric` is the feature compared.
+
+    `r` is the maximum removed per block. All images of a batch lose as many tokens as the one with the fewest, best
+    first; compiled, exactly `r`. The paper merges in blocks 1 and 5: `r=[n, 0, 0, 0, n]` with any large n. Raises
+    `UnknownNameError` for an unknown metric, `UnsupportedError` for a model without a grid.
+
+    Published with training, Segmenter on ADE20k: ViT-S from 45.3 to 46.4 mIoU, from 134 to 192 images per second.
+    Differs from the paper: a block loses at most half of its tokens, the default metric is ours, and with padding the
+    first block merges as later ones do.
     """
 
     name: ClassVar[str] = "algm"
@@ -56,12 +59,12 @@ class ALGM(Reduction):
         windows = places[: rows // 2 * 2, : columns // 2 * 2].unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
         windows = windows.transpose(1, 2).reshape(-1, 4)  # [W, 4]
         tokens = unit[:, windows.flatten()].unflatten(1, (-1, 4))  # [B, W, 4, D]
-        # |sum of u|^2 is the sum of |u|^2 plus twice that of the six products
+        # |sum u|^2 = sum |u|^2 + 2 * (sum of the six products)
         squares = tokens.square().sum(dim=(2, 3))
         mean = (tokens.sum(dim=2).square().sum(dim=2) - squares) / 12  # [B, W]
         r = min(r, 3 * windows.shape[0])
         count = batch_count(3 * (mean >= self.threshold).sum(dim=1), r, mean)
-        # where 3 does not divide it, the last window is merged in part
+        # if 3 does not divide the count, the last window is merged in part
         chosen = windows[mean.argsort(dim=1, descending=True, stable=True)[:, : (count + 2) // 3]]  # [B, W, 4]
         src = chosen[..., 1:].flatten(1)[:, :count]
         into = chosen[..., :1].expand(-1, -1, 3).flatten(1)[:, :count]
@@ -69,9 +72,9 @@ class ALGM(Reduction):
 
 
 def _threshold(unit: Tensor, prefix: int, valid: Tensor | None) -> Tensor:  # [B, N, D]
-    """Return the mean plus the standard deviation of the cosines between both sides of real tokens, `[B]`.
+    """Return the mean plus the standard deviation of the cosines between the two sides, without padding, `[B]`.
 
-    From sums and second moments of the sides: no cosine is made for it.
+    Computed from sums and second moments of the sides, without the matrix of cosines.
     """
     real = unit if valid is None else unit * valid[..., None]
     sides = [real[:, side] for side in matching.alternating(unit.shape[1], prefix)]

@@ -1,4 +1,4 @@
-"""ATM: merges every pair above a threshold that falls with depth, and in deep blocks small tokens alone."""
+"""ATM: merges pairs above a threshold that falls with depth; deep blocks merge small tokens into large ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ __all__ = ["ATM"]
 class ATM(Reduction):
     """Adaptive token merging, meant to be lossless without training. Lee et al., 2025, arXiv:2505.15160.
 
-    In block l, counted from 1, pairs are merged whose cosine is above `max(alpha - (exp(beta * (l - 1)) - 1), floor)`.
-    Behind the first `distinctive` share of the blocks the smaller half of the tokens is matched with the larger, so
-    that no two large ones meet: a merge errs by `n m / (n + m)` for sizes n and m. Of equal sizes the tokens at even
-    places count as smaller. `r` is the most that goes in a block; every image of a batch loses as many as the one with
-    the fewest pairs, and exactly `r` when compiled. `metric` is what tokens are compared by; raises `UnknownNameError`
-    for an unknown one. Published: more than 30 % fewer FLOPs of DeiT-T and DeiT-S without loss. Differs from the
-    paper: its values of `alpha`, `beta`, `floor` and `distinctive` were not found, the defaults are ours.
+    In block l, counted from 1, a pair merges if its cosine is above `max(alpha - (exp(beta * (l - 1)) - 1), floor)`.
+    After the first `distinctive` share of the blocks, the smaller half of the tokens is matched with the larger half.
+    So two large tokens never merge: merging sizes n and m has an error of `n m / (n + m)`. Of equal sizes, tokens at
+    even positions count as smaller. `metric` is the feature compared; raises `UnknownNameError` for an unknown one.
+
+    `r` is the maximum removed per block. All images of a batch lose as many tokens as the one with the fewest pairs;
+    compiled, exactly `r`.
+
+    Published: more than 30 % fewer FLOPs of DeiT-T and DeiT-S without loss. Differs from the paper: its values of
+    `alpha`, `beta`, `floor` and `distinctive` were not found, the defaults are ours.
     """
 
     name: ClassVar[str] = "atm"
@@ -36,7 +39,7 @@ class ATM(Reduction):
         {},
         {"alpha": 0.4, "floor": 0.2},
         {"alpha": -2.0, "floor": -2.0},
-    )  # the last merges all there is
+    )  # the last variant accepts every pair
 
     metric: str = "k"
     alpha: float = 0.95
@@ -45,7 +48,7 @@ class ATM(Reduction):
     distinctive: float = 0.5
 
     def threshold(self, layer: int) -> float:
-        """Return what cosines must be above in a block, counted from 0.
+        """Return the cosine threshold of a block, counted from 0.
 
         >>> ATM(alpha=0.95, beta=0.02).threshold(0)
         0.95
@@ -56,7 +59,7 @@ class ATM(Reduction):
         metric = getattr(view, self.metric)
         side_a, side_b = self._sides(view)
         into, best = matching.nearest(metric, side_a, side_b, valid=view.valid)
-        # padding goes first, into whatever there is: it weighs nothing
+        # padding has size 0, so it is merged first, into any token
         best = matching.lift_padding(best, view.valid, side_a)
         count = batch_count((best > self.threshold(view.layer)).sum(dim=1), r, best)
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :count]

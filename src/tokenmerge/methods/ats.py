@@ -1,4 +1,4 @@
-"""ATS: draws tokens at fixed quantiles of their importance, so that few stay where few matter."""
+"""ATS: samples tokens at fixed quantiles of their cumulative importance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A-ViT: every token halts when the scores it has collected reach one."""
+"""A-ViT: each token halts when its accumulated halting score reaches one."""
 
 from __future__ import annotations
 

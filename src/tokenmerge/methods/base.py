@@ -39,12 +39,12 @@ __all__ = [
     "last_note",
 ]
 
-# what a method may need of the attention
+# attention tensors that a method may read
 CAPTURED = frozenset({"q", "k", "v"})
-# what tokens may be compared by: keys, queries, values, the tokens after the attention, the block's input
+# features to compare tokens by: keys, queries, values, the tokens after the attention, the block's input
 METRICS = ("k", "q", "v", "x", "x_pre")
 
-# the scores of importance a method may ask its view for, and what each needs
+# the importance scores of `TokenView.score`, and what each needs
 SCORES: dict[str, frozenset[str]] = {
     "class": frozenset({"q", "k", "class"}),
     "class_value": frozenset({"q", "k", "v", "class"}),
@@ -53,11 +53,11 @@ SCORES: dict[str, frozenset[str]] = {
     "shift": frozenset(),
     "norm": frozenset(),
 }
-# those of them that tokens can be weighed by
+# the scores that can serve as weights
 POSITIVE = tuple(name for name in SCORES if name != "entropy")
 Variants = tuple[Mapping[str, Any], ...]  # options of each instance
-Choices = Mapping[str, Iterable[str]]  # the values an option may have, by its name
-Limits = Mapping[str, tuple[float, float]]  # the least and the most that a number may be, by its name
+Choices = Mapping[str, Iterable[str]]  # allowed values by option name
+Limits = Mapping[str, tuple[float, float]]  # smallest and largest number by option name
 ABOVE_ZERO, FROM_ZERO, FROM_ONE = (math.ulp(0.0), math.inf), (0.0, math.inf), (1.0, math.inf)
 SHARE = (0.0, 1.0)
 Note = TypeVar("Note")
@@ -72,26 +72,26 @@ class TokenView:
     q: Tensor | None  # [B, H, N, D]; only what `needs` names
     k: Tensor | None  # [B, H, N, D]
     v: Tensor | None  # [B, H, N, D]
-    size: Tensor | None  # [B, N] input tokens per token; None while all are 1
+    size: Tensor | None  # [B, N] input tokens per token; None: all are 1
     prefix: int  # protected tokens at the front
     grid: tuple[int, int] | None  # rows and columns of the image's patches; only where "places" are needed
     layer: int
     valid: Tensor | None = None  # [B, N] bool: which tokens are real; None: all
-    branch: Tensor | None = None  # [B, N, C] what the attention adds to the stream; None: nothing is left to add
+    branch: Tensor | None = None  # [B, N, C] the attention's output; None: already added to the stream
     depth: int = 1  # blocks of the model
-    scale: float | None = None  # what the attention multiplies its scores by; None: 1 / sqrt(D)
-    bias: Tensor | None = None  # [B, N] what was added to the attention's scores per key
-    places: Tensor | None = None  # [B, N] the input token whose place each token keeps; None: all are in their places
-    module: nn.Module | None = None  # what a learned method has for this layer
+    scale: float | None = None  # factor on the attention scores; None: 1 / sqrt(D)
+    bias: Tensor | None = None  # [B, N] the bias per key that was added to the attention scores
+    places: Tensor | None = None  # [B, N] the place of each token; None: 0 to N - 1
+    module: nn.Module | None = None  # the module of a learned method for this layer
     memory: dict[int, Any] | None = None  # notes of the layers of this forward, by layer
 
     @property
     def x(self) -> Tensor:
-        """The tokens after the attention residual, `[B, N, C]`: added here, for methods that look at them."""
+        """The tokens after the attention residual, `[B, N, C]`; each access computes the sum if `branch` is given."""
         return self.stream if self.branch is None else self.stream + self.branch
 
     def score(self, name: str) -> Tensor:
-        """Return a score of importance by name (`SCORES`), `[B, N]` float32, padding at minus infinity."""
+        """Return an importance score by name (see `SCORES`), `[B, N]` float32; padding gets minus infinity."""
         q, k = self.q, self.k
         if name == "norm":
             score: Tensor = self.x.float().norm(dim=-1)
@@ -118,7 +118,7 @@ class TokenView:
     def cells(self) -> tuple[Tensor, tuple[int, int]]:
         """Return the place of each unprotected token on the grid, `[B, N - prefix]`, and the grid's rows and columns.
 
-        Needs "places". Raises `UnsupportedError` where the grid is not known, or there are more or fewer tokens.
+        Needs "places". Raises `UnsupportedError` if the grid is unknown or does not match the number of tokens.
         """
         B, n, _ = self.stream.shape
         if self.grid is None:
@@ -145,32 +145,32 @@ class ModelShape:
     depth: int
     prefix: int
     has_class: bool
-    removed: tuple[int, ...] | None  # tokens that go at each layer as planned; None where the model does not say
-    tokens: tuple[int, ...] | None  # tokens that enter each layer as planned, as `TokenView` shows them
+    removed: tuple[int, ...] | None  # planned number of removed tokens per layer; None: unknown
+    tokens: tuple[int, ...] | None  # planned number of tokens that enter each layer, as `TokenView` shows them
     active: tuple[int, ...]  # the layers that may remove tokens
 
 
 class Reduction(ABC):
     """Base class of reduction methods: a frozen dataclass whose fields are the options.
 
-    Raises `UnknownNameError` for a name that an option does not have, `ConfigError` for a value of another type or
-    beyond its limits.
+    Instantiation raises `UnknownNameError` for a value that is not among an option's choices, and `ConfigError` for a
+    value of the wrong type or outside its limits.
     """
 
     name: ClassVar[str]
-    # the values of options that have a few; `metric` and `score` may be all there are unless named here
+    # allowed values of options; `metric` and `score` allow all of `METRICS` and `SCORES` unless listed here
     choices: ClassVar[Choices] = {}
-    # the limits of numbers, of tuples those of each entry; none for thresholds, which any value switches on or off
+    # smallest and largest value of numeric options (of each entry of a tuple); thresholds have no limits
     limits: ClassVar[Limits] = {}
-    # how many of the unprotected tokens a block leaves at least: "half" of them, as in the paper, or "one"
+    # the fewest unprotected tokens that a block leaves: "half" of them, as in ToMe, or "one"
     leaves: ClassVar[Literal["half", "one"]] = "half"
-    # whether the paper adds log(size) to attention scores: what prop_attn="auto" means
+    # whether the paper adds log(size) to attention scores; the meaning of prop_attn="auto"
     is_proportional: ClassVar[bool] = True
-    # how many tokens go depends on the images: `r` is the most, and what is removed when compiled or exported
+    # the number of removed tokens depends on the images: at most `r`; compiled or exported, exactly `r`
     is_adaptive: ClassVar[bool] = False
-    # `after_mlp` is to be called
+    # whether `after_mlp` is called
     follows_mlp: ClassVar[bool] = False
-    # options of the instances that the promises of all methods are tested with: each way of the method once
+    # options of the instances in the tests of all methods; together they cover every mode of the method
     variants: ClassVar[Variants] = ({},)
 
     def __post_init__(self) -> None:
@@ -200,27 +200,27 @@ class Reduction(ABC):
 
     @classmethod
     def examples(cls) -> list[Reduction]:
-        """Return the instances that the tests of all methods use, one for each of `variants`."""
+        """Return one instance per entry of `variants`, for the tests of all methods."""
         return [cls(**options) for options in cls.variants]
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the method must be shown: any of `"q"`, `"k"`, `"v"` of the attention, `"class"` and `"places"`.
+        """The inputs that the method needs: any of `"q"`, `"k"`, `"v"` (attention), `"class"` and `"places"`.
 
-        `"class"`: the model has a class token, in front; `"places"`: where on the input each token lies. By default
-        what the options `metric` and `score` take, where a method has them.
+        `"class"` is a class token in front, `"places"` the input place of each token. Default: what the options
+        `metric` and `score` need, if the method has them.
         """
         metric, score = getattr(self, "metric", "x"), getattr(self, "score", "norm")
         return (frozenset({metric}) & CAPTURED) | SCORES[score]
 
     @property
     def captures(self) -> frozenset[str]:
-        """The entries of `needs` that are captured from the attention: `"q"`, `"k"`, `"v"`."""
+        """The attention tensors among `needs`: `"q"`, `"k"`, `"v"`."""
         return self.needs & CAPTURED
 
     @property
     def requires(self) -> frozenset[str]:
-        """The entries of `needs` that the model must have: `"class"`, `"places"`; `UnknownNameError` for others."""
+        """What the model must have: `"class"` and `"places"` of `needs`; raises `UnknownNameError` for other names."""
         required = self.needs - CAPTURED
         for name in sorted(required - {"class", "places"}):
             raise unknown_name(f"{type(self).__name__} needs", name, ("q", "k", "v", "class", "places"))
@@ -245,9 +245,9 @@ class Reduction(ABC):
         size: Tensor | None,  # [B, N]
         branch: Tensor | None = None,  # [B, N, C]
     ) -> tuple[Tensor, Tensor | None]:
-        """Apply the plan to the tokens `x + branch`: `[B, M, C]` and the new sizes `[B, M]`.
+        """Apply the plan to `x + branch`; return the tokens `[B, M, C]` and the new sizes `[B, M]`.
 
-        The default is the size-weighted mean, which adds the attention's branch in the same pass.
+        Default: the size-weighted mean, computed in one pass with the residual add.
         """
         return merge_weighted(plan, x, size, branch)
 
@@ -279,8 +279,9 @@ def _within(least: float, most: float) -> str:
 def batch_count(wanted: Tensor, r: int, seen: Tensor) -> int:  # [B], [B, ...]
     """Return how many tokens an adaptive method removes: the fewest that any image of the batch allows, at most `r`.
 
-    `seen` is what the method decided by: an image for which it holds NaN is no image, and sets no limit to the others.
-    A captured graph cannot depend on values: there, for tensors without storage and for no images at all it is `r`.
+    `seen` holds the values that the decision is based on; an image with NaN in them does not limit the others. The
+    result is `r` while compiling or exporting, for meta tensors and for an empty batch: there it cannot depend on
+    values.
     """
     if is_compiling() or wanted.is_meta or not wanted.shape[0]:
         return r

@@ -1,4 +1,4 @@
-"""DiffRate: prunes the least important tokens of a block and merges the next into the rest."""
+"""DiffRate: prunes the least important tokens of a block and merges the next least important into the rest."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["DiffRate"]
 class DiffRate(Reduction):
     """Prune, then merge what ranks next. Chen et al., ICCV 2023, arXiv:2305.17997.
 
-    Tokens are ranked by `score`. Of the `r` that go, the lowest are dropped: the share `prune` (0 to 1), or a count for
-    each block in a tuple. The others, lowest of the survivors, go each into the most similar (`metric`) of those that
-    stay, as a plain mean. Raises `UnknownNameError` for a value that is not a choice and `UnsupportedError` for counts
-    that do not fit the model or its `r`. The paper learns both counts per block, on a thousand images; give such as `r`
-    and `prune`:
+    Tokens are ranked by `score`. Of the `r` removed tokens, the lowest-ranked are dropped: `prune` is their share (0 to
+    1), or a tuple of counts per block. Each other one merges into the most similar (`metric`) remaining token, as a
+    plain mean. Raises `UnknownNameError` for a value that is not a choice and `UnsupportedError` for counts that do not
+    fit the model or its `r`. The paper learns both counts per block on a thousand images; pass them as `r` and `prune`:
 
     >>> DiffRate(prune=(0, 0, 8, 2)).prune  # with r=[0, 3, 20, 15]
     (0, 0, 8, 2)
 
     Published with frozen weights: DeiT-S 79.58 at 2.9 GFLOPs (ToMe 78.89), MAE ViT-H 86.40 at 93.2 (ToMe 86.01).
-    Differs from the paper: the default share is ours, and sizes add up where the paper's count less the less alike.
+    Differs from the paper: the default share is ours, and sizes are plain sums, where the paper discounts dissimilar
+    tokens.
     """
 
     name: ClassVar[str] = "diffrate"

@@ -1,4 +1,4 @@
-"""Drop the last tokens: not a method to use, but the free bound that others are timed against."""
+"""Drop the last tokens: not a method to use, but the free bound that other methods are timed against."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["Drop"]
 class Drop(Reduction):
     """Keep the first tokens and forget the rest: what a reduction would cost if choosing and merging were free.
 
-    It sees no keys, moves no rows and adds no bias, so the time over this model is all of a method's overhead.
-    Its answers are meaningless.
+    It reads no keys, moves no rows and adds no bias: the time of a method beyond this one is its overhead. Its outputs
+    are meaningless.
     """
 
     name: ClassVar[str] = "drop"

@@ -1,4 +1,4 @@
-"""Delayed spatial merging (DSM): inside four windows of the image first, over all of it later."""
+"""Delayed spatial merging (DSM): merges within four windows of the image first, over the whole image later."""
 
 from __future__ import annotations
 

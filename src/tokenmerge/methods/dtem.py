@@ -1,4 +1,4 @@
-"""DTEM: ToMe with a metric that is learned for it, apart from the attention."""
+"""DTEM: ToMe with a learned metric that is separate from the attention."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ __all__ = ["DTEM"]
 class DTEM(Learned):
     """Match tokens by a learned linear embedding. Lee and Hong, NeurIPS 2024, arXiv:2412.10569.
 
-    `width` is that of the embedding (the paper: 64, 128 for ViT-L), `temperature` that of the soft matching it is
-    trained with, in which each row of tokens looks at its `nearest` partners. A frozen model with its heads alone
-    trained for one epoch: DeiT-S 79.4 % at 2.9 GMACs (ToMe 79.1; 79.8 at 4.6).
-    Differs from the paper: in training the r tokens that ToMe would merge are really taken out, and their soft
-    partners share them; the paper keeps them, with the little size that is left. So tokens lie as at inference.
+    `width` is the width of the embedding (the paper: 64, 128 for ViT-L). It is trained with a soft matching at
+    `temperature`, in which each token considers its `nearest` partners. Published for a frozen model whose heads alone
+    were trained for one epoch: DeiT-S 79.4 % at 2.9 GMACs (ToMe 79.1; 79.8 at 4.6).
+
+    Differs from the paper: training removes the r tokens that ToMe would merge and divides them among their soft
+    partners, so that training and inference have the same tokens. The paper keeps them, with the small size that is
+    left.
     """
 
     name: ClassVar[str] = "dtem"
@@ -50,14 +52,14 @@ class DTEM(Learned):
         side_a, side_b = (places[side] for side in matching.alternating(x.shape[1], view.prefix))
         unit = F.normalize(metric.float(), dim=-1)
         scores = unit[:, side_a] @ unit[:, side_b].mT  # [B, Na, Nb]
-        # below any cosine, yet finite: padding keeps to itself, and an image of padding alone gives no NaN
+        # below any cosine, so that padding gives nothing away; finite, so that an image of only padding gives no NaN
         scores = matching.mask_pairs(scores, view.valid, side_a, side_b, alike=-4.0, unlike=-4.0)
         given = soft_matching(scores, hard.src.shape[1], self.temperature, self.nearest)
         B, n, _ = x.shape
         weight = given.new_zeros(B, n, n)
         weight[:, side_b[:, None], side_a] = given.mT
         own = given.new_ones(B, n)
-        # not 0: the logarithm of a size shall be finite
+        # not 0, so that the logarithm of a size is finite
         own[:, side_a] = (1 - given.sum(dim=-1)).clamp_min(1e-6)
         weight = weight + torch.diag_embed(own)
         left = weight.gather(1, hard.keep[..., None].expand(-1, -1, n))  # [B, M, N]
@@ -68,8 +70,8 @@ class DTEM(Learned):
 def soft_matching(scores: Tensor, r: int, temperature: float, nearest: int) -> Tensor:  # [B, Na, Nb]
     """Return how much each token of side A gives to each of side B in `r` rounds, `[B, Na, Nb]`; a row gives at most 1.
 
-    Each round is a softmax over all pairs that a row has not used up, among the `nearest` of each row. As the
-    temperature falls it approaches the `r` best pairs.
+    Each round is a softmax over the `nearest` pairs of all rows, weighted by what each row has left to give. As the
+    temperature falls, the result approaches the `r` best pairs.
     """
     B, rows, _ = scores.shape
     best, index = scores.topk(min(nearest, scores.shape[-1]), dim=-1)  # [B, Na, nearest]

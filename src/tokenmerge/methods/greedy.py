@@ -1,4 +1,4 @@
-"""Greedy matching: the most similar pair of all, then the next; the slow rival in ToMe's paper."""
+"""Greedy matching: merges the most similar of all pairs, then the next; the slow baseline in ToMe's paper."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Greedy"]
 class Greedy(Reduction):
     """Merge the `r` most similar pairs over all pairs. Table 2 of Bolya et al., ICLR 2023, arXiv:2210.09461.
 
-    One pair after another, none with a token of a pair before it; the later token of a pair goes into the earlier.
-    `metric` is what tokens are compared by; raises `UnknownNameError` for an unknown one. Published: MAE ViT-L 84.36
-    at r=8 (bipartite matching 84.25). It holds every pair of an image and takes one step for each of the `r`.
+    Pairs are taken one after another, without the tokens of earlier pairs; the later token of a pair merges into the
+    earlier. `metric` is the feature compared; raises `UnknownNameError` for an unknown one. Published: MAE ViT-L 84.36
+    at r=8 (bipartite matching 84.25). It stores the cosines of all pairs of an image and takes `r` sequential steps.
     """
 
     name: ClassVar[str] = "greedy"

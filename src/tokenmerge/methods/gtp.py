@@ -1,4 +1,4 @@
-"""GTP: tokens that go hand their features on to their neighbours on the image and to those most like them."""
+"""GTP: removed tokens pass their features to neighbours on the image and to the most similar kept tokens."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _LEAST = 1e-6  # the share of its size that a masked token keeps: its logarithm 
 
 @dataclass(frozen=True, eq=False)
 class MaskedPlan(Plan):
-    """A training plan that removes nothing: each token's size is multiplied by `mask`, which gets gradients this way.
+    """A training plan that removes nothing: it multiplies each token's size by a differentiable `mask`.
 
     A size near 0 removes a token's effect on attention (through log(size)) and pooling, as dropping it would.
     """
@@ -51,7 +51,7 @@ class MaskedPlan(Plan):
 
     @staticmethod
     def of(mask: Tensor) -> MaskedPlan:  # [B, N]
-        """Return the plan that keeps all tokens at these shares; 1e-6 and less count as 1e-6, with their gradients."""
+        """Return the plan for these masks, clamped to at least 1e-6 with their gradients unchanged."""
         everyone = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape[0], -1)
         return MaskedPlan(everyone, everyone[:, :0], everyone[:, :0], mask.shape[1], clamp_keep_grad(mask))
 
@@ -60,25 +60,25 @@ class MaskedPlan(Plan):
 class MaskNote:
     """The note of a masking layer for later layers."""
 
-    share: Tensor  # [B, N] what is left of each unprotected token: 1 or 0; prefix and padding 0
+    share: Tensor  # [B, N] 1 for each unprotected token that is left, else 0; prefix and padding 0
 
 
 @dataclass(frozen=True, eq=False)
 class BudgetNote(MaskNote):
-    """What a layer left in training, and what `r` plans, beside each other; see `budget`."""
+    """The tokens that a layer kept in training, and those that `r` plans; see `budget`."""
 
     count: int  # unprotected tokens that `r` leaves
-    removed: int  # and that it removes here
+    removed: int  # tokens that `r` removes at this layer
     ratio: Tensor  # [B] share of the unprotected tokens that is left
-    target: float  # and that `r` leaves
+    target: float  # share that `r` leaves
 
 
 @dataclass(frozen=True)
 class Learned(Reduction):
-    """A method with small modules of its own, that live in the patched model as `tokenmerge_modules`.
+    """A method with learned modules, stored in the patched model as `tokenmerge_modules`.
 
-    `weights` is a file that `handle.save` wrote, or `"new"` for fresh modules that are to be trained; in train mode
-    tokens are masked (`MaskedPlan`), in eval mode they are really removed. Raises `UnsupportedError` without weights,
+    `weights` is a file that `handle.save` wrote, or `"new"` for fresh modules to be trained. Most methods mask tokens
+    in train mode (`MaskedPlan`) and remove them in eval mode. `build` raises `UnsupportedError` without weights and
     `ConfigError` for weights that do not fit the model.
     """
 
@@ -86,15 +86,15 @@ class Learned(Reduction):
 
     @abstractmethod
     def make(self, shape: ModelShape) -> nn.ModuleDict:
-        """Return fresh modules, one per active layer under its number."""
+        """Return fresh modules keyed by layer number, for the active layers."""
 
     def loss(self, memory: dict[int, Any]) -> Tensor:
-        """Return what the method adds to the training loss, from what its layers noted in the last forward."""
+        """Return the method's part of the training loss, from the notes of the last forward."""
         raise NotImplementedError
 
     @property
     def adds_loss(self) -> bool:
-        """Whether there is a `loss`."""
+        """Whether the method defines a `loss`."""
         return type(self).loss is not Learned.loss
 
     @classmethod
@@ -136,19 +136,19 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def clamp_keep_grad(mask: Tensor) -> Tensor:
-    """Return the mask with 1e-6 for anything less, gradients as they were."""
+    """Return the mask clamped to at least 1e-6, with its gradients unchanged."""
     return straight_through(mask.detach().clamp_min(_LEAST), mask)
 
 
 def gumbel_sigmoid(logit: Tensor, temperature: float = 1.0) -> Tensor:
-    """Draw ones with probability `sigmoid(logit)`, else zeros, straight through: Gumbel-softmax of two classes."""
+    """Sample 1 with probability `sigmoid(logit)`, else 0, with straight-through gradients (a Gumbel-softmax)."""
     noise = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6).logit()
     soft = ((logit + noise) / temperature).sigmoid()
     return straight_through((soft > 0.5).to(soft.dtype), soft)
 
 
 def alive_share(view: TokenView) -> Tensor:
-    """Return what masks at layers before left of each unprotected token, `[B, N]`: 1 or 0; prefix and padding 0."""
+    """Return 1 for each unprotected token that earlier masks kept, else 0, `[B, N]`; prefix and padding are 0."""
     before = view.last_note(MaskNote)
     if before is not None:
         return before.share
@@ -159,9 +159,9 @@ def alive_share(view: TokenView) -> Tensor:
 
 
 def mask_alive(view: TokenView, mask: Tensor) -> Tensor:  # [B, N]
-    """Return the mask where there is something to mask: 1 for the prefix, and for tokens that are gone already.
+    """Return the mask, with 1 for the prefix, padding and tokens that earlier layers masked.
 
-    Raises `UnsupportedError` where the attention would not see masks, since it adds no log(size).
+    Raises `UnsupportedError` if the attention adds no log(size), through which it would see the mask.
     """
     if view.size is not None and view.bias is None:
         raise UnsupportedError(
@@ -171,9 +171,9 @@ def mask_alive(view: TokenView, mask: Tensor) -> Tensor:  # [B, N]
 
 
 def budget(view: TokenView, method: Learned, r: int, left: Tensor) -> BudgetNote:  # [B, N]
-    """Return the note of a layer that leaves the share `left`, beside what it should leave.
+    """Return a layer's note: the share that it keeps (`left`), and the share that `r` plans.
 
-    `r` counts fall from layer to layer: while training N stays, so the tokens that `r` leaves are counted here.
+    N does not change in training, so the number of tokens that `r` would leave is counted here, layer by layer.
     """
     n, before = left.shape[1] - view.prefix, view.last_note(BudgetNote)
     entered = n if before is None else before.count
@@ -183,12 +183,12 @@ def budget(view: TokenView, method: Learned, r: int, left: Tensor) -> BudgetNote
 
 
 def ratio_loss(memory: Mapping[int, Any]) -> Tensor:
-    """Return the mean squared difference of what was left from what should be, over layers and images."""
+    """Return `mean((ratio - target)^2)` over layers and images."""
     return torch.stack([(note.ratio - note.target).square().mean() for note in notes_of(memory, BudgetNote)]).mean()
 
 
 def notes_of(memory: Mapping[int, Any], kind: type[Note]) -> list[Note]:
-    """Return the layers' notes of a kind, in order; raises `UnsupportedError` where there are none."""
+    """Return the layers' notes of one type, in order; raises `UnsupportedError` if there are none."""
     notes = [note for _, note in sorted(memory.items()) if isinstance(note, kind)]
     if not notes:
         raise UnsupportedError(
@@ -204,7 +204,7 @@ def _load(modules: nn.ModuleDict, path: Path, name: str) -> None:
         raise UnsupportedError("loading weights needs safetensors: pip install safetensors") from error
     try:
         state = load_file(path)
-    except Exception as error:  # the format's own errors derive from Exception alone
+    except Exception as error:  # safetensors errors derive directly from Exception
         raise ConfigError(f"cannot read the weights of {name} from {path}: {error}.") from error
     expected = {key: tuple(value.shape) for key, value in modules.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}

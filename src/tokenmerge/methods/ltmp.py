@@ -1,4 +1,4 @@
-"""LTMP: two learned thresholds per block say which tokens are merged and which are dropped."""
+"""LTMP: two learned thresholds per block decide which tokens are merged and which are dropped."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class LTMP(Learned):
     between the blocks' share of FLOPs and `flops` (None: the share that `r` plans). `r` is the maximum that a block
     removes. The paper's numbers were not found in text.
 
-    Differs from the paper: a token that absorbed another is not dropped in the same block, and all images of a batch
-    lose as many tokens as the one with the fewest to remove.
+    Differs from the paper: a token that absorbed another is not dropped in the same block. All images of a batch lose
+    as many tokens as the one with the fewest to remove.
     """
 
     name: ClassVar[str] = "ltmp"
@@ -80,7 +80,7 @@ class LTMP(Learned):
         side_a, partner, cosine = pairs
         n = received.shape[1]
         most = min(r, side_a.shape[0])
-        if is_compiling() or received.is_meta:  # r go then: enough are left untouched to be dropped
+        if is_compiling() or received.is_meta:  # exactly r are removed then: leave enough tokens to drop
             most = min(most, n - view.prefix - r)
         merges = batch_count((cosine > thresholds.merge.float()).sum(dim=1), most, cosine)
         chosen = cosine.argsort(dim=1, descending=True, stable=True)[:, :merges]
@@ -143,7 +143,7 @@ class LTMP(Learned):
         return straight_through(hard.to(x.dtype), (x / self.temperature).sigmoid())
 
     def _count_cost(self, view: TokenView, note: BudgetNote, share: Tensor, order: Tensor) -> _CostNote:
-        """Return the note with what the block costs, and with its shares in the new `order` of tokens."""
+        """Return the note with the block's cost, and with its shares in the new `order` of tokens."""
         C, n, prefix = view.stream.shape[-1], share.shape[1], view.prefix
         after = note.count + prefix
         return _CostNote(
@@ -160,7 +160,7 @@ class LTMP(Learned):
 
 @dataclass(frozen=True, eq=False)
 class _CostNote(BudgetNote):
-    """What a block costs in MACs over the width: with the tokens that are there, as planned, and with all."""
+    """MACs of a block, divided by the width: for the tokens that are left, for the planned number, and for all."""
 
     cost: Tensor  # [B]
     planned: float
@@ -169,7 +169,7 @@ class _CostNote(BudgetNote):
 
 @dataclass(frozen=True, eq=False)
 class _ThresholdPlan(MaskedPlan):
-    """Masks, what each token gives away and to whom; tokens are put in the order that removing them would leave."""
+    """Masks, the share that each token gives away, and its receiver; tokens are in the order that removal gives."""
 
     given: Tensor | None = None  # [B, N]
     to: Tensor | None = None  # [B, N]
@@ -182,12 +182,12 @@ class _Thresholds(nn.Module):
 
 
 def _cost(attended: Any, left: Any, C: int) -> Any:
-    """Attention over the tokens that enter, MLP over those that are left: MACs, divided by the width."""
+    """Return MACs divided by the width: attention over the tokens that enter, MLP over the tokens that are left."""
     return 4 * C * attended + 2 * attended * attended + 8 * C * left
 
 
 def _order(side_a: Tensor, gone: Tensor, prefix: int) -> Tensor:  # [A], [B, N]
-    """Return the places in the order of a merged sequence, `[B, N]`: prefix, side A, side B, then those gone."""
+    """Return the places in the order of a merged sequence, `[B, N]`: prefix, side A, side B, removed tokens."""
     rank = torch.full_like(gone, 2.0)
     rank[:, side_a] = 1.0
     rank = rank + 3 * gone
@@ -196,7 +196,7 @@ def _order(side_a: Tensor, gone: Tensor, prefix: int) -> Tensor:  # [A], [B, N]
 
 
 def _received_attention(view: TokenView, share: Tensor) -> Tensor:
-    """Return the mean attention that tokens get from those that are there, `[B, N]`."""
+    """Return the mean attention that each token receives from the tokens that are left, `[B, N]`."""
     assert view.q is not None and view.k is not None
     there = share.detach().clone()  # [B, N]
     there[:, : view.prefix] = 1.0

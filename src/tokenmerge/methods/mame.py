@@ -1,4 +1,4 @@
-"""MaMe: merges by one thresholded matrix, in which a source may go to several destinations."""
+"""MaMe: merges with one thresholded matrix, in which a source may go to several destinations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MaMe(Reduction):
     """Matrix merging. Huo and Li, CVPR Findings 2026, arXiv:2604.13432.
 
     Destinations j are the tokens at odd positions, sources i the others. Each destination averages its sources by w:
-    `w = relu(cos_ij - tau); w /= sum_i(w); w = relu(w - mean_i(w > 0)); w /= sum_i(w)`, where the mean is over the
-    positive weights. The result is averaged with the destination itself. Sources with all weights 0 stay.
+    `w = relu(cos_ij - tau); w /= sum_i(w); w = relu(w - mean_i(w[w > 0])); w /= sum_i(w)`. The result is averaged with
+    the destination itself. Sources with all weights 0 stay.
 
     `r` is the maximum removed per block: the sources most similar to any destination. All images of a batch lose as
     many tokens as the one with the fewest. Compiled, exactly `r` are removed: a source that the thresholds would keep
@@ -29,8 +29,8 @@ class MaMe(Reduction):
     for an unknown one.
 
     Published without training: DeiT-B 79.80 at 8.7 GFLOPs (ToMe 77.84), MAE ViT-L 84.81 at 31.0 (ToMe 84.25). Differs
-    from the paper: there a batch keeps every token that one of its images keeps; here tokens count by their sizes, and
-    the default `tau` is ours.
+    from the paper: it keeps every token that any image of the batch keeps. Here tokens count by their sizes, and the
+    default `tau` is ours.
     """
 
     name: ClassVar[str] = "mame"

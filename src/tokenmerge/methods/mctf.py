@@ -1,4 +1,4 @@
-"""MCTF: pairs by similarity, importance and size at once, merged in both directions."""
+"""MCTF: pairs tokens by similarity, importance and size at once, and merges in both directions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ __all__ = ["MCTF"]
 class MCTF(Reduction):
     """Multi-criteria token fusion. Lee et al., CVPR 2024, arXiv:2403.10030.
 
-    Two tokens attract each other by `((cos + 1) / 2) ** (1 / tau_sim)`, over `(a_i a_j) ** (1 / tau_info)` for the
-    importances a and `(s_i s_j) ** (1 / tau_size)` for the sizes s; an infinite tau leaves a criterion out. Half of `r`
-    (rounded up) goes from side A into B, the rest from tokens of B that absorbed nothing into those left of A, by the
-    same scores. A group becomes the mean by a s. `metric` is what the cosine compares, `score` the importance: the mean
-    attention received, or any other that is positive. Raises `UnknownNameError` for a value that is not a choice.
-    Published without training: DeiT-S 79.2 at r=16. Differs from the paper: the attention is that of this block, not
-    one step ahead, and the next block computes its own; the tokens of B that absorbed are not merged again. The mean
-    attention received costs a second attention map: it takes 25 times as long as `tome` (197 tokens, one CPU thread).
+    Tokens i and j attract by
+    `((cos_ij + 1) / 2)^(1 / tau_sim) / ((a_i a_j)^(1 / tau_info) * (s_i s_j)^(1 / tau_size))`, with importances a and
+    sizes s; an infinite tau disables a criterion. Half of `r` (rounded up) merges from side A into side B. The rest
+    merges from tokens of B that absorbed nothing into the remaining tokens of A, by the same scores. A group becomes
+    the mean weighted by `a * s`.
+
+    `metric` is the feature of the cosine. `score` is the importance: the mean attention received, or any other positive
+    score. Raises `UnknownNameError` for a value that is not a choice. The mean attention received costs a second
+    attention map: it takes 25 times as long as `tome` (197 tokens, one CPU thread).
+
+    Published without training: DeiT-S 79.2 at r=16. Differs from the paper: importance comes from the attention of this
+    block, not of one step ahead, and the next block computes its own; tokens of B that absorbed are not merged again.
     """
 
     name: ClassVar[str] = "mctf"
@@ -67,7 +71,7 @@ def _both_ways(
     token_a: Tensor,  # [A]
     token_b: Tensor,  # [E]
 ) -> tuple[Tensor, Tensor]:
-    """Return who is absorbed and by whom, `[B, r]` each: the best of A, then of what is left."""
+    """Return the absorbed and the absorbing tokens, `[B, r]` each: the best pairs from A into B, then from B into A."""
     first = (r + 1) // 2
     best, partner = attraction.max(dim=2)
     from_a = best.argsort(dim=1, descending=True, stable=True)[:, :first]

@@ -1,4 +1,4 @@
-"""PPT: for each image and block either prunes or pools, by how clearly some tokens matter more."""
+"""PPT: prunes an image in a block if its scores vary strongly, else pools."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ __all__ = ["RandomPrune"]
 class RandomPrune(Reduction):
     """Drop random tokens. A baseline of Bolya et al., ICLR 2023, arXiv:2210.09461, Table 2.
 
-    Which ones depends on `seed` and the block and is the same for every image; padding goes first. Published: MAE
-    ViT-L 79.22 at r=8 (merging 84.25).
+    The choice depends on `seed` and the block, and is the same for every image; padding is dropped first. Published:
+    MAE ViT-L 79.22 at r=8 (merging 84.25).
     """
 
     name: ClassVar[str] = "random"

@@ -1,4 +1,4 @@
-"""SPViT: a selector with a vote per head drops tokens, and one package token remembers them."""
+"""SPViT: a multi-head selector drops tokens and keeps their mean as one package token."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class SPViT(Learned):
     score-weighted mean, the package token, at the position of the best of them. Raises `ConfigError` if `heads` does
     not divide the width. Published: DeiT-S 79.3 % at 2.6 GMACs (79.8 at 4.6).
 
-    Differs from the paper: the next selector treats a package token as an ordinary one, its size counts in attention,
-    and `r` sets where selectors are and what they keep, not a latency table.
+    Differs from the paper: the next selector treats a package token as an ordinary one. Its size counts in attention.
+    The places of the selectors and what they keep follow from `r`, not from a latency table.
     """
 
     name: ClassVar[str] = "spvit"
@@ -66,7 +66,7 @@ class SPViT(Learned):
             plan = MaskedPlan.of(mask)
             return _PackagePlan(plan.keep, plan.src, plan.dst, plan.n, mask, logit.sigmoid(), package)
         rank = matching.sink_padding(logit, view.valid)
-        kept = matching.prune(rank, r, prefix=view.prefix).keep  # with the best of those that go
+        kept = matching.prune(rank, r, prefix=view.prefix).keep  # includes the best dropped token
         B, n = rank.shape
         order = rank[:, view.prefix :].argsort(dim=1, descending=True, stable=True) + view.prefix
         leader, src = order[:, n - view.prefix - r - 1, None], order[:, n - view.prefix - r :]
@@ -95,14 +95,14 @@ class SPViT(Learned):
 
 @dataclass(frozen=True, eq=False)
 class _PackagePlan(MaskedPlan):
-    """Masks, how much of each token goes into the package, and where it goes."""
+    """Masks, the weight of each token in the package token, and the package token's place."""
 
     weight: Tensor | None = None  # [B, N]
-    package: Tensor | None = None  # [B, N] bool: whose place the package takes
+    package: Tensor | None = None  # [B, N] bool: True at the package token's place
 
 
 class _Selector(nn.Module):
-    """One score per head from the head's part of a token and of the mean token, weighed by what the heads look like."""
+    """Scores tokens per head, from that head's part of the token and of the mean; learned weights average the heads."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

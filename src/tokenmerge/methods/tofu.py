@@ -1,4 +1,4 @@
-"""Token Fusion (ToFu): the pairs of ToMe, pruned in early blocks and merged by norm in late ones."""
+"""Token Fusion (ToFu): ToMe's pairs, pruned in early blocks and merged with their norm kept in late blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ToFu", "ToFuPlan"]
 
 @dataclass(frozen=True, eq=False)
 class ToFuPlan(Plan):
-    """A plan that knows whether its block is an early one, where absorbed tokens leave nothing but their size."""
+    """A plan with a flag for early blocks, in which an absorbed token adds only its size."""
 
     is_early: bool = False
 
@@ -27,10 +27,11 @@ class ToFuPlan(Plan):
 class ToFu(Reduction):
     """Prune one token of each pair early, merge norm-preserving late. Kim et al., WACV 2024, arXiv:2312.01026.
 
-    `metric` is what tokens are compared by; in the first `early` share of the blocks the absorbing token stays as it
-    is; after that `combine` says what a group becomes: `mlerp`, its mean stretched to the norm of its longest member,
-    or the plain `average`. Raises `UnknownNameError` for a value that is not a choice. Published: MAE ViT-B 80.70 at
-    r=16 (ToMe 78.88), AugReg ViT-S 79.6 at r=13 (ToMe 79.3). Differs from the paper: all prefix tokens are protected.
+    `metric` is the feature compared. In the first `early` share of the blocks, the absorbing token stays as it is.
+    After that, `combine` sets what a group becomes: `mlerp` is its mean, scaled to the norm of its longest member;
+    `average` is the plain mean. Raises `UnknownNameError` for a value that is not a choice. Published: MAE ViT-B 80.70
+    at r=16 (ToMe 78.88), AugReg ViT-S 79.6 at r=13 (ToMe 79.3). Differs from the paper: all prefix tokens are
+    protected.
 
     >>> ToFu(early=0).combine
     'mlerp'
@@ -63,12 +64,12 @@ class ToFu(Reduction):
 
 
 def _stretch(plan: Plan, x: Tensor, size: Tensor | None, mean: Tensor) -> Tensor:
-    """Give each group's mean `[B, M, C]` the norm of the longest of its members in `x` `[B, N, C]`."""
+    """Scale each group's mean `[B, M, C]` to the norm of its longest member in `x` `[B, N, C]`."""
     norm = x.float().norm(dim=-1, keepdim=True)  # [B, N, 1]
     if size is not None:
         norm = norm * (size > 0)[..., None]
     longest = plans.merge(plan, norm, "amax")  # [B, M, 1]
     scale = longest / mean.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    # a token alone stays bit-equal
+    # a token that absorbed nothing stays bit-equal
     is_group = plans.merged_size(plan, x, None)[..., None] > 1
     return torch.where(is_group, mean * scale, mean).to(x.dtype)

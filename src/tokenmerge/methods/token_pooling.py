@@ -1,4 +1,4 @@
-"""Token Pooling: clusters the tokens of a block by k-means or k-medoids and leaves one for each cluster."""
+"""Token Pooling: clusters the tokens of a block by k-means or k-medoids and keeps one per cluster."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _clusters(
     for _ in range(iterations):
         centres = _means(tokens, mass, label, centres)
         if is_medoid:
-            # the member whose squared distances to all others sum to least is the one nearest to the mean
+            # the medoid (smallest sum of squared distances) is the member nearest to the mean
             lead, has_any, _ = _leaders(label, _distance(tokens, centres, label, valid), centres.shape[1])
             centres = torch.where(has_any[..., None], _rows(tokens, lead), centres)
         label = _nearest(tokens, centres, valid, valid_too)
@@ -100,7 +100,7 @@ def _nearest(tokens: Tensor, centres: Tensor, valid: Tensor | None, valid_too: T
 
 
 def _means(tokens: Tensor, mass: Tensor, label: Tensor, centres: Tensor) -> Tensor:
-    """Return the means of the clusters by mass; of those without any, the centres they had."""
+    """Return the mass-weighted means of the clusters; a cluster without mass keeps its centre."""
     total = mass.new_zeros(centres.shape[:2]).scatter_add(1, label, mass)[..., None]
     index = label[..., None].expand_as(tokens)
     sums = torch.zeros_like(centres).scatter_add(1, index, tokens * mass[..., None])
@@ -112,7 +112,7 @@ def _distance(tokens: Tensor, centres: Tensor, label: Tensor, valid: Tensor | No
 
 
 def _leaders(label: Tensor, cost: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the cheapest member of each cluster, `[B, K]`, if it has any, and whether a token is one, `[B, n]`."""
+    """Return the cheapest member of each cluster and whether it has any, `[B, K]`, and which tokens lead, `[B, n]`."""
     order = cost.argsort(dim=1, stable=True)
     order = order.gather(1, label.gather(1, order).argsort(dim=1, stable=True))
     label = label.gather(1, order)
@@ -123,7 +123,7 @@ def _leaders(label: Tensor, cost: Tensor, count: int) -> tuple[Tensor, Tensor, T
 
 
 def _group(label: Tensor, cost: Tensor, count: int, prefix: int, valid: Tensor | None) -> Plan:
-    """Return the plan of exactly `count` clusters, each led by its cheapest member; the dearest others fill up."""
+    """Return a plan that keeps exactly `count` tokens: the cheapest of each cluster, then the most expensive others."""
     n = label.shape[1]
     lead, _, is_lead = _leaders(label, cost, count)
     cost = matching.sink_padding(cost, valid)

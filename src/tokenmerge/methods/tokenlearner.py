@@ -20,11 +20,13 @@ __all__ = ["TokenLearner"]
 class TokenLearner(Learned):
     """Pool the patches into S tokens by S learned maps. Ryoo et al., NeurIPS 2021, arXiv:2106.11297.
 
-    S is what `r` leaves: `r=[0] * 6 + [180]` makes 16 of 196 patches at mid depth, as in the paper. `hidden` is the
-    width of the maps' MLP. Training and inference are the same. ViT-B/16 pretrained on JFT has 83.7 % at 28.7 GMACs
-    (84.7 at 55.6). Differs from the paper: a map is the softmax over the tokens of an MLP (its second version) and
-    weighs by size where tokens were merged before; no TokenFuser maps back; made for the planned number of tokens only.
-    Raises `UnsupportedError` where a model does not say its number of tokens, or is run with another.
+    S is the number of patches that `r` leaves: `r=[0] * 6 + [180]` leaves 16 of 196 patches at mid depth, as in the
+    paper. `hidden` is the width of the maps' MLP. Training and inference are the same. Raises `UnsupportedError` for a
+    model whose number of tokens is unknown, and for a forward with another number.
+
+    Published: ViT-B/16 pretrained on JFT has 83.7 % at 28.7 GMACs (84.7 at 55.6). Differs from the paper: a map is the
+    softmax of an MLP over the tokens (the paper's second version), weighted by size if tokens were merged before; no
+    TokenFuser restores the tokens; the maps fit only the planned number of tokens.
     """
 
     name: ClassVar[str] = "tokenlearner"
@@ -54,7 +56,7 @@ class TokenLearner(Learned):
             )
         logit = learned(view.x[:, view.prefix :]).float().mT  # [B, S, N - prefix]
         if view.valid is not None:
-            # finite: an image of padding alone gives no NaN
+            # finite, so that an image of only padding gives no NaN
             logit = logit.masked_fill(~view.valid[:, None, view.prefix :], -1e4)
         maps = logit.softmax(dim=-1)
         places = torch.arange(n, device=maps.device)

@@ -19,10 +19,11 @@ __all__ = ["ToMe"]
 class ToMe(Reduction):
     """Bipartite soft matching on attention keys. Bolya et al., ICLR 2023, arXiv:2210.09461.
 
-    The defaults are the paper's. `metric` is what tokens are compared by (`x_pre`: the block's input, `x`: after the
-    attention residual), `heads` how its heads are joined, `combine` how a pair becomes one token, `partition` how the
-    two sides are drawn (`random`: one fixed permutation per layer and `seed`). Raises `UnknownNameError` for a
-    value that is not a choice. Differs from the paper's code in one point: all prefix tokens are protected.
+    The defaults are the paper's. `metric` is the feature compared (`x_pre`: the block's input, `x`: after the attention
+    residual), `heads` how its heads are joined, `distance` the similarity, `combine` how a group becomes one token.
+    `partition` divides the tokens into two sides (`random`: one fixed permutation per layer and `seed`). Raises
+    `UnknownNameError` for a value that is not a choice. Differs from the paper's code in one point: all prefix tokens
+    are protected.
 
     >>> ToMe(metric="x").needs
     frozenset()

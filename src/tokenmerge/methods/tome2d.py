@@ -1,4 +1,4 @@
-"""ToMe2D: one random token of each tile of the image absorbs, all others may be absorbed."""
+"""ToMe2D: merges tokens into one random destination per tile of the image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ __all__ = ["ToMe2D"]
 class ToMe2D(Reduction):
     """Tiled random destinations. Bolya and Hoffman, CVPR workshops 2023, arXiv:2303.17604.
 
-    One token of each `stride` x `stride` tile of the grid, drawn by `seed` and the block and the same for every image,
-    is a destination; of all others the `r` most similar (cosine of `metric`) to any destination go into it. Where
-    tokens are missing, tiles that have none left give none and second tokens of others stand in; where `r` leaves
-    fewer tokens than there are tiles, some tiles give none. Raises `UnknownNameError` for an unknown metric,
-    `UnsupportedError` for a model without a grid or a stride below 2. Published: Stable Diffusion at half the tokens
-    1.87 times as fast, FID 33.02 (33.12 without). Differs from the paper: tokens stay merged.
+    One token of each `stride` x `stride` tile of the grid is a destination. The draw depends on `seed` and the block,
+    and is the same for every image. The `r` other tokens most similar (cosine of `metric`) to a destination merge into
+    it. A tile without tokens has no destination; a second token of another tile replaces it. If `r` leaves fewer tokens
+    than there are tiles, some tiles have none. Raises `UnknownNameError` for an unknown metric, `UnsupportedError` for
+    a model without a grid or a stride below 2.
+
+    Published: Stable Diffusion at half the tokens 1.87 times as fast, FID 33.02 (33.12 without). Differs from the
+    paper: tokens stay merged.
     """
 
     name: ClassVar[str] = "tome2d"
@@ -56,7 +58,7 @@ class ToMe2D(Reduction):
         tile = cells // columns // self.stride * columns + cells % columns // self.stride
         rank = _rank_in_tile(tile, draw, rows * columns) * rows * columns + draw
         if view.valid is not None:
-            # padding absorbs nothing while there are others
+            # padding is a destination only if real tokens run out
             rank = rank + (~view.valid[:, view.prefix :]).long() * (rows * columns) ** 2
         order, n = rank.argsort(dim=1) + view.prefix, rank.shape[1]
         count = min(tiles, n - r)

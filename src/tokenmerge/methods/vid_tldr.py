@@ -1,4 +1,4 @@
-"""vid-TLDR: merges as ToMe does, with background counting nothing where it is absorbed."""
+"""vid-TLDR: merges as ToMe does, with absorbed background tokens weighted 0."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["VidTLDR"]
 class VidTLDR(Reduction):
     """Saliency-aware merging, meant for the first blocks of video models. Choi et al., CVPR 2024, arXiv:2403.13347.
 
-    The saliency of a token is the negative entropy of its attention (`score`), brought to 0 to 1 in each image; what is
-    below the mean becomes 0, the rest is lowered by the mean and brought to 1 again. Pairs are those of ToMe by
-    `metric`, and what is absorbed counts its saliency times its size: background is in effect dropped. Raises
-    `UnknownNameError` for a value that is not a choice. The paper removes much in the first blocks, on UMT-B
-    `r=[600, 200, 100]`. Differs from the paper: sizes add up as if all had counted.
+    The saliency w of a token comes from the negative entropy of its attention (`score`), per image:
+    `s = (score - min) / (max - min); w = clamp((s - mean(s)) / (1 - mean(s)), 0, 1)`. Pairs are those of ToMe by
+    `metric`. An absorbed token is weighted by `w * size`, so background is in effect dropped. Raises `UnknownNameError`
+    for a value that is not a choice. The paper removes many tokens in the first blocks, on UMT-B `r=[600, 200, 100]`.
+    Differs from the paper: sizes are summed as if every token had counted.
     """
 
     name: ClassVar[str] = "vid_tldr"
@@ -35,7 +35,7 @@ class VidTLDR(Reduction):
     def plan(self, view: TokenView, r: int) -> WeightedPlan:
         pairs = matching.bipartite(getattr(view, self.metric), r, prefix=view.prefix, valid=view.valid)
         score = view.score(self.score)
-        # (cos + 1) / 2 of the paper ranks as the cosine does
+        # the paper's (cos + 1) / 2 ranks pairs as the cosine does
         is_src = torch.zeros_like(score).scatter_add(1, pairs.src, torch.ones_like(pairs.src, dtype=score.dtype)) > 0
         weight = torch.where(is_src, _saliency(score, view.prefix), 1.0)
         weight = weight if view.size is None else weight * view.size
@@ -43,7 +43,7 @@ class VidTLDR(Reduction):
 
 
 def _saliency(score: Tensor, prefix: int) -> Tensor:  # [B, N]
-    """Return scores as 0 for background to 1; padding, at minus infinity, is 0 and prefix tokens do not count."""
+    """Map scores to 0 (background) to 1, `[B, N]`; prefix and padding get 0 and do not enter the statistics."""
     is_real = score.isfinite()
     is_real = is_real & (torch.arange(score.shape[1], device=score.device) >= prefix)
     low = score.masked_fill(~is_real, float("inf")).amin(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Zero-TPrune: prunes by the PageRank of the attention graph, and by similarity among what ranks low."""
+"""Zero-TPrune: prunes by the PageRank of the attention graph, and by similarity among low-ranked tokens."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ZeroTPrune(Reduction):
         steps = self.iterations[min(2, 3 * view.layer // view.depth)]
         mass = importance.page_rank(view.q, view.k, start, steps, view.scale, bias)  # type: ignore[arg-type]
         patches = mass[..., view.prefix :]
-        # not by `var`, which warns of batches without images
+        # not with `var`, which warns for empty batches
         spread = (patches - patches.mean(dim=2, keepdim=True)).square().mean(dim=2)  # [B, H]
         is_heard = (spread >= self.variance[0]) & (spread <= self.variance[1])
         heard = torch.where(is_heard.any(dim=1, keepdim=True), is_heard, True).float()
@@ -77,7 +77,7 @@ class ZeroTPrune(Reduction):
         return combined.sqrt()
 
     def _similar(self, view: TokenView, score: Tensor, count: int) -> Tensor:  # [B, N]
-        """Return the tokens of the less important half that are most like one of the other half, `[B, count]`."""
+        """Return the tokens of the less important half that are most similar to one of the other half, `[B, count]`."""
         score = matching.sink_padding(score, view.valid)
         order = score[:, view.prefix :].argsort(dim=1, stable=True) + view.prefix
         low, high = order[:, : order.shape[1] // 2], order[:, order.shape[1] // 2 :]

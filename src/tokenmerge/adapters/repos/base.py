@@ -1,4 +1,4 @@
-"""What vision transformers of research repositories share: square images, and a mean of what leaves one module."""
+"""Shared by vision transformers of research repositories: block specs, square layouts, mean pooling."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PRE_NORM = BlockSpec(attention=("norm1", "attn", "drop_path"), attn="attn", mlp=
 
 
 def square_layout(conv: Any, patches: int, prefix: int, batch_first: bool = True) -> TokenLayout:
-    """Return the layout for the square image that so many position embeddings were made for, cut by `conv`."""
-    if not isinstance(conv, nn.Conv2d):  # a stem of the user's own
+    """Return the layout for a square image with this number of position embeddings for patches, cut by `conv`."""
+    if not isinstance(conv, nn.Conv2d):  # a custom stem
         return TokenLayout(prefix, None, None, None, batch_first)
     side = int(patches**0.5)
     if side**2 != patches:
@@ -30,7 +30,7 @@ def square_layout(conv: Any, patches: int, prefix: int, batch_first: bool = True
 
 
 def mean_behind(module: nn.Module, context: Context, start: int, batch_first: bool = True) -> list[Binding]:
-    """Return what makes a host's mean of the tokens from `start` on that leave `module` weigh them by size."""
+    """Return the override that weights the mean over the tokens from `start` on of `module`'s output by size."""
     if context.sizes is None:
         return []
     return [Binding(module, "forward", OutputMean(module, context.sizes, start, batch_first))]

@@ -1,4 +1,4 @@
-"""DINO's and DINOv2's vision transformers as their own repositories define them."""
+"""DINO and DINOv2 as defined in their own repositories."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Dino(Adapter):
     specs = (PRE_NORM,)
 
     def matches(self, model: Any) -> bool:
-        # iBOT's models have these too, and a forward that may hand out tokens
+        # iBOT's models have these too, but their forward may return tokens
         has_parts = hasattr(model, "prepare_tokens") and hasattr(model, "get_last_selfattention")
         return has_parts and not hasattr(model, "return_all_tokens")
 
@@ -69,7 +69,7 @@ class DinoV2(Adapter):
         return self if hasattr(model, "prepare_tokens_with_masks") else Within("backbone", self)
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
-        # blocks lie in a list, or in chunks that start with placeholders
+        # the blocks are a list, or chunks that start with placeholders
         return [(f"blocks.{name}", block) for name, block in model.blocks.named_modules() if hasattr(block, "norm1")]
 
     def spec(self, block: Any) -> Spec:
@@ -101,7 +101,7 @@ class DinoV2(Adapter):
 
 
 class _OneTensor(Override):
-    """Refuses a list of batches, which DINOv2 packs into one for its training."""
+    """Rejects a list of batches, which DINOv2 packs into one for training."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
@@ -111,5 +111,5 @@ class _OneTensor(Override):
 
 
 def _square(model: Any, prefix: int) -> TokenLayout:
-    """Return the layout by the position embeddings, of which one is for the class token."""
+    """Return the layout from the position embeddings, one of which belongs to the class token."""
     return square_layout(getattr(model.patch_embed, "proj", None), model.pos_embed.shape[1] - 1, prefix)

@@ -1,4 +1,4 @@
-"""Fine-tuning models of MAE, and of spatiotemporal MAE for clips, as their own repositories define them."""
+"""Fine-tuning models of MAE, and of spatiotemporal MAE for video, as defined in their own repositories."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MAE(Adapter):
     families = "MAE fine-tuning models of their own repository (class token or global pool)"
     landmarks: ClassVar[tuple[str, ...]] = ("blocks", "norm1", "attn", "qkv", "norm2", "mlp", "patch_embed", "fc_norm")
     host = Host(cut_by="patch_embed.proj")
-    # older copies of the block have no layer scale, and one drop path for both branches
+    # older blocks have no layer scale, and one drop path for both branches
     specs: ClassVar[Sequence[Spec]] = (LAYER_SCALED, PRE_NORM)
 
     def matches(self, model: Any) -> bool:
@@ -50,7 +50,7 @@ class MAE(Adapter):
 
 
 class MAEst(MAE):
-    """A ViT of clips, which always averages its tokens."""
+    """A video ViT that always averages its tokens."""
 
     name = "mae_st"
     families = "spatiotemporal MAE fine-tuning models of their own repository (video)"
@@ -61,12 +61,12 @@ class MAEst(MAE):
     def matches(self, model: Any) -> bool:
         conv = getattr(getattr(model, "patch_embed", None), "proj", None)
         has_parts = all(hasattr(model, name) for name in ("blocks", "norm", "head"))
-        # VideoMAE's own models have these as well, and one projection for q, k and v
+        # VideoMAE's own models have these too, but no input_size, and one projection for q, k and v
         return has_parts and isinstance(conv, nn.Conv3d) and hasattr(model.patch_embed, "input_size")
 
     def spec(self, block: Any) -> Spec:
         attn = getattr(block, "attn", None)
-        # attentions that look at frames and places in turn ask for tokens in four axes
+        # divided space-time attention takes tokens with four axes
         is_joint = not getattr(attn, "requires_t_shape", False)
         if not is_joint or not all(hasattr(attn, name) for name in ("q", "k", "v", "proj")):
             raise UnsupportedModelError(
@@ -80,14 +80,14 @@ class MAEst(MAE):
         prefix = _prefix(model)
         frames, rows, columns = model.patch_embed.input_size  # in patches
         size = [patches * step for patches, step in zip((frames, rows, columns), conv.stride, strict=True)]
-        # three axes are no grid of rows and columns: a method that needs one is told there is none
+        # three axes are no grid of rows and columns, so methods that need a grid are rejected
         return TokenLayout(prefix, None, prefix + frames * rows * columns, (conv.in_channels, *size))
 
     def tap(self, block: Any) -> AttentionTap:
         return ProjectionTap(block, "attn", qkv=("q", "k", "v"))
 
     def overrides(self, model: Any, context: Context) -> list[Binding]:
-        # what leaves the last block is averaged, without the class token, and normalised then
+        # the model averages the last block's output without the class token, then normalises
         return mean_behind(self.blocks(model)[-1][1], context, start=_prefix(model))
 
     def tiny(self) -> tuple[nn.Module, Tensor]:

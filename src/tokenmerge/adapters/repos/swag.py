@@ -1,4 +1,4 @@
-"""SWAG's vision transformers as their own repository defines them: sequence-first tokens, `nn.MultiheadAttention`."""
+"""SWAG's vision transformers as defined in their own repository: sequence-first, with `nn.MultiheadAttention`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base class of the timm adapters: list of blocks, layout from `patch_embed`, and pooling."""
+"""Base class of the timm adapters: the list of blocks, the layout from `patch_embed`, and pooling."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _SIZES: dict[str, Any] = {
 
 
 class TimmAdapter(Adapter):
-    """Base class of timm families. A subclass sets its models and blocks in `host` and `specs`, and its pooling."""
+    """Base class of timm families. A subclass sets models and blocks in `host` and `specs`, and its pooling."""
 
-    sizes: ClassVar[Mapping[str, Any]] = {}  # of a small model, besides `_SIZES`
+    sizes: ClassVar[Mapping[str, Any]] = {}  # options of the tiny model, besides `_SIZES`
 
     def layout(self, model: Any) -> TokenLayout:
         embed, prefix = model.patch_embed, int(model.num_prefix_tokens)
-        has_class = getattr(model, "cls_token", None) is not None  # registers alone make a prefix too
+        has_class = getattr(model, "cls_token", None) is not None  # the prefix may be registers only
         if not hasattr(embed, "dynamic_feat_size"):
-            # a stem of the user's own: how many tokens it gives is seen in the forward, and no grid is known
+            # a custom stem: the number of tokens is known in the forward only, the grid never
             return TokenLayout(prefix, None, None, None, has_class=has_class)
         size = tuple(getattr(embed, "img_size", None) or (224, 224))
         grid = embed.dynamic_feat_size(size)
         channels = next((m.in_channels for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
-        # three axes, of clips, are no grid of rows and columns: a method that needs one is told there is none
+        # the three axes of video are no grid of rows and columns, so methods that need a grid are rejected
         plane = grid if len(grid) == 2 else None
         return TokenLayout(prefix, plane, prefix + math.prod(grid), (channels, *size), has_class=has_class)
 
@@ -71,7 +71,7 @@ def pooling(
     if context.sizes is None:
         return []
     found = [mean(model, context.sizes)]
-    # both: an attention pool may be taken out later
+    # bind both: the attention pool may be removed later
     pool = getattr(model, "attn_pool", None)
     if isinstance(pool, nn.Module):
         found.append(BiasedPool(pool, context.sizes, start))
@@ -82,7 +82,7 @@ def pooling(
 
 def stem_layout(embed: Any, prefix: int = 0, has_class: bool | None = None) -> TokenLayout:
     """Return the layout of a patch embedding built for one image size."""
-    if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a stem of the user's own
+    if not all(hasattr(embed, name) for name in ("grid_size", "proj", "img_size")):  # a custom stem
         return TokenLayout(prefix, None, None, None, has_class=has_class)
     height, width = embed.grid_size
     size = (embed.proj.in_channels, *embed.img_size)

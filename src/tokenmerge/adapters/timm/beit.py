@@ -1,4 +1,4 @@
-"""timm's BEiT and BEiT v2: relative positions as a bias in every attention, or one that all blocks share."""
+"""timm's BEiT and BEiT v2: relative positions as a bias in every attention, or one shared by all blocks."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class TimmBeit(TimmAdapter):
 
 
 def _table(block: Any) -> str | None:
-    """Return the path of what holds the block's own bias, if it has one."""
+    """Return the path of the module that holds the block's own bias, or None."""
     return None if block.attn.relative_position_bias_table is None else "attn"
 
 
 class _BeitTap(PairTap):
-    """Listens on `qkv`, which an attention with biases for q and v passes by: it uses the weight alone."""
+    """Intercepts `qkv`, which an attention with biases for q and v does not call: it uses the weight alone."""
 
     def seams(self, needs: frozenset[str]) -> list[Binding]:
         attn: Any = self.attn

@@ -1,4 +1,4 @@
-"""timm's CaiT: patches in attention whose heads talk to each other, then a class token that attends to all patches.
+"""timm's CaiT: talking-heads attention over the patches, then a class token that attends to all patches.
 
 Shapes: B batch, N queries, M keys, H heads.
 """
@@ -55,7 +55,7 @@ class TimmCait(TimmAdapter):
 
 
 class _TalkingTap(SeamTap):
-    """Lets n merged tokens count as n where heads are mixed, before the softmax and after it."""
+    """Makes a token of size n count as n tokens in the head mixing before and after the softmax."""
 
     def __init__(self, block: nn.Module, path: str) -> None:
         super().__init__(block, path)
@@ -79,7 +79,7 @@ class _TalkingTap(SeamTap):
 
 
 class _Scores(ChildOverride):
-    """The mix of heads before the softmax, `[B, N, M, H]`: log(size) is added to what it gives for each key."""
+    """The head mixing before the softmax, `[B, N, M, H]`: adds log(size) of each key to its output."""
 
     def __init__(self, attn: nn.Module, child: str, counts: Slot) -> None:
         super().__init__(attn, child)
@@ -95,7 +95,7 @@ class _Scores(ChildOverride):
 
 
 class _Weights(_Scores):
-    """The mix of heads after the softmax: what it adds to every weight, it adds for each of the tokens merged."""
+    """The head mixing after the softmax: multiplies its own bias by the size of each key."""
 
     def counted(self, out: Tensor, bias: Tensor) -> Tensor:
         own: Tensor | None = self.owner.bias  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""timm's EVA class with absolute and rotary positions: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT and its kin.
+"""timm's EVA class, absolute and rotary positions: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT and others.
 
 Shapes: B batch, N tokens, M tokens left, C channels, H heads, D head width.
 """
@@ -33,17 +33,17 @@ EVA_SPECS = {
 
 
 def moved_by_tap(value: Any, kept: Tensor) -> Any:
-    """Leave a rotary table as it is: it has no rows for prefix tokens, and only the attention says how many there are.
+    """Return a rotary table unchanged; `RopeTap` gathers its rows.
 
-    `RopeTap` takes its rows.
+    The table has no rows for prefix tokens, and only the attention knows how many prefix tokens there are.
     """
     return value
 
 
 class RopeTap(SeamTap):
-    """Turns timm's attentions with rotary tables: each token that is left by the row of the place it stands at.
+    """Feeds timm's rotary attention the table rows of the remaining tokens.
 
-    Keys are listened to before they are turned: tokens are compared by what they show, not by where they are.
+    Keys are captured before the rotation, so that tokens are compared by content and not by position.
     """
 
     def __init__(self, block: nn.Module, path: str) -> None:
@@ -51,7 +51,7 @@ class RopeTap(SeamTap):
         attn = self.attn
         self.is_by_head = _is_by_head()
         if not getattr(attn, "fused_attn", True) and "maybe_add_mask" not in type(attn).forward.__globals__:
-            self.takes_bias = False  # before timm 1.0.20 an unfused EvaAttention reads masks as true and false
+            self.takes_bias = False  # before timm 1.0.20 an unfused EvaAttention treats masks as bool
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
         if kept is not None and "rope" in given:
@@ -59,7 +59,7 @@ class RopeTap(SeamTap):
         return super().__call__(x, bias, kept, **given)
 
     def turned(self, table: Tensor, kept: Tensor) -> Tensor:
-        """Return the table's rows for the tokens behind the prefix, `[B, 1 or H, M, 2D]`."""
+        """Return the table's rows for the tokens after the prefix, `[B, 1 or H, M, 2D]`."""
         return _turned(self.attn, table, kept, self.is_by_head)
 
     def placed(self, places: Tensor) -> list[Binding]:
@@ -74,15 +74,16 @@ class RopeTap(SeamTap):
 
 
 def _is_by_head() -> bool:
-    """Say what three dimensions of a table mean: timm 1.0.16 has tables per image, later ones per head."""
+    """Return whether the first axis of a three-dimensional table is heads; in timm 1.0.16 it is images."""
     from timm import layers
 
     return hasattr(layers, "RotaryEmbeddingMixed")
 
 
 def _turned(attn: Any, table: Tensor, kept: Tensor, is_by_head: bool) -> Tensor:
-    """Return the rows of a table `[N, 2D]`, `[H, N, 2D]` or `[B, 1 or H, N, 2D]` at `kept` `[B, M]`, for the tokens
-    behind the prefix: `[B, 1 or H, M, 2D]`.
+    """Return the rows of a rotary table at `kept` `[B, M]`, for the tokens after the prefix: `[B, 1 or H, M, 2D]`.
+
+    The table is `[N, 2D]`, `[H, N, 2D]` or `[B, 1 or H, N, 2D]`.
     """
     prefix: int = attn.num_prefix_tokens
     table = table[None] if table.dim() == 3 and is_by_head else table
@@ -101,7 +102,7 @@ class _Placed(Override):
 
 
 def sample_rope(attn: Any, n: int) -> Tensor:
-    """Return a rotary table `[n, 2D]` to probe an attention with: any numbers, but not random ones."""
+    """Return a rotary table `[n, 2D]` for probing an attention; its values are arbitrary but not random."""
     weight: Tensor = attn.proj.weight
     width = 2 * attn.proj.in_features // attn.num_heads
     return torch.arange(n * width, device=weight.device).view(n, width).sin().to(weight.dtype)

@@ -1,4 +1,4 @@
-"""timm's NaFlexVit: images of any size and shape in one batch, padded to the longest and masked.
+"""timm's NaFlexVit: images of different sizes in one batch, padded to the longest and masked.
 
 Shapes: B batch, N tokens (prefix, then patches, then padding), M tokens left, H heads.
 """
@@ -35,7 +35,7 @@ __all__ = ["TimmNaFlex"]
 
 
 def _by_image(mask: Tensor) -> Tensor:
-    """Return a mask `[N, N]` for all images, or `[B or 1, H or 1, 1 or N, N]`, in the latter form."""
+    """Return a mask as `[B or 1, H or 1, 1 or N, N]`; a mask for all images may be `[N, N]`."""
     return mask[None, None] if mask.dim() == 2 else mask
 
 
@@ -44,12 +44,12 @@ def _mask(given: Tensor, kept: Tensor) -> Tensor:
 
 
 def _seen(mask: Tensor) -> Tensor:
-    """Return which keys any query of any head sees."""
+    """Return which keys are visible to any query in any head."""
     return follow.keys_of_mask(_by_image(mask).amax(dim=1, keepdim=True))
 
 
 def _grid_of(cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
-    # patches come with coordinates, of images of any shapes; an image with the grid it was cut into
+    # out[1] is the grid of an image; None for patches with coordinates, whose images may differ in shape
     if isinstance(out, tuple):
         return out[1] and (out[1][0], out[1][1])
     return grid_of_call(cutter, image, out) if image.dim() == 4 else None
@@ -64,7 +64,7 @@ class TimmNaFlex(TimmAdapter):
         models=("timm.models.naflexvit.NaFlexVit",),
         followers={"rope": moved_by_tap, "attn_mask": _mask},
         padding={"attn_mask": _seen},
-        is_positional=True,  # where rotary tables are given
+        is_positional=True,  # for models with rotary tables
         cut_by="embeds",
         grid_of=_grid_of,
     )
@@ -127,7 +127,7 @@ def _eva_spec(block: nn.Module) -> BlockSpec | None:
 
 
 class _Masked(Override):
-    """A method of the model that takes patches: while tokens are merged, padding must be told from patches."""
+    """A model method that takes patches: while merging, rejects patches whose padding is not marked."""
 
     def __init__(self, model: nn.Module, name: str, is_merging: Callable[[], bool]) -> None:
         super().__init__(model, name)
@@ -137,7 +137,7 @@ class _Masked(Override):
 
     @property
     def __code__(self) -> Any:
-        """What `torch.export` names the model's forward by."""
+        """The code object by which `torch.export` names the forward."""
         return getattr(type(self.owner), self.attribute).__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""timm's vision transformers with relative positions as a bias or an MLP, in every block or shared by all."""
+"""timm's vision transformers with relative positions, as a bias or an MLP, per block or shared by all."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ class TimmRelPos(TimmAdapter):
 
 
 def _table(block: Any) -> str | None:
-    """Return the path of what holds the block's own bias, if it has one."""
+    """Return the path of the module that holds the block's own bias, or None."""
     return None if block.attn.rel_pos is None else "attn.rel_pos"

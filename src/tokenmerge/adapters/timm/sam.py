@@ -1,4 +1,4 @@
-"""timm's vision transformer of Segment Anything: attention in windows, relative positions, a convolutional neck.
+"""timm's Segment Anything encoder: windowed attention, relative positions, a convolutional neck.
 
 Shapes: W windows, N tokens of a window, M tokens left of it, C channels, H heads, D head width.
 """
@@ -23,24 +23,24 @@ _HOST = "timm.models.vision_transformer_sam"
 
 
 class SAMTap(AttentionTap):
-    """Computes SAM's attention from its children, for tokens that stand at any places of their window."""
+    """Computes SAM's attention from its children, for tokens at arbitrary places of their window."""
 
     kind = "its own projection, in each window"
 
     def project(self, x: Tensor) -> Tensor:  # [W, N, C]
-        """Return queries, keys and values as one row per token, `[W, N, 3 * C]`: rows that can be merged."""
+        """Return queries, keys and values as one row per token, `[W, N, 3 * C]`, so that rows can be merged."""
         qkv: Tensor = self.attn.qkv(x)
         return qkv
 
     def split(self, qkv: Tensor, names: frozenset[str] = frozenset("qkv")) -> dict[str, Tensor]:
-        """Return those of q, k and v that are named, normed, each `[W, H, N, D]`."""
+        """Return the named ones of q, k and v, normalised, each `[W, H, N, D]`."""
         W, N, _ = qkv.shape
         parts = dict(zip("qkv", qkv.view(W, N, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4), strict=True))
         norms = {"q": self.attn.q_norm, "k": self.attn.k_norm}
         return {name: norms[name](parts[name]) if name in norms else parts[name] for name in sorted(names)}
 
     def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
-        """Attend among projected tokens `[W, M, 3 * C]` at the places `kept` of the window's `grid`: `[W, M, C]`."""
+        """Attend over projected tokens `[W, M, 3 * C]` at places `kept` of the window's `grid`; returns `[W, M, C]`."""
         attn, (W, M, _) = self.attn, x.shape
         seen = self.split(x)
         q, k, v = seen["q"], seen["k"], seen["v"]
@@ -57,7 +57,7 @@ class SAMTap(AttentionTap):
         return projected
 
     def _relative(self, q: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return what a query adds to its scores by the rows and columns between places, `[W, H, M, M]`."""
+        """Return the bias of each query by the row and column distances of the tokens, `[W, H, M, M]`."""
         from timm.models.vision_transformer_sam import get_rel_pos
 
         parts = []
@@ -84,7 +84,7 @@ class TimmSAM(Adapter):
     name = "timm_sam"
     families = "timm's Segment Anything encoders (samvit), merged inside windows for the attention only"
     landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "neck")
-    # nobody has to be trusted: every block hands out every token
+    # no method needs trust: every block returns all tokens
     host = Host("timm", models=(f"{_HOST}.VisionTransformerSAM",), loops=(), is_positional=True)
 
     def spec(self, block: Any) -> WindowSpec:
@@ -97,7 +97,7 @@ class TimmSAM(Adapter):
         return WindowSpec(attn="attn", window="window_size")
 
     def layout(self, model: Any) -> TokenLayout:
-        # as many tokens as a window has, and windows differ from block to block
+        # the number of tokens is that of a window, which differs between blocks
         return replace(stem_layout(model.patch_embed), tokens=None)
 
     def tap(self, block: Any) -> AttentionTap:
@@ -105,9 +105,9 @@ class TimmSAM(Adapter):
 
     def sample(self, model: Any, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
         side = block.window_size
-        # a rotary table has the size that it was made for
+        # a rotary table only fits the grid it was made for
         whole = (3, 4) if block.attn.rope is None else model.patch_embed.grid_size
-        grid = (side + 1, side) if side else whole  # windows that must be filled up
+        grid = (side + 1, side) if side else whole  # a grid that needs padding to whole windows
         return grid[0] * grid[1], {"grid": grid}
 
     def tiny(self) -> tuple[nn.Module, Tensor]:

@@ -1,4 +1,4 @@
-"""timm's plain vision transformers: its `vision_transformer`, `vision_transformer_hybrid`, `deit` and `vitamin`."""
+"""timm's plain vision transformers: modules `vision_transformer`, `vision_transformer_hybrid`, `deit`, `vitamin`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SPECS = {
     "RelPosBlock": _PRE_NORM,
     "ResPostRelPosBlock": _POST_NORM,
     "ParallelThingsBlock": BlockSpec(attention=("attns",), attn="attns", mlp=("ffns",)),
-    # attention and MLP in one piece: merged after the block
+    # attention and MLP run in one step: tokens are merged after the block
     "ParallelScalingBlock": BlockSpec(),
     "DiffParallelScalingBlock": BlockSpec(),
 }
@@ -47,7 +47,7 @@ class TimmViT(TimmAdapter):
     )
 
     def matches(self, model: Any) -> bool:
-        # MAE's own models are made from timm's, and say by true or false whether they pool
+        # MAE's own models derive from timm's; their global_pool is a bool
         return super().matches(model) and not isinstance(getattr(model, "global_pool", None), bool)
 
     def spec(self, block: Any) -> BlockSpec:
@@ -67,13 +67,13 @@ class TimmViT(TimmAdapter):
         return replace(super().surroundings(model), last=last, without_merging=tag.startswith("mae"))
 
     def overrides(self, model: Any, context: Context) -> list[Binding]:
-        # `pool` has cut the prefix off before the attention pool sees the tokens
+        # `pool` drops the prefix before the attention pool
         start = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
         return pooling(model, context, InputMean, start)
 
 
 def _why_all(pool: nn.Module) -> str | None:
-    """Say why an attention pool needs every token in its place."""
+    """Return why an attention pool needs all tokens, or None."""
     if "attn_mask" not in inspect.signature(type(pool).forward).parameters:
         return f"{type(pool).__name__} takes no mask to weigh merged tokens by"
     if getattr(pool, "pos_embed", None) is not None:
@@ -82,7 +82,7 @@ def _why_all(pool: nn.Module) -> str | None:
 
 
 def timm_spec(block: nn.Module) -> BlockSpec:
-    """Describe a timm block by its class; raises `UnsupportedModelError` for others."""
+    """Return the spec of a timm block by its class; raises `UnsupportedModelError` for other classes."""
     kind = _kind(block)
     if kind is None:
         raise UnsupportedModelError(
@@ -94,7 +94,7 @@ def timm_spec(block: nn.Module) -> BlockSpec:
 
 
 def __getattr__(name: str) -> Any:
-    """Adapters of others may know these by the names they had before `TimmAdapter`."""
+    """Return the functions that preceded `TimmAdapter`, for third-party adapters."""
     successors = {"timm_blocks": "blocks", "timm_layout": "layout", "timm_tokens": "surroundings"}
     if name not in successors:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""timm's vision towers of language models, and its classifiers around them: Qwen3, Gemma 4, DeepSeek.
+"""timm's vision towers of Qwen3, Gemma 4 and DeepSeek, and timm's classifiers around them.
 
 Shapes: B batch, N tokens, H heads, D head width.
 """
@@ -36,7 +36,7 @@ _SPECS = EVA_SPECS | {
 
 
 class _GemmaTap(SeamTap):
-    """Gemma's norms see queries, keys and values as `[B, N, H, D]`."""
+    """Transposes captured tensors: Gemma's norms get queries, keys and values as `[B, N, H, D]`."""
 
     def take(self) -> dict[str, Tensor]:
         return {name: seen.transpose(1, 2) for name, seen in super().take().items()}
@@ -63,7 +63,7 @@ class TimmVLM(Adapter):
         return [(f"{path}.{name}", block) for name, block in tower.blocks.named_children()]
 
     def layout(self, model: Any) -> TokenLayout:
-        # Gemma's holds no image size
+        # Gemma's patch embedding has no image size
         return stem_layout(_tower(model).patch_embed)
 
     def tap(self, block: Any) -> AttentionTap:

@@ -1,4 +1,4 @@
-"""transformers' audio encoders: the audio spectrogram transformer and Whisper's encoder."""
+"""transformers' audio encoders: the audio spectrogram transformer and Whisper."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HFAST(HFAdapter):
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]
-        rows, columns = tower.embeddings.get_shape(tower.config)  # of frequencies and times
+        rows, columns = tower.embeddings.get_shape(tower.config)  # frequencies and times
         prefix = self.prefix(tower)
         return TokenLayout(
             prefix, (rows, columns), prefix + rows * columns, (tower.config.max_length, tower.config.num_mel_bins)
@@ -40,7 +40,7 @@ class HFAST(HFAdapter):
 
 
 class HFWhisper(HFAdapter):
-    """The decoder's cross-attention and the classifier's mean read every token: they are put back for them."""
+    """The cross-attention of the decoder and the mean of the classifier read all tokens, so tokens are restored."""
 
     name = "hf_whisper"
     families = "transformers Whisper (the encoder)"
@@ -61,8 +61,8 @@ class HFWhisper(HFAdapter):
         "decoder_start_token_id": 3,
     }
     towers: ClassVar = {"WhisperEncoder": ("layers",)}
-    host = replace(HF, ignores_rest=True)  # eager attention's weights in transformers 4
-    # its dropouts are no children, and half precision is clamped at the end: the block runs its own forward
+    host = replace(HF, ignores_rest=True)  # the attention weights of eager attention in transformers 4
+    # hooked: dropouts are functional, and the block's forward clamps half precision at its end
     specs = (HookSpec(attn="self_attn", norm="final_layer_norm", mlp="fc2"),)
 
     def layout(self, model: Any) -> TokenLayout:

@@ -1,4 +1,4 @@
-"""Base class of the transformers adapters: find the tower, its blocks and layout, and how its outputs are used."""
+"""Base class of the transformers adapters: finds the tower, its blocks and layout, and how its outputs are used."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ __all__ = [
 
 _OLDEST = (4, 57)
 TOKENS_OUT = "last_hidden_state holds one token per place"
-_POOLS = ("pooler", "head", "predictor")  # parts of a tower that make something of its tokens
-# the ends of names of models that read the tokens of several blocks
+_POOLS = ("pooler", "head", "predictor")  # parts of a tower that compute an output from its tokens
+# class name endings of models that read the tokens of several blocks
 _DENSE = ("ForDepthEstimation", "ForSemanticSegmentation", "ForImageSegmentation", "ForUniversalSegmentation")
 _PREFIXES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # parameters of the embeddings
 
@@ -72,11 +72,11 @@ def no_change(value: Any, kept: Tensor) -> Any:
     return value
 
 
-# arguments of blocks that transformers 5 hands down from the model's own call
+# block arguments that transformers 5 passes down from the model's call
 _UNCHANGED: dict[str, follow.Follow] = {
     "output_hidden_states": no_change,
     "use_cache": no_change,
-    "num_items_in_batch": no_change,  # of its Trainer, for the loss
+    "num_items_in_batch": no_change,  # set by its Trainer, for the loss
 }
 
 
@@ -91,17 +91,17 @@ class HFAdapter(Adapter):
     """Base class of transformers families. A subclass names its tower classes and the structure of its blocks."""
 
     host = HF
-    # class of the module whose forward runs the blocks -> where its list of blocks can be, tried in order
+    # class of the module whose forward runs the blocks -> possible paths of its list of blocks, in order
     towers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # models that put out nothing but what they make of class tokens (or of a mean that is known)
+    # models whose only output is computed from class tokens, or from a mean that we weight
     class_models: ClassVar[frozenset[str]] = frozenset()
-    # models that put out all tokens, and besides nothing but what they make of class tokens
+    # models that return all tokens, and otherwise only outputs computed from class tokens
     token_models: ClassVar[frozenset[str]] = frozenset()
-    # a small model: its class, its configuration, the shape of an input
+    # the tiny model: its class, its configuration, the shape of its input
     example: ClassVar[str]
     sizes: ClassVar[Mapping[str, Any]] = TINY
     shape: ClassVar[tuple[int, ...]] = (2, 3, 32, 32)
-    # further options of the tower's call that are refused while tokens are merged; `_REASONS` says why
+    # further options of the tower's call that are rejected while merging; `_REASONS` has the reasons
     refused: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -116,7 +116,7 @@ class HFAdapter(Adapter):
         return self
 
     def tower(self, model: Any) -> tuple[str, Any, str]:
-        """Return the module that runs the blocks: its name, itself, the path from it to its list of blocks."""
+        """Return the module that runs the blocks: its name, the module, and the path from it to its list of blocks."""
         return find_towers(model, self.towers)[0]
 
     def blocks(self, model: Any) -> list[tuple[str, nn.Module]]:
@@ -133,7 +133,7 @@ class HFAdapter(Adapter):
 
     def layout(self, model: Any) -> TokenLayout:
         tower = self.tower(model)[1]
-        if getattr(tower.config, "image_size", None) is None:  # images of any size and shape
+        if getattr(tower.config, "image_size", None) is None:  # no fixed image size
             return TokenLayout(self.prefix(tower), None, None, None)
         height, width = pair(tower.config.image_size)
         patch = pair(tower.config.patch_size)
@@ -152,13 +152,13 @@ class HFAdapter(Adapter):
     def surroundings(self, model: Any) -> Surroundings:
         name, tower, path = self.tower(model)
         way = _path(model, name)
-        # a tower, or what is around it, holds what embeds
+        # the embeddings belong to the tower or to a module around it
         holders = (getattr(owner, "embeddings", None) for owner in reversed(way))
         embeddings = next((holder for holder in holders if isinstance(holder, nn.Module)), nn.Identity())
-        # what is around the tower may be somebody's own module, which calls it; a class made from a host's may be more
+        # a user's own module just calls the tower; a subclass of a transformers class may do more and is checked
         around = [module for module in way if hf_names(module)]
         inside = [tower.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == "."]
-        # norms behind the blocks, which take each token by itself
+        # norms after the blocks, which act on each token alone
         norms = [child for child_name, child in tower.named_children() if "norm" in child_name]
         takes_class_tokens = bool(self.class_models.intersection(hf_names(model)[:1]))
         return Surroundings(
@@ -173,7 +173,7 @@ class HFAdapter(Adapter):
         )
 
     def is_plain(self, model: Any) -> bool:
-        """Say whether the model makes nothing of its tokens but to take class tokens and hand all of them out."""
+        """Return whether the model only takes class tokens from its tokens, and otherwise returns all tokens."""
         if (self.class_models | self.token_models).intersection(hf_names(model)[:1]):
             return True
         name = self.tower(model)[0]
@@ -182,7 +182,7 @@ class HFAdapter(Adapter):
         return is_tower and not any(isinstance(pool, nn.Module) for pool in pools)
 
     def sample(self, model: nn.Module, block: nn.Module, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
-        # masks that a block has no default for
+        # arguments without a default (masks)
         parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
         asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         return layout.prefix + PROBED, dict.fromkeys(asked)
@@ -190,8 +190,8 @@ class HFAdapter(Adapter):
     def overrides(self, model: Any, context: Context) -> list[Binding]:
         name, restore, around = self.tower(model)[0], context.restore, self.surroundings(model)
         needs = ["output_attentions", *self.refused]
-        # merged hidden states are for those who asked for them, not for a model that goes on computing with them
-        is_tower = bool(self.towers.keys() & hf_names(model))  # or a thin shell around it
+        # restore="merged" returns merged hidden states to the user, not to a model that computes on them
+        is_tower = bool(self.towers.keys() & hf_names(model))  # or a thin wrapper
         goes_on = around.last is not None and not is_tower
         if restore is None or (restore == "merged" and goes_on):
             needs.append("output_hidden_states")
@@ -206,7 +206,7 @@ class HFAdapter(Adapter):
         checkpointed = [
             Binding(block, "forward", Checkpointed(block, context.is_merging))
             for _, block in self.blocks(model)
-            # transformers 5 checkpoints in the class's forward, transformers 4 in __call__, which we leave alone
+            # transformers 5 checkpoints in the class's forward; transformers 4 in __call__, which is unchanged
             if hasattr(block, "gradient_checkpointing") and type(block).__call__ is nn.Module.__call__
         ]
         return [*checkpointed, *guards]
@@ -228,7 +228,7 @@ def _is_hosts(thing: Any) -> bool:
 
 
 def is_backbone(module: nn.Module) -> bool:
-    """Say whether the module is there for feature maps: it hands out hidden states unasked."""
+    """Return whether the module is a backbone, which returns hidden states without being asked."""
     return any(name.endswith("Backbone") for name in hf_names(module))
 
 
@@ -238,7 +238,7 @@ def not_known(model: nn.Module) -> str:
 
 
 def _why_every(module: Any) -> str | None:
-    """Say why a module of transformers reads what leaves several blocks, or a block before the last."""
+    """Return why a transformers module reads the output of several blocks, or of a block before the last; else None."""
     config, name = getattr(module, "config", None), type(module).__qualname__
     if is_backbone(module) or any(name.endswith(_DENSE) for name in hf_names(module)):
         return f"{name} reads the tokens of several blocks"
@@ -254,24 +254,24 @@ def pair(size: int | Iterable[int]) -> tuple[int, int]:
     return height, width
 
 
-TOWERS: dict[str, tuple[str, ...]] = {}  # of all families: no second tower in a model may be overlooked
+TOWERS: dict[str, tuple[str, ...]] = {}  # of all families, to detect a second tower
 
 
 def find_towers(model: nn.Module, towers: Mapping[str, tuple[str, ...]]) -> list[tuple[str, Any, str]]:
-    """Return the towers in the model: their names, themselves, the path from each to its list of blocks."""
+    """Return the towers in the model, each as (name, module, path from it to its list of blocks)."""
     found: list[tuple[str, Any, str]] = []
     for name, module in model.named_modules():
         path = next(
             (path for cls in hf_names(module) for path in towers.get(cls, ()) if has_parts(module, (path,))), None
         )
-        # a tower inside a tower is the same one
+        # a tower inside a tower counts as one
         if path is not None and not any(name.startswith(f"{outer}." if outer else "") for outer, _, _ in found):
             found.append((name, module, path))
     return found
 
 
 def _path(model: nn.Module, name: str) -> list[nn.Module]:
-    """Return the modules from the model to the one of this name, both included."""
+    """Return the modules on the path from the model to the named one, both included."""
     parts = name.split(".") if name else []
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
 

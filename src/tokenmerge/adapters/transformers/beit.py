@@ -1,4 +1,4 @@
-"""transformers' BEiT and Data2Vec-Vision: relative positions as a bias in every attention, or one that all share."""
+"""transformers' BEiT and Data2Vec-Vision: relative positions as a bias in every attention, or one shared by all."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["HFBeit"]
 
 
 def _biases(table: Tensor, kept: Tensor) -> Tensor:
-    """Take a bias that all images share, or, where one is traced, the sum of that and a mask, `[B or 1, H, N, N]`."""
+    """Gather a bias shared by all images, or (when traced) the sum of it and a mask, `[B or 1, H, N, N]`."""
     return pairs(table, kept) if table.shape[0] == 1 else follow_mask(table, kept)
 
 
 def _at_its_size(value: bool, kept: Tensor) -> bool:
-    """Leave out to interpolate a bias to the tokens there are: it has the size of all, and kept pairs are taken."""
+    """Return False: the bias keeps the size for all tokens, and its rows and columns are gathered instead."""
     return False
 
 
@@ -42,7 +42,7 @@ class HFBeit(HFAdapter):
             "interpolate_pos_encoding": _at_its_size,
             "resolution": no_change,
         },
-        padding={},  # what comes as a mask is the shared bias
+        padding={},  # the argument attention_mask holds the shared bias
         is_positional=True,
     )
     refused = ("attention_mask",)
@@ -53,7 +53,7 @@ class HFBeit(HFAdapter):
 
     def spec(self, block: Any) -> BlockSpec:
         if _has_interface(block):
-            # without layer scale, a plain 1.0 stands in its place
+            # without layer scale these attributes are a plain 1.0
             first, second = (
                 (name,) if isinstance(getattr(block, name), Tensor) else () for name in ("lambda_1", "lambda_2")
             )
@@ -87,7 +87,7 @@ class HFBeit(HFAdapter):
     def overrides(self, model: Any, context: Context) -> list[Binding]:
         found = super().overrides(model, context)
         if context.sizes and not self.surroundings(model).handed_out and model.config.use_mean_pooling:
-            # the pooler averages the patches that leave this norm, an identity then
+            # with mean pooling this norm is an identity, and the pooler averages its output
             norm = next(module for name, module in model.named_modules() if name.split(".")[-1] == "layernorm")
             found.append(Binding(norm, "forward", OutputMean(norm, context.sizes, start=1)))
         shared = getattr(self.tower(model)[1], "relative_position_bias", None)
@@ -103,7 +103,7 @@ class HFBeit(HFAdapter):
 
 
 class _MaskTap(InterfaceTap):
-    """Adds the bias of a block's own table, which the block looks up itself, to the mask of its attention."""
+    """Adds the bias of a block's own table, which the block itself looks up, to the attention mask."""
 
     def __init__(self, block: Any) -> None:
         super().__init__(block, "attention")
@@ -117,8 +117,8 @@ class _MaskTap(InterfaceTap):
         block: Any = self.block
         table, patch_size = block.relative_position_bias, block.patch_size
         if table is not None:
-            # strict export names what a module makes of numbers by the way to that module, and that leads through this
-            # object, which is no module; without hooks, forward is all that a call does
+            # strict export names a constant that a module creates by the path to the module, which here goes through
+            # this object, no module; without hooks, forward is equivalent to a call
             is_plain = not (table._forward_hooks or table._forward_pre_hooks)
             look_up = table.forward if is_plain and is_compiling() else table
             own = look_up((height // patch_size, width // patch_size))  # [1, H, N, N]
@@ -128,7 +128,7 @@ class _MaskTap(InterfaceTap):
 
 
 class _Whole(Override):
-    """A shared bias, of all places: how many tokens there are is asked of those left."""
+    """The shared bias, computed for all places, although the caller asks for the remaining tokens."""
 
     def __call__(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Tensor:
         whole: Tensor = self.original(window_size, interpolate_pos_encoding, 1 + window_size[0] * window_size[1])
@@ -136,12 +136,12 @@ class _Whole(Override):
 
 
 def _has_interface(block: Any) -> bool:
-    """Say whether the block's attention is one module that uses transformers' `AttentionInterface`."""
+    """Return whether the block's attention is one module that uses transformers' `AttentionInterface`."""
     return not hasattr(block.attention, "attention")
 
 
 def _table(block: Any) -> str | None:
-    """Return the path of the block's own bias, if it has one."""
+    """Return the path of the block's own bias, or None."""
     path = "relative_position_bias" if _has_interface(block) else "attention.attention.relative_position_bias"
     parent, _, child = path.rpartition(".")
     return path if getattr(block.get_submodule(parent), child, None) is not None else None

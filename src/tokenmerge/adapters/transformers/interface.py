@@ -1,4 +1,4 @@
-"""Captures q, k and v of a transformers attention through the library's own `AttentionInterface`.
+"""Captures q, k and v of a transformers attention through transformers' `AttentionInterface`.
 
 Shapes: B batch, N tokens, C channels, H heads, D head width.
 """
@@ -22,7 +22,7 @@ from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
 __all__ = ["InterfaceTap", "MaskedTap", "hf_tap"]
 
-_NAME = "tokenmerge"  # of our function among transformers' attention implementations
+_NAME = "tokenmerge"  # name of our function among transformers' attention implementations
 _TAP = "_tokenmerge_tap"
 _BIASED = ("eager", "sdpa", "flex_attention")  # implementations that add a mask to the scores
 
@@ -30,8 +30,9 @@ _BIASED = ("eager", "sdpa", "flex_attention")  # implementations that add a mask
 class InterfaceTap(AttentionTap):
     """The tap of an attention that gets its implementation from transformers' `AttentionInterface`.
 
-    The attention module is given a configuration of its own that names our function; that one notes queries, keys and
-    values, adds the bias to the mask and calls the implementation which the model's own configuration names.
+    The attention module gets its own copy of the configuration, which names our function. That function captures
+    queries, keys and values, adds the bias to the mask and calls the implementation that the model's own configuration
+    names.
     """
 
     kind = "AttentionInterface"
@@ -43,27 +44,27 @@ class InterfaceTap(AttentionTap):
         self.eager = _eager(self.core)
         self.eager_adds = _adds_mask(self.eager, self.core)
         self.takes_bias = self.implementation in _BIASED
-        self.needs = ("q",)  # that it ran at all
+        self.needs = ("q",)  # to check that it ran
         _register()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
-        _register()  # a pickle may be read where nothing was patched yet
+        _register()  # a pickle may be loaded in a process where nothing was patched yet
 
     @property
     def implementation(self) -> str:
-        """What the model's configuration names now; a user may set it again at any time."""
+        """The implementation that the model's configuration names now; a user may change it at any time."""
         name: str = getattr(self.config, "_attn_implementation", None) or "eager"
         return name
 
     def seams(self, needs: frozenset[str]) -> list[Binding]:
-        # the model's configuration may be shared with other models: only this module's view of it changes
+        # other models may share the configuration: give this module its own copy
         config: Any = copy.copy(self.config)
         config._attn_implementation_internal = _NAME
         return [Binding(self.core, "config", config), Binding(self.core, _TAP, self)]
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
-        """Run the implementation that the user chose, on `[B, H, N, D]`, with the bias of this call in its mask."""
+        """Run the implementation that the user chose on `[B, H, N, D]`, with this call's bias in the mask."""
         turn = self.turn.peek()
         bias = turn.get("bias")
         if turn:
@@ -78,21 +79,21 @@ class InterfaceTap(AttentionTap):
                     "patch again with prop_attn=False."
                 )
             mask = follow.add_bias(mask, bias, q.dtype)
-            # some eager functions multiply by what they call a mask; flex attention would read this one from all of
-            # [B, 1, N, N], and its CPU kernel corrupts memory when it reads any (torch 2.15)
+            # some eager functions multiply by their mask; flex attention needs it expanded to [B, 1, N, N], and its
+            # CPU kernel corrupts memory when a score_mod reads a tensor (torch 2.15)
             if name == "flex_attention" or (name == "eager" and not self.eager_adds):
                 name = "sdpa"
         if name == "eager":
             return self.eager(self.core, q, k, v, mask, **options)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        # flash attention asks the module's configuration for its own name
+        # flash attention reads its own name from the module's configuration
         module = self.core if name in _BIASED else _Plain(self.core, self.config)
         return ALL_ATTENTION_FUNCTIONS[name](module, q, k, v, mask, **options)
 
 
 class MaskedTap(SeamTap):
-    """Listens on the projections of an attention that computes all itself, from a mask `[B, 1, N, N]`."""
+    """Intercepts the projections of an attention that takes a mask `[B, 1, N, N]` and computes the scores itself."""
 
     def __init__(self, block: nn.Module, path: str) -> None:
         super().__init__(block, path)
@@ -109,7 +110,7 @@ class MaskedTap(SeamTap):
 
 
 def hf_tap(block: nn.Module, path: str) -> AttentionTap:
-    """Build the tap of an attention; raises `UnsupportedModelError` for one of a kind that is not known."""
+    """Return the tap of an attention; raises `UnsupportedModelError` for an unknown kind."""
     attn = block.get_submodule(path)
     names = inspect.signature(type(attn).forward).parameters
     if _asking(attn) is None and "attention_mask" in names and hasattr(attn, "k_proj"):
@@ -132,7 +133,7 @@ class _Plain:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> Any:
-    """The function among transformers' attention implementations that stands for all our taps."""
+    """The attention function that is registered with transformers and dispatches to the module's tap."""
     tap: InterfaceTap = getattr(module, _TAP)
     return tap.answer(query, key, value, attention_mask, options)
 
@@ -144,7 +145,7 @@ def _register() -> None:
 
 
 def _asking(attn: nn.Module) -> nn.Module | None:
-    """Return the module, the attention itself or one inside, that reads the implementation's name."""
+    """Return the module, the attention or one inside it, that reads the implementation's name."""
     for module in attn.modules():
         asks = hasattr(module.__dict__.get("config"), "_attn_implementation")
         if asks and _modeling(module, "ALL_ATTENTION_FUNCTIONS"):
@@ -164,7 +165,7 @@ def _core(attn: nn.Module) -> nn.Module:
 
 
 def _modeling(module: nn.Module, name: str) -> Any:
-    """Return what the file that defines the module's class, or a base of it, calls `name`."""
+    """Return the attribute `name` of the file that defines the module's class or one of its bases."""
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
     return next((found for found in (getattr(file, name, None) for file in files) if found is not None), None)
 
@@ -180,7 +181,7 @@ def _eager(core: nn.Module) -> Callable[..., Any]:
 
 
 def _adds_mask(eager: Callable[..., Any], core: nn.Module) -> bool:
-    """Say whether the function adds its mask to the scores; transformers 4's ViTs multiply it with the weights."""
+    """Return whether the function adds its mask to the scores; in transformers 4's ViTs it multiplies the weights."""
     groups = getattr(core, "num_key_value_groups", 1)
     q, k = torch.zeros(1, groups, 1, 2), torch.zeros(1, 1, 2, 2)
     v = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)

@@ -31,9 +31,9 @@ _REASONS = {
 
 
 class RefusedOptions(Override):
-    """The instance `forward` of a model: refuses, while tokens are merged, to be asked for what merging breaks.
+    """The instance `forward` of a model: while merging, rejects options whose output merging would break.
 
-    `right` numbers the hidden states that have every token in its place all the same.
+    `right` holds the indices of the hidden states that have all tokens in order anyway.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RefusedOptions(Override):
 
     @property
     def __code__(self) -> Any:
-        """What `torch.export` names the forward by."""
+        """The code object by which `torch.export` names the forward."""
         return type(self.owner).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,12 +67,12 @@ class RefusedOptions(Override):
         asked = getattr(self.owner.config, option, None) if given is None else given
         if asked is None or isinstance(asked, (bool, Tensor)):
             return asked is not None and asked is not False
-        # transformers 5 takes the numbers of the hidden states that are wanted
+        # transformers 5 also takes the indices of the hidden states to return
         return not self.right.issuperset([asked] if isinstance(asked, int) else asked)
 
 
 class Checkpointed(Override):
-    """The instance `forward` of a block: runs what is bound there under transformers 5's gradient checkpointing."""
+    """The instance `forward` of a block: runs the bound runner under transformers 5's gradient checkpointing."""
 
     def __init__(self, block: Any, is_merging: Callable[[], bool]) -> None:
         super().__init__(block)
@@ -85,7 +85,7 @@ class Checkpointed(Override):
         return self.original(x, *args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # a block that is listened to runs its class's forward, which would checkpoint once more
+        # a hooked block runs its class's forward, which would checkpoint again
         block: Any = self.owner
         block.gradient_checkpointing = False
         try:

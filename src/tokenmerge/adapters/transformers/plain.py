@@ -1,4 +1,4 @@
-"""transformers' plain vision towers, which differ by names: of their classes, and of the children of a block."""
+"""transformers' plain vision towers, which differ in the names of classes and of a block's children."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BY_ALL_TOKENS = (
     *("Kosmos2", "Idefics2", "Idefics3", "SmolVLM"),
 )
 _CLIPS = _BY_CLASS_TOKEN + _BY_ALL_TOKENS
-_PARTS = ("Model", "Transformer")  # the model runs its blocks itself, or has a transformer inside that does
+_PARTS = ("Model", "Transformer")  # the model runs its blocks itself, or an inner transformer does
 _DINOS = ("Dinov2", "Dinov2WithRegisters", "Tipsv2Vision")
 _VITS = ("ViT", "DeiT", "ViTMAE", "ViTMSN", "IJepa", "DPT", "Pixio")
 
@@ -62,7 +62,7 @@ class HFViT(HFAdapter):
         masked = getattr(tower.config, "mask_ratio", 0.0) if "ViTMAEModel" in hf_names(tower) else 0.0
         if not masked or layout.tokens is None:
             return layout
-        # only these go through the encoder, in random order
+        # only visible patches go through the encoder, in random order
         seen = int((layout.tokens - layout.prefix) * (1 - masked))
         return dataclasses.replace(layout, grid=None, tokens=layout.prefix + seen)
 

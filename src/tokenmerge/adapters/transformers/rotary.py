@@ -1,4 +1,4 @@
-"""transformers' towers whose attention turns queries and keys by their places: DINOv3-ViT, V-JEPA 2."""
+"""transformers' towers with rotary attention: DINOv3 ViT, V-JEPA 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenmerge.adapters.transformers.video import clip_layout
 
 __all__ = ["HFDINOv3", "HFVJEPA2"]
 
-Move = Callable[[Any, Tensor], Any]  # what an attention is told about places, `kept`; the same for the tokens left
+Move = Callable[[Any, Tensor], Any]  # (argument of the attention, kept) -> argument for the remaining tokens
 
 
 class HFDINOv3(HFAdapter):
@@ -24,7 +24,7 @@ class HFDINOv3(HFAdapter):
     families = "transformers DINOv3 ViT"
     landmarks = ("rope_embeddings", "norm1", "layer_scale1", "norm2", "layer_scale2", "register_tokens")
     example, sizes = "DINOv3ViTModel", TINY | {"num_register_tokens": 2}
-    # transformers 5 asks the encoder for hidden states, even where the model was not asked
+    # in transformers 5 the model requests hidden states from the encoder on its own
     towers: ClassVar = {"DINOv3ViTEncoder": ("layer",), "DINOv3ViTModel": ("layer",)}
     specs = (
         BlockSpec(
@@ -33,7 +33,7 @@ class HFDINOv3(HFAdapter):
             mlp=("norm2", "mlp", "layer_scale2", "drop_path"),
         ),
     )
-    # the tap moves the tables: they do not say how many tokens stand in front of the patches
+    # the tap gathers the tables, since they do not tell the number of prefix tokens
     host = replace(
         HF, followers={"position_embeddings": no_change, "output_hidden_states": no_change}, is_positional=True
     )
@@ -51,7 +51,7 @@ class HFDINOv3(HFAdapter):
 
 
 class HFVJEPA2(HFAdapter):
-    """The predictor and the attentive pooler read every token: they are put back for them."""
+    """The predictor and the attentive pooler read all tokens, so tokens are restored."""
 
     name = "hf_vjepa2"
     families = "transformers V-JEPA 2 (the encoder)"
@@ -74,7 +74,7 @@ class HFVJEPA2(HFAdapter):
     specs = (
         BlockSpec(attention=("norm1", "attention", "drop_path"), attn="attention", mlp=("norm2", "mlp", "drop_path")),
     )
-    host = replace(HF, is_positional=True, ignores_rest=True)  # eager attention's weights
+    host = replace(HF, is_positional=True, ignores_rest=True)  # the attention weights of eager attention
 
     def layout(self, model: Any) -> TokenLayout:
         config = self.tower(model)[1].config
@@ -86,24 +86,24 @@ class HFVJEPA2(HFAdapter):
 
 
 class _Tables:
-    """Takes rotary tables `[P, D]`, which cover the patches alone, at the places of the patches that are left."""
+    """Gathers rotary tables `[P, D]`, which cover the patches only, at the places of the remaining patches."""
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
 
     def __call__(self, tables: tuple[Tensor, Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
-        patches = kept[:, self.prefix :] - self.prefix  # the protected tokens stay in front
+        patches = kept[:, self.prefix :] - self.prefix  # prefix tokens stay in front
         cos, sin = (follow.rows(table, patches)[:, None] for table in tables)  # [B, 1, M - prefix, D]
         return cos, sin
 
 
 def _places(given: None, kept: Tensor) -> Tensor:
-    """Name the places themselves, where the attention numbers its tokens unless it is told."""
+    """Return the places themselves; by default the attention numbers its tokens."""
     return kept
 
 
 class _PlacedTap(InterfaceTap):
-    """Tells the attention where the tokens that are left stand, in the argument that it reads places from."""
+    """Passes the places of the remaining tokens to the attention, in the argument that holds places."""
 
     def __init__(self, block: nn.Module, path: str, argument: str, move: Move) -> None:
         super().__init__(block, path)
@@ -118,7 +118,7 @@ class _PlacedTap(InterfaceTap):
 
 
 class _Placed(Override):
-    """An attention whose token n stands at `places[b, n]`."""
+    """An attention whose token n is at place `places[b, n]`."""
 
     def __init__(self, attn: nn.Module, argument: str, move: Move, places: Tensor) -> None:
         super().__init__(attn)

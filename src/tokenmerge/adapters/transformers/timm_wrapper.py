@@ -1,4 +1,4 @@
-"""transformers' wrapper around timm's models: the timm model inside is described by its own adapter."""
+"""transformers' wrapper around timm models: the timm model inside is described by its own adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOWERS.update(_WRAPPERS)
 
 
 class HFTimm(Within):
-    """Without a path it describes no model yet; `resolve` gives the adapter for one."""
+    """Without a path it describes no model yet; `resolve` returns the adapter for a model."""
 
     name = "hf_timm"
     families = "transformers' TimmWrapperModel and TimmWrapperForImageClassification, alone or inside a larger model"
@@ -37,7 +37,7 @@ class HFTimm(Within):
     def __init__(self, path: str = "timm_model", inner: Adapter | None = None, hands_tokens_out: bool = True) -> None:
         super().__init__(path, inner or TimmViT())
         vars(self).update(name=HFTimm.name, families=HFTimm.families)
-        if hands_tokens_out:  # the wrapper's own forward calls them
+        if hands_tokens_out:  # the wrapper's forward calls them
             vars(self).update(host=replace(self.host, token_methods=()))
 
     def matches(self, model: nn.Module) -> bool:

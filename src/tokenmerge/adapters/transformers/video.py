@@ -1,4 +1,4 @@
-"""transformers' video transformers with positions added to the tokens: VideoMAE, ViViT. Tokens merge across frames."""
+"""transformers' video models with absolute positions: VideoMAE, ViViT. Tokens merge across frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["HFVideoMAE", "HFVivit", "clip_layout"]
 
 
 class HFVideoMAE(HFAdapter):
-    """The mean over all tokens, the first token and the decoder read every token: they are put back for them."""
+    """The mean over tokens, the first token and the decoder read all tokens, so tokens are restored."""
 
     name = "hf_videomae"
     families = "transformers VideoMAE"
@@ -49,6 +49,6 @@ class HFVivit(HFAdapter):
 def clip_layout(
     prefix: int, frames: int, channels: int, size: tuple[int, int], tubelet: tuple[int, int, int]
 ) -> TokenLayout:
-    """Lay out a clip `[frames, channels, height, width]` cut into tubelets of frames, height and width."""
+    """Return the layout of a clip `[frames, channels, height, width]`, cut into tubelets (frames, height, width)."""
     tokens = (frames // tubelet[0]) * (size[0] // tubelet[1]) * (size[1] // tubelet[2])
     return TokenLayout(prefix, None, prefix + tokens, (frames, channels, *size))

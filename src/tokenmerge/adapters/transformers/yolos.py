@@ -1,4 +1,4 @@
-"""transformers' YOLOS: a ViT whose detection tokens stand behind the patches."""
+"""transformers' YOLOS: a ViT with detection tokens after the patches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["HFYolos"]
 
 
 class HFYolos(HFAdapter):
-    """The detection tokens stand behind the patches, and are never merged."""
+    """The detection tokens come after the patches and are never merged."""
 
     name = "hf_yolos"
     families = "transformers YOLOS without position embeddings between its blocks (yolos-tiny, yolos-small-dwr)"

@@ -1,4 +1,4 @@
-"""The surface of the ToMe package: `from tokenmerge.compat import tome` in place of `import tome`.
+"""The interface of the ToMe package: `from tokenmerge.compat import tome` instead of `import tome`.
 
 `tome.patch.timm / swag / mae(model)`, then `model.r` and `model._tome_info`; `tome.merge`, `tome.utils`, `tome.vis`,
 `tome.make_visualization`. The models are patched by `tokenmerge.patch`, so they keep their class and can be unpatched.

@@ -19,7 +19,7 @@ def _patcher(*families: str) -> Callable[..., api.Handle]:
     def apply_patch(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> api.Handle:
         """Patch the model with `model.r = 0`; set `model.r` to merge, read `model._tome_info` after a forward.
 
-        With `trace_source` the info holds `source` `[B, M, N]`. Returns the handle, whose `remove()` takes all back.
+        With `trace_source` the info holds `source` `[B, M, N]`. Returns the handle, whose `remove()` undoes the patch.
         """
         handle = api.patch(model, r=0, prop_attn=prop_attn, track=trace_source, restore="merged")
         if handle.report().adapter not in families:
@@ -70,7 +70,7 @@ def _source(groups: Tensor, tokens: int) -> Tensor:  # [B, N] -> [B, M, N]
 
 
 class _Follower:
-    """Sets `model.r` and the info to what was set on the handle: of the two surfaces the last word counts."""
+    """Copies settings from the handle to `model.r` and the info, so that the last change on either side counts."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -82,7 +82,7 @@ class _Follower:
 
 
 class _Cleanup:
-    """Takes the attributes and hooks of this surface off again."""
+    """Removes the attributes and hooks of this interface."""
 
     def __init__(self, model: nn.Module, hooks: list[Any]) -> None:
         self.model, self.hooks = model, hooks

@@ -22,9 +22,9 @@ def benchmark(
     use_fp16: bool = False,
     verbose: bool = False,
 ) -> float:
-    """Return the images per second of random batches, the first `throw_out` of the runs left out.
+    """Return the images per second for random batches, without the first `throw_out` of the runs.
 
-    Raises `UnsupportedError` where the device is not there. `use_fp16` runs under autocast.
+    Raises `UnsupportedError` if the device does not exist. `use_fp16` runs under autocast.
     """
     return throughput(
         model, device, input_size, batch_size, runs=runs, throw_out=throw_out, use_fp16=use_fp16, verbose=verbose

@@ -1,4 +1,4 @@
-"""Small random models in the form of hosts that cannot be installed, or that have to be tried without them.
+"""Small random models with the structure of hosts that cannot be installed, or are tested without an installation.
 
-Nothing here knows the library: what a model is does not depend on what is done to it.
+Nothing here imports the library: the models are independent of what patching does to them.
 """

@@ -1,4 +1,4 @@
-"""Small models with the structure of OpenAI's CLIP, and of the attention that newer versions of open_clip have.
+"""Small models with the structure of OpenAI's CLIP, and of the attention in newer versions of open_clip.
 
 Shapes: B batch, N tokens, L words, C channels, H heads, D head width.
 """
@@ -18,7 +18,7 @@ MakeBlock = Callable[[int, int, "Tensor | None"], nn.Module]
 
 
 class ClipStandIn(nn.Module):
-    """The structure of OpenAI's CLIP: two towers made of the same blocks, the text's with a causal mask."""
+    """The structure of OpenAI's CLIP: two towers of the same blocks; those of the text tower have a causal mask."""
 
     def __init__(self, *, width: int = 32, depth: int = 4, heads: int = 4, words: int = 6) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ClipStandIn(nn.Module):
         x = self.token_embedding(text).type(self.dtype) + self.positional_embedding.type(self.dtype)
         x = self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
         x = self.ln_final(x).type(self.dtype)
-        # the last word has the highest number
+        # the end token has the highest id
         features: Tensor = x[torch.arange(x.shape[0]), text.argmax(dim=-1)] @ self.text_projection
         return features
 
@@ -54,7 +54,7 @@ class ClipStandIn(nn.Module):
 
 
 class ClipTowerStandIn(nn.Module):
-    """The structure of CLIP's vision tower: tokens as `[N, B, C]` inside the blocks, the class token is handed out."""
+    """The structure of CLIP's vision tower: tokens as `[N, B, C]` in the blocks; returns the class token's features."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Blocks(nn.Module):
 
 
 class _Norm(nn.LayerNorm):
-    """Computes in float32, whatever the precision of the tokens."""
+    """LayerNorm that computes in float32 or wider."""
 
     def forward(self, input: Tensor) -> Tensor:
         wide = torch.promote_types(input.dtype, torch.float32)
@@ -139,7 +139,7 @@ class _ClipBlock(nn.Module):
 
 
 class NewOpenClipBlockStandIn(nn.Module):
-    """The structure of a block of open_clip after 3.3: an attention of its own, batch first, that takes a mask."""
+    """The structure of a block of open_clip after 3.3: a custom batch-first attention that takes a mask."""
 
     def __init__(self, width: int, heads: int, attn_mask: Tensor | None = None) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class _Patches(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Puts out its weights as well where `has_weights`."""
+    """Returns its weights too if `has_weights`."""
 
     def __init__(self, width: int, heads: int, has_weights: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def _mlp(width: int) -> nn.Sequential:
 
 
 class DinoStandIn(nn.Module):
-    """The structure of DINO's model: it hands out the class token; other methods hand out tokens and attention."""
+    """The structure of DINO's model: forward returns the class token; other methods return tokens and attention."""
 
     def __init__(
         self, *, image_size: int = 32, patch_size: int = 8, width: int = 32, depth: int = 4, heads: int = 4
@@ -105,7 +105,7 @@ class _DinoBlock(nn.Module):
 
 
 class DinoV2StandIn(nn.Module):
-    """The structure of DINOv2's model: registers, layer scale, blocks in a list or `chunks`, a dictionary of tokens."""
+    """The structure of DINOv2's model: registers, layer scale, blocks in a list or `chunks`, tokens in a dictionary."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class DinoV2StandIn(nn.Module):
         blocks: list[nn.Module] = [_DinoV2Block(width, heads) for _ in range(depth)]
         self.chunked_blocks = chunks > 0
         if chunks:
-            # placeholders keep the number of a block the same in every chunk
+            # placeholders give each block the same index in its chunk as in the model
             size = depth // chunks
             parts = [[nn.Identity()] * i + blocks[i : i + size] for i in range(0, depth, size)]
             blocks = [_Chunk(part) for part in parts]
@@ -201,7 +201,7 @@ class _LayerScale(nn.Module):
 
 
 class _DinoV2Block(nn.Module):
-    """Takes one batch, or a list of them."""
+    """Takes one batch, or a list of batches."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Parameters drawn so that none hides, and the small model that most is tried on."""
+"""Random parameters that expose mistakes, and the small model of most tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def randomised(model: Model) -> Model:
-    """Draw every parameter so that a forgotten one shows: norms, biases, layer scale, and weights that mix tokens.
+    """Draw all parameters at random: norms, biases, layer scale, and weights that mix tokens.
 
     A fresh model hides mistakes: its norms and layer scales are 1, its biases 0, and its attention is flat.
     """
@@ -24,7 +24,7 @@ def randomised(model: Model) -> Model:
             elif "pos_embed" in name or "token" in name or "latent" in name:
                 parameter.normal_()
             else:
-                # twice the usual width: attention that is not flat, so that it matters which tokens are there
+                # twice the usual deviation: with attention that is not flat, each token matters
                 parameter.normal_(0.0, 2 * parameter[0].numel() ** -0.5)
     return model
 

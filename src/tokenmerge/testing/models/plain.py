@@ -124,7 +124,7 @@ class _SwagBlock(nn.Module):
 
 
 class PlainStandIn(nn.Module):
-    """A ViT as anyone writes it for themselves, with names of its own; what follows the blocks averages the tokens."""
+    """A custom ViT with names of its own, which averages the tokens after the blocks."""
 
     def __init__(self, *, patch_size: int = 8, width: int = 32, depth: int = 4, heads: int = 4) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ __all__ = ["VideoMAEStandIn"]
 
 
 class VideoMAEStandIn(nn.Module):
-    """Patches of several frames, positions of space and time apart, a class token; the patches' mean is classified."""
+    """Patches over several frames, separate positions for space and time, a class token; classifies the mean patch."""
 
     def __init__(
         self,
