@@ -5,10 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 import tokenmerge
-from tokenmerge._moved import MOVED
+from tokenmerge._moved import MOVED, NAMES
 
 MODULES = ["tokenmerge"] + [
     info.name for info in pkgutil.walk_packages(tokenmerge.__path__, "tokenmerge.") if "__main__" not in info.name
@@ -96,12 +98,51 @@ def test_a_module_that_moved_is_found_by_its_old_name(old: str) -> None:
     assert module is importlib.import_module(f"tokenmerge.{MOVED[old]}") and not hasattr(module, "MOVED")
 
 
-def test_what_adapters_of_others_may_know_by_an_older_name() -> None:
+# what `__all__` of every module held in 0.5 and 0.6
+OLDER = json.loads((Path(__file__).parent / "older_names.json").read_text())
+
+
+@pytest.mark.parametrize("old", OLDER)
+def test_every_older_public_name_works_or_says_what_to_do(old: str) -> None:
+    path = f"tokenmerge.{old}".rstrip(".")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of modules that moved: see above
+        module = importlib.import_module(path)
+    names = NAMES.get(old, {})
+    if old == "adapters.timm_vit":  # whose functions became methods
+        for name in ("timm_blocks", "timm_layout", "timm_tokens"):
+            with pytest.warns(DeprecationWarning, match=rf"{name} is TimmAdapter\..* now"):
+                assert callable(getattr(module, name))
+        return
+    assert names.keys() <= set(OLDER[old]) and not names.keys() & vars(module).keys()
+    for name in OLDER[old]:
+        if name not in names:
+            getattr(module, name)  # where it was, without a warning
+    for name in names:
+        if " " in NAMES[old][name]:
+            text = f"{re.escape(module.__name__)}.{name} is gone: "
+            with pytest.warns(DeprecationWarning, match=text), pytest.raises(AttributeError, match=text):
+                getattr(module, name)
+            continue
+        home, _, successor = NAMES[old][name].partition(":")
+        with pytest.warns(DeprecationWarning, match=rf"{re.escape(module.__name__)}.{name} is .*{successor} now"):
+            found = getattr(module, name)
+        assert found is getattr(importlib.import_module(f"tokenmerge.{home}"), successor)
+
+
+def test_names_that_never_were_are_no_attributes() -> None:
     from tokenmerge.adapters import base
 
     with pytest.warns(DeprecationWarning, match="Original is Override now"):
         assert base.Original is base.Override
-    with pytest.warns(DeprecationWarning, match="Replacement is Binding now"):
-        assert base.Replacement is base.Binding
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        base.Nothing  # noqa: B018
+    for module in (base, tokenmerge.tools.models, importlib.import_module("tokenmerge.report.table")):
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            module.Nothing  # noqa: B018
+
+
+def test_a_module_is_found_by_its_old_name_after_its_new_one() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('ignore'); import tokenmerge.report.table;"
+        "from tokenmerge.tools.results import Progress, as_csv; from tokenmerge.adapters.standins import MAEStandIn"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,9 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
+from tokenmerge._moved import moved_names
 from tokenmerge.errors import InvalidScheduleError
 
 __all__ = ["TEXT_FORMS", "Amount", "PlainR", "R", "Schedule", "parse_r"]
@@ -185,3 +186,7 @@ def _amount(value: Any) -> int | float:
     if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) < 1:
         return float(value)
     raise InvalidScheduleError(f"r holds {value!r}. {_ALLOWED}")
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

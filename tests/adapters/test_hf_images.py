@@ -451,7 +451,7 @@ def test_a_tower_inside_a_module_of_the_users_own() -> None:
         def forward(self, pixel_values: Tensor) -> Tensor:
             return self.trunk(pixel_values).last_hidden_state[:, 1:].mean(dim=1)
 
-    check_promises(Pooled(), **CASES["vit"].inputs())
+    check_promises(Pooled().eval(), **CASES["vit"].inputs())
 
 
 def test_an_older_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,9 +152,10 @@ class Blind(Adapter):
         (OutsideFamily, ConfigError, r"takes an instance .* given the class OutsideFamily: register\(MyFamily\(\)\)"),
         ("timm_vit", ConfigError, "given a str"),
         (Nameless(), ConfigError, "Nameless does not say its name"),
+        (type("Empty", (OutsideFamily,), {"name": ""})(), ConfigError, "Empty does not say its name"),
         (Blind(), ConfigError, r"Blind does not say its matches \(or host.models\)"),
     ],
-    ids=["twice", "built-in", "class", "text", "no name", "matches nothing"],
+    ids=["twice", "built-in", "class", "text", "no name", "empty name", "matches nothing"],
 )
 def test_what_cannot_be_registered(outside: Adapter, adapter: Any, error: type[Exception], text: str) -> None:
     before = list_adapters()
@@ -250,3 +252,105 @@ def test_older_names_that_could_go_wrong_unseen_are_refused(name: str, text: str
 def test_an_older_head_on_top_of_overrides_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"has overrides\(\), and head besides"):
         type("Both", (OutsideFamily,), {"head": lambda self, model, sizes: ([], [])})
+
+
+@pytest.mark.filterwarnings("ignore:.* is said in")
+def test_older_methods_reach_those_of_their_bases() -> None:
+    model, _ = OutsideFamily().tiny()
+
+    class First(OutsideFamily):
+        def looping_parts(self, model: Any) -> Any:
+            return [*super().looping_parts(model), model.layers]
+
+        def core(self, model: Any) -> Any:
+            return super().core(model)
+
+        def trained_without_merging(self, model: Any) -> Any:
+            return super().trained_without_merging(model)
+
+    class Second(First):
+        def looping_parts(self, model: Any) -> Any:
+            return [*super().looping_parts(model), model.norm]
+
+    found = Second().surroundings(model)
+    assert [*found.loops] == [model.layers, model.norm] and [*First().surroundings(model).loops] == [model.layers]
+    assert (found.part, found.without_merging) == (model, False)
+
+    class Newer(First):
+        def surroundings(self, model: Any) -> Any:
+            return replace(super().surroundings(model), last="a head of its own")
+
+    found = Newer().surroundings(model)
+    assert [*found.loops] == [model.layers] and found.last == "a head of its own"
+
+
+@pytest.mark.filterwarnings("ignore:.* is said in")
+def test_older_overrides_of_a_class_and_its_subclass() -> None:
+    model, _ = OutsideFamily().tiny()
+    binding = Binding(model.norm, "forward", model.norm.forward)
+    context = Context(lambda: True, lambda x, cut: None, None)
+    First = _older(guards=lambda self, model, is_merging: [binding])
+    kept = {"finish": lambda self, model, is_merging, restore: [*super(First, self).finish(model, is_merging, restore)]}
+    Second = type("Second", (First,), kept)
+    for kind in (First, Second):
+        assert kind().overrides(model, context) == [binding]
+    assert First().overrides(model, replace(context, sizes=None)) == []
+    head = {"head": lambda self, model, sizes: ([*super(Second, self).head(model, sizes)[0], binding], [])}
+    assert type("Third", (Second,), head)().overrides(model, context) == [binding, binding]
+
+
+def test_older_names_of_mixins_of_instances_and_set_later() -> None:
+    model, _ = OutsideFamily().tiny()
+
+    class Mixin:
+        cut_by = "stem"
+
+        def hands_out(self, model: Any) -> str:
+            return "all"
+
+    with pytest.warns(DeprecationWarning, match="is said in"):
+        mixed: Any = type("Mixed", (Mixin, OutsideFamily), {})
+    assert mixed.host.cut_by == "stem" and mixed().surroundings(model).handed_out == "all"
+
+    class Later(OutsideFamily):
+        name = "later"
+
+    Later.hands_out = lambda self, model: "all"  # type: ignore[attr-defined]
+    Later.cut_by = "stem"  # type: ignore[attr-defined]
+    with pytest.warns(DeprecationWarning, match="Later: (cut_by|hands_out) is said in"):
+        register(Later())
+    unregister("later")
+    assert Later.host.cut_by == "stem" and Later().surroundings(model).handed_out == "all"
+
+    class Itself(OutsideFamily):
+        def __init__(self, **members: Any) -> None:
+            for name, value in members.items():
+                setattr(self, name, value)
+
+    with pytest.warns(DeprecationWarning, match="Itself.cut_by is host.cut_by now"):
+        assert Itself(cut_by="stem").host.cut_by == "stem" and OutsideFamily.host.cut_by != "stem"
+    for name, text in (
+        ("hands_out", r"surroundings\(model\).handed_out"),
+        ("head", "part of overrides"),
+        ("valid", "host"),
+    ):
+        with pytest.raises(ConfigError, match=rf"Itself: {name} was set on an instance.*{text}"):
+            Itself(**{name: lambda *given: None})
+    with pytest.raises(ConfigError, match=r"Mixed2\.placed is not asked any more"):
+        type("Mixed2", (type("Odd", (), {"placed": None}), OutsideFamily), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((name, r"part of overrides\(model, context\)") for name in ("head", "guards", "finish")),
+        ("core", r"surroundings\(model\).adapter"),
+        ("trained_without_merging", r"surroundings\(model\).without_merging"),
+        ("valid", "host.padding"),
+        ("pooling_parts", r"surroundings\(model\).part"),
+    ],
+)
+def test_older_names_that_nothing_answers_to_name_their_successor(name: str, text: str) -> None:
+    with pytest.raises(AttributeError, match=rf"OutsideFamily.{name} is not asked any more: it is {text}"):
+        getattr(OutsideFamily(), name)
+    assert not hasattr(OutsideFamily(), name)

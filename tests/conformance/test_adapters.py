@@ -82,8 +82,11 @@ WITHOUT = {
 @pytest.mark.parametrize("promise", PROMISES)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_family_keeps_a_promise(name: str, promise: str) -> None:
+    reason = WITHOUT.get(name, {}).get(promise)
+    if reason:
+        pytest.skip(reason)
     try:
-        check_adapter(BY_NAME[name], only=[promise], skip=WITHOUT.get(name))
+        check_adapter(BY_NAME[name], only=[promise])
     except ModuleNotFoundError:
         tiny_of(BY_NAME[name])  # skips where the host is missing
         raise

@@ -168,7 +168,11 @@ def test_selection_is_automatic_forced_or_an_error(monkeypatch: pytest.MonkeyPat
     assert (kernels.select("merge", plain).name, kernels.select("merge", half).name) == ("cpu", "reference")
     assert kernels.fallbacks({("merge", "cpu"): "cpu"}) == [] and not kernels.is_replaced("attend")
     (line,) = kernels.fallbacks({("merge", "reference"): "cpu"})
-    assert "merge without its cpu version, which needs a CPU, float32 or" in line
+    assert line == "merge without its cpu version, which needs plain tensors of float32 or bfloat16"
+    (line,) = kernels.fallbacks({("bipartite", "reference"): "cpu"})
+    assert line.endswith("needs plain tensors of float32 or bfloat16 with rows of at most 1024 numbers")
+    (line,) = kernels.fallbacks({("merge", "reference"): "cuda"})
+    assert line.startswith("merge without its triton version, which needs ") and "TOKENMERGE_KERNELS=triton" in line
     with kernels.force("matmul"):
         assert (kernels.select("merge", plain).name, kernels.select("unmerge", plain).name) == ("matmul", "reference")
     with kernels.force("columns"):
@@ -200,7 +204,9 @@ def test_without_the_native_part_all_runs_on_the_reference(monkeypatch: pytest.M
         assert_close(model(x), expected)
     report = handle.report()
     assert report.kernels == {"bipartite": "reference", "merge": "reference", "attend": "reference"}
-    assert len(report.fallbacks) == 2 and "C++ compiler" in str(report)
+    needed = "needs the part in C++, which is built when tokenmerge is installed where a C++ compiler (c++) is found"
+    assert len(report.fallbacks) == 2 and all(line.endswith(needed) for line in report.fallbacks)
+    assert "C++ compiler" in str(report) and "bfloat16" not in str(report)
 
 
 @pytest.mark.parametrize("name", ["columns", "values"])

@@ -59,7 +59,9 @@ def opened(modules: nn.ModuleDict) -> None:
 @pytest.mark.parametrize("promise", [name for name in PROMISES if name != IN_GRAPHS])
 @pytest.mark.parametrize("method", EXAMPLES, ids=repr)
 def test_a_method_keeps_a_promise(method: Reduction, promise: str) -> None:
-    check_method(method, prepare=prepared(method), only=[promise], skip=without(method))
+    if promise in without(method):
+        pytest.skip(without(method)[promise])
+    check_method(method, prepare=prepared(method), only=[promise])
 
 
 @pytest.mark.hosts

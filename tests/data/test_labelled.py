@@ -334,6 +334,20 @@ def test_batches_that_are_none(batch: Any, text: str) -> None:
         list(Batches([good, batch], 3))
 
 
+@pytest.mark.parametrize("classes", [True, "cat", 0, -1, 2.0, None, []], ids=str)
+def test_classes_that_are_none(classes: Any) -> None:
+    with pytest.raises(DataError, match=r"classes=.*: give the number of classes, from 1 on, or their names"):
+        Batches([(torch.zeros(2, 3, 4, 4), torch.tensor([0, 0]))], classes)
+
+
+def test_images_that_were_not_prepared() -> None:
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(
+        DataError, match=r"batch 0 has images of torch.uint8: give .* images.float\(\) / 255, less the mean"
+    ):
+        Batches([(pixels, torch.tensor([0, 1]))], 3)
+
+
 def test_batches_of_other_images_are_other_data() -> None:
     labels = torch.tensor([0, 1])
     one, other = (Batches([(torch.full((2, 3, 4, 4), value), labels)], 3) for value in (0.0, 1.0))

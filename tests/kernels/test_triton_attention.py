@@ -70,11 +70,12 @@ def test_equals_the_reference(device: str) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-def test_padding_has_no_weight_and_no_gradient(device: str) -> None:
+@pytest.mark.parametrize("padding", [-1e4, float("-inf")])
+def test_padding_has_no_weight_and_no_gradient(device: str, padding: float) -> None:
     inputs = qkv((2, 2, 70, 16), torch.float32, device)
     bias = torch.zeros(2, 70, device=device)
-    bias[0, :64] = -1e4  # the whole first tile
-    bias[1, 50:] = -1e4
+    bias[0, :64] = padding  # the whole first tile
+    bias[1, 50:] = padding
     out = triton_attention.attend(*inputs, bias)
     assert_close(out, by_hand(*inputs, bias, None))
     _, grad_k, grad_v = torch.autograd.grad(out.square().sum(), inputs)

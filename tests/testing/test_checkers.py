@@ -15,10 +15,12 @@ from torch import Tensor, nn
 import tokenmerge
 import tokenmerge.testing
 from tokenmerge import adapters, kernels
+from tokenmerge.adapters.base import TokenLayout
 from tokenmerge.adapters.generic import Generic
 from tokenmerge.adapters.timm.vit import TimmViT
-from tokenmerge.errors import ConfigError, DataError, UnknownNameError
+from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
 from tokenmerge.kernels import Kernel, reference
+from tokenmerge.matching import lift_padding
 from tokenmerge.methods import Reduction, TokenView, ToMe
 from tokenmerge.plan import MatrixPlan, Plan
 from tokenmerge.testing import check_adapter, check_kernel, check_method, randomised, tiny_model, tiny_vit
@@ -88,10 +90,37 @@ def _fears_nan(metric: Tensor, r: int, prefix: int) -> Any:
     return reference.bipartite(metric.nan_to_num(3.0, 3.0, -3.0), r, prefix)
 
 
+def _knows_the_mean(x: Tensor, keep: Tensor, src: Tensor, dst: Tensor, mode: str) -> Tensor:
+    return reference.reduce(x, keep, src, dst, "mean")
+
+
+def _fears_padding(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
+    # as a softmax that begins at minus infinity
+    odd = (bias - bias) * 0.0
+    return reference.attend(q, k, v, bias, scale) + odd[:, None, :, None].to(v.dtype)
+
+
+def _has_a_scale(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
+    return reference.attend(q, k, v, bias)
+
+
+def _knows_cosines(metric: Tensor, a: Any, b: Any, distance: str, valid: Tensor | None = None) -> Any:
+    return reference.match(metric, a, b, "cosine", valid)
+
+
+def _sees_no_padding(metric: Tensor, a: Any, b: Any, distance: str, valid: Tensor | None = None) -> Any:
+    return reference.match(metric, a, b, distance)
+
+
 BROKEN_KERNELS: list[tuple[str, str, Callable[..., Any], str]] = [
     ("equals_reference", "merge", _wrong, r"B=1 H=1 N=2 .*float32, output 0: max \|difference\|"),
     ("equals_reference", "merge", _writing, "input 0 was written to: .* values differ"),
     ("equals_reference", "merge", _unwritten, "output 0: .* values are not finite"),
+    ("equals_reference", "reduce", _knows_the_mean, r"sum, torch.float32, output 0: max \|difference\|"),
+    ("equals_reference", "attend", _fears_padding, r"padded, torch.float32, output 0: .* values are not finite"),
+    ("equals_reference", "attend", _has_a_scale, r"scaled, torch.float32, output 0: max \|difference\|"),
+    ("equals_reference", "match", _knows_cosines, r"dot, torch.float32, output 0: "),
+    ("equals_reference", "match", _sees_no_padding, r"cosine padded, torch.float32, output 0: "),
     ("gradients", "merge", _detached, r"gradient of input 0: max \|difference\|"),
     ("repeats", "merge", _random, "output 0 of two runs: .* values differ, first at"),
     ("layouts", "merge", _forgets_negation, r"negated view, output 0: max \|difference\|"),
@@ -236,6 +265,33 @@ class Mixes(ToMe):
 
 
 @dataclass(frozen=True)
+class FoldsLeft(Reduction):
+    """Merge tokens into their left neighbour, padding first: only the first token has none, and stays."""
+
+    name: ClassVar[str] = "folds_left"
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        B, N, _ = view.stream.shape
+        alike = torch.cosine_similarity(view.x[:, view.prefix + 1 :], view.x[:, view.prefix : -1], dim=-1)
+        alike = lift_padding(alike, view.valid, slice(view.prefix + 1, N))
+        src = alike.topk(r, dim=1).indices.sort(dim=1).values + view.prefix + 1
+        stays = torch.ones(B, N, dtype=torch.bool, device=src.device).scatter(1, src, False)
+        keep = torch.where(stays, torch.arange(N, device=src.device), N).sort(dim=1).values[:, : N - r]
+        return Plan(keep, src, (stays.cumsum(dim=1) - 1).gather(1, src), N)
+
+
+@dataclass(frozen=True)
+class StopsAtOne(Sound):
+    """Drop padding but one."""
+
+    def plan(self, view: TokenView, r: int) -> Plan:
+        if view.valid is not None:
+            first = torch.arange(view.valid.shape[1]) < view.prefix + 2
+            view = replace(view, valid=view.valid | first if r == 2 else view.valid)
+        return super().plan(view, r)
+
+
+@dataclass(frozen=True)
 class OnCPU(Sound):
     def plan(self, view: TokenView, r: int) -> Plan:
         keep = torch.arange(view.stream.shape[1] - r).expand(view.stream.shape[0], -1)
@@ -266,7 +322,9 @@ BROKEN_METHODS: list[tuple[str, Reduction, str]] = [
     ("needs", Peeks(), "with k, v, grid hidden: .* values differ"),
     ("configuration", Loose(), r"can be changed: @dataclass\(frozen=True\)"),
     ("padding_first", KeepsPadding(), r"prefix=0, padding before: of 16 real tokens \[12, 12, 12\] are left"),
+    ("padding_first", StopsAtOne(), r"prefix=0, padding in front, r=2: of 23 real tokens \[21, 21, 21\] are left"),
     ("padding_apart", Mixes(), "padding absorbed .* real tokens"),
+    ("padding_apart", FoldsLeft(), "padding absorbed .* real tokens"),
     ("device", OnCPU(), "meta"),
     ("model", StopsInModels(), r"blocks leave \[66, 61, 55\] tokens|blocks leave .* were planned"),
     ("graphs", Breaks(), "data-dependent|item"),
@@ -312,6 +370,23 @@ class Leaves(TimmViT):
     def blocks(self, model: nn.Module) -> Any:
         model.seen = True  # type: ignore[assignment]
         return super().blocks(model)
+
+
+class Described(TimmViT):
+    """A layout with one field that is wrong."""
+
+    name = "described"
+
+    def __init__(self, **wrong: Any) -> None:
+        self.wrong = wrong
+
+    def layout(self, model: nn.Module) -> TokenLayout:
+        return replace(super().layout(model), **self.wrong)
+
+
+class Blockless(TimmViT):
+    name = "blockless"
+    host = replace(TimmViT.host, blocks="layers")
 
 
 class Forgets(TimmViT):
@@ -388,6 +463,18 @@ class Branches(PlainStandIn):
 
 BROKEN_FAMILIES: list[tuple[str, Any, str]] = [
     ("found", Missing(), "VisionTransformer is taken for 'timm_vit', not for 'missing'"),
+    ("layout", Described(grid=(2, 8)), r"layout.grid is \(2, 8\), and the images are cut into \(4, 4\) patches"),
+    ("layout", Described(tokens=17), "layout.tokens is 17, and 18 tokens enter the first block"),
+    (
+        "layout",
+        Described(input_size=(3, 64, 64)),
+        r"layout.input_size is \(3, 64, 64\), tiny\(\) gives .*\(3, 32, 32\)",
+    ),
+    ("layout", Described(prefix=3, grid=None), r"layout.prefix is 3, and of these tokens \[2\] differ from input to"),
+    ("layout", Described(prefix=0, grid=None), "layout.prefix is 0, and token 0 is the same for all inputs"),
+    ("layout", Described(suffix=1, grid=None), r"layout.suffix is 1, and of these tokens \[17\] differ"),
+    ("layout", Described(prefix=3), r"layout.prefix 3, .*layout.suffix 0 make 19 tokens; 18 enter the first block"),
+    ("layout", Blockless(), "host.blocks of 'blockless' is 'layers', .* has no such part. Its lists are: blocks"),
     ("original", Leaves(), "removal leaves traces in the model"),
     ("recomposed", Forgets(), "AdapterMismatchError: "),
     ("group_mean", Unweighted(), r"merged and simulated: max \|difference\| .*what follows them \(pooling, the head\)"),
@@ -406,7 +493,7 @@ BROKEN_FAMILIES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize(("promise", "broken", "words"), BROKEN_FAMILIES, ids=[part[0] for part in BROKEN_FAMILIES])
+@pytest.mark.parametrize(("promise", "broken", "words"), BROKEN_FAMILIES)
 def test_a_broken_family_is_caught(promise: str, broken: Any, words: str) -> None:
     if isinstance(broken, type):
         model, x = randomised(broken()).eval(), torch.randn(2, 3, 32, 32)
@@ -462,16 +549,62 @@ def test_what_does_not_exist_is_refused_with_what_is_near() -> None:
         check_method(ToMe(), skip={"batch": "why"})
     with pytest.raises(ConfigError, match="the promise 'batches' is skipped without a reason"):
         check_method(ToMe(), skip={"batches": " "})
+    for wrong in ({"skip": ["batches"]}, {"only": 5}):
+        with pytest.raises(ConfigError, match=r"(skip|only)=.*give only=\['batches'\], a list, and skip="):
+            check_method(ToMe(), **wrong)
     with pytest.raises(UnknownNameError, match=r"no operation 'merged'\. Did you mean 'merge'"):
         check_kernel("merged", reference.merge)
     with pytest.raises(UnknownNameError, match=r"no model family 'timm_vitt'\. Did you mean 'timm_vit'"):
         tiny_model("timm_vitt")
     with pytest.raises(DataError, match=r"this PlainStandIn needs inputs.*check_adapter\(model, x\)"):
         check_adapter(PlainStandIn())
+    model, x = randomised(PlainStandIn()).eval(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(DataError, match=r"this PlainStandIn is in train mode \(itself\): call model.eval\(\) first"):
+        check_adapter(randomised(PlainStandIn()).train(), x, patch=NAMES)
+    with pytest.raises(DataError, match=r"inputs 0 and 1 of this PlainStandIn are equal: give different ones"):
+        check_adapter(model, x[:1].expand(2, -1, -1, -1), patch=NAMES)
     with pytest.raises(AssertionError, match=r"no input is a batch of two or more"):
         check_adapter(tiny_vit(), torch.randn(1, 3, 32, 32), only=["single"])
     with pytest.raises(AttributeError, match=r"no attribute 'check_methods'; there are: assert_close, check_adapter"):
         tokenmerge.testing.check_methods  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_check_that_checks_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"Sound\(\): nothing is left to check; all of sizes are skipped"):
+        check_method(Sound(), only=["sizes"], skip={"sizes": "why"})
+    with pytest.raises(ConfigError, match=r"Sound\(\): nothing is left to check"):
+        check_method(Sound(), skip=dict.fromkeys(method_checks.PROMISES, "why"))
+    with pytest.raises(ConfigError, match="Examless has no examples: nothing is left to check"):
+        check_method(type("Examless", (Sound,), {"variants": ()}))
+    with pytest.raises(UnknownNameError, match=r"no promise 'ties'. .*Known: equals_reference, gradients"):
+        check_kernel("merge", reference.merge, only=["ties"])
+    with breaks("ties", "it supports none of the cases of this promise on cpu: nothing was checked"):
+        check_kernel("bipartite", Kernel("mine", reference.bipartite, lambda x: False), only=["ties"])
+    with pytest.raises(UnknownNameError, match=r"no promise 'found'. .*Known: "):
+        check_adapter(randomised(PlainStandIn()).eval(), torch.randn(2, 3, 32, 32), patch=NAMES, only=["found"])
+
+
+@pytest.mark.hosts
+def test_what_is_no_method_no_adapter_and_no_kernel_is_refused() -> None:
+    check_method("tome", only=["needs"])
+    check_method("tome(metric='x')", only=["needs"])
+    with pytest.raises(UnknownNameError, match=r"no method 'tomee'\. Did you mean 'tome'"):
+        check_method("tomee")
+    for wrong in (5, PlainStandIn, None):
+        with pytest.raises(ConfigError, match=r"check_method takes a method, its class or its name, not"):
+            check_method(wrong)  # type: ignore[arg-type]
+    for wrong in (TimmViT, PlainStandIn):
+        with pytest.raises(ConfigError, match=rf"not the class {wrong.__name__}: check_adapter\({wrong.__name__}\("):
+            check_adapter(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"check_adapter takes an adapter or a model, not 'timm_vit'"):
+        check_adapter("timm_vit")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"check_kernel takes a Kernel or a function, not 5"):
+        check_kernel("merge", 5)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"no device 'tpu'; there are: cpu"):
+        check_kernel("merge", reference.merge, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedError, match=r"no device 'cuda' on this machine; there are: cpu"):
+            check_kernel("merge", reference.merge, device="cuda")
 
 
 def test_a_check_moves_no_random_state_of_the_caller() -> None:

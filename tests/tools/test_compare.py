@@ -6,6 +6,7 @@ import ast
 import csv
 import dataclasses
 import json
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 
 import tokenmerge
-from helpers import bound_attributes, tiny_vit
+from helpers import bound_attributes, randomised, tiny_vit
 from tokenmerge import MergeConfig, methods
-from tokenmerge.data.labelled import FashionMNIST
+from tokenmerge.data.labelled import Batches, FashionMNIST
 from tokenmerge.errors import DataError, UnsupportedError, UnsupportedModelError
 from tokenmerge.measure import trial as measure
 from tokenmerge.report import plots
@@ -671,6 +672,33 @@ def test_images_that_changed_meanwhile_are_told(monkeypatch: pytest.MonkeyPatch)
     data.images, data.labels = data.images[:48], data.labels[:48]
     with pytest.raises(DataError, match="the images changed since the unmerged model saw them"):
         subject.measure(subject.reduced(MergeConfig("tome", r=4)))
+
+
+@pytest.mark.parametrize("change", ["one pixel", "order"])
+def test_other_images_under_the_same_labels_are_told(change: str) -> None:
+    images, labels = torch.rand(6, 3, 32, 32), torch.zeros(6, dtype=torch.long)
+    images[5, 0, 0, 0] = float("nan")  # equal to itself here
+    data = Batches([[images[:3], labels[:3]], [images[3:], labels[3:]]], 10)
+    model = randomised(tiny_vit()).eval()
+    subject = measure.Trial(model, data, torch.device("cpu"), rounds=1)
+    subject.unmerged()
+    reduced = subject.reduced(MergeConfig("tome", r=4))
+    subject.measure(reduced)
+    if change == "order":
+        data.batches[0][0] = images[:3].flip(0)
+    else:
+        data.batches[0][0][1, 2, 3, 4] += 0.5
+    with pytest.raises(DataError, match="the images changed since the unmerged model saw them"):
+        subject.measure(reduced)
+
+
+def test_answers_that_are_no_numbers_are_told_in_the_row() -> None:
+    images = torch.rand(6, 3, 32, 32)
+    images[4] = float("nan")
+    data = Batches([(images, torch.zeros(6, dtype=torch.long))], 10)
+    subject = measure.Trial(randomised(tiny_vit()).eval(), data, torch.device("cpu"), rounds=1)
+    for row in (subject.unmerged(), subject.measure(subject.reduced(MergeConfig("tome", r=4)))):
+        assert "the answers to 1 of 6 images hold NaN, merged or not" in row["note"] and math.isfinite(row["KL"])
 
 
 def test_points_in_one_place_are_all_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
-from tokenmerge.data.labelled import Folder, open_data
+from tokenmerge.data.labelled import Batches, Folder, open_data
 from tokenmerge.errors import DataError, UnknownNameError, UnsupportedError, UnsupportedModelError
 from tokenmerge.measure import trial as trial_module
 from tokenmerge.tools import evaluate as module
+from tokenmerge.tools.compare import compare
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 
 CLASSES = 7
@@ -242,6 +244,40 @@ def test_wrong_options_come_before_the_images(
     model = _model()
     with pytest.raises(error, match=text):
         evaluate(model, _data(folder, model), rs=(4,), **options)
+
+
+def test_a_loader_alone_is_refused_with_what_to_do() -> None:
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.rand(2, 3, 32, 32), torch.zeros(2).long())
+    )
+    for tool in (evaluate, partial(compare, methods=["tome"])):
+        with pytest.raises(
+            DataError, match=r"DataLoader has no source, outputs, .*: give Batches\(data, classes\) of token"
+        ):
+            tool(_model(), loader)  # type: ignore[operator]
+
+
+def test_answers_that_are_no_numbers_are_told() -> None:
+    model, images = _model(), torch.rand(6, 3, 32, 32)
+    images[4, 0, 0, 0] = float("nan")
+    answers = _ranked(model, images)[:, 0]
+    answers[4] = 0  # what NaN would be ranked as
+    data = Batches([(images[:3], answers[:3]), (images[3:], answers[3:])], CLASSES)
+    result = evaluate(model, data, rs=(0, 16))
+    row = result.rows[0]
+    assert (row["top-1 %"], row["agreement %"]) == (83.33, 83.33)
+    said = "the answers to 1 of 6 images hold NaN, merged or not: they count as wrong, and distances leave them out."
+    assert [note for note in result.notes if "NaN" in note] == [f"r = {r}: {said}" for r in ("0", "16")]
+    assert said in str(result)
+
+    bare = tiny_vit(num_classes=CLASSES, global_pool="")
+    result = evaluate(bare, data, rs=(4,), restore="dense")
+    assert result.rows[0]["error %"] == 0.0 and 0 < result.rows[1]["error %"] < 1e3
+    assert sum("NaN" in note for note in result.notes) == 2
+
+    nothing = Batches([(torch.full_like(images, float("nan")), answers)], CLASSES)
+    result = evaluate(model, nothing, rs=(16,))
+    assert result.rows[1]["top-1 %"] == 0.0 and "6 of 6 images hold NaN" in str(result)
 
 
 def test_an_unsupported_model() -> None:

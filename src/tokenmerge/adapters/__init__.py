@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokenmerge.adapters import _older
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.refused import refusal
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedModelError
@@ -103,7 +104,8 @@ def register(adapter: Adapter) -> Adapter:
     if not isinstance(adapter, Adapter):
         given = f"the class {adapter.__qualname__}" if isinstance(adapter, type) else f"a {type(adapter).__qualname__}"
         raise ConfigError(f"register() takes an instance of an Adapter, and was given {given}: register(MyFamily()).")
-    lacking = [name for name in ("name", "families") if not isinstance(getattr(adapter, name, None), str)]
+    given = {name: getattr(adapter, name, None) for name in ("name", "families")}
+    lacking = [name for name, value in given.items() if not isinstance(value, str) or not value.strip()]
     if type(adapter).matches is Adapter.matches and not adapter.host.models:
         lacking.append("matches (or host.models)")
     if lacking:
@@ -114,6 +116,7 @@ def register(adapter: Adapter) -> Adapter:
             f"the name {adapter.name!r} is taken by the adapter {type(taken).__qualname__}. Give yours another `name`"
             + (f", or take that one out first: unregister({taken.name!r})." if taken in _registered else ".")
         )
+    _older.adopt(type(adapter))
     _registered.append(adapter)
     return adapter
 
@@ -156,6 +159,7 @@ def find(model: nn.Module) -> Adapter:
     _check_bare(model)
     for adapter in known():
         if adapter.matches(model):
+            _older.adopt(type(adapter))  # names that were set after the class was made
             return adapter.resolve(model)
     reason = refusal(model)
     if reason:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from tokenmerge._intercept.override import Binding, Override
 from tokenmerge._intercept.pooling import Sizes
 from tokenmerge._intercept.taps import AttentionTap, SeamTap
 from tokenmerge._intercept.trust import Method, methods_of
+from tokenmerge._moved import moved_names
 from tokenmerge.adapters import _older
 from tokenmerge.errors import UnsupportedModelError
 
@@ -207,7 +207,7 @@ class Context:
         return self.sizes is not None and self.restore is None
 
 
-class Adapter(ABC):
+class Adapter(_older.Older, ABC):
     """Base class of a model family. Adapters import their host package inside functions only.
 
     A subclass defines `name`, `families`, `layout` and `tiny`. It overrides `matches`, `blocks`, `spec` and `tap` where
@@ -229,6 +229,10 @@ class Adapter(ABC):
     def __getattr__(self, name: str) -> Any:
         return _older.read(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        _older.check_value(self, name, value)
+        super().__setattr__(name, value)
+
     def matches(self, model: nn.Module) -> bool:
         """Return whether this adapter handles the model. Default: its class is in `host.models`."""
         return not set(self.host.models).isdisjoint(class_names(model))
@@ -240,6 +244,12 @@ class Adapter(ABC):
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Return the blocks in order, each as (name in the model, block). Default: the children of `host.blocks`."""
         path = self.host.blocks
+        if not has_parts(model, (path,)):
+            lists = [name for name, part in model.named_modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+            raise UnsupportedModelError(
+                f"host.blocks of {self.name!r} is {path!r}, and this {type(model).__qualname__} has no such part. Its "
+                f"lists are: {', '.join(lists) or 'none'}."
+            )
         return [(f"{path}.{name}", block) for name, block in attrgetter(path)(model).named_children()]
 
     def spec(self, block: nn.Module) -> Spec:
@@ -314,10 +324,5 @@ def class_names(module: nn.Module) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
-def __getattr__(name: str) -> Any:
-    """Return `Override` and `Binding` under the names they had before 0.6, for third-party adapters."""
-    successor = {"Original": Override, "Replacement": Binding}.get(name)
-    if successor is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.{name} is {successor.__name__} now.", DeprecationWarning, stacklevel=2)
-    return successor
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "Labelled",
     "by_label",
     "calibration_images",
+    "check_labelled",
     "check_source",
     "none_read",
     "normalise",
@@ -90,7 +92,7 @@ class Batches:
         first = next(iter(batches), None)
         if first is None:
             raise DataError(f"{source or 'batches'}: there is no batch.")
-        self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+        self.classes = _named(classes)
         self.outputs = len(self.classes)
         images, _ = self._checked(first, 0)
         # other images are other data: a comparison of these does not go on with the rows of those
@@ -119,6 +121,11 @@ class Batches:
                 f"batch {number}: images {tuple(images.shape)} and labels {tuple(labels.shape)} of {labels.dtype}; "
                 "give images [B, ...] and labels [B], the number of each image's class."
             )
+        if not images.is_floating_point():
+            raise DataError(
+                f"batch {number} has images of {images.dtype}: give them as the model takes them, for pixels "
+                "images.float() / 255, less the mean, divided by the std."
+            )
         low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
         if len(labels) and not 0 <= low <= high < self.outputs:
             raise DataError(
@@ -126,6 +133,18 @@ class Batches:
                 f"labels from 0 to {self.outputs - 1}."
             )
         return images, labels
+
+
+def _named(classes: Any) -> tuple[str, ...]:
+    """Return the names of classes, given as such or by their number; raises `DataError` for anything else."""
+    if isinstance(classes, Integral) and not isinstance(classes, bool):
+        names = tuple(map(str, range(int(classes))))
+    else:
+        is_list = isinstance(classes, Iterable) and not isinstance(classes, (str, bytes))
+        names = tuple(map(str, classes)) if is_list else ()
+    if not names:
+        raise DataError(f"classes={classes!r}: give the number of classes, from 1 on, or their names in a list.")
+    return names
 
 
 class Images:
@@ -287,6 +306,17 @@ def _for_fashion_mnist(model: nn.Module, given: Any, options: dict[str, Any]) ->
     if found is None or not found.is_known:
         found = _bundled("the images' own mean and std", is_known=False)
     return found.changed(**changes)
+
+
+def check_labelled(data: Any) -> None:
+    """Raise `DataError` for what is no `Labelled`, such as a loader alone."""
+    parts = ("source", "batch_size", "outputs", "preprocessing", "classes", "notes", "corrupt", "__len__", "__iter__")
+    lacking = [part for part in parts if not hasattr(data, part)]
+    if lacking:
+        raise DataError(
+            f"this {type(data).__qualname__} has no {', '.join(lacking)}: give Batches(data, classes) of "
+            "tokenmerge.data.labelled, or what open_data returns."
+        )
 
 
 def none_read(data: Labelled) -> DataError:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Kernel(NamedTuple):
     needs: str = "nothing"  # requirements in words, for the error message
     device: str = ""  # the device type it is made for; "": any
     is_automatic: bool = True  # False: runs only when forced by name
+    unmet: Callable[[], str] | None = None  # what is missing where it did not run on its device, in words
 
 
 def _reference(op: str) -> Kernel:
@@ -60,7 +62,8 @@ def _cpu(op: str) -> Kernel:
         "a CPU, float32 or bfloat16, and the part in C++, which is built when tokenmerge is installed where a C++ "
         "compiler (c++) is found"
     )
-    return Kernel("cpu", getattr(cpu, op), getattr(cpu, f"supports_{op}"), needs, device="cpu")
+    unmet = partial(cpu.unmet, op)
+    return Kernel("cpu", getattr(cpu, op), getattr(cpu, f"supports_{op}"), needs, device="cpu", unmet=unmet)
 
 
 # the first call imports triton, not `import tokenmerge`; with statements, since dynamo does not support import_module
@@ -85,7 +88,8 @@ def _triton_merge(*args: Any) -> Any:
 def _triton(run: Callable[..., Any], supports: Callable[[Tensor], bool]) -> Kernel:
     needs = "triton, a CUDA device (or TRITON_INTERPRET=1) and float32, float16 or bfloat16"
     # not chosen automatically, since it was not measured on a GPU
-    return Kernel("triton", run, supports, needs, device="cuda", is_automatic=False)
+    unmet = triton_supports.unmet
+    return Kernel("triton", run, supports, needs, device="cuda", is_automatic=False, unmet=unmet)
 
 
 def _by_name(
@@ -273,7 +277,8 @@ def fallbacks(ran: Ran) -> list[str]:
         made = [kernel for kernel in TABLE[op] if kernel.device == device]
         if made and all(kernel.name != name for kernel in made):
             how = "" if made[0].is_automatic else f" and has to be asked for: TOKENMERGE_KERNELS={made[0].name}"
-            said.append(f"{op} without its {made[0].name} version, which needs {made[0].needs}{how}")
+            needs = made[0].unmet() if made[0].unmet else made[0].needs
+            said.append(f"{op} without its {made[0].name} version, which needs {needs}{how}")
     return said
 
 

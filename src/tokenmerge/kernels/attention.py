@@ -33,7 +33,8 @@ def columns(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None =
     rest, parts = _full(bias, q) / scale, []
     for _ in range(1 if rest.dtype == q.dtype else 3):
         parts.append(rest.to(q.dtype))
-        rest = rest - parts[-1].to(rest.dtype)
+        # of padding, minus infinity, nothing is left
+        rest = (rest - parts[-1].to(rest.dtype)).nan_to_num(0.0)
     column = torch.stack(parts, dim=-1)[:, None].expand(-1, k.shape[1], -1, -1)  # [B, H, N, parts]
     fill = _WIDTH - (D + len(parts) - 1) % _WIDTH - 1
     ones = q.new_ones(*q.shape[:-1], len(parts))

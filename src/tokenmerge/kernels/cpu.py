@@ -21,7 +21,7 @@ from tokenmerge._torch.tracing import is_compiling
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.kernels import reference
 
-__all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge"]
+__all__ = ["bipartite", "merge", "supports_bipartite", "supports_merge", "unmet"]
 
 _INTERFACE = 2  # interface version of native.cpp
 _WRONG_INDEX = 1
@@ -69,6 +69,14 @@ def supports_bipartite(metric: Tensor) -> bool:
 def supports_merge(x: Tensor) -> bool:
     """Return whether the fused merging supports these tokens, `[B, N, C]`."""
     return _supports(x)
+
+
+def unmet(op: str) -> str:
+    """Return what an operation on CPU that ran without these kernels needs, in words."""
+    if _LIBRARY is None:
+        return "the part in C++, which is built when tokenmerge is installed where a C++ compiler (c++) is found"
+    width = f" with rows of at most {_WIDEST} numbers" if op == "bipartite" else ""
+    return f"plain tensors of float32 or bfloat16{width}"
 
 
 def bipartite(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:

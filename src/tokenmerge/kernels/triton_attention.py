@@ -185,7 +185,8 @@ def attend_kernel(
     p_k += image * stride_kb + head * stride_kh
     p_v += image * stride_vb + head * stride_vh
     b_q = load_rows(p_q + image * stride_qb + head * stride_qh, o_q, N, stride_qn, D, WIDTH)
-    b_top = tl.full((TILE,), float("-inf"), tl.float32)
+    # finite: a whole tile of padding, minus infinity, has no top of its own
+    b_top = tl.full((TILE,), -1e38, tl.float32)
     b_sum = tl.zeros((TILE,), tl.float32)
     b_out = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(0, N, TILE):

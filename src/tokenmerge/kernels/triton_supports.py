@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_WIDTH", "supports_attend", "supports_bipartite", "supports_merge"]
+__all__ = ["MAX_WIDTH", "supports_attend", "supports_bipartite", "supports_merge", "unmet"]
 
 MAX_WIDTH = 256  # of a head: one block holds the whole row
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,6 +28,15 @@ def supports_merge(x: Tensor) -> bool:  # [B, N, C]
 def supports_attend(q: Tensor) -> bool:  # [B, H, N, D]
     """Return whether the heads of `q` fit a block, on a device that runs Triton."""
     return q.dim() == 4 and 0 < q.shape[-1] <= MAX_WIDTH and _runs(q)
+
+
+def unmet() -> str:
+    """Return what an operation on a GPU that ran without these kernels needs, in words."""
+    if not HAS_TRITON:
+        return "triton"
+    if not _is_able("cuda", None):
+        return "a GPU of compute capability 8.0 or newer"
+    return f"float32, float16 or bfloat16, and heads of at most {MAX_WIDTH} numbers"
 
 
 def _runs(x: Tensor) -> bool:

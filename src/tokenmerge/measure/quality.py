@@ -54,7 +54,7 @@ class Judge:
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self.seen = self.pixels = 0
+        self.seen = self.pixels = self.odd = 0
         self.top1 = self.top5 = self.agree = 0
         self.divergence = self.error = self.cosine = 0.0
         self.hits: list[bool] = []
@@ -75,10 +75,21 @@ class Judge:
         self.question.check(got, expected)
         got, expected = got.float(), expected.float()
         self.seen += len(got)
+<<<<<<< HEAD
         flat, wanted = got.flatten(1), expected.flatten(1)
         length, distance = wanted.norm(dim=1).clamp_min(1e-12), (flat - wanted).norm(dim=1)
         self._losses.append(distance.double().cpu().square())
         self._lengths.append(length.double().cpu().square())
+=======
+        # NaN ranks first, equals nothing and spreads: its images are right in nothing, and in no sum
+        is_number = ~(got.isnan() | expected.isnan()).flatten(1).any(dim=1)
+        numbers = int(is_number.sum())
+        self.odd += len(got) - numbers
+        if numbers < len(got):
+            if self.question.has_classes or self.question.has_pixels:
+                self.pixels += (len(got) - numbers) * got[0, 0].numel()
+            got, expected, labels = got[is_number], expected[is_number], labels[is_number]
+>>>>>>> s5-fixes
         if self.question.has_classes:
             ranked = got.topk(min(5, got.shape[1]), dim=1).indices  # [B, 5]
             hits = ranked == labels[:, None]
@@ -98,21 +109,31 @@ class Judge:
         self.error += float((distance / length).sum())
         self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
 
+    @property
+    def note(self) -> str:
+        """How many answers are no numbers; "" for none."""
+        if not self.odd:
+            return ""
+        said = f"the answers to {self.odd} of {self.seen} images hold NaN, merged or not"
+        return f"{said}: they count as wrong, and distances leave them out."
+
     def figures(self) -> dict[str, float | None]:
         """Return the means; None for figures that do not apply."""
         found: dict[str, Any] = dict.fromkeys(
             ("top-1 %", "top-1 ±", "top-5 %", "agreement %", "KL", "error %", "cosine")
         )
+        numbers = self.seen - self.odd
         if self.pixels:
             found["agreement %"] = round(100 * self.agree / self.pixels, 2)
         if self.question.has_classes:
             found["top-1 %"] = round(100 * self.top1 / self.seen, 2)
             found["top-1 ±"] = standard_error(self.top1, self.seen)
             found["top-5 %"] = round(100 * self.top5 / self.seen, 2)
-            found["KL"] = float(f"{max(0.0, self.divergence / self.seen):.4g}")
-        else:
-            found["error %"] = float(f"{100 * self.error / self.seen:.4g}")
-            found["cosine"] = round(self.cosine / self.seen, 5)
+            if numbers:
+                found["KL"] = float(f"{max(0.0, self.divergence / numbers):.4g}")
+        elif numbers:
+            found["error %"] = float(f"{100 * self.error / numbers:.4g}")
+            found["cosine"] = round(self.cosine / numbers, 5)
         return found
 
 

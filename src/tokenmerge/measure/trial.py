@@ -71,7 +71,7 @@ class Trial:
         self.macs = count(self.model, self.size).model
         self._keep = _KEPT if keep is None else keep
         self._answers: list[Tensor] = []  # unmerged outputs, up to `keep` bytes
-        self._labels: list[Tensor] | None = None  # of each batch; set after the first full pass
+        self._passed: list[tuple[Tensor, Tensor]] | None = None  # labels and digest of each batch; set by a full pass
         self._counted: dict[tuple[str, int], int] = {}
         self._guess: dict[float, int] = {}
 
@@ -116,14 +116,14 @@ class Trial:
         figures: dict[str, Any] = {"r": "0", **seen.judge.figures()}
         figures |= {"GMACs": round(self.macs / 1e9, 4), "MACs share": 1.0, "matching GMACs": 0.0}
         figures |= {"images/s": round(len(self.batch) / timing.median, 2), "speed-up": 1.0, "over bound": None}
-        return {**figures, "tokens": self.tokens[-1]}
+        return {**figures, "tokens": self.tokens[-1], "note": seen.judge.note}
 
     def measure(self, reduced: nn.Module) -> dict[str, Any]:
         """Return the figures of a patched copy of the model.
 
-        `r` is the value it was patched with, `note` the choice of `"auto"`. For an adaptive method the MACs are those
-        of the free bound with the mean number of tokens per block. Raises `UnsupportedError` if the free bound cannot
-        drop tokens.
+        `r` is the value it was patched with, `note` the choice of `"auto"` and how many answers hold NaN. For an
+        adaptive method the MACs are those of the free bound with the mean number of tokens per block. Raises
+        `UnsupportedError` if the free bound cannot drop tokens.
         """
         handle = handle_of(reduced)
         (seen,) = self.judge([reduced])
@@ -132,7 +132,11 @@ class Trial:
         figures |= {"matching GMACs": round(choosing / 1e9, 6), **self._time(reduced)}
         left = round(seen.tokens[-1], 1)
         figures["tokens"] = int(left) if left.is_integer() else left
-        return {"r": str(handle.r), **figures, "note": handle.report().choice}
+        return {
+            "r": str(handle.r),
+            **figures,
+            "note": "; ".join(filter(None, (handle.report().choice, seen.judge.note))),
+        }
 
     def smallest_r(self, reduce: Callable[[int], nn.Module], share: float) -> int:
         """Return the smallest constant `r` with at most this share of the unmerged MACs.
@@ -175,19 +179,17 @@ class Trial:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images and labels of each batch; raise `DataError` if they changed since the last pass."""
-        seen: list[Tensor] = []
-        if self._labels is None:
+        seen: list[tuple[Tensor, Tensor]] = []
+        if self._passed is None:
             self._answers.clear()  # of an interrupted pass
         for images, labels in self.data:
-            if self._labels is not None and (
-                len(seen) >= len(self._labels) or not torch.equal(labels, self._labels[len(seen)])
-            ):
+            seen.append((labels, _digest(images)))
+            if self._passed is not None and not _is_same(seen[-1], self._passed[len(seen) - 1 : len(seen)]):
                 raise DataError(_CHANGED)
-            seen.append(labels)
             yield images, labels
-        if self._labels is None:
-            self._labels, self.corrupt = seen, list(self.data.corrupt)
-        if len(seen) != len(self._labels):
+        if self._passed is None:
+            self._passed, self.corrupt = seen, list(self.data.corrupt)
+        if len(seen) != len(self._passed):
             raise DataError(_CHANGED)
 
     def _expected(self, turn: int, images: Tensor, answers: Tensor | None) -> Tensor:
@@ -244,6 +246,20 @@ class Trial:
         added = [0, *(n - before for before, n in pairwise(self.tokens))]  # tokens that the model itself adds
         before = [self.tokens[0], *after[:-1]]
         return [n + more - rest for n, more, rest in zip(before, added, after, strict=True)]
+
+
+def _digest(images: Tensor) -> Tensor:
+    """Return some values of a batch, evenly spread, and its sum: cheap beside any forward."""
+    flat = images.detach().flatten()
+    return torch.cat((flat[:: max(1, len(flat) // 256)].double(), flat.sum(dtype=torch.float64)[None])).cpu()
+
+
+def _is_same(batch: tuple[Tensor, Tensor], before: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Say whether a batch is the one that was seen before, if any was."""
+    for labels, digest in before:
+        is_alike = digest.shape == batch[1].shape and torch.allclose(batch[1], digest, 1e-9, 1e-6, equal_nan=True)
+        return is_alike and torch.equal(batch[0], labels)
+    return False
 
 
 _CHANGED = "the images changed since the unmerged model saw them: run the comparison again."

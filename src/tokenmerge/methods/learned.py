@@ -9,11 +9,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenmerge._moved import moved_names
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.methods.base import ModelShape, Note, Reduction, TokenView
 from tokenmerge.plan import Plan
@@ -216,3 +217,7 @@ def _load(modules: nn.ModuleDict, path: Path, name: str) -> None:
             f"the weights of {name} in {path} are of another model or r: {len(different)} tensors differ ({shown})."
         )
     modules.load_state_dict(state)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

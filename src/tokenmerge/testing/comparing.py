@@ -71,20 +71,29 @@ def keep_promises(
 ) -> None:
     """Run the checks of a case, each with the same random state; that of the caller stays what it was.
 
-    Raises `AssertionError` with the promise that is broken, `UnknownNameError` for one that does not exist and
-    `ConfigError` for one that is skipped without a reason.
+    Raises `AssertionError` with the promise that is broken, `UnknownNameError` for one that does not exist or does not
+    apply, and `ConfigError` for one that is skipped without a reason and where nothing is left to check.
     """
-    skip, chosen = dict(skip or {}), [only] if isinstance(only, str) else [*only]
+    skip = {} if skip is None else skip
+    for name, value, kind in (("skip", skip, Mapping), ("only", only, Iterable)):
+        if not isinstance(value, kind):
+            example = "only=['batches'], a list, and skip={'batches': 'why'}, each with its reason"
+            raise ConfigError(f"{name}={value!r}: give {example}.")
+    chosen = [only] if isinstance(only, str) else [*only]
     for name in (*chosen, *skip):
         if name not in promises:
-            raise unknown_name("promise", name, promises)
+            raise unknown_name("promise", str(name), promises)
     for name, reason in skip.items():
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigError(f"the promise {name!r} is skipped without a reason: skip={{{name!r}: 'why'}}.")
+    left = [name for name in chosen or promises if name not in skip]
+    if not left:
+        raise ConfigError(
+            f"{subject}: nothing is left to check; all of {', '.join(chosen or promises)} are skipped. Check another "
+            "promise, or do not check here."
+        )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    for name in chosen or promises:
-        if name in skip:
-            continue
+    for name in left:
         try:
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(0)

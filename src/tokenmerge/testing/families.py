@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import adapters
-from tokenmerge.adapters.base import Adapter
+from tokenmerge.adapters.base import Adapter, TokenLayout
 from tokenmerge.api import patch as patch_model
-from tokenmerge.errors import AlreadyPatchedError, DataError, unknown_name
+from tokenmerge.errors import AlreadyPatchedError, ConfigError, DataError, unknown_name
 from tokenmerge.handle import handle_of
 from tokenmerge.measure.outputs import answer
 from tokenmerge.report import Report
@@ -79,9 +79,11 @@ def check_adapter(
         only: the names of some of `PROMISES`; all by default.
         skip: promises that mean nothing for this model, each with the reason.
 
-    Returns the report of the model that merged, where `group_mean` was checked. Raises `AssertionError` with the
-    promise that is broken, the block and the numbers, `DataError` for a model without inputs.
+    Returns the report of the model that merged, where `group_mean` was checked, else None. Raises `AssertionError` with
+    the promise that is broken, the block and the numbers; `DataError` for a model without inputs or in train mode and
+    for inputs that are equal, `ConfigError` for what is neither an adapter nor a model.
     """
+    _check_kind(adapter)
     if isinstance(adapter, Adapter):
         model, x = _kept(adapter)
         subject, inputs = f"the family {adapter.name!r}", inputs or (x,)
@@ -89,6 +91,7 @@ def check_adapter(
         model, subject = adapter, f"this {type(adapter).__qualname__}"
     if not inputs and not options:
         raise DataError(f"{subject} needs inputs, a batch of two or more different ones: check_adapter(model, x).")
+    _check_given(subject, model, inputs)
     case = FamilyCase(
         model,
         inputs,
@@ -101,9 +104,35 @@ def check_adapter(
         adapter if isinstance(adapter, Adapter) else described_by,
         is_named=isinstance(adapter, Adapter),
     )
+    promises = {name: check for name, check in PROMISES.items() if case.is_named or check is not found}
     with _listed(adapter):
-        keep_promises(subject, PROMISES, case, only, skip)
+        keep_promises(subject, promises, case, only, skip)
     return case.reports[-1] if case.reports else None
+
+
+def _check_kind(adapter: Any) -> None:
+    if isinstance(adapter, type):
+        name = adapter.__name__
+        given = f"{name}()" if issubclass(adapter, Adapter) else f"{name}(...).eval(), x"
+        raise ConfigError(f"check_adapter takes an instance, not the class {name}: check_adapter({given}).")
+    if not isinstance(adapter, (Adapter, nn.Module)):
+        raise ConfigError(f"check_adapter takes an adapter or a model, not {adapter!r}: check_adapter(MyFamily()).")
+
+
+def _check_given(subject: str, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse what would hide mistakes: a model in train mode, and inputs that are alike."""
+    parts = model.named_modules()
+    training = [path or "itself" for path, part in parts if part.training and (not path or not any(part.children()))]
+    if training:  # lists of blocks do nothing by themselves
+        raise DataError(f"{subject} is in train mode ({training[0]}): call model.eval() first.")
+    for x in inputs:
+        if isinstance(x, Tensor) and x.dim() > 1 and len(x) > 1:
+            alike = [at for at in range(1, len(x)) if torch.equal(x[at], x[0])]
+            if alike:
+                raise DataError(
+                    f"inputs 0 and {alike[0]} of {subject} are equal: give different ones, torch.randn(...)."
+                )
+            return
 
 
 @contextmanager
@@ -121,11 +150,65 @@ def _listed(adapter: Any) -> Iterator[None]:
 
 def found(case: FamilyCase) -> None:
     """`patch` takes this adapter for its own model, whatever other families there are."""
-    if not case.is_named:
-        return
     assert case.adapter is not None
     used, name = adapters.find(case.model), case.adapter.name
     expect(used.name == name, f"{type(case.model).__qualname__} is taken for {used.name!r}, not for {name!r}")
+
+
+def layout(case: FamilyCase) -> None:
+    """`layout` says how many tokens enter the blocks, which of them are protected, and how the patches lie."""
+    model = case.fresh()
+    adapter = case.resolved(model)
+    said, cutter, cuts = adapter.layout(model), adapter.surroundings(model).cutter, []
+    handle = patch_model(model, r=0, **case.patch)
+    first, entered = handle.runners[0], []
+    own = first.block.__dict__["forward"]
+
+    def watched(x: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = x.detach() if said.batch_first else x.detach().transpose(0, 1)
+        entered.append(tokens.flatten(1, -2))  # of a block that takes a grid too
+        return own(x, *args, **kwargs)
+
+    def cut(part: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        cuts.append(adapter.host.grid_of(part, next(iter(args), None), out))
+
+    first.block.__dict__["forward"] = watched
+    if cutter is not None and said.grid:
+        cutter.register_forward_hook(cut)
+    case.run(model)
+    x, grid = entered[0], cuts[0] if len(cuts) == 1 else None
+    n, built = x.shape[1], said.input_size in (None, tuple(case.inputs[0].shape[1:]))
+    if case.is_named:
+        expect(built, f"layout.input_size is {said.input_size}, tiny() gives inputs {tuple(case.inputs[0].shape[1:])}")
+    if said.tokens is not None and built:
+        expect(n == said.tokens, f"layout.tokens is {said.tokens}, and {n} tokens enter the first block")
+    if said.grid and built:
+        expect(grid in (None, said.grid), f"layout.grid is {said.grid}, and the images are cut into {grid} patches")
+        cells = said.grid[0] * said.grid[1]
+        made = f"layout.prefix {said.prefix}, layout.grid {said.grid} and layout.suffix {said.suffix}"
+        expect(cells + said.protected == n, f"{made} make {cells + said.protected} tokens; {n} enter the first block")
+    _check_protected(x, said)
+
+
+def _check_protected(x: Tensor, said: TokenLayout) -> None:
+    """Class tokens and registers enter the first block alike for all inputs, and patches do not."""
+    alike, n = (x == x[:1]).all(dim=2).all(dim=0), x.shape[1]  # [N]
+    behind = n - said.suffix
+    for field, inside, beyond in (
+        ("prefix", [*range(said.prefix)], said.prefix),
+        ("suffix", [*range(behind, n)], behind - 1),
+    ):
+        count, others = getattr(said, field), [place for place in inside if not alike[place]]
+        expect(
+            not others,
+            f"layout.{field} is {count}, and of these tokens {others} differ from input to input when they enter the "
+            "first block, as patches do",
+        )
+        expect(
+            not (said.prefix <= beyond < behind and alike[beyond]),
+            f"layout.{field} is {count}, and token {beyond} is the same for all inputs when it enters the first block, "
+            "as class tokens and registers are",
+        )
 
 
 def original(case: FamilyCase) -> None:
@@ -253,7 +336,19 @@ def random_state(case: FamilyCase) -> None:
 PROMISES: dict[str, Callable[[FamilyCase], None]] = {
     check.__name__: check
     for check in (
-        *(found, original, recomposed, group_mean, deterministic, single, gradients, checkpointing, copies, threads),
+        *(
+            found,
+            layout,
+            original,
+            recomposed,
+            group_mean,
+            deterministic,
+            single,
+            gradients,
+            checkpointing,
+            copies,
+            threads,
+        ),
         *(low_precision, backends, attached_once, random_state, one_graph, export),
     )
 }

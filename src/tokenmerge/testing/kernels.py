@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenmerge.errors import unknown_name
+from tokenmerge.errors import ConfigError, unknown_name
 from tokenmerge.kernels import TABLE, Kernel, reference
+from tokenmerge.measure.outputs import find_device
 from tokenmerge.testing.comparing import TOLERANCE, assert_close, assert_equal, expect, keep_promises
 
 __all__ = ["DTYPES", "PROMISES", "SHAPES", "check_kernel", "inputs_of", "poisoned_memory"]
@@ -30,6 +32,12 @@ SHAPES = (
 # which inputs of an operation gradients are asked for
 _LEAVES = {"attend": (0, 1, 2), "merge": (0, 5), "reduce": (0,), "unmerge": (0,)}
 _PLANS = ("bipartite", "match")  # whose answers are places: equal bit by bit
+# the ways in which an operation is tried, where there are several
+WAYS: dict[str, tuple[str, ...]] = {
+    "attend": ("sizes", "padded", "scaled"),
+    "match": ("cosine", "dot", "euclidean", "softmax", "cosine padded", "softmax padded"),
+    "reduce": ("mean", "sum", "amax", "amin", "prod"),
+}
 
 
 def check_kernel(
@@ -50,14 +58,21 @@ def check_kernel(
         skip: promises that mean nothing here, each with the reason.
 
     Raises `AssertionError` with the promise that is broken, the case and the numbers, also where the kernel supports
-    no case of the table; `UnknownNameError` for an operation that does not exist.
+    no case of the table; `UnknownNameError` for an operation that does not exist and for a promise that means nothing
+    for it, `UnsupportedError` for a device that is not there, `ConfigError` for what is no kernel.
     """
     if op not in TABLE:
-        raise unknown_name("operation", op, TABLE)
+        raise unknown_name("operation", str(op), TABLE)
     if not isinstance(kernel, Kernel):
+        if not callable(kernel):
+            raise ConfigError(f"check_kernel takes a Kernel or a function, not {kernel!r}: check_kernel({op!r}, {op}).")
         kernel = Kernel(getattr(kernel, "__name__", "kernel"), kernel, lambda x: True)
-    case = _Case(op, kernel, device)
-    keep_promises(f"the {kernel.name!r} version of {op!r}", PROMISES, case, only, skip)
+    find_device(device)
+    promises = {name: check for name, check in PROMISES.items() if op in _ONLY_OF.get(name, TABLE)}
+    keep_promises(f"the {kernel.name!r} version of {op!r}", promises, _Case(op, kernel, device), only, skip)
+
+
+_Named = tuple[str, tuple[Any, ...]]  # a case in words, and its inputs
 
 
 @dataclass(frozen=True)
@@ -66,18 +81,25 @@ class _Case:
     kernel: Kernel
     device: str
 
-    def cases(self, *dtypes: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Every shape and precision that the kernel supports, in words and as inputs; at least one."""
+    def cases(self, *dtypes: torch.dtype) -> Iterator[_Named]:
+        """Every shape, way and precision that the kernel supports, in words and as inputs; at least one."""
+
+        def all_cases() -> Iterator[_Named]:
+            for dtype, shape, way in product(dtypes, SHAPES, WAYS.get(self.op, ("",))):
+                B, H, N, D, prefix, r = shape
+                what = f"B={B} H={H} N={N} D={D} prefix={prefix} r={r} {way}".rstrip()
+                yield f"{what}, {dtype}", inputs_of(self.op, shape, dtype, self.device, way)
+
+        return self.supported(all_cases(), f"{len(SHAPES)} shapes in {', '.join(map(str, dtypes))}")
+
+    def supported(self, cases: Iterable[_Named], which: str = "cases of this promise") -> Iterator[_Named]:
+        """The cases that the kernel supports; at least one."""
         count = 0
-        for dtype in dtypes:
-            for shape in SHAPES:
-                inputs = inputs_of(self.op, shape, dtype, self.device)
-                if self.kernel.supports(inputs[0]):
-                    count += 1
-                    B, H, N, D, prefix, r = shape
-                    yield f"B={B} H={H} N={N} D={D} prefix={prefix} r={r}, {dtype}", inputs
-        tried = ", ".join(str(dtype) for dtype in dtypes)
-        expect(count, f"it supports none of the {len(SHAPES)} shapes in {tried} on {self.device}: nothing was checked")
+        for what, inputs in cases:
+            if self.kernel.supports(inputs[0]):
+                count += 1
+                yield what, inputs
+        expect(count, f"it supports none of the {which} on {self.device}: nothing was checked")
 
     def run(self, *inputs: Any) -> tuple[Any, ...]:
         return _tuple(self.kernel.run(*inputs))
@@ -91,27 +113,40 @@ class _Case:
                 assert_equal(one, other, label)
                 continue
             expect(one.dtype == other.dtype, f"{label}: {one.dtype} is not {other.dtype}")
-            expect(one.isfinite().all(), f"{label}: {int((~one.isfinite()).sum())} values are not finite")
-            assert_close(one, other, what=label)
+            expect(one.shape == other.shape, f"{label}: the shape {tuple(one.shape)} is not {tuple(other.shape)}")
+            # scores of padding are infinite
+            odd = ~one.isfinite() & (one != other)
+            expect(not odd.any(), f"{label}: {int(odd.sum())} values are not finite")
+            is_finite = other.isfinite()
+            expect((is_finite | (one == other)).all(), f"{label}: {int((~is_finite).sum())} values are to be infinite")
+            assert_close(one[is_finite], other[is_finite], what=label)
 
 
 def _tuple(out: Any) -> tuple[Any, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def inputs_of(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
-    """Return inputs of an operation, for a shape of `SHAPES`, laid out as a model has them."""
+def inputs_of(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", way: str = ""
+) -> tuple[Any, ...]:
+    """Return inputs of an operation, for a shape of `SHAPES`, laid out as a model has them; `way` is one of `WAYS`."""
     B, _, N, _, prefix, r = shape
+    way = way or WAYS.get(op, ("",))[0]
     if op == "bipartite":
         inputs: tuple[Any, ...] = (_keys(shape, dtype), r, prefix)
     elif op == "match":
-        inputs = (_keys(shape, dtype), *reference.alternating(N, prefix), "cosine")
+        distance, _, padding = way.partition(" ")
+        valid = torch.rand(B, N) < 0.7 if padding else None
+        inputs = (_keys(shape, dtype), *reference.alternating(N, prefix), distance, valid)
     elif op == "attend":
-        inputs = (*(_keys(shape, dtype) for _ in range(3)), torch.randint(1, 197, (B, N)).float().log())
+        bias = torch.randint(1, 197, (B, N)).float().log()
+        if way == "padded":
+            bias[:, : N - N // 8 - 1] = float("-inf")  # more than a block of keys, before the real ones
+        inputs = (*(_keys(shape, dtype) for _ in range(3)), bias, *((0.3,) if way == "scaled" else ()))
     else:
         x, size, keep, src, dst, branch = _tokens(shape, dtype)
         slots = torch.randint(-1, N - r, (B, N))
-        more = {"merge": (size, keep, src, dst, branch), "reduce": (keep, src, dst, "mean"), "unmerge": (slots,)}
+        more = {"merge": (size, keep, src, dst, branch), "reduce": (keep, src, dst, way), "unmerge": (slots,)}
         inputs = (x[:, : N - r] if op == "unmerge" else x, *more[op])
     return tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs)
 
@@ -169,8 +204,6 @@ def equals_reference(case: _Case) -> None:
 
 def gradients(case: _Case) -> None:
     """Its gradients are those of the reference."""
-    if case.op not in _LEAVES:
-        return  # places have none
     leaves_at = _LEAVES[case.op]
     for what, inputs in case.cases(torch.float32):
         found = []
@@ -201,8 +234,6 @@ def layouts(case: _Case) -> None:
 
 def defaults(case: _Case) -> None:
     """Merging without sizes counts every token as one, and without a branch adds nothing."""
-    if case.op != "merge":
-        return
     for what, (x, _, keep, src, dst, branch) in case.cases(torch.float32):
         ones = torch.ones(x.shape[:2], device=x.device)
         plain, summed = case.run(x, None, keep, src, dst, None), case.run(x, ones, keep, src, dst, branch)
@@ -214,45 +245,42 @@ def defaults(case: _Case) -> None:
 
 def large_groups(case: _Case) -> None:
     """The mean of a group of any size is rounded once."""
-    if case.op != "merge":
-        return
-    for dtype in (torch.float32, torch.bfloat16):
-        for members in (2, 10, 100, 401):
+
+    def groups() -> Iterator[_Named]:
+        for dtype, members in product((torch.float32, torch.bfloat16), (2, 10, 100, 401)):
             x = (torch.randn(1, 401, 64) + 2).to(dtype)[:, :members].to(case.device)
             keep, src = torch.tensor([[0]], device=case.device), torch.arange(1, members, device=case.device)[None]
-            if not case.kernel.supports(x):
-                continue
-            mean = x.double().mean(dim=1)
-            error = (case.run(x, None, keep, src, torch.zeros_like(src), None)[0][:, 0].double() - mean).abs().max()
-            most = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * mean.abs().max()
-            expect(error <= most, f"{members} members, {dtype}: the mean is wrong by {error:.3g}, at most {most:.3g}")
+            yield f"{members} members, {dtype}", (x, None, keep, src, torch.zeros_like(src), None)
+
+    for what, inputs in case.supported(groups()):
+        mean = inputs[0].double().mean(dim=1)
+        error = (case.run(*inputs)[0][:, 0].double() - mean).abs().max()
+        most = 1e-5 if inputs[0].dtype == torch.float32 else torch.finfo(inputs[0].dtype).eps * mean.abs().max()
+        expect(error <= most, f"{what}: the mean is wrong by {error:.3g}, at most {most:.3g}")
 
 
 def ties(case: _Case) -> None:
     """Of equal scores the first place wins, in the best partner and in the `r` best pairs."""
-    if case.op != "bipartite":
-        return
     # unit vectors of a few directions: scores are 0 and 1 without rounding, most of them tied
     metric = F.one_hot(torch.randint(0, 4, (3, 41)), 4).float().to(case.device)
-    for prefix in (0, 1, 2, 5) if case.kernel.supports(metric) else ():
-        case.compare(f"tied scores, prefix={prefix}", case.run(metric, 15, prefix), (metric, 15, prefix))
+    for what, inputs in case.supported((f"prefix={prefix}", (metric, 15, prefix)) for prefix in (0, 1, 2, 5)):
+        case.compare(f"tied scores, {what}", case.run(*inputs), inputs)
 
 
 def odd_numbers(case: _Case) -> None:
     """Tokens that hold NaN or infinity match as in the reference."""
-    if case.op != "bipartite":
-        return
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
-    for at in range(40):
-        metric = torch.randn(2, 2, 20 + 7 * at, 5 + at)
-        places = [torch.randint(length, (at % 4,)) for length in metric.shape]
-        metric[tuple(places)] = odd[torch.randint(4, (at % 4,))]
-        inputs = metric.to(case.device), 5 + at, 1
-        if case.kernel.supports(inputs[0]):
-            case.compare(f"case {at} with NaN and infinity", case.run(*inputs), inputs)
-    inputs = torch.full((2, 1, 40, 8), float("nan"), device=case.device), 9, 2
-    if case.kernel.supports(inputs[0]):
-        case.compare("NaN everywhere", case.run(*inputs), inputs)
+
+    def oddities() -> Iterator[_Named]:
+        odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
+        for at in range(40):
+            metric = torch.randn(2, 2, 20 + 7 * at, 5 + at)
+            places = [torch.randint(length, (at % 4,)) for length in metric.shape]
+            metric[tuple(places)] = odd[torch.randint(4, (at % 4,))]
+            yield f"case {at} with NaN and infinity", (metric.to(case.device), 5 + at, 1)
+        yield "NaN everywhere", (torch.full((2, 1, 40, 8), float("nan"), device=case.device), 9, 2)
+
+    for what, inputs in case.supported(oddities()):
+        case.compare(what, case.run(*inputs), inputs)
 
 
 def predicate(case: _Case) -> None:
@@ -272,6 +300,14 @@ def predicate(case: _Case) -> None:
             expect(first == again, f"{what} depends on the values")
 
 
+# the operations that a promise means something for; places have no gradients
+_ONLY_OF: dict[str, Collection[str]] = {
+    "gradients": _LEAVES,
+    "defaults": ("merge",),
+    "large_groups": ("merge",),
+    "ties": ("bipartite",),
+    "odd_numbers": ("bipartite",),
+}
 PROMISES: dict[str, Callable[[_Case], None]] = {
     check.__name__: check
     for check in (

@@ -91,12 +91,16 @@ class FamilyCase:
         """Return what simulates the model where that is not found by itself."""
         return None if self.is_named else self.adapter
 
-    def blocks(self, model: nn.Module) -> list[str]:
-        """Return the names of the model's blocks."""
+    def resolved(self, model: nn.Module) -> Adapter:
+        """Return what describes the part of the model that has tokens."""
         adapter = self.description(model)
         with suppress(Exception):
             adapter = adapter.resolve(model)
-        return [name for name, _ in adapter.blocks(model)]
+        return adapter
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Return the names of the model's blocks."""
+        return [name for name, _ in self.resolved(model).blocks(model)]
 
     def shortened(self) -> nn.Module:
         """Return a copy with two blocks: one that merges tokens of size 1, one that is handed sizes by another.
@@ -204,4 +208,4 @@ def _first_wrong(case: FamilyCase, groups: Sequence[Tensor], positions: Sequence
         difference = (one - other).abs().max().item()
         if difference > case.tolerance * max(1.0, other.abs().max().item()):
             return f"the first block with wrong tokens is {name}: max |difference| {difference:.3g}"
-    return "the tokens of all blocks are right: it is what follows them (pooling, the head)"
+    return "the tokens of all blocks are right: it is what follows them (pooling, the head), or layout.prefix"

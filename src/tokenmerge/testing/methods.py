@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenmerge import methods
 from tokenmerge import plan as plans
+from tokenmerge.errors import ConfigError
 from tokenmerge.methods import Learned, Reduction, TokenView
 from tokenmerge.testing.comparing import assert_close, assert_equal, expect, keep_promises
 from tokenmerge.testing.graphs import graphs, model
@@ -24,7 +25,7 @@ __all__ = ["PROMISES", "check_method"]
 
 
 def check_method(
-    method: Reduction | type[Reduction],
+    method: Reduction | type[Reduction] | str,
     *,
     prepare: Prepare = randomised,
     only: Iterable[str] = (),
@@ -33,15 +34,35 @@ def check_method(
     """Check a reduction method, or every example of a class of them.
 
     Args:
-        method: an instance, or the class: then each of its `examples()`, one for each of its `variants`.
+        method: an instance, also as `"tome(metric='x')"`; or the class, or its name: then each of its `examples()`, one
+            for each of its `variants`.
         prepare: what is done to the fresh modules of a learned method; by default every parameter is drawn.
         only: the names of some of `PROMISES`; all by default.
         skip: promises that mean nothing for this method, each with the reason.
 
-    Raises `AssertionError` with the promise that is broken, the layout and the numbers. One promise runs a timm model.
+    Raises `AssertionError` with the promise that is broken, the layout and the numbers; `ConfigError` for what is no
+    method, and where nothing is left to check. One promise runs a timm model.
     """
-    for example in method.examples() if isinstance(method, type) else [method]:
+    for example in _examples(method):
         keep_promises(repr(example), PROMISES, Case(example, prepare), only, skip)
+
+
+def _examples(method: Any) -> list[Reduction]:
+    """Return the instances to check; raises `ConfigError` if there are none."""
+    if isinstance(method, str):
+        method = methods.parse(method) if "(" in method else methods.find(method)
+    if isinstance(method, Reduction):
+        return [method]
+    if not (isinstance(method, type) and issubclass(method, Reduction)):
+        raise ConfigError(
+            f"check_method takes a method, its class or its name, not {method!r}: check_method(MyMethod())."
+        )
+    examples = method.examples()
+    if not examples:
+        raise ConfigError(
+            f"{method.__qualname__} has no examples: nothing is left to check. Give it variants = ({{}},)."
+        )
+    return examples
 
 
 def _sums(size: Tensor, groups: Tensor, M: int) -> Tensor:
@@ -187,16 +208,23 @@ _PADDED: dict[str, Callable[[int, int], Iterable[int]]] = {
     "before": lambda N, prefix: range(prefix, prefix + 9),
     "scattered": lambda N, prefix: (3, 6, 7, 10, 11, 14, 15, 18, 19),
 }
+# two of padding, which r = 2 leaves at most one of: in front, behind, and the first token and another
+_PAIRS: dict[str, Callable[[int, int], Iterable[int]]] = {
+    "in front": lambda N, prefix: (prefix, prefix + 1),
+    "at the end": lambda N, prefix: (N - 2, N - 1),
+    "apart": lambda N, prefix: (prefix, prefix + 5),
+}
 
 
 def padding_first(case: Case) -> None:
     """Padding goes before any real token, and real tokens stay as they are while padding is left."""
     for prefix in (0, 1):
-        for where, places in _PADDED.items():
-            N = 25 + prefix
+        N = 25 + prefix
+        for where, places in (*_PADDED.items(), *_PAIRS.items()):
             valid = torch.ones(3, N, dtype=torch.bool)
             valid[:, list(places(N, prefix))] = False
-            _check_padded(case, view_of(N=N, prefix=prefix), valid, f"prefix={prefix}, padding {where}")
+            check = _check_padded if where in _PADDED else _check_pair
+            check(case, view_of(N=N, prefix=prefix), valid, f"prefix={prefix}, padding {where}")
 
 
 def _check_padded(case: Case, view: TokenView, valid: Tensor, what: str) -> None:
@@ -219,17 +247,34 @@ def _check_padded(case: Case, view: TokenView, valid: Tensor, what: str) -> None
     assert_close(x[real], _rows(view.stream, plan.keep)[real], what=f"{what}: real tokens")
 
 
+def _check_pair(case: Case, view: TokenView, valid: Tensor, what: str) -> None:
+    """With r = 2 both paddings go, or one absorbs the other and one real token goes."""
+    assert view.size is not None
+    view = case.ready(replace(view, valid=valid, size=view.size * valid), 2)
+    plan = plans.lead_by_real(case.method.plan(view, 2), valid)
+    real, left = valid.shape[1] - 2, valid.gather(1, plan.keep).sum(dim=1)
+    expect((left >= real - 1).all(), f"{what}, r=2: of {real} real tokens {left.tolist()} are left")
+
+
+# where padding lies in three images: none at the first place that is not protected, and there
+_APART = (([4, 9, 15], [2, 4, 11], [13, 23]), ([1, 2, 3], [1, 4, 11], [1]))
+
+
 def padding_apart(case: Case) -> None:
     """Padding absorbs no real token and is mixed into none."""
     for draw in range(8):  # by chance no token looks most like padding in one
-        view, valid = view_of(), torch.ones(3, 26, dtype=torch.bool)
-        valid[0, [4, 9, 15]] = valid[1, [2, 4, 11]] = valid[2, [13, 23]] = False
-        assert view.size is not None
-        _check_apart(case, replace(view, valid=valid, size=view.size * valid), valid, f"draw {draw}")
+        for places in _APART:
+            view, valid = view_of(), torch.ones(3, 26, dtype=torch.bool)
+            for image, padding in enumerate(places):
+                valid[image, padding] = False
+            assert view.size is not None
+            view = replace(view, valid=valid, size=view.size * valid)
+            for r in (3, 9):
+                _check_apart(case, view, r, valid, f"draw {draw}, r={r}, padding at {places}")
 
 
-def _check_apart(case: Case, view: TokenView, valid: Tensor, what: str) -> None:
-    plan = case.method.plan(case.ready(view, 9), 9)
+def _check_apart(case: Case, view: TokenView, r: int, valid: Tensor, what: str) -> None:
+    plan = case.method.plan(case.ready(view, r), r)
     if isinstance(plan, plans.MatrixPlan):
         mixes = (plan.weight > 0) & valid[:, None] & ~valid.gather(1, plan.keep)[..., None]
         expect(not mixes.any(), f"{what}: {int(mixes.sum())} parts of real tokens went into padding")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
-from tokenmerge.data.labelled import Labelled
+from tokenmerge.data.labelled import Labelled, check_labelled
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.files import write_file
 from tokenmerge.measure.outputs import find_device, shared_copy
@@ -183,6 +183,7 @@ def compare(
     comparison.
     """
     require_viz()
+    check_labelled(data)
     if rounds < 1:
         raise DataError(f"a comparison needs at least 1 timed round; got {rounds}.")
     where = find_device(device)

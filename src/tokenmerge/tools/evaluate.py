@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.config import Restore
-from tokenmerge.data.labelled import Labelled
+from tokenmerge.data.labelled import Labelled, check_labelled
 from tokenmerge.measure.counting import flops
 from tokenmerge.measure.outputs import find_device, run_images, shared_copy
 from tokenmerge.measure.timing import environment
@@ -90,6 +90,7 @@ def evaluate(
     `method` is anything `read_method` takes or returns, `calibrate` the images for `"auto"`, `restore` that of `patch`.
     With `bound` the free bound of each `r` (the same tokens dropped at no cost) is timed too.
     """
+    check_labelled(data)
     where = find_device(device)
     model = shared_copy(model.to(where)).eval()  # the caller's model may be in train mode
     merged = {i: _patched(model, method, r, prop_attn, restore, calibrate) for i, r in enumerate(rs) if r != 0}
@@ -105,6 +106,8 @@ def evaluate(
     empty = [name for name in rows[0] if name in _QUALITY and all(row[name] is None for row in rows)]
     whole = [EvaluationRow({name: value for name, value in row.items() if name not in empty}) for row in rows]
     notes = [*data.preprocessing.notes(), *data.notes, *([trial.question.note] if trial.question.note else [])]
+    seen = {"0": unmerged, **{str(rs[i]): found[i] for i in merged}}
+    notes += [f"r = {r}: {one.judge.note}" for r, one in seen.items() if one.judge.note]
     choices = choices_of((rs[i], twin) for i, twin in merged.items())
     return Evaluation(whole, environment(where), unmerged.judge.seen, trial.corrupt, choices, notes)
 

@@ -7,13 +7,14 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
+from tokenmerge._moved import moved_names
 from tokenmerge.errors import DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
@@ -220,3 +221,7 @@ def _is_pickle(path: Path) -> bool:
     """Return whether a file was written by torch.save, or is another pickle."""
     with path.open("rb") as file:
         return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

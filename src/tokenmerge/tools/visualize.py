@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tokenmerge._moved import moved_names
 from tokenmerge.errors import DataError
 from tokenmerge.report.plots import import_pil
 
@@ -117,3 +118,7 @@ def _colours(count: int) -> Tensor:
     offsets = torch.tensor([5.0, 3.0, 1.0])
     k = (hue[:, None] + offsets) % 6
     return 255 * (1 - 0.85 * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import tokenmerge
+from tokenmerge._moved import moved_names
 from tokenmerge.data.loader import Batch, evaluation, open_source, reseed, seed_of
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.data.sources import Source, Stream
@@ -109,3 +110,7 @@ def shown(r: Any) -> Any:
 def mean_tokens(handle: tokenmerge.Handle | None) -> float | None:
     """Return the number of tokens after a block in the last forward, averaged over blocks."""
     return None if handle is None else sum(handle.tokens) / len(handle.tokens)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

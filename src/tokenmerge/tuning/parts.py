@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import IO, NamedTuple
 
@@ -28,6 +29,7 @@ class _Store:
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed with the store
+        weakref.finalize(self, self._file.close)
         self.shape: tuple[int, ...] = ()
         self.count = 0
         self.digest = hashlib.sha256()
