@@ -129,6 +129,8 @@ def _opened(folder: Path, name: str) -> Handle:
             f"{name} holds no {CONFIGURATION}: it is no folder of tokenmerge.save_pretrained. Load the model with its "
             "own library, and patch it."
         )
+    if is_file(folder / "recipe.json"):
+        raise DataError(f"{name} is a run of `tokenmerge train`: tokenmerge.training.output.load({name!r}) loads it.")
     config = MergeConfig.load(folder / CONFIGURATION)
     if is_folder(folder):
         return tokenmerge.patch(load_model(str(folder)), config)
