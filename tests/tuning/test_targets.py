@@ -66,7 +66,10 @@ def _outcome(same: list[bool], hits: list[bool]) -> Outcome:
 
 
 def test_a_loss_counts_what_other_images_may_show() -> None:
-    before, after = _outcome([True] * 100, [True] * 90 + [False] * 10), _outcome([True] * 98 + [False] * 2, [True] * 88 + [False] * 12)
+    before, after = (
+        _outcome([True] * 100, [True] * 90 + [False] * 10),
+        _outcome([True] * 98 + [False] * 2, [True] * 88 + [False] * 12),
+    )
     drop, agreement = (loss_of(kind, [before], [after], 100) for kind in ("drop", "agreement"))
     assert drop.points == pytest.approx(2.0) and agreement.points == pytest.approx(2.0)
     # two changes and a half of 101, on 100 images seen and 100 others

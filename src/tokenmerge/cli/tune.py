@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from tokenmerge.cli.options import data_arguments, model_and_data, model_argument
+from tokenmerge.cli.models import open_model
+from tokenmerge.cli.options import data_arguments, model_argument, preparing
 
 __all__ = ["add", "run"]
 
@@ -32,13 +33,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--journal", help="what was measured, to go on from (OUT with .journal.json)")
     parser.set_defaults(
         limit=512,
-        calibrate=None,
         left="what was measured is kept in the journal, and the same command goes on from it",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune, print the report and the front, write the configuration and its pages; 1 where a target is missed."""
+    from tokenmerge.data.labelled import check_source, sample_data
     from tokenmerge.report.progress import Progress
     from tokenmerge.report.table import show
     from tokenmerge.tuning.target import read_targets
@@ -46,7 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     targets = read_targets(arguments.target)
     out = _checked_out(Path(arguments.out), arguments.force)
-    model, data = model_and_data(arguments)
+    check_source(arguments.data)
+    model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
+    options = {"batch_size": arguments.batch_size, "workers": arguments.workers, "limit": arguments.limit}
+    data = sample_data(arguments.data, model, **options, **preparing(arguments))
 
     def expect(seconds: float) -> None:
         text = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

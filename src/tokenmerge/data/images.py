@@ -15,10 +15,20 @@ from urllib.parse import parse_qsl
 from torch import Tensor
 
 from tokenmerge.data.settings import Data
-from tokenmerge.data.sources import SPLITS, MissingSplitError, Raw, Source, Stream, check_classes, labelled, seed_of
+from tokenmerge.data.sources import (
+    SPLITS,
+    MissingSplitError,
+    Raw,
+    Source,
+    Stream,
+    check_classes,
+    files_below,
+    labelled,
+    seed_of,
+)
 from tokenmerge.errors import DataError, unknown_name
 
-__all__ = ["fashion_mnist", "folder", "hf", "hf_stream", "wds"]
+__all__ = ["fashion_mnist", "files", "folder", "hf", "hf_stream", "wds"]
 
 T = TypeVar("T")
 HELD_OUT = 2_000  # the last training images are the validation split
@@ -76,6 +86,28 @@ class Folder(Source):
     def read(self, index: int) -> tuple[Raw, int]:
         path, label = self.samples[index]
         return _picture(path, lambda: path), label
+
+
+class Files(Source):
+    """Every image below a folder, at any depth and without labels: all are of one class."""
+
+    size = SIZE
+    classes = ("image",)
+
+    def __init__(self, root: str, split: str, data: Data) -> None:
+        from PIL import Image
+
+        Image.init()
+        self.paths = files_below(Path(root), tuple(Image.registered_extensions()))
+        if not self.paths:
+            raise DataError(f"there is no image below {root}.")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> tuple[Raw, int]:
+        path = self.paths[index]
+        return _picture(path, lambda: path), 0
 
 
 def _picture(name: str, content: Callable[[], Any]) -> Raw:
@@ -271,6 +303,7 @@ def _shuffled(samples: Iterable[T], size: int, generator: random.Random) -> Iter
 
 # the names used in `sources.KINDS`
 fashion_mnist = FashionMNIST
+files = Files
 folder = Folder
 hf = HuggingFace
 hf_stream = HuggingFaceStream

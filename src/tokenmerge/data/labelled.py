@@ -18,7 +18,7 @@ from tokenmerge.data.loader import in_order
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.data.settings import Data
-from tokenmerge.data.sources import KINDS, MissingSplitError, Source, Stream, limited, open_source, resolve
+from tokenmerge.data.sources import KINDS, MissingSplitError, Source, Stream, class_names, limited, open_source, resolve
 from tokenmerge.errors import DataError, TokenMergeError, UnknownNameError
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "none_read",
     "normalise",
     "open_data",
+    "sample_data",
 ]
 
 FASHION_MNIST = "fashion-mnist"
@@ -150,7 +151,8 @@ def _named(classes: Any) -> tuple[str, ...]:
 class Images:
     """Images of a source, decoded in worker processes and prepared for the model; see `open_data`.
 
-    An image that cannot be decoded is left out; `corrupt` holds its name and the reason after the pass.
+    An image that cannot be decoded is left out; `corrupt` holds its name and the reason after the pass. Without
+    `needs_labels`, images of classes that the model does not have get the label -1.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class Images:
         limit: int | None = None,
         preprocessing: Preprocessing | None = None,
         splits: Sequence[str] = ("test", "valid", "train"),
+        needs_labels: bool = True,
     ) -> None:
         _check_amounts(batch_size, limit, workers)
         check_source(str(source))
@@ -173,8 +176,13 @@ class Images:
         opened, split = _open(str(source), splits)
         self.classes = list(opened.classes)
         self.outputs = declared_classes(model) or len(self.classes)
-        self._numbers = torch.tensor(numbers_of(self.source, self.classes, model, is_folder))
-        self.notes = how_numbered(self.classes, model, is_folder)
+        try:
+            self._numbers = torch.tensor(numbers_of(self.source, self.classes, model, is_folder))
+            self.notes = how_numbered(self.classes, model, is_folder)
+        except DataError as error:
+            if needs_labels:
+                raise
+            self._numbers, self.notes = torch.full((len(self.classes),), -1), (f"Labels are not used: {error}",)
         if split != splits[0]:
             self.notes += (f"Images of the {split} split: there is no {splits[0]} split.",)
         if isinstance(opened, Stream) and limit is not None:
@@ -328,25 +336,46 @@ def none_read(data: Labelled) -> DataError:
 def calibration_images(source: str, model: nn.Module, preprocessing: Any = None, **options: Any) -> Tensor:
     """Return 64 images for `patch(model, "auto", calibrate=...)`, as the model takes them, `[64, C, H, W]`.
 
-    They come from the training split if there is one: the first ones of `"fashion-mnist"`, evenly spread over the
-    classes of a folder or data set, the first ones of a shuffled stream. `preprocessing` and `options` are those of
-    `open_data`. Raises `DataError` if there are no images or the model does not take them.
+    They are the first ones of `sample_data`, evenly spread over the classes of a folder or data set. Raises `DataError`
+    if there are no images or the model does not take them.
     """
-    check_source(source, "--calibrate")
-    if source == FASHION_MNIST:
-        own = _for_fashion_mnist(model, preprocessing, options)
-        try:
-            data: FashionMNIST | Images = FashionMNIST(_CALIBRATION, _CALIBRATION, own, split="train")
-        except DataError as error:
-            raise DataError(f"{error} Or give a folder of images.") from error
-    else:
-        found = find_preprocessing(model, given=preprocessing, **options)
-        data = Images(source, model, _CALIBRATION, 0, _CALIBRATION, found, ("train", "valid", "test"))
+    found = {"preprocessing": preprocessing, "option": "--calibrate", **options}
+    data = sample_data(source, model, batch_size=_CALIBRATION, workers=0, limit=_CALIBRATION, **found)
     images = torch.cat([torch.empty(0), *(batch for batch, _ in data)])
     if not len(images):
         raise none_read(data)
     run_images(model, images[:1].to(next(model.parameters())))
     return images
+
+
+def sample_data(
+    source: str,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    workers: int = 2,
+    limit: int | None = None,
+    preprocessing: Any = None,
+    option: str = "--data",
+    **options: Any,
+) -> FashionMNIST | Images:
+    """Open images to tune a model on: of the training split if there is one, and without a need for labels.
+
+    Labels that do not fit the model are -1, and a note says why; a folder without sub-folders holds unlabelled images.
+    The other arguments and errors are those of `open_data`; `option` names the source in messages.
+    """
+    check_source(source, option)
+    if source == FASHION_MNIST:
+        own = _for_fashion_mnist(model, preprocessing, options)
+        try:
+            return FashionMNIST(batch_size, limit, own, split="train")
+        except DataError as error:
+            raise DataError(f"{error} Or give a folder of images.") from error
+    form, rest = resolve(source)
+    if form == "folder:PATH" and not class_names(Path(rest)):
+        source = f"files:{rest}"
+    found = find_preprocessing(model, given=preprocessing, **options)
+    return Images(source, model, batch_size, workers, limit, found, ("train", "valid", "test"), needs_labels=False)
 
 
 def check_source(source: str, option: str = "--data") -> None:

@@ -21,6 +21,8 @@ __all__ = [
     "Source",
     "Stream",
     "check_classes",
+    "class_names",
+    "files_below",
     "labelled",
     "limited",
     "needed",
@@ -36,6 +38,7 @@ Raw = Any
 KINDS = {
     "fashion-mnist": ("images", "fashion_mnist"),
     "folder:PATH": ("images", "folder"),
+    "files:PATH": ("images", "files"),
     "hf:NAME_OR_PATH": ("images", "hf"),
     "hf-stream:NAME_OR_PATH": ("images", "hf_stream"),
     "wds:PATTERN": ("images", "wds"),
@@ -196,7 +199,7 @@ def labelled(
         raise MissingSplitError(f"no folder {wanted} for the {split} split, with one sub-folder per class.")
     folder = found[split]
     expected = f"{folder} holds no labelled images: expected {folder}/CLASS/IMAGE. " if is_whole else ""
-    classes, own = _class_names(found.get("train", folder)), _class_names(folder)
+    classes, own = class_names(found.get("train", folder)), class_names(folder)
     if not own or set(own) - set(classes):
         strange = ", ".join(sorted(set(own) - set(classes))[:5])
         raise DataError(
@@ -208,7 +211,7 @@ def labelled(
     samples = [
         (path, numbers[name])
         for name in sorted(own, key=numbers.__getitem__)
-        for path in _in_class(folder / name, tuple(suffixes))
+        for path in files_below(folder / name, tuple(suffixes))
     ]
     where = expected + str(folder)
     check_classes([label for _, label in samples], classes, where, all_there=is_whole or split == "train")
@@ -218,20 +221,20 @@ def labelled(
 def _splits(root: Path) -> dict[str, Path]:
     """Return the split folders in ROOT; {} if folders with these names ("train", ...) are classes."""
     found = {name: path for name, there in SPLITS.items() for path in (root / n for n in there) if path.is_dir()}
-    is_split = any(_class_names(path) for path in found.values()) or len(found) == len(
-        _class_names(root) if found else ()
+    is_split = any(class_names(path) for path in found.values()) or len(found) == len(
+        class_names(root) if found else ()
     )
     return found if is_split else {}
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if all(name.isdecimal() for name in names) and {int(name) for name in names} == set(range(len(names))):
         names.sort(key=int)
     return tuple(names)
 
 
-def _in_class(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     if not suffixes:
         return sorted(str(entry) for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     return sorted(

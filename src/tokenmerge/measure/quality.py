@@ -75,12 +75,8 @@ class Judge:
         self.question.check(got, expected)
         got, expected = got.float(), expected.float()
         self.seen += len(got)
-<<<<<<< HEAD
-        flat, wanted = got.flatten(1), expected.flatten(1)
-        length, distance = wanted.norm(dim=1).clamp_min(1e-12), (flat - wanted).norm(dim=1)
-        self._losses.append(distance.double().cpu().square())
-        self._lengths.append(length.double().cpu().square())
-=======
+        self._losses.append((got - expected).double().flatten(1).square().sum(dim=1).cpu())
+        self._lengths.append(expected.double().flatten(1).square().sum(dim=1).cpu())
         # NaN ranks first, equals nothing and spreads: its images are right in nothing, and in no sum
         is_number = ~(got.isnan() | expected.isnan()).flatten(1).any(dim=1)
         numbers = int(is_number.sum())
@@ -89,7 +85,6 @@ class Judge:
             if self.question.has_classes or self.question.has_pixels:
                 self.pixels += (len(got) - numbers) * got[0, 0].numel()
             got, expected, labels = got[is_number], expected[is_number], labels[is_number]
->>>>>>> s5-fixes
         if self.question.has_classes:
             ranked = got.topk(min(5, got.shape[1]), dim=1).indices  # [B, 5]
             hits = ranked == labels[:, None]
@@ -106,7 +101,9 @@ class Judge:
         if self.question.has_pixels:
             same = got.argmax(dim=1) == expected.argmax(dim=1)
             self.agree, self.pixels = self.agree + int(same.sum()), self.pixels + same.numel()
-        self.error += float((distance / length).sum())
+        flat, wanted = got.flatten(1), expected.flatten(1)
+        length = wanted.norm(dim=1).clamp_min(1e-12)
+        self.error += float(((flat - wanted).norm(dim=1) / length).sum())
         self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.data.answers import declared_classes, run_images
-from tokenmerge.data.labelled import Labelled, open_data
+from tokenmerge.data.labelled import Labelled, sample_data
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError
 
@@ -20,7 +20,7 @@ __all__ = ["LEAST", "Part", "Parts", "split"]
 
 LEAST = 64  # images: fewer say nothing about single percents
 _SHARES = (0.5, 0.2)  # of the images: to search on, to select on; the rest is for the report
-_SCREENED = 4  # the first of so many parts of the search images screens candidates
+_SCREENED = (4, 64)  # a quarter of the search images screens candidates, or so many where there are fewer
 _CORRUPT = 0.1  # the share of unreadable images from which on it is an error
 
 
@@ -110,7 +110,7 @@ def split(
         _fill(store, [images])
         given = None if labels is None else torch.as_tensor(labels)
     else:
-        data = open_data(images, model, batch_size=batch_size) if isinstance(images, str) else images
+        data = sample_data(images, model, batch_size=batch_size) if isinstance(images, str) else images
         for batch, own in data:
             _fill(store, [batch])
             found.append(own)
@@ -118,14 +118,18 @@ def split(
     corrupt = () if data is None else tuple(data.corrupt)
     _check_count(store.count, corrupt, data)
     outputs = _outputs(model, store)
-    given, note = _labels(given, store.count, outputs, is_asked=labels is not None)
+    if data is not None and given is not None and bool((given < 0).any()):
+        given, note = None, " ".join(data.notes)
+    else:
+        given, note = _labels(given, store.count, outputs, is_asked=labels is not None)
     if given is None and not _is_classifier(model, outputs):
         outputs = -1  # no model has so many: answers are compared as vectors alone
     order = _dealt(given, store.count, seed)
     first, second = (int(sum(_SHARES[:n]) * store.count) for n in (1, 2))
     places = {"search": order[:first], "select": order[first:second], "report": order[second:]}
     parts = {name: Part(store, given, at, batch_size, outputs, name) for name, at in places.items()}
-    screen = Part(store, given, order[: max(1, first // _SCREENED)], batch_size, outputs, "screen")
+    screened = order[: min(first, max(first // _SCREENED[0], _SCREENED[1]))]
+    screen = Part(store, given, screened, batch_size, outputs, "screen")
     return Parts(
         screen, **parts, corrupt=corrupt, digest=store.digest.hexdigest()[:16], has_labels=given is not None, note=note
     )

@@ -22,6 +22,7 @@ __all__ = ["Candidate", "Search"]
 _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 1
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
 _PASSES = 2  # over the options of a method
+_CERTAIN = 1.0  # standard errors by which another option must be better on the screening images
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,12 @@ class Search:
     def _screened(self) -> Candidate:
         """Choose on the screening images: a start and a family of shapes, then one option after the other."""
 
-        def damage(candidate: Candidate) -> float:
-            return self.outcome(candidate, self.reference, "screen").mean
+        def screened(candidate: Candidate) -> Outcome:
+            return self.outcome(candidate, self.reference, "screen")
 
         shapes = families(self.subject.depth).items()
-        tried = {
-            one: damage(one)
-            for method in self.starts
-            for name, shape in shapes
-            for one in [Candidate(method, shape, name)]
-        }
-        best = min(tried, key=lambda one: tried[one])
-        least = tried[best]
+        first = [Candidate(method, shape, name) for method in self.starts for name, shape in shapes]
+        best = min(first, key=lambda one: screened(one).mean)
         for _ in range(_PASSES):
             before = best
             for option in neighbours(best.method):
@@ -122,9 +117,8 @@ class Search:
                     if not self.subject.accepts(other):
                         continue
                     candidate = Candidate(other, best.shape, best.name)
-                    found = damage(candidate)
-                    if found < least:
-                        best, least = candidate, found
+                    if _gain(screened(best), screened(candidate)) < -_CERTAIN:
+                        best = candidate
             if best == before:
                 break
         return best
@@ -136,13 +130,18 @@ class Search:
             probe = list(base.shape)
             probe[layer] += _PROBE
             other = self.outcome(Candidate(base.method, tuple(probe), "probe"), share)
-            change = other.damage - at.damage
-            noise = float(change.std()) / math.sqrt(len(change))
-            t = float(change.mean()) / noise if noise > 0 else 0.0
-            slopes.append(float(change.mean()) / max(at.mean, 1e-300) * t * t / (1 + t * t))
+            t = _gain(at, other)
+            slopes.append((other.mean - at.mean) / max(at.mean, 1e-300) * t * t / (1 + t * t))
         return torch.tensor(slopes, dtype=torch.float64)
 
     def _moved(self, base: Candidate, slope: Tensor, step: float) -> Candidate:
         largest = float(slope.abs().max()) or 1.0
         weights = [max(0.0, weight - step * s / largest) for weight, s in zip(base.shape, slope.tolist(), strict=True)]
         return Candidate(base.method, normal(weights), "searched")
+
+
+def _gain(base: Outcome, other: Outcome) -> float:
+    """Return the change of the damage from one outcome to another on the same images, in standard errors."""
+    change = other.damage - base.damage
+    noise = float(change.std()) / math.sqrt(len(change))
+    return float(change.mean()) / noise if noise > 0 else 0.0

@@ -1,0 +1,298 @@
+"""`tune` from end to end on a small model: what it returns, resumes, refuses and says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge.errors import AlreadyPatchedError, ConfigError, DataError, UnsupportedError, UnsupportedModelError
+from tokenmerge.testing import tiny_vit
+from tokenmerge.tuning import clock as clock_module
+from tokenmerge.tuning.clock import Clock, Timed
+from tokenmerge.tuning.result import Tuning
+from tokenmerge.tuning.tune import tune
+
+BUDGET = 13
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return tiny_vit()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    # blocks of colour: tokens that are alike, as in photographs
+    small = torch.randn(128, 3, 8, 8, generator=generator)
+    return nn.functional.interpolate(small, scale_factor=4) + 0.1 * torch.randn(128, 3, 32, 32, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def labels(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).argmax(dim=1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is not what these tests are about: it is that of the MACs, with a little on top."""
+
+    def timed(self: Clock, config: Any) -> Timed:
+        share = self.subject.share(config.r)
+        seconds = 0.01 * (0.1 + 0.9 * share)
+        return Timed(0.01 / seconds, seconds, 0.01, 0.0)
+
+    monkeypatch.setattr(clock_module.Clock, "_time", timed)
+
+
+@pytest.fixture(scope="module")
+def found(model: nn.Module, images: Tensor, labels: Tensor) -> Tuning:
+    return tune(model, images, "macs=0.6", labels=labels, budget=BUDGET)
+
+
+def _damage(model: nn.Module, images: Tensor, config: Any) -> float:
+    with torch.no_grad():
+        expected = model(images)
+        with tokenmerge.patched(model, config):
+            return ((model(images) - expected).square().sum() / expected.square().sum()).item()
+
+
+def test_the_configuration_has_the_macs_asked_and_hurts_less_than_constant_r(
+    model: nn.Module, images: Tensor, found: Tuning
+) -> None:
+    before = [parameter.clone() for parameter in model.parameters()]
+    whole = tokenmerge.flops(model, (3, 32, 32))
+    with tokenmerge.patched(model, found.config):
+        share = tokenmerge.flops(model, (3, 32, 32)) / whole
+    assert 0.55 < share <= 0.6 and found.reached
+    assert found.figures["MACs share"] == pytest.approx(share, abs=1e-4)
+    r = 1
+    while True:
+        with tokenmerge.patched(model, r=r):
+            if tokenmerge.flops(model, (3, 32, 32)) <= 0.6 * whole:
+                break
+        r += 1
+    assert _damage(model, images, found.config) < _damage(model, images, tokenmerge.MergeConfig("tome", r=r))
+    assert f"constant r = {r} would give" in found.report
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert tokenmerge.handle_of(model, None) is None
+
+
+def test_the_report_is_measured_on_images_that_nothing_was_chosen_by(found: Tuning) -> None:
+    parts = {row.split for row in found.tried.rows}
+    assert parts == {"screen", "search", "select", "report"}
+    assert found.figures["images"] == 39  # of 128: the rest after a half and a fifth
+    reported = {(row.method, row.r) for row in found.tried.rows if row.split == "report"}
+    # the configuration, constant tome and the unmerged model, and no other
+    assert len(reported) <= 3
+    assert f"agreement {found.figures['agreement %']:.1f} %" in found.report and "top-1" in found.report
+
+
+def test_the_front_falls_in_macs_and_rises_in_damage(found: Tuning) -> None:
+    tuned = [row for row in found.front.rows if "constant" not in (row.note or "")]
+    assert [row.macs_share for row in tuned] == sorted((row.macs_share for row in tuned), reverse=True)
+    assert tuned[0].note == "unmerged" and tuned[0].damage == 0.0
+    assert [row.note for row in tuned].count("chosen") == 1
+    free = [row for row in tuned if row.note != "chosen"]
+    assert [row.damage for row in free] == sorted(row.damage for row in free)
+    assert str(found).startswith(found.report) and "| damage" in str(found)
+
+
+def test_the_configuration_knows_its_model_and_what_was_measured(
+    model: nn.Module, found: Tuning, tmp_path: Path
+) -> None:
+    written = found.save(tmp_path / "merge.json")
+    assert {path.name for path in written} >= {"merge.json", "merge.html", "merge.csv", "merge-tried.csv"}
+    assert all(path.stat().st_size > 0 for path in written)
+    loaded = tokenmerge.MergeConfig.load(tmp_path / "merge.json")
+    assert loaded == found.config and loaded.fingerprint == found.config.fingerprint
+    assert loaded.measured is not None and loaded.measured["speed-up"] == found.figures["speed-up"]
+    with tokenmerge.patched(model, str(tmp_path / "merge.json")) as handle:
+        model(torch.randn(1, 3, 32, 32))
+        assert len(handle.tokens) == 4
+    with pytest.raises(ConfigError, match="4 blocks"):
+        tokenmerge.patch(tiny_vit(depth=3), str(tmp_path / "merge.json"))
+    assert found.report.split(",")[0] in (tmp_path / "merge.html").read_text(encoding="utf-8")
+
+
+def test_the_seed_decides_and_nothing_else(model: nn.Module, images: Tensor, labels: Tensor, found: Tuning) -> None:
+    torch.manual_seed(99)
+    again = tune(model, images, "macs=0.6", labels=labels, budget=BUDGET)
+    assert again.config == found.config and again.report == found.report
+    assert [dict(row) for row in again.tried.rows] == [dict(row) for row in found.tried.rows]
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 9, 30])
+def test_an_interrupted_search_goes_on_to_the_same_configuration(
+    model: nn.Module, images: Tensor, labels: Tensor, found: Tuning, tmp_path: Path, after: int
+) -> None:
+    journal, calls = tmp_path / "journal.json", 0
+
+    def stop(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        tune(model, images, "macs=0.6", labels=labels, budget=BUDGET, journal=journal, progress=stop)
+    rows = len(json.loads(journal.read_text())["rows"])
+    assert rows == after
+    seen: list[tuple[int, int]] = []
+    again = tune(
+        model, images, "macs=0.6", labels=labels, budget=BUDGET, journal=journal, progress=lambda *at: seen.append(at)
+    )
+    assert again.config == found.config and again.report == found.report
+    assert len(seen) == len(again.tried.rows) - after
+
+
+def test_another_target_starts_from_what_was_measured(
+    model: nn.Module, images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    counts: list[int] = []
+    for target in ("macs=0.6", "macs=0.7", "macs=0.7"):
+        seen: list[tuple[int, int]] = []
+        tune(
+            model,
+            images,
+            target,
+            labels=labels,
+            budget=5,
+            journal=tmp_path / "journal.json",
+            progress=lambda *at, seen=seen: seen.append(at),  # type: ignore[misc]
+        )
+        counts.append(len(seen))
+    assert 0 < counts[1] < counts[0] / 2 and counts[2] == 0
+
+
+def test_a_journal_of_something_else_is_refused_with_the_differences(
+    model: nn.Module, images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.json"
+    tune(model, images, "macs=0.7", budget=1, journal=journal)
+    with pytest.raises(DataError, match="seed: asked 1, there 0"):
+        tune(model, images, "macs=0.7", budget=1, journal=journal, seed=1)
+    with pytest.raises(DataError, match="labels: asked True, there False"):
+        tune(model, images, "macs=0.7", budget=1, journal=journal, labels=labels)
+    with pytest.raises(DataError, match="weights: asked"):
+        tune(tiny_vit(), images, "macs=0.7", budget=1, journal=journal)
+    with pytest.raises(DataError, match="images: asked"):
+        tune(model, images + 1, "macs=0.7", budget=1, journal=journal)
+    content = journal.read_text()
+    journal.write_text(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"journal\.json cannot be read"):
+        tune(model, images, "macs=0.7", budget=1, journal=journal)
+
+
+def test_a_speed_is_met_by_the_clock(model: nn.Module, images: Tensor) -> None:
+    found = tune(model, images, "1.5x", budget=1)
+    assert found.reached and 1.5 <= found.figures["speed-up"] <= 1.5 * 1.04
+    # a forward takes 10 ms unmerged: 7 ms are 1.43x
+    found = tune(model, images, "7ms", budget=1)
+    assert found.reached and found.figures["ms"] <= 7.0 and found.figures["speed-up"] <= 1.5
+
+
+def test_an_impossible_speed_gives_the_nearest(model: nn.Module, images: Tensor) -> None:
+    found = tune(model, images, "50x", budget=1)
+    assert not found.reached and found.report.startswith("NOT REACHED: 50x. The nearest: ")
+    assert any("50x cannot be reached" in remark for remark in found.remarks)
+    assert found.figures["speed-up"] > 1.5
+    lowest = tune(model, images, "macs=0.05", budget=1)
+    assert not lowest.reached and any("macs=0.05 cannot be reached" in remark for remark in lowest.remarks)
+
+
+def test_a_loss_is_kept_with_room_for_other_images(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    found = tune(model, images, "drop=20", labels=labels, budget=1)
+    assert found.reached and found.figures["unmerged top-1 %"] - found.figures["top-1 %"] <= 20
+    looser = tune(model, images, "drop=60", labels=labels, budget=1)
+    assert looser.figures["MACs share"] < found.figures["MACs share"] < 1.0
+    agreed = tune(model, images, "agreement=80", budget=1)
+    assert agreed.reached and agreed.figures["agreement %"] >= 80
+
+
+def test_two_targets_at_once_or_the_nearest_on_each_side(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    both = tune(model, images, "1.05x drop=60", labels=labels, budget=1)
+    alone = tune(model, images, "drop=60", labels=labels, budget=1)
+    assert both.reached and both.config == alone.config  # the fastest within the drop
+    neither = tune(model, images, "1.6x drop=0.01", labels=labels, budget=1)
+    assert not neither.reached
+    (text,) = [remark for remark in neither.remarks if "cannot be had together" in remark]
+    assert "within drop=0.01 it is" in text and "for 1.6x" in text and "points of accuracy" in text
+
+
+def test_shuffled_labels_change_nothing_but_accuracies(
+    model: nn.Module, images: Tensor, labels: Tensor, found: Tuning
+) -> None:
+    none = tune(model, images, "macs=0.6", budget=BUDGET)
+    assert "top-1 %" not in none.figures and none.reached
+    whole = tokenmerge.MergeConfig("tome", r=[round(sum(found.config.r) / 4)] * 4)  # type: ignore[arg-type]
+    assert _damage(model, images, none.config) < _damage(model, images, whole)
+
+
+def test_features_are_compared_as_vectors(images: Tensor) -> None:
+    tower = tiny_vit(num_classes=0)
+    found = tune(tower, images, "macs=0.7", budget=1)
+    assert "answers differ by" in found.report and "agreement" not in found.report
+    with pytest.raises(ConfigError, match="this model answers with none: its outputs are features"):
+        tune(tower, images, "agreement=99")
+
+
+def test_a_model_without_a_class_token_is_tuned_too(images: Tensor) -> None:
+    pooled = tiny_vit(class_token=False, global_pool="avg")
+    found = tune(pooled, images, "macs=0.6", budget=BUDGET)
+    assert found.reached and found.figures["damage"] <= found.figures["damage of constant r"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_dtype_is_that_asked_and_the_model_keeps_its_own(model: nn.Module, images: Tensor, dtype: Any) -> None:
+    found = tune(model, images, "macs=0.7", budget=1, dtype=dtype)
+    assert found.figures["dtype"] == "bfloat16" and next(model.parameters()).dtype == torch.float32
+
+
+def test_bad_input_is_refused_before_any_work(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(DataError, match="there are 63. Give at least 64"):
+        tune(model, images[:63])
+    with pytest.raises(ConfigError, match="drop=0.5 is accuracy lost, which needs labels"):
+        tune(model, images, "drop=0.5")
+    with pytest.raises(ConfigError, match="is no target"):
+        tune(model, images, "quick")
+    with pytest.raises(ConfigError, match="budget and batch_size must be at least 1; got 0 and 32"):
+        tune(model, images, budget=0)
+    with pytest.raises(UnsupportedError, match="no dtype 'int8'"):
+        tune(model, images, dtype="int8")
+    with pytest.raises(UnsupportedModelError, match="none of the methods evit"):
+        tune(tiny_vit(class_token=False, global_pool="avg"), images, "macs=0.7", methods=("evit",))
+    with tokenmerge.patched(model, r=1), pytest.raises(AlreadyPatchedError):
+        tune(model, images)
+
+
+def test_nan_with_a_candidate_is_named(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tokenmerge.methods.LeastLoss.merge
+
+    def broken(self: Any, plan: Any, x: Tensor, size: Any, branch: Any = None) -> Any:
+        merged, sizes = plain(self, plan, x, size, branch)
+        return merged * float("nan"), sizes
+
+    monkeypatch.setattr(tokenmerge.methods.LeastLoss, "merge", broken)
+    with pytest.raises(DataError, match=r"64 images are NaN or infinity with LeastLoss"):
+        tune(model, images, "macs=0.7", budget=1)
+
+
+def test_the_time_is_foretold_before_the_long_part(model: nn.Module, images: Tensor) -> None:
+    said: list[float] = []
+    seen: list[tuple[int, int]] = []
+    tune(model, images, "macs=0.7", budget=5, expect=said.append, progress=lambda *at: seen.append(at))
+    assert len(said) == 1 and said[0] > 0
+    assert all(0 < done <= total for done, total in seen) and seen[-1][0] > 0.5 * seen[-1][1]
