@@ -136,7 +136,10 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
         ("{", r"x.json is no JSON"),
         ("[]", r"no tokenmerge configuration: it must hold version, method and r"),
         ({"method": {"name": "tome"}, "r": 1}, r"must hold version"),
-        ({"version": 2, "method": {"name": "tome"}, "r": 1}, r"has version 2; this tokenmerge reads version 1"),
+        (
+            {"version": 3, "tokenmerge": "9.1", "method": {"name": "tome"}, "r": 1},
+            r"has version 3; this tokenmerge \(.*\) reads versions 1 to 2\. 9\.1 wrote it: upgrade tokenmerge",
+        ),
         ({"version": 1, "method": "tome", "r": 1}, r"method must be an object with a name"),
         ({"version": 1, "method": {"name": "tomee"}, "r": 1}, r"no method 'tomee'. Did you mean 'tome'"),
         ({"version": 1, "method": {"name": "tome", "metrik": "k"}, "r": 1}, r"option of tome .*'metrik'. .*'metric'"),

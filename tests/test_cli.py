@@ -295,6 +295,27 @@ def test_doctor_json(capsys: Capture, models: Path) -> None:
     assert content["findings"][0][:2] == ["adapter", True] and content["environment"]["torch"] == torch.__version__
 
 
+def test_doctor_on_a_configuration(capsys: Capture, models: Path, tmp_path: Path) -> None:
+    model, path = torch.load(models / "tiny.pt", weights_only=False), tmp_path / "merge.json"
+    with tokenmerge.patch(model, r=4) as handle:
+        handle.save(path)
+    command = ["doctor", str(models / "tiny.pt"), "--config", str(path)]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok   config ") and "r = 4: made for this model" in lines[0]
+    assert any(line.startswith("     delivers ") and "holds no speed-up" in line for line in lines)
+    _expect_failure(capsys, [*command, "-r", "8"], "the configuration has an r of its own; leave out r = 8.")
+    content = json.loads(path.read_text())
+    content["fingerprint"]["depth"] = 12
+    path.write_text(json.dumps(content))
+    assert main(command) == 1
+    assert capsys.readouterr().out.startswith(
+        "FAIL config             this configuration is for a model with 12 blocks"
+    )
+    path.write_text("{")
+    _expect_failure(capsys, command, "merge.json is no JSON at line 1")
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
 def test_doctor_on_an_unsupported_model(capsys: Capture, flags: list[str]) -> None:
     assert main(["doctor", "resnet18", *flags]) == 1

@@ -108,10 +108,11 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 def test_no_import_climbs(path: Path) -> None:
     rooms = {child.stem for child in SRC.iterdir()}
     own = FLOORS.index(_room(path))
-    for name, _ in _imports(path):
+    for name, is_top in _imports(path):
         parts = name.split(".")
         if parts[0] == "tokenmerge":
-            if _room(path) == "" and name in LAZY:
+            # type checkers alone are shown what is in them
+            if _room(path) == "" and (name in LAZY or (name.startswith(LAZY) and not is_top)):
                 continue
             room = _room_of(*parts[1:]) if len(parts) > 1 and parts[1] in rooms else ""
             assert FLOORS.index(room) <= own, f"{path.relative_to(SRC)} imports {name}, which stands above it"

@@ -6,6 +6,9 @@ there after `import tokenmerge`: `tokenmerge.errors` every error, `tokenmerge.me
 of methods, models and kernels of your own.
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from tokenmerge import errors as errors
 from tokenmerge import functional as functional
 from tokenmerge import kernels as kernels
@@ -24,6 +27,9 @@ from tokenmerge.measure.simulate import simulate
 from tokenmerge.methods import Drop, Reduction, ToMe, list_methods
 from tokenmerge.schedule import Schedule
 
+if _typing.TYPE_CHECKING:
+    from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
+
 __all__ = [
     "Drop",
     "Handle",
@@ -34,15 +40,31 @@ __all__ = [
     "TokenMergeError",
     "describe",
     "flops",
+    "from_pretrained",
     "handle_of",
     "list_adapters",
     "list_methods",
     "macs",
     "patch",
     "patched",
+    "save_pretrained",
     "simulate",
     "supports",
     "unpatch",
 ]
 
 _find_moved()
+
+# of tools, which are imported on first use
+_LATER = {"from_pretrained": "tokenmerge.tools.pretrained", "save_pretrained": "tokenmerge.tools.pretrained"}
+
+if not _typing.TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
+
+    def __getattr__(name: str) -> _typing.Any:
+        if name not in _LATER:
+            raise AttributeError(f"module 'tokenmerge' has no attribute {name!r}")
+        return getattr(_importlib.import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,7 +35,9 @@ __all__ = ["Handle", "Report", "Support", "handle_of", "patch", "patched", "supp
 AUTO = "auto"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_OPTIONS = {field.name: field.default for field in dataclasses.fields(MergeConfig) if field.name != "method"}
+_OPTIONS = {
+    field.name: field.default for field in dataclasses.fields(MergeConfig) if field.compare and field.name != "method"
+}
 
 
 def _with_options(function: _Function) -> _Function:
@@ -61,7 +63,8 @@ def patch(
     Args:
         model: any model that `supports` takes; a model that no adapter describes is patched by names, see `blocks`.
         method: a name (`list_methods()`), a name with options as `"tome(metric='x')"`, an object, a `MergeConfig` or
-            the path of a saved one. `"auto"` is chosen on `calibrate`; without images it is ToMe.
+            the path of a saved one, which is checked to be for such a model. `"auto"` is chosen on `calibrate`;
+            without images it is ToMe.
         r: what each block removes, see `Schedule.of`: 8 tokens, a share 0.1, a list, a pair, a callable, a `Schedule`.
         prop_attn: add log(size) to the attention scores; `"auto"` (default) follows the method's paper.
         track: record `handle.groups`.
@@ -101,7 +104,7 @@ def patch(
         raise ConfigError(f'calibrate=... goes with the method "auto", not with {method!r}.')
     method = method if method == AUTO else read_method(method)
     if isinstance(method, MergeConfig):
-        config = dataclasses.replace(method, **given)
+        config = method.changed(**given)
     elif "r" not in given:
         raise InvalidScheduleError("r is missing: say how many tokens each block removes, e.g. patch(model, r=8).")
     else:

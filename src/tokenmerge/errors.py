@@ -3,7 +3,7 @@
 TokenMergeError(RuntimeError)
   UnknownNameError         a method, option or keyword that does not exist (with the nearest name)
   InvalidScheduleError     an `r` that is not one of the allowed forms (also a ValueError)
-  ConfigError              a saved configuration that cannot be read or written
+  ConfigError              a saved configuration that cannot be read or written, or is for another model
   UnsupportedModelError    no adapter describes this model
   AdapterMismatchError     a block does not behave as its adapter says
   AlreadyPatchedError      the model is patched already
@@ -47,7 +47,7 @@ class InvalidScheduleError(TokenMergeError, ValueError):
 
 
 class ConfigError(TokenMergeError):
-    """A configuration file that cannot be read, written or understood."""
+    """A configuration file that cannot be read, written or understood, or that is for another model."""
 
 
 class UnsupportedModelError(TokenMergeError):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_dir", "is_file", "is_part", "new_part", "replacing", "write_file"]
+__all__ = ["filling", "is_dir", "is_file", "is_part", "new_part", "replacing", "write_file"]
 
 _PART = ".part-"
 
@@ -57,6 +58,32 @@ def new_part(path: str | Path) -> Path:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     os.close(os.open(part, flags, 0o666))
     return part
+
+
+@contextmanager
+def filling(folder: str | Path, *, last: str, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a new, empty folder beside `folder`, whose files take their places in it when the `with` is over.
+
+    A folder that does not exist appears at once, with all of them. In one that does, files of the patterns `replaces`
+    give way, and the file `last` goes first and comes last: without it the folder is seen to be unfinished. Where the
+    `with` fails, nothing has changed. Raises `OSError`.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{_PART}{secrets.token_hex(8)}")
+    part.mkdir()
+    try:
+        yield part
+        if not os.path.lexists(folder):
+            part.rename(folder)
+            return
+        (folder / last).unlink(missing_ok=True)
+        for old in [path for pattern in replaces for path in folder.glob(pattern)]:
+            old.unlink()
+        for path in sorted(part.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def is_part(path: Path) -> bool:

@@ -19,7 +19,7 @@ from tokenmerge._runtime.residual import ResidualRunner
 from tokenmerge._runtime.state import ForwardState
 from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.generic import Generic
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import Fingerprint, MergeConfig
 from tokenmerge.errors import (
     AlreadyPatchedError,
     NotPatchedError,
@@ -52,6 +52,10 @@ class Handle:
         self._choice = ""
         self._actions: list[Callable[[], None]] = []
         self.followers: list[Callable[[], None]] = []  # called when `r` or `track` was set
+        self.remarks: list[str] = []  # what the configuration says of its model that is not so in this one
+        if config.fingerprint is not None:
+            own = Fingerprint.of(model, adapter, weights=config.fingerprint.weights is not None)
+            self.remarks = config.fingerprint.check(own)
         depth = len(adapter.blocks(model))
         self._state = ForwardState(depth, Schedule.of(config.r, depth, config.multiple_of, config.method.largest_r))
         self._state.track, self._state.tokens, self._state.model = config.track, self._layout.tokens, model
@@ -68,7 +72,7 @@ class Handle:
     def r(self, value: R) -> None:
         multiple_of = value.multiple_of if isinstance(value, Schedule) else self._config.multiple_of
         schedule = Schedule.of(value, self._state.depth, multiple_of, self._config.method.largest_r)
-        self._config = dataclasses.replace(self._config, r=value, multiple_of=multiple_of)
+        self._config = self._config.changed(r=value, multiple_of=multiple_of)
         self._state.schedule = schedule
         for follow in self.followers:
             follow()
@@ -203,7 +207,7 @@ class Handle:
             kernels={op: " and ".join(name for other, name in sorted(ran) if other == op) for op, _ in ran},
             fallbacks=kernels.fallbacks(ran),
             parity=self._attachment.parity,
-            limits=[*self._attachment.limits, *([_LOOSE] if self._state.ran_loose else [])],
+            limits=[*self._attachment.limits, *([_LOOSE] if self._state.ran_loose else []), *self.remarks],
             choice=self._choice,
         )
 
@@ -229,9 +233,19 @@ class Handle:
         return torch.zeros(()) if is_off else method.loss(frame.memory)
 
     def save(self, path: str | Path) -> None:
-        """Write the configuration, and what is learned as .safetensors beside it; `MergeConfig.load` reads both."""
+        """Write the configuration with the model's fingerprint, and what is learned as .safetensors beside it.
+
+        `patch(model, path)` and `MergeConfig.load` read both.
+        """
         modules = self.model._modules.get(MODULES)
-        self._config.save(path, None if modules is None else modules.state_dict())
+        self.described().save(path, None if modules is None else modules.state_dict())
+
+    def described(self) -> MergeConfig:
+        """Return the present settings with the model's fingerprint; figures that another model gave are left out."""
+        old, own = self._config.fingerprint, Fingerprint.of(self.model, self._adapter)
+        if old is None or old.check(own):
+            return dataclasses.replace(self._config, fingerprint=own, measured=None)
+        return dataclasses.replace(self._config, fingerprint=dataclasses.replace(own, base=old.base))
 
     def remove(self) -> None:
         """Remove the reduction: the model is restored bit for bit. A second call raises `NotPatchedError`."""
@@ -256,7 +270,7 @@ class Handle:
             self.remove()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
+        self.__dict__.update({"remarks": [], **values})  # an older release had none
         self._state.model = self.model  # copied or loaded together
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers import bound_attributes, randomised, tiny_vit
-from tokenmerge.errors import DataError, InvalidScheduleError, UnsupportedError
-from tokenmerge.measure.timing import Timing
+from tokenmerge import MergeConfig, methods
+from tokenmerge.config import Fingerprint
+from tokenmerge.errors import ConfigError, DataError, InvalidScheduleError, UnsupportedError
+from tokenmerge.measure.timing import Timing, environment
 from tokenmerge.tools import doctor as module
 from tokenmerge.tools.doctor import Diagnosis, examine
 
@@ -232,3 +235,118 @@ def test_the_conclusion_follows_from_what_was_measured(
     found = _found(examine(tiny_vit(), rounds=8))
     assert text in found["conclusion"][1]
     assert ("other programs are running" in found["speed"][1]) == (noise > 0.1)
+
+
+def _timed(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[dict[str, Any]]:
+    """Let merging be `gain` times as fast; return what was timed."""
+    seen: list[dict[str, Any]] = []
+
+    def timed(variants: dict[str, Any], device: torch.device, rounds: int) -> dict[str, Timing]:
+        seen.append({name: variant() for name, variant in variants.items()})
+        each = {"unmerged": 1.0, "merged": 1 / gain, "bound": 1 / gain, "again": 1.0}
+        return {name: Timing((each[name],) * rounds) for name in variants}
+
+    monkeypatch.setattr(module, "interleave", timed)
+    return seen
+
+
+def _config(model: nn.Module, method: Any = "tome(metric='x')", **measured: Any) -> MergeConfig:
+    here = environment(torch.device("cpu"))
+    figures = {"speed-up": 2.01, "batch size": 6, "dtype": "bfloat16", "environment": here} | measured
+    return MergeConfig(method, r=[8, 6], fingerprint=Fingerprint.of(model), measured=figures)
+
+
+@pytest.mark.parametrize(
+    ("gain", "changes", "good", "text"),
+    [
+        (1.97, {}, True, "2.01x as written, measured 1.97x here (batch 6, bfloat16)"),
+        (1.82, {}, True, "2.01x as written, measured 1.82x here"),
+        (1.80, {}, False, "2.01x as written, measured 1.80x here (batch 6, bfloat16)"),
+        (1.10, {"device": "another chip"}, None, "1.10x here (batch 6, bfloat16); written on another machine (another"),
+        (1.10, {"threads": "99"}, None, "another machine ("),
+        (1.97, {"torch": "2.6.0"}, True, "here (batch 6, bfloat16); written with torch 2.6.0"),
+    ],
+    ids=["as-written", "nearly", "slower", "machine", "threads", "version"],
+)
+def test_a_configuration_delivers_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gain: float, changes: dict[str, str], good: Any, text: str
+) -> None:
+    model, seen = tiny_vit(), _timed(monkeypatch, gain)
+    config = _config(model, environment={**environment(torch.device("cpu")), **changes})
+    config.save(tmp_path / "merge.json")
+    diagnosis = examine(model, config=tmp_path / "merge.json")
+    found = _found(diagnosis)
+    assert list(found) == ["config", *FINDINGS[:-1], "delivers", "conclusion"]
+    assert found["config"][0] is True and "made for this model (timm.models" in found["config"][1]
+    assert found["equivalence"][0] is True and "at r = [8, 6] (51 tokens left)" in found["equivalence"][1]
+    assert found["delivers"][0] is good and text in found["delivers"][1]
+    assert diagnosis.is_healthy is (good is not False)
+    assert ("not as fast here as the configuration says" in found["conclusion"][1]) is (good is False)
+    assert all(y.shape == (6, 10) and y.dtype == torch.bfloat16 for y in seen[0].values())
+    # it is this configuration that was timed, not ToMe's defaults
+    y = seen[0]["merged"]
+    assert not torch.equal(y, seen[0]["unmerged"]) and torch.equal(seen[0]["unmerged"], seen[0]["again"])
+
+
+@pytest.mark.parametrize(
+    ("measured", "text"),
+    [
+        (None, "the configuration holds no speed-up; measured 1.50x here"),
+        ({"batch size": 2}, "the configuration holds no speed-up; measured 1.50x here"),
+        ({"speed-up": 2.0}, "(batch 2, float32); on which machine it was written, it does not say"),
+    ],
+    ids=["nothing", "no-figure", "no-machine"],
+)
+def test_what_the_file_does_not_say_is_no_judgement(monkeypatch: pytest.MonkeyPatch, measured: Any, text: str) -> None:
+    _timed(monkeypatch, 1.5)
+    diagnosis = examine(tiny_vit(), config=MergeConfig("tome", r=6, measured=measured))
+    found = _found(diagnosis)
+    assert diagnosis.is_healthy and found["config"][0] is None and "does not say which model" in found["config"][1]
+    assert found["delivers"][0] is None and text in found["delivers"][1]
+
+
+@pytest.mark.parametrize(
+    ("measured", "text"),
+    [({"batch size": 0}, r"measured\['batch size'\] is 0"), ({"dtype": "int8"}, r"measured\['dtype'\] is 'int8'")],
+    ids=["batch", "dtype"],
+)
+def test_what_cannot_be_measured_again_is_an_error(measured: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        examine(tiny_vit(), config=MergeConfig("tome", r=6, measured=measured))
+    with pytest.raises(ConfigError, match=r"an r of its own; leave out r = 4"):
+        examine(tiny_vit(), r=4, config=MergeConfig("tome", r=6))
+
+
+def test_a_configuration_for_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    _timed(monkeypatch, 2.0)
+    config = _config(tiny_vit())
+    diagnosis = examine(tiny_vit(depth=6), config=config)
+    ((name, good, sentence),) = diagnosis.findings
+    assert (name, good, diagnosis.is_healthy) == ("config", False, False)
+    assert "for a model with 4 blocks" in sentence and "this one has 6" in sentence
+    found = _found(examine(tiny_vit(), config=config))
+    assert (
+        found["config"][0] is None
+        and "it fits, but the configuration was made with other weights" in found["config"][1]
+    )
+    assert found["limitations"] == (True, "none")
+    ((name, good, _),) = examine(nn.Linear(2, 2), config=config).findings
+    assert (name, good) == ("adapter", False)
+
+
+@pytest.mark.parametrize("name", methods.list_methods())
+def test_no_method_is_found_wrong_for_not_being_a_mean(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _timed(monkeypatch, 2.0)
+    for method in methods.find(name).examples():
+        found = _found(examine(tiny_vit(), config=MergeConfig(method, r=6), batch=2))
+        assert [what for what, (good, _) in found.items() if good is False] == [], (method, found)
+
+
+def test_a_compiled_configuration_is_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, compiled = tiny_vit(), []
+    _timed(monkeypatch, 2.0)
+    monkeypatch.setattr(torch, "compile", lambda variant: compiled.append(variant) or variant)
+    examine(model, config=_config(model, compiled=True))
+    assert len(compiled) == 4
+    examine(model, config=_config(model, compiled=False))
+    assert len(compiled) == 4

@@ -1,5 +1,6 @@
 """Calls that every checker takes: what a user's editor completes, and the types it shows. Never run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import tokenmerge
 from tokenmerge import Handle, MergeConfig, Schedule, ToMe
 from tokenmerge.about import MethodInfo
 from tokenmerge.api import Report, Support
+from tokenmerge.config import Fingerprint
 from tokenmerge.data.labelled import open_data
 from tokenmerge.functional import merge_wavg
 from tokenmerge.kernels import reference
@@ -39,6 +41,14 @@ def patches(model: nn.Module, images: Tensor) -> None:
     with tokenmerge.patch(model, r=8) as handle:
         assert_type(handle, Handle)
     tokenmerge.unpatch(model)
+
+
+def travels(model: nn.Module) -> None:
+    assert_type(tokenmerge.save_pretrained(model, "fast", base="timm/vit", measured={"speed-up": 2.0}), Path)
+    assert_type(tokenmerge.from_pretrained(Path("fast")), nn.Module)
+    replace(MergeConfig("tome", r=8), fingerprint=Fingerprint.of(model), measured={"speed-up": 2.0}).save("merge.json")
+    examine(model, config="merge.json")
+    examine(model, config=MergeConfig.load(Path("merge.json")))
 
 
 def handles(model: nn.Module, y: Tensor) -> None:

@@ -39,6 +39,8 @@ def methods(model: nn.Module) -> None:
     tokenmerge.tools.benhc  # wrong benhc
     tokenmerge.pach  # wrong pach
     tokenmerge.describe(8)  # wrong describe
+    tokenmerge.from_pretraind("fast")  # wrong from_pretraind
+    tokenmerge.save_pretrained(model, "fast", repo="me/fast")  # wrong repo
 
 
 def handles(model: nn.Module) -> None:

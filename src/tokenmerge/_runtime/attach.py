@@ -35,10 +35,10 @@ from tokenmerge.adapters.base import (
 )
 from tokenmerge.errors import AdapterMismatchError, AlreadyPatchedError, UnsupportedError, UnsupportedModelError
 from tokenmerge.methods.base import ModelShape, Reduction
+from tokenmerge.methods.learned import MODULES
 
 __all__ = ["MODULES", "Bindings", "attach", "is_copied_part"]
 
-MODULES = "tokenmerge_modules"  # the child of a patched model that holds a method's learned modules
 # packages whose blocks are described by class; in torch only the encoder layer is a block
 _HOSTS = ("timm.", "transformers.", "torchvision.", "open_clip.", "vit_pytorch.", "torch.nn.modules.transformer")
 _DOUBT = (

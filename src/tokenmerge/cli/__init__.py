@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "check a model: is it supported, are the results exact, is it faster, what is limited",
     )
     model_argument(doctor)
-    doctor.add_argument("-r", type=read_r, default=8, help=TEXT_FORMS)
+    doctor.add_argument("-r", type=read_r, help=f"{TEXT_FORMS} (8)")
+    doctor.add_argument("--config", metavar="FILE", help="a saved configuration: does it fit, is it as fast as it says")
     doctor.add_argument("-b", "--batch-size", type=int, default=2)
     doctor.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
     preparing_arguments(doctor)
@@ -266,6 +267,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     diagnosis = examine(
         model,
         r=arguments.r,
+        config=arguments.config,
         restore=arguments.restore,
         device=arguments.device,
         batch=arguments.batch_size,

@@ -20,6 +20,7 @@ from tokenmerge.methods.base import ModelShape, Note, Reduction, TokenView
 from tokenmerge.plan import Plan
 
 __all__ = [
+    "MODULES",
     "NEW",
     "BudgetNote",
     "Learned",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 NEW = "new"
+MODULES = "tokenmerge_modules"  # the child of a patched model that holds a method's learned modules
 _LEAST = 1e-6  # the share of its size that a masked token keeps: its logarithm shall be finite
 
 

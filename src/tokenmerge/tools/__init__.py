@@ -10,6 +10,7 @@ demo       the bundled model on the bundled images
 doctor     is a model supported, are its outputs right, is it faster
 export     a merged model for another engine
 visualize  pictures of the groups
+pretrained folders and repositories of merging models: `save_pretrained`, `from_pretrained`, `push_to_hub`
 models     models and methods from user input: `load_model`, `read_method`
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         models,
+        pretrained,
         visualize,
     )
 
@@ -36,6 +38,7 @@ __all__ = [
     "evaluate",
     "export",
     "models",
+    "pretrained",
     "visualize",
 ]
 

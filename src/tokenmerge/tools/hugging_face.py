@@ -1,21 +1,33 @@
-"""Load Hugging Face models from folders of `save_pretrained`: as saved, with other classes, or without weights."""
+"""Folders of Hugging Face models, transformers' and timm's: load as saved, with other classes or no weights; write."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import is_file, write_file
 
-__all__ = ["CONFIG", "build_folder", "is_folder", "load_folder", "write_config"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "build_folder",
+    "host_of",
+    "is_folder",
+    "load_folder",
+    "load_timm_folder",
+    "write_config",
+    "write_folder",
+]
 
 CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 _log = logging.getLogger(__name__)
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -23,6 +35,33 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 def is_folder(name: str | Path) -> bool:
     """Return whether a name is a folder with a Hugging Face configuration."""
     return is_file(Path(name) / CONFIG)
+
+
+def load_timm_folder(folder: Path, num_classes: int | None = None) -> nn.Module | None:
+    """Load a folder of a timm model, as timm's own `local-dir:` does, in eval mode; None if the folder is not one.
+
+    Raises `DataError` if the weights do not fit the configuration.
+    """
+    try:
+        about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # transformers' wrapper of timm models writes the architecture too
+    if not isinstance(about, dict) or "architecture" not in about or "model_type" in about:
+        return None
+    try:
+        import timm
+    except ImportError as error:
+        raise UnsupportedError(f'{folder} is a timm model: pip install "tokenmerge[timm]"') from error
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+    except Exception as error:  # of whatever the configuration asks for
+        raise DataError(
+            f"{folder} cannot be read as a timm model: {_sentence(error)}. It needs a config.json and a "
+            f"{WEIGHTS} that fits it, as tokenmerge.save_pretrained or timm's push_to_hf_hub writes them."
+        ) from error
+    return model.eval()
 
 
 def load_folder(folder: Path, num_classes: int | None = None) -> nn.Module:
@@ -66,6 +105,37 @@ def build_folder(folder: Path) -> nn.Module:
     return model
 
 
+def host_of(model: nn.Module) -> str:
+    """Return which library can read the model's folder again: "timm", "transformers", or "" for neither.
+
+    timm knows models that its `create_model` made, transformers those of its own classes.
+    """
+    module = type(model).__module__.partition(".")[0]
+    about = getattr(model, "pretrained_cfg", None)
+    if module == "timm" and isinstance(about, Mapping) and about.get("architecture"):
+        return "timm"
+    if module != "transformers":
+        return ""
+    import transformers
+
+    return module if getattr(transformers, type(model).__name__, None) is type(model) else ""
+
+
+def write_folder(
+    model: Any, folder: Path, state: dict[str, Tensor], model_args: Mapping[str, Any] | None = None
+) -> None:
+    """Write the configuration and these weights of a model of `host_of` into a folder, for its host to read."""
+    if host_of(model) == "transformers":
+        with _reading(folder):
+            model.save_pretrained(folder, state_dict=state)
+        return
+    from safetensors.torch import save
+    from timm.models._hub import save_config_for_hf  # by no public name
+
+    write_file(folder / WEIGHTS, save({name: value.cpu().contiguous().clone() for name, value in state.items()}))
+    save_config_for_hf(model, str(folder / CONFIG), model_args=None if model_args is None else dict(model_args))
+
+
 def write_config(model: Any, folder: Path, classes: tuple[str, ...]) -> None:
     """Write the configuration of a model from `load_folder`, with these classes."""
     config = model.config
@@ -97,9 +167,13 @@ def _reading(folder: Path) -> Iterator[Any]:
         yield transformers
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise DataError(
-            f"{folder} cannot be read as a Hugging Face model: {' '.join(str(error).split()).rstrip('.')}. It needs "
+            f"{folder} cannot be read as a Hugging Face model: {_sentence(error)}. It needs "
             "config.json and model.safetensors, as model.save_pretrained(folder) writes them."
         ) from error
     finally:
         if shows:
             bars.enable_progress_bar()
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:500]

@@ -18,11 +18,12 @@ from tokenmerge._moved import moved_names
 from tokenmerge.errors import DataError, UnsupportedError, unknown_name
 from tokenmerge.files import is_dir, is_file
 from tokenmerge.schedule import R
-from tokenmerge.tools.hugging_face import is_folder, load_folder
+from tokenmerge.tools.hugging_face import is_folder, load_folder, load_timm_folder
 
 __all__ = [
     "AUTO",
     "BUNDLED",
+    "CONFIGURATION",
     "Method",
     "Trained",
     "apply_method",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 BUNDLED = "reference"
+CONFIGURATION = "merge.json"  # in the folder of a merging model
 AUTO = "auto"
 
 
@@ -89,7 +91,7 @@ def read_method(text: str) -> Method:
     if (text and path.suffix != ".json" and is_dir(path)) or (
         "/" in text and not text.endswith(".json") and "(" not in text
     ):
-        config, weights = MergeConfig.load(path / "merge.json"), path / "model.safetensors"
+        config, weights = MergeConfig.load(path / CONFIGURATION), path / "model.safetensors"
         return Trained(config, weights) if weights.is_file() else config
     return tokenmerge.config.read_method(text)
 
@@ -146,7 +148,8 @@ def load_model(
     """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
 
     A file is one of `torch.save(model)`, a pickle: loading it runs the code in it, so it needs `trust_pickle`. A folder
-    is one of `save_pretrained` of a Hugging Face model (config.json and safetensors; no code is executed).
+    is one of `save_pretrained`, of a Hugging Face model or of this library (config.json and safetensors; no code is
+    executed).
     `num_classes` applies to timm's and Hugging Face's classifiers: one with another number of classes gets a new last
     layer. Raises `UnknownNameError` (with the nearest name) for an unknown timm name, `DataError` for a file without a
     module, `UnsupportedError` if timm cannot build the model.
@@ -158,7 +161,9 @@ def load_model(
         model: nn.Module = reference_model()
         return model.eval()
     if is_folder(name):
-        return load_folder(Path(name), num_classes)
+        # what save_pretrained wrote of a timm model is that; transformers would put its wrapper around it
+        timm_model = load_timm_folder(Path(name), num_classes) if is_file(Path(name) / CONFIGURATION) else None
+        return timm_model or load_folder(Path(name), num_classes)
     is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists() or "/" in name
     if is_path and ":" not in name:
         return _load_file(Path(name), trust_pickle)

@@ -119,7 +119,7 @@ def export(
             if isinstance(prepared.own, Processor):
                 prepared.own.processor.save_pretrained(folder)
         write_file(folder / "model.json", json.dumps(about, indent=2) + "\n")
-        if is_folder(name):
+        if is_folder(name) and hasattr(parts.core, "config"):  # a timm model has none
             write_config(parts.core, folder, classes)
         write_file(folder / _WEIGHTS, save(weights, {"format": "pt"}))
 

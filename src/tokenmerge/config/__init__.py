@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from tokenmerge import methods
-from tokenmerge.errors import ConfigError, InvalidScheduleError, UnknownNameError, UnsupportedError, unknown_name
+from tokenmerge.config import file
+from tokenmerge.config.fingerprint import Fingerprint
+from tokenmerge.errors import ConfigError
 from tokenmerge.fields import checked
-from tokenmerge.files import write_file
 from tokenmerge.methods import NEW, Reduction
 from tokenmerge.schedule import R, Schedule
 
@@ -39,9 +39,12 @@ if TYPE_CHECKING:
         prefix: int | None
 
 
-__all__ = ["MergeConfig", "Restore", "read_method"]
+__all__ = ["Fingerprint", "MergeConfig", "Restore", "read_method"]
 
-_VERSION = 1
+# written whatever they hold
+_ALWAYS = ("method", "r", "prop_attn", "track")
+# what is known of the configuration, beside its settings
+_KNOWN = ("fingerprint", "measured")
 
 
 class _MethodField:
@@ -65,6 +68,10 @@ class _MethodField:
 class MergeConfig:
     """Everything `patch` needs besides the model. Raises `TokenMergeError` for values `patch` would not take.
 
+    `fingerprint` says which model it was made for, and `patch` checks it; `measured` what was measured with it, and
+    where: figures by name. `tokenmerge doctor --config` reads "speed-up", "batch size", "dtype", "compiled" and
+    "environment" (of `measure.timing.environment`). Two configurations with the same settings are equal.
+
     >>> MergeConfig("tome", r=(16, -1.0)).method
     ToMe(metric='k', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
     """
@@ -81,6 +88,8 @@ class MergeConfig:
     norm: str | None = None
     mlp: str | None = None
     prefix: int | None = None
+    fingerprint: Fingerprint | None = field(default=None, compare=False, repr=False, kw_only=True)
+    measured: dict[str, Any] | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.r, Schedule):
@@ -99,6 +108,17 @@ class MergeConfig:
         for name, value in fields.items():
             if name != "r":
                 object.__setattr__(self, name, value)
+        if self.fingerprint is not None and not isinstance(self.fingerprint, Fingerprint):
+            raise ConfigError(
+                f"fingerprint is {self.fingerprint!r}; it takes a Fingerprint, as of Fingerprint.of(model)."
+            )
+        if self.measured is not None:
+            object.__setattr__(self, "measured", file.as_plain(self.measured, "measured"))
+
+    def changed(self, **settings: Any) -> MergeConfig:
+        """Return the configuration with other settings; what was measured is left out where they are others."""
+        other = dataclasses.replace(self, **settings)
+        return other if other == self else dataclasses.replace(other, measured=None)
 
     def save(self, path: str | Path, learned: Mapping[str, Tensor] | None = None) -> None:
         """Write JSON, and the tensors that were learned as .safetensors of the same name beside it.
@@ -120,12 +140,9 @@ class MergeConfig:
                 stacklevel=2,
             )
         plain = MergeConfig()
-        content = {"version": _VERSION, **{name: getattr(self, name) for name in _ALWAYS}}
-        content |= {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
-        content["method"] = {"name": self.method.name, **dataclasses.asdict(self.method)}  # type: ignore[call-overload]
-        if isinstance(self.r, tuple):
-            content["r"] = {"r": self.r[0], "inflection": self.r[1]}
-        _write(path, json.dumps(content, indent=2) + "\n")
+        given = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        known = {name: given.pop(name) for name in _KNOWN if name in given}
+        file.write_settings(path, {**{name: getattr(self, name) for name in _ALWAYS}, **given, **known})
 
     def _save_learned(self, path: Path, learned: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
@@ -136,29 +153,18 @@ class MergeConfig:
             )
         # "a.v1" and "a.v2" are two configurations, with weights of their own
         weights = path.with_suffix(".safetensors") if path.suffix == ".json" else Path(f"{path}.safetensors")
-        _write(weights, save({key: value.detach().cpu().contiguous().clone() for key, value in learned.items()}))
+        file.write(weights, save({key: value.detach().cpu().contiguous().clone() for key, value in learned.items()}))
         named = dataclasses.replace(self.method, weights=weights.name)  # type: ignore[type-var]
         dataclasses.replace(self, method=named).save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> MergeConfig:
-        """Read what `save` wrote; raises `ConfigError` that names the file and what is wrong with it."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is no JSON: {error}.") from error
-        try:
-            return cls(**_checked(content, path))
-        except UnknownNameError:
-            raise
-        except (ConfigError, InvalidScheduleError, UnsupportedError) as error:
-            raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
+        """Read what `save` wrote, of this release or an older one.
 
-
-# written whatever they hold
-_ALWAYS = ("method", "r", "prop_attn", "track")
+        Raises `ConfigError` that names the file, the line and the key, and `UnknownNameError` with the nearest name.
+        """
+        loaded: MergeConfig = file.read(path, [part.name for part in dataclasses.fields(cls)], cls)
+        return loaded
 
 
 def read_method(method: str | Path | Reduction | MergeConfig) -> Reduction | MergeConfig:
@@ -172,37 +178,3 @@ def read_method(method: str | Path | Reduction | MergeConfig) -> Reduction | Mer
     if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".json")):
         return MergeConfig.load(method)
     return methods.parse(method) if isinstance(method, str) else method
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise ConfigError(f"cannot write the configuration to {path}: {error.strerror}.") from error
-
-
-def _checked(content: Any, path: str | Path) -> dict[str, Any]:
-    known = {"version", *(field.name for field in dataclasses.fields(MergeConfig))}
-    if not isinstance(content, dict) or not {"version", "method", "r"} <= content.keys():
-        raise ConfigError(f"{path} is no tokenmerge configuration: it must hold version, method and r.")
-    if type(content["version"]) is not int or content["version"] != _VERSION:
-        raise ConfigError(f"{path} has version {content['version']!r}; this tokenmerge reads version {_VERSION}.")
-    for name in content.keys() - known:
-        raise unknown_name(f"configuration key in {path}:", name, sorted(known))
-    values = {name: content[name] for name in content if name != "version"}
-    options = values["method"]
-    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
-        raise ConfigError(f"{path}: method must be an object with a name, a text; it is {options!r}.")
-    method = methods.find(options["name"])
-    fields = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
-    for name in options.keys() - {"name", *fields}:
-        raise unknown_name(f"option of {options['name']} in {path}:", name, fields)
-    given = {name: value for name, value in options.items() if name != "name"}
-    if isinstance(given.get("weights"), str) and given["weights"] != NEW:
-        given["weights"] = str(Path(path).parent / given["weights"])  # written as a name beside the configuration
-    values["method"] = method(**given)
-    if isinstance(values["r"], dict):
-        if values["r"].keys() != {"r", "inflection"}:
-            raise ConfigError(f"{path}: r is {values['r']!r}; a pair is written as {{'r': ..., 'inflection': ...}}.")
-        values["r"] = (values["r"]["r"], values["r"]["inflection"])
-    return values
