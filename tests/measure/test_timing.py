@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -205,3 +207,12 @@ def test_throughput_in_half_precision_runs_under_autocast() -> None:
 def test_throughput_on_a_device_that_is_not_there() -> None:
     with pytest.raises(UnsupportedError, match="no device 'cuda:99' on this machine"):
         throughput(tiny_vit(), "cuda:99", (3, 32, 32), 1)
+
+
+def test_the_profiler_writes_nothing_to_stderr() -> None:
+    code = (
+        "import torch; from tokenmerge.measure.timing import attention_kernel;"
+        "print(attention_kernel(torch.nn.Softmax(dim=-1), torch.zeros(1, 2)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("math\n", "")

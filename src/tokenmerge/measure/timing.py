@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import statistics
@@ -196,6 +197,8 @@ def _peak(call: Callable[[], Any], device: torch.device) -> int:
 def _profile(call: Callable[[], Any]) -> list[Any]:
     from torch.profiler import ProfilerActivity, profile
 
+    # the profiler reads this when it first starts, and else reports its own steps on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     # the public event summary does not list single allocations
