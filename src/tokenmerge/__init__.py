@@ -29,6 +29,7 @@ from tokenmerge.schedule import Schedule
 
 if _typing.TYPE_CHECKING:
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
+    from tokenmerge.tuning.tune import tune
 
 __all__ = [
     "Drop",
@@ -50,13 +51,18 @@ __all__ = [
     "save_pretrained",
     "simulate",
     "supports",
+    "tune",
     "unpatch",
 ]
 
 _find_moved()
 
-# of tools, which are imported on first use
-_LATER = {"from_pretrained": "tokenmerge.tools.pretrained", "save_pretrained": "tokenmerge.tools.pretrained"}
+# imported on first use
+_LATER = {
+    "from_pretrained": "tokenmerge.tools.pretrained",
+    "save_pretrained": "tokenmerge.tools.pretrained",
+    "tune": "tokenmerge.tuning.tune",
+}
 
 if not _typing.TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
 

@@ -79,8 +79,8 @@ def test_needs_that_nobody_can_meet_are_refused() -> None:
 
 def test_the_registry() -> None:
     names = """
-        tome tofu pitome mctf diffrate ppt atm mame greedy tomecis dsm evit attention random ats token_pooling
-        zero_tprune gtp algm mpm vid_tldr tome2d dynamicvit avit adavit spvit tokenlearner dtem ltmp drop
+        tome tofu pitome mctf diffrate ppt atm mame greedy tomecis least_loss dsm evit attention random ats
+        token_pooling zero_tprune gtp algm mpm vid_tldr tome2d dynamicvit avit adavit spvit tokenlearner dtem ltmp drop
     """
     # others may come between them; docs/methods.md has the same order
     assert [name for name in list_methods() if name in names.split()] == names.split() and find("tome") is ToMe

@@ -186,3 +186,13 @@ def dsm(view: TokenView, image: int, r: int) -> Pairs:
         for rank, (score, i, j) in enumerate(best_pairs(cosine, side_a, side_b) if side_b else []):
             ranked.append((rank, -score, i, j))
     return [(i, j) for _, _, i, j in sorted(ranked)[:r]]
+
+
+def least_loss(view: TokenView, image: int, r: int, size: float, importance: float) -> Pairs:
+    assert view.k is not None and view.size is not None
+    cosine, weights = cosines(view.k[image]), array(view.size[image])
+    asked = attention(view, image)[:, 0].mean(axis=0)  # what the class token attends to
+    side_a, side_b = sides(view.k.shape[2], view.prefix)
+    pairs = best_pairs(cosine, side_a, side_b)
+    lost = {i: (1 - score) * weights[i] ** size * asked[i] ** importance for score, i, _ in pairs}
+    return [(i, j) for _, i, j in sorted(pairs, key=lambda pair: lost[pair[1]])[:r]]

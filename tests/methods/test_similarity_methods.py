@@ -16,7 +16,22 @@ import third_opinion
 from helpers import assert_close, view_of
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnknownNameError, UnsupportedError
-from tokenmerge.methods import ATM, DSM, MCTF, PPT, DiffRate, Greedy, MaMe, PiToMe, ToFu, ToMe, ToMeCIS, mame, ppt
+from tokenmerge.methods import (
+    ATM,
+    DSM,
+    MCTF,
+    PPT,
+    DiffRate,
+    Greedy,
+    LeastLoss,
+    MaMe,
+    PiToMe,
+    ToFu,
+    ToMe,
+    ToMeCIS,
+    mame,
+    ppt,
+)
 from tokenmerge.methods.base import METRICS
 
 R = [1, 4, 7]
@@ -322,6 +337,36 @@ def test_a_very_important_token_is_merged_last() -> None:
     assert [6] in groups_of(plan, 0) and [7] in groups_of(plan, 0)
 
 
+@pytest.mark.parametrize(("size", "importance"), [(0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 2.0)])
+@pytest.mark.parametrize(("r", "N", "prefix"), [(1, 26, 1), (5, 26, 1), (8, 21, 5)])
+def test_least_loss_ranks_by_what_is_lost(size: float, importance: float, r: int, N: int, prefix: int) -> None:
+    view = view_of(N=N, prefix=prefix)
+    plan = LeastLoss(size=size, importance=importance).plan(view, r)
+    for image in range(3):
+        assert groups_of(plan, image) == groups_from(N, loops.least_loss(view, image, r, size, importance))
+
+
+def test_least_loss_has_tome_and_tofu_inside() -> None:
+    view = view_of(N=26)
+    branch = torch.randn_like(view.stream)
+    plain = {"size": 0.0, "importance": 0.0}
+    for layer in (0, 3):
+        view = replace(view, layer=layer)
+        for mine, other in (
+            (LeastLoss(early=0.0, combine="weighted", **plain), ToMe()),  # type: ignore[arg-type]
+            (LeastLoss(**plain), ToFu()),  # type: ignore[arg-type]
+            (LeastLoss(heads="concat", early=0.0, combine="weighted", **plain), ToMe(heads="concat")),  # type: ignore[arg-type]
+        ):
+            plans = mine.plan(view, 7), other.plan(view, 7)
+            assert all(torch.equal(getattr(plans[0], name), getattr(plans[1], name)) for name in ("keep", "src", "dst"))
+            merged = [
+                method.merge(plan, view.stream, view.size, branch)
+                for method, plan in zip((mine, other), plans, strict=True)
+            ]
+            assert all(torch.equal(a, b) for a, b in zip(*merged, strict=True))  # type: ignore[arg-type]
+    assert LeastLoss(importance=0.0).needs == {"k"} and "class" not in LeastLoss(score="shift").needs
+
+
 @pytest.mark.parametrize("r", [1, 3, 4, 6, 8])
 def test_dsm_takes_a_quarter_of_each_window(r: int) -> None:
     view = view_of(N=65)
@@ -388,7 +433,7 @@ def test_dsm_matches_everywhere_after_its_first_blocks() -> None:
         method.plan(replace(view, grid=None, memory={}), 9)
 
 
-@pytest.mark.parametrize("kind", [ToFu, PiToMe, MCTF, DiffRate, PPT, ATM, MaMe, Greedy, ToMeCIS, DSM])
+@pytest.mark.parametrize("kind", [ToFu, PiToMe, MCTF, DiffRate, PPT, ATM, MaMe, Greedy, ToMeCIS, LeastLoss, DSM])
 def test_options_say_which_values_there_are(kind: type[Any]) -> None:
     with pytest.raises(UnknownNameError, match=rf"no {kind.__name__} metric 'key'. Known: k, q, v, x, x_pre"):
         kind(metric="key")

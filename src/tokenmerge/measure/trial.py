@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -68,12 +68,16 @@ class Trial:
         with attached(self.model, MergeConfig()) as handle:
             run_images(self.model, self.batch[:1])
             self.tokens, self.protected = handle.tokens, handle.protected
-        self.macs = count(self.model, self.size).model
         self._keep = _KEPT if keep is None else keep
         self._answers: list[Tensor] = []  # unmerged outputs, up to `keep` bytes
         self._passed: list[tuple[Tensor, Tensor]] | None = None  # labels and digest of each batch; set by a full pass
         self._counted: dict[tuple[str, int], int] = {}
         self._guess: dict[float, int] = {}
+
+    @cached_property
+    def macs(self) -> int:
+        """The MACs of the unmerged model for one image."""
+        return count(self.model, self.size).model
 
     def judge(self, models: Sequence[nn.Module], progress: OnProgress | None = None) -> list[Seen]:
         """Run every model over all images, in turn for each batch, and compare with the unmerged outputs.

@@ -11,31 +11,38 @@ __all__ = ["CONSTANT", "Shape", "families", "fit", "normal"]
 
 Shape = tuple[float, ...]  # the proportions of these, with a mean of 1
 CONSTANT = "constant"
+_EVENED = (0.05, 0.15, 0.5, 1.5, 5.0)  # what is added to the weights, of a mean of 1
+_HALVINGS = 40
 
 
 def fit(subject: Subject, shape: Sequence[float], share: float) -> list[int]:
     """Return amounts in the proportions of `shape` that leave at most this share of the MACs, and little less.
 
-    What whole numbers leave over is given back one token at a time, first to the blocks that were rounded up most.
-    Returns the largest amounts where the share cannot be reached.
+    Where a shape leaves too much even at its largest, as one whose first blocks remove nothing, it is evened out until
+    it does not. What whole numbers leave over is given back one token at a time, first to the blocks that were rounded
+    up most. Returns the largest amounts of all where no schedule reaches the share.
     """
     most = subject.cost.tokens
-    low, high = 0.0, float(most) / max(min((s for s in shape if s > 0), default=1.0), 1e-6)
-    rounded = [min(most, round(high * s)) for s in shape]
-    if subject.share(rounded) > share:
-        return rounded
-    for _ in range(40):
+    for even in (0.0, *_EVENED):
+        weights = [weight + even for weight in shape]
+        high = most / min(weight for weight in weights if weight > 0)
+        if subject.share(_rounded(weights, high, most)) <= share:
+            break
+    else:
+        return [most] * len(shape)
+    low = 0.0
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if subject.share([min(most, round(middle * s)) for s in shape]) <= share:
-            high = middle
-        else:
-            low = middle
-    exact = [min(float(most), high * s) for s in shape]
-    r = [round(x) for x in exact]
-    for layer in sorted(range(len(r)), key=lambda layer: exact[layer] - r[layer]):
+        low, high = (low, middle) if subject.share(_rounded(weights, middle, most)) <= share else (middle, high)
+    r = _rounded(weights, high, most)
+    for layer in sorted(range(len(r)), key=lambda layer: min(most, high * weights[layer]) - r[layer]):
         if r[layer] and subject.share([*r[:layer], r[layer] - 1, *r[layer + 1 :]]) <= share:
             r[layer] -= 1
     return r
+
+
+def _rounded(weights: Sequence[float], scale: float, most: int) -> list[int]:
+    return [min(most, round(scale * weight)) for weight in weights]
 
 
 def families(depth: int) -> dict[str, tuple[float, ...]]:

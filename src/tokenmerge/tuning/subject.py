@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import DataError, TokenMergeError
-from tokenmerge.handle import attached
+from tokenmerge.handle import attached, handle_of
 from tokenmerge.measure.counting import CostModel
 from tokenmerge.measure.trial import Trial
 from tokenmerge.methods import Reduction
@@ -54,6 +54,7 @@ class Subject:
         self.model = model
         self.on_outcome: Callable[[str, int], None] | None = None  # part, images; after each that was computed
         self._trials: dict[str, Trial] = {}
+        self._twin: tuple[MergeConfig, nn.Module] | None = None
         self.outcomes: dict[str, Outcome] = {}  # by part and configuration
         size = self.trial("screen").size
         with attached(model, MergeConfig(**self.options)) as handle:
@@ -105,9 +106,16 @@ class Subject:
             self.outcomes[key] = Outcome(config, damage, tuple(row["same"]), tuple(row["hits"]))
         return self.outcomes[key]
 
+    def _reduced(self, config: MergeConfig) -> nn.Module:
+        """Return a patched copy; candidates that differ in `r` alone share it, because patching takes time."""
+        settings = config.changed(r=0)
+        if self._twin is None or self._twin[0] != settings:
+            self._twin = settings, self.trial("screen").reduced(config)
+        handle_of(self._twin[1]).r = config.r
+        return self._twin[1]
+
     def _computed(self, config: MergeConfig, part: str) -> dict[str, Any]:
-        trial = self.trial(part)
-        (seen,) = trial.judge([trial.reduced(config)])
+        (seen,) = self.trial(part).judge([self._reduced(config)])
         damage = seen.judge.damage
         if not damage.isfinite().all():
             raise DataError(

@@ -143,7 +143,7 @@ def _front(subject: Subject, search: Search, decision: Decision) -> list[FrontRo
         found.append((best, _row(subject, best, "chosen" if share == decision.share else "", timed)))
         if subject.accepts(ToMe()):
             rows.append(_row(subject, search.outcome(constant, share, part), "constant r of tome"))
-    for outcome, row in found:
+    for outcome, row in {id(outcome): (outcome, row) for outcome, row in found}.values():
         is_beaten = any(o.mean < outcome.mean and x["MACs share"] <= row["MACs share"] for o, x in found)
         if not is_beaten or row["note"]:
             rows.append(row)
