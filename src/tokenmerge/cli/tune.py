@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tokenmerge.cli.models import open_model
 from tokenmerge.cli.options import data_arguments, model_argument, preparing
@@ -41,7 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Tune, print the report and the front, write the configuration and its pages; 1 where a target is missed."""
     from tokenmerge.data.labelled import check_source, sample_data
     from tokenmerge.report.progress import Progress
-    from tokenmerge.report.table import show
     from tokenmerge.tuning.target import read_targets
     from tokenmerge.tuning.tune import tune
 
@@ -73,19 +73,23 @@ def run(arguments: argparse.Namespace) -> int:
             expect=expect,
             **more,
         )
-    written = found.save(out)
-    if arguments.json:
-        content = {
-            "report": found.report,
-            "reached": found.reached,
-            "figures": found.figures,
-            "front": found.front.rows,
-        }
-        print(json.dumps({**content, "remarks": found.remarks, "files": list(map(str, written))}, indent=2))
-    else:
-        show(found.front.rows, found.report, wide=arguments.wide)
-        print("\n".join(["", *found.remarks, f"Written: {', '.join(map(str, written))}"]))
+    _show(found, [str(path) for path in found.save(out)], arguments)
     return 0 if found.reached else 1
+
+
+def _show(found: Any, written: list[str], arguments: argparse.Namespace) -> None:
+    from tokenmerge.report.table import show
+
+    if arguments.json:
+        content = {name: getattr(found, name) for name in ("report", "reached", "figures", "remarks")}
+        print(json.dumps({**content, "front": found.front.rows, "files": written}, indent=2))
+        return
+    # methods and schedules are long, and in the files
+    long = () if arguments.wide else ("method", "r")
+    rows = [{name: value for name, value in row.items() if name not in long} for row in found.front.rows]
+    show(rows, found.report, wide=arguments.wide)
+    chosen = f"Chosen: {found.config.method!r}, r = {found.config.r}"
+    print("\n".join(["", chosen, *found.remarks, f"Written: {', '.join(written)}"]))
 
 
 def _checked_out(out: Path, is_forced: bool) -> Path:

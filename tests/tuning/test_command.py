@@ -1,0 +1,82 @@
+"""`tokenmerge tune`: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tokenmerge
+from tokenmerge.cli import main
+from tokenmerge.testing import tiny_vit
+from tokenmerge.tuning.clock import Clock, Timed
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Clock, "_time", lambda self, config: Timed(1.5, 0.01, 0.015, 0.0))
+    torch.manual_seed(0)
+    model = tiny_vit()
+    model.pretrained_cfg = {
+        "input_size": (3, 32, 32),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "interpolation": "bicubic",
+    }
+    torch.save(model, "model.pt")
+    # no sub-folders and no labels
+    (tmp_path / "photographs").mkdir()
+    for i in range(64):
+        noise = torch.randint(0, 255, (8, 8, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).resize((32, 32)).save(tmp_path / "photographs" / f"{i}.png")
+    return tmp_path
+
+
+def _run(*more: str) -> int:
+    quick = ["--budget", "1", "--methods", "tome", "--workers", "0", "-b", "64"]
+    return main(["tune", "model.pt", "--trust-pickle", "--data", "photographs", *quick, *more])
+
+
+def test_it_writes_what_patch_and_people_take(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert _run("--target", "macs=0.6") == 0
+    out, err = capsys.readouterr()
+    assert "60 % of the MACs" in out and "Chosen: " in out and "This will take about" in err
+    names = {path.name for path in here.glob("merge*")}
+    assert names >= {"merge.json", "merge.html", "merge.csv", "merge-tried.csv", "merge.journal.json"}
+    with tokenmerge.patched(torch.load("model.pt", weights_only=False), "merge.json") as handle:
+        assert handle.remarks == []
+    assert _run("--target", "macs=0.6") == 2
+    assert "merge.json exists already" in capsys.readouterr().err
+    assert _run("--target", "macs=0.6", "--force", "--json") == 0
+    out, err = capsys.readouterr()
+    content = json.loads(out)
+    assert content["reached"] and content["figures"]["MACs share"] <= 0.6 and "merge.json" in content["files"]
+    assert "images: 64" not in err  # all of it was in the journal
+
+
+def test_a_target_that_is_missed_ends_with_1_and_the_nearest(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert _run("--target", "macs=0.01") == 1
+    assert "NOT REACHED: macs=0.01. The nearest: " in capsys.readouterr().out
+    assert (here / "merge.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target", "fast"], "'fast' is no target"),
+        (["--target", "drop=1"], "needs labels"),
+        (["--limit", "63"], "there are 63"),
+        (["-o", "merge.txt"], "must end in .json"),
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--methods", "tomee"], "no method 'tomee'"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    more: list[str], message: str, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    assert _run(*more) == 2
+    assert message in capsys.readouterr().err and not list(here.glob("merge*"))
