@@ -1,0 +1,330 @@
+"""What `tune` finds and what that is worth on other images: write `results/tune-*.md` and every candidate.
+
+small    the bundled model and two others, three shares of the MACs, three seeds; beside "auto" and constant r of tome
+clip     the same on a CLIP tower (a file of weights for timm) and photographs in class folders, with a linear probe
+speed    targets of speed on two models, measured again in fresh processes
+drop     drop=0.5 with ten seeds: the accuracy lost on the images of the report
+killed   a search that is killed five times and goes on, beside one that is not
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto import SHARES, SIZE, answers, divergence, load
+from safetensors.torch import load_file
+from tables import RESULTS, write
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge import assets
+from tokenmerge.data.labelled import normalise
+from tokenmerge.measure.outputs import shared_copy
+from tokenmerge.measure.timing import environment
+from tokenmerge.report.table import as_csv
+
+MODELS = ("reference", "pooled", "registers")
+TOWER = "vit_base_patch16_clip_quickgelu_224.openai"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run one of the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("small", "clip", "speed", "drop", "killed"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=512, help="to tune on (%(default)s)")
+    parser.add_argument("--limit", type=int, default=10_000, help="images to report on (%(default)s)")
+    parser.add_argument("--budget", type=int, default=64)
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    parser.add_argument("--weights", type=Path, help="clip: the tower's weights, .safetensors")
+    parser.add_argument("--photographs", type=Path, help="clip: a folder with train/CLASS/x.jpg and val/CLASS/x.jpg")
+    arguments = parser.parse_args()
+    {"small": small, "clip": clip, "speed": speed, "drop": drop, "killed": killed}[arguments.part](arguments)
+
+
+def small(arguments: argparse.Namespace) -> None:
+    """Tune on training images, report the KL divergence on test images."""
+    whole, _ = assets.fashion_mnist("train")
+    images, labels = (part[: arguments.limit] for part in assets.fashion_mnist("test"))
+    rows, tried = [], []
+    for name in MODELS:
+        model = load(name)
+        unmerged = answers(model, images)
+        for share in arguments.shares:
+            constant = _constant(model, SIZE, share)
+            plain = _small_figures(model, constant, images, labels, unmerged)
+            auto = shared_copy(model)
+            handle = tokenmerge.patch(auto, "auto", r=constant.r, calibrate=normalise(whole[:64]))
+            chosen = _small_figures(model, handle.config, images, labels, unmerged)
+            for seed in range(arguments.seeds):
+                part = normalise(whole[seed * arguments.images : (seed + 1) * arguments.images])
+                start = time.perf_counter()
+                found = tokenmerge.tune(model, part, f"macs={share}", seed=seed, budget=arguments.budget)
+                seconds = time.perf_counter() - start
+                tuned = _small_figures(model, found.config, images, labels, unmerged)
+                rows.append(
+                    {
+                        "model": name,
+                        "MACs": share,
+                        "seed": seed,
+                        **{f"KL {key}": f"{one['KL']:.3g}" for key, one in _named(plain, chosen, tuned)},
+                        "tuned / tome": round(tuned["KL"] / plain["KL"], 3),
+                        "tuned / auto": round(tuned["KL"] / chosen["KL"], 3),
+                        **{f"top-1 % {key}": one["top-1 %"] for key, one in _named(plain, chosen, tuned)},
+                        "seconds": round(seconds),
+                        "method": repr(found.config.method),
+                        "r": str(found.config.r),
+                    }
+                )
+                tried += [{"model": name, "MACs": share, "seed": seed, **row} for row in found.tried.rows]
+                print(rows[-1], flush=True)
+    notes = [f"Tuned on {arguments.images} training images without labels, measured on {len(images)} test images."]
+    _write("tune-small", "What tune finds on small models, beside auto and constant r of tome", rows, tried, notes)
+
+
+def _named(plain: Any, chosen: Any, tuned: Any) -> tuple[tuple[str, Any], ...]:
+    return ("tome", plain), ("auto", chosen), ("tuned", tuned)
+
+
+def _small_figures(
+    model: nn.Module, config: tokenmerge.MergeConfig, images: Tensor, labels: Tensor, unmerged: Tensor
+) -> dict[str, Any]:
+    twin = shared_copy(model)
+    tokenmerge.patch(twin, config)
+    got = answers(twin, images)
+    return {
+        "KL": divergence(got, unmerged),
+        "top-1 %": round(100 * (got.argmax(1) == labels).float().mean().item(), 2),
+    }
+
+
+def _constant(model: nn.Module, size: Sequence[int], share: float) -> tokenmerge.MergeConfig:
+    """Return tome with the smallest constant r that leaves at most a share of the MACs."""
+    whole, twin = tokenmerge.flops(model, size), shared_copy(model)
+    handle, r = tokenmerge.patch(twin, r=0), 0
+    while tokenmerge.flops(twin, size) > share * whole:
+        r += 1
+        handle.r = r
+    return tokenmerge.MergeConfig("tome", r=r)
+
+
+def clip(arguments: argparse.Namespace) -> None:
+    """Tune on photographs, report the feature error and a linear probe on others."""
+    import timm
+
+    model = timm.create_model(TOWER, pretrained=False, num_classes=512)
+    model.load_state_dict(load_file(arguments.weights))
+    model.eval()
+    (train, of_train), (val, of_val) = (_photographs(arguments.photographs / split) for split in ("train", "val"))
+    half = torch.arange(len(of_val)) % 3 == 0  # two of the six photographs of each class
+    val, of_val = val[half], of_val[half]
+    features = _features(model, val)
+    probe = _probe(_features(model, train[::2]), of_train[::2])
+    rows, tried = [], []
+    for share in arguments.shares:
+        constant = _constant(model, (3, 224, 224), share)
+        plain = _clip_figures(model, constant, val, of_val, features, probe)
+        for seed in range(arguments.seeds):
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: arguments.images]
+            start = time.perf_counter()
+            found = tokenmerge.tune(
+                model, train[order], f"macs={share}", seed=seed, budget=arguments.budget, batch_size=16
+            )
+            tuned = _clip_figures(model, found.config, val, of_val, features, probe)
+            rows.append(
+                {
+                    "MACs": share,
+                    "seed": seed,
+                    "error of tome": round(plain["error"], 4),
+                    "error tuned": round(tuned["error"], 4),
+                    "tuned / tome": round(tuned["error"] / plain["error"], 3),
+                    "probe % unmerged": _accuracy(features, of_val, probe),
+                    "probe % tome": plain["probe %"],
+                    "probe % tuned": tuned["probe %"],
+                    "seconds": round(time.perf_counter() - start),
+                    "method": repr(found.config.method),
+                    "r": str(found.config.r),
+                }
+            )
+            tried += [{"MACs": share, "seed": seed, **row} for row in found.tried.rows]
+            print(rows[-1], flush=True)
+    notes = [
+        f"CLIP ViT-B/16, 8-bit weights. Tuned on {arguments.images} photographs without labels; error (squared, "
+        f"relative) and a linear probe, fitted on unmerged features of {len(train[::2])}, on {len(val)} others."
+    ]
+    _write("tune-clip", "What tune finds on a CLIP tower, beside constant r of tome", rows, tried, notes)
+
+
+def _photographs(folder: Path) -> tuple[Tensor, Tensor]:
+    from PIL import Image
+    from torchvision import transforms
+
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.glob("*.jpg"))]
+    images = torch.stack([prepare(Image.open(file).convert("RGB")) for file, _ in files])
+    return images, torch.tensor([label for _, label in files])
+
+
+@torch.inference_mode()
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(batch) for batch in images.split(16)])
+
+
+def _probe(features: Tensor, labels: Tensor) -> nn.Module:
+    """Return a linear classifier of unit features, fitted by L-BFGS with weight decay."""
+    unit = nn.functional.normalize(features).clone()
+    probe = nn.Linear(unit.shape[1], int(labels.max()) + 1)
+    nn.init.zeros_(probe.weight)
+    optimiser = torch.optim.LBFGS(probe.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(30 * probe(unit), labels) + 1e-3 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(step)
+    return probe
+
+
+def _accuracy(features: Tensor, labels: Tensor, probe: nn.Module) -> float:
+    with torch.no_grad():
+        hits = probe(nn.functional.normalize(features)).argmax(1) == labels
+    return round(100 * hits.float().mean().item(), 2)
+
+
+def _clip_figures(
+    model: nn.Module,
+    config: tokenmerge.MergeConfig,
+    images: Tensor,
+    labels: Tensor,
+    features: Tensor,
+    probe: nn.Module,
+) -> dict[str, float]:
+    twin = shared_copy(model)
+    tokenmerge.patch(twin, config)
+    got = _features(twin, images)
+    error = ((got - features).square().sum() / features.square().sum()).item()
+    return {"error": error, "probe %": _accuracy(got, labels, probe)}
+
+
+_AGAIN = """
+import sys, torch, tokenmerge
+sys.path.insert(0, {here!r})
+from auto import load
+from tokenmerge.measure.outputs import shared_copy
+from tokenmerge.measure.timing import interleave
+model = load({name!r})
+merged = shared_copy(model)
+tokenmerge.patch(merged, {config!r})
+x = torch.randn(32, 1, 28, 28)
+timed = interleave({{"unmerged": lambda: model(x), "merged": lambda: merged(x)}}, torch.device("cpu"), rounds=30)
+print(timed["unmerged"].over(timed["merged"]))
+"""
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Tune for five speeds on two models, and measure each again in a fresh process."""
+    images = normalise(assets.fashion_mnist("train")[0][: arguments.images])
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("reference", "registers"):
+            for target in ("1.25x", "1.5x", "1.75x", "2x", "2.5x"):
+                journal = Path(folder, f"{name}.json")
+                found = tokenmerge.tune(load(name), images, target, budget=1, journal=journal)
+                config = Path(folder, "merge.json")
+                found.config.save(config)
+                code = _AGAIN.format(here=str(HERE), name=name, config=str(config))
+                again = float(
+                    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+                )
+                figures = found.figures
+                row = {"model": name, "target": target, "reached": found.reached, "tuned": figures["speed-up"]}
+                short = round(100 * (again / float(target[:-1]) - 1), 1)
+                rows.append(
+                    {**row, "fresh process": round(again, 3), "above target %": short, "r": str(found.config.r)}
+                )
+                print(rows[-1], flush=True)
+    _write("tune-speed", "Targets of speed, measured again in a fresh process", rows, [], ["Batch 32."])
+
+
+def drop(arguments: argparse.Namespace) -> None:
+    """Ask for at most half a point lost, with ten seeds, and look at the images of the report."""
+    images, labels = (part[: arguments.images] for part in assets.fashion_mnist("train"))
+    model, rows = load("reference"), []
+    for seed in range(10):
+        found = tokenmerge.tune(
+            model, normalise(images), "drop=0.5", labels=labels.long(), seed=seed, budget=1, methods=("least_loss",)
+        )
+        lost = round(found.figures["unmerged top-1 %"] - found.figures["top-1 %"], 2)
+        figures = {name: found.figures[name] for name in ("images", "MACs share", "speed-up", "agreement %")}
+        rows.append({"seed": seed, "points lost": lost, "holds": lost <= 0.5, **figures, "reached": found.reached})
+        print(rows[-1], flush=True)
+    notes = [f"{sum(row['holds'] for row in rows)} of {len(rows)} seeds hold on images that nothing was chosen by."]
+    _write("tune-drop", "drop=0.5 on the bundled model", rows, [], notes)
+
+
+def killed(arguments: argparse.Namespace) -> None:
+    """Kill the command at five random moments, let it go on, and compare with one that was left alone."""
+    command = [sys.executable, "-m", "tokenmerge.cli", "tune", "reference", "--data", "fashion-mnist"]
+    command += ["--target", "macs=0.5", "--limit", str(arguments.images), "--budget", str(arguments.budget)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        subprocess.run([*command, "-o", f"{folder}/whole.json"], check=True, capture_output=True)
+        whole, random_moment = time.perf_counter() - start, random.Random(0)
+        for number in range(5):
+            seconds = random_moment.uniform(0.1, 0.5) * whole
+            process = subprocess.Popen(
+                [*command, "-o", f"{folder}/killed.json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            time.sleep(seconds)
+            is_running = process.poll() is None
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            journal = Path(folder, "killed.journal.json")
+            kept = len(json.loads(journal.read_text())["rows"]) if journal.exists() else 0
+            rows.append(
+                {"kill": number + 1, "after s": round(seconds, 1), "was running": is_running, "rows kept": kept}
+            )
+        subprocess.run([*command, "-o", f"{folder}/killed.json", "--force"], check=True, capture_output=True)
+        one, other = (tokenmerge.MergeConfig.load(f"{folder}/{name}.json") for name in ("whole", "killed"))
+    notes = [f"{'The same configuration' if one == other else 'ANOTHER CONFIGURATION'} as undisturbed: {other!r}."]
+    _write("tune-killed", "A search that is killed, beside one that is not", rows, [], notes)
+
+
+def _write(name: str, title: str, rows: list[dict[str, Any]], tried: list[dict[str, Any]], notes: list[str]) -> None:
+    about = environment(torch.device("cpu"))
+    ratio = [row["tuned / tome"] for row in rows if "tuned / tome" in row]
+    if len(ratio) > 1:
+        notes = [*notes, f"tuned / tome: mean {statistics.mean(ratio):.3f}, largest {max(ratio):.3f}."]
+    write(name, title, rows, about, notes)
+    if tried:
+        (RESULTS / f"{name}-tried.csv").write_text(as_csv(tried))
+
+
+if __name__ == "__main__":
+    main()
