@@ -83,5 +83,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    known_names = f"Known: {', '.join(names)}." if len(names) <= 30 else f"{len(names)} names are known."
+    known_names = f"Known: {', '.join(names)}." if len(names) <= 40 else f"{len(names)} names are known."
     return UnknownNameError(f"no {kind} {name!r}.{hint} {known_names}")

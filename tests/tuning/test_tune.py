@@ -308,3 +308,17 @@ def test_the_time_is_foretold_before_the_long_part(model: nn.Module, images: Ten
     tune(model, images, "macs=0.7", budget=5, expect=said.append, progress=lambda *at: seen.append(at))
     assert len(said) == 1 and said[0] > 0
     assert all(0 < done <= total for done, total in seen) and seen[-1][0] > 0.5 * seen[-1][1]
+
+
+@pytest.mark.parametrize("name", ["evit", "attention", "pitome"])
+def test_the_macs_of_any_method_are_those_that_were_counted(model: nn.Module, images: Tensor, name: str) -> None:
+    found = tune(model, images, "macs=0.5", budget=1, batch_size=64, methods=(name,))
+    with tokenmerge.patched(model, found.config):
+        share = tokenmerge.flops(model, (3, 32, 32)) / tokenmerge.flops(tiny_vit(), (3, 32, 32))
+    assert found.figures["MACs share"] == pytest.approx(share, abs=1e-4) and share <= 0.5
+    assert {row.method.partition("(")[0] for row in found.tried.rows} >= {"ToMe"}
+
+
+def test_adaptive_methods_have_no_macs_to_plan(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(ConfigError, match="algm, ats: how many tokens go depends on the images"):
+        tune(model, images, methods=("tome", "algm", tokenmerge.methods.ATS()))

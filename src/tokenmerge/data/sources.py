@@ -228,6 +228,7 @@ def _splits(root: Path) -> dict[str, Path]:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the sub-folders in order: 0 to n - 1 by number, others by name."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if all(name.isdecimal() for name in names) and {int(name) for name in names} == set(range(len(names))):
         names.sort(key=int)
@@ -235,6 +236,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files with one of the suffixes at any depth, in order; without suffixes, the sub-folders."""
     if not suffixes:
         return sorted(str(entry) for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     return sorted(

@@ -55,7 +55,7 @@ class CostModel:
     The MACs of a block are a polynomial of the tokens n that enter it and the m that leave it: `c0 + c1 n + c2 n^2 + c3
     m` (attention products: n^2; projections: n; MLP: m). The coefficients of each block are fitted to a few forwards on
     the meta device. Where the fit is not exact (merging inside windows, methods that depend on the values), every
-    schedule is counted.
+    schedule is counted, and `is_exact` is False.
 
     Raises `NotPatchedError` for a model that is not patched. Does not change the model.
     """
@@ -84,11 +84,11 @@ class CostModel:
             self._terms.append(terms)
         outside = {run.model - sum(run.blocks) for run in runs}
         is_as_planned = all(self.planned(r) == run.tokens for r, run in zip(schedules, runs, strict=True))
-        self._is_exact = worst < 0.5 and len(outside) == 1 and is_as_planned
+        self.is_exact = worst < 0.5 and len(outside) == 1 and is_as_planned
 
     def __call__(self, r: R) -> int:
         """Return the MACs of one forward at `r`, in any form that `patch` takes."""
-        if not self._is_exact:
+        if not self.is_exact:
             return self._twin.run(r).model
         tokens = self.planned(r)
         pairs = zip(self._terms, tokens, tokens[1:], strict=False)

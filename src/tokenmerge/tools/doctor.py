@@ -241,7 +241,7 @@ def _as_measured(model: nn.Module, x: torch.Tensor, measured: Mapping[str, Any])
     try:
         kind = find_dtype(dtype)
     except UnsupportedError as error:
-        raise ConfigError(f"measured['dtype']: {error}") from error
+        raise ConfigError(f"measured['dtype'] is {dtype!r}: {error}") from error
     model = model if kind == x.dtype else copy.deepcopy(model).to(kind)
     return model, x[torch.arange(size, device=x.device) % len(x)].to(kind)
 

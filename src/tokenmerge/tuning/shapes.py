@@ -29,7 +29,7 @@ def fit(subject: Subject, shape: Sequence[float], share: float) -> list[int]:
         if subject.share(_rounded(weights, high, most)) <= share:
             break
     else:
-        return [most] * len(shape)
+        return subject.removed([most] * len(shape))
     low = 0.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -38,7 +38,7 @@ def fit(subject: Subject, shape: Sequence[float], share: float) -> list[int]:
     for layer in sorted(range(len(r)), key=lambda layer: min(most, high * weights[layer]) - r[layer]):
         if r[layer] and subject.share([*r[:layer], r[layer] - 1, *r[layer + 1 :]]) <= share:
             r[layer] -= 1
-    return r
+    return subject.removed(r)
 
 
 def _rounded(weights: Sequence[float], scale: float, most: int) -> list[int]:

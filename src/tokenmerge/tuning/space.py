@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tokenmerge import methods as known
+from tokenmerge.errors import ConfigError
 from tokenmerge.methods import LeastLoss, Reduction, ToFu, ToMe
 from tokenmerge.tuning.subject import Subject
 
@@ -36,18 +37,23 @@ _OPTIONS: dict[type[Reduction], Values] = {
 
 
 def starts(subject: Subject, given: Sequence[str | Reduction]) -> list[Reduction]:
-    """Return the methods to start from that the model can run.
+    """Return the methods to start from that the model can run; raises `ConfigError` for adaptive methods.
 
     `least_loss` by name starts twice: as it is, and with the options that make it ToMe.
     """
     found: list[Reduction] = []
     for one in given:
-        method = known.parse(one) if isinstance(one, str) else one
         if one == LeastLoss.name:
             score = "class" if subject.has_class else "shift"
             found += [LeastLoss(score=score), LeastLoss(early=0.0, combine="weighted", size=0.0, importance=0.0)]
         else:
-            found.append(method)
+            found.append(known.parse(one) if isinstance(one, str) else one)
+    adaptive = [method.name for method in found if method.is_adaptive]
+    if adaptive:
+        raise ConfigError(
+            f"{', '.join(adaptive)}: how many tokens go depends on the images, so no share of the MACs can be planned. "
+            "Give methods that remove exactly r (docs/methods.md)."
+        )
     return [method for method in found if subject.accepts(method)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,6 +74,14 @@ class Subject:
 
     def config(self, method: Reduction, r: Sequence[int], **changes: Any) -> MergeConfig:
         return MergeConfig(method, r=list(r), **{**self.options, **changes})
+
+    def removed(self, r: Sequence[int]) -> list[int]:
+        """Return how many tokens each block removes at `r`, where it may ask for more than half of them.
+
+        So a method that could remove more, as one that prunes, keeps to the MACs that were counted.
+        """
+        planned = self.cost.planned(list(r))
+        return [n - m for n, m in pairwise(planned)] if self.cost.is_exact else list(r)
 
     def share(self, r: R) -> float:
         """Return the MACs at `r` as a share of the unmerged model's."""

@@ -108,7 +108,8 @@ def tune(
 def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """Return the model in eval mode on a device, in a dtype; it shares the weights where these need no change."""
     parameter = next(model.parameters())
-    is_same = parameter.device == device and dtype in (None, parameter.dtype)
+    is_there = parameter.device.type == device.type and device.index in (None, parameter.device.index)
+    is_same = is_there and dtype in (None, parameter.dtype)
     return (shared_copy(model) if is_same else copy.deepcopy(model).to(device, dtype)).eval()
 
 
