@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -297,13 +295,13 @@ def killed(arguments: argparse.Namespace) -> None:
         subprocess.run([*command, "-o", f"{folder}/whole.json"], check=True, capture_output=True)
         whole, random_moment = time.perf_counter() - start, random.Random(0)
         for number in range(5):
-            seconds = random_moment.uniform(0.1, 0.5) * whole
+            seconds = random_moment.uniform(0.1, 0.3) * whole
             process = subprocess.Popen(
                 [*command, "-o", f"{folder}/killed.json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             time.sleep(seconds)
             is_running = process.poll() is None
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
             journal = Path(folder, "killed.journal.json")
             kept = len(json.loads(journal.read_text())["rows"]) if journal.exists() else 0
