@@ -196,8 +196,11 @@ def test_a_journal_of_something_else_is_refused_with_the_differences(
     tune(model, images, "macs=0.7", **QUICK, journal=journal)
     with pytest.raises(DataError, match="seed: asked 1, there 0"):
         tune(model, images, "macs=0.7", **QUICK, journal=journal, seed=1)
-    with pytest.raises(DataError, match="labels: asked True, there False"):
+    with pytest.raises(DataError, match=r"labels: asked [0-9a-f]{16}, there none"):
         tune(model, images, "macs=0.7", **QUICK, journal=journal, labels=labels)
+    tune(model, images, "macs=0.7", **QUICK, journal=tmp_path / "labelled.json", labels=labels)
+    with pytest.raises(DataError, match="labels: asked"):  # other labels of the same images
+        tune(model, images, "macs=0.7", **QUICK, journal=tmp_path / "labelled.json", labels=9 - labels)
     with pytest.raises(DataError, match="weights: asked"):
         tune(tiny_vit(), images, "macs=0.7", **QUICK, journal=journal)
     with pytest.raises(DataError, match="images: asked"):

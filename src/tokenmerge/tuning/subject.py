@@ -61,8 +61,6 @@ class Subject:
         with attached(model, MergeConfig(**self.options)) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
             self.cost = CostModel(model, size)
-            self.largest = handle.config.method.largest_r
-            self.protected = handle.protected
         self.macs = self.cost([0] * self.depth)
 
     def trial(self, part: str) -> Trial:
@@ -72,8 +70,8 @@ class Subject:
             )
         return self._trials[part]
 
-    def config(self, method: Reduction, r: Sequence[int], **changes: Any) -> MergeConfig:
-        return MergeConfig(method, r=list(r), **{**self.options, **changes})
+    def config(self, method: Reduction, r: Sequence[int]) -> MergeConfig:
+        return MergeConfig(method, r=list(r), **self.options)
 
     def removed(self, r: Sequence[int]) -> list[int]:
         """Return how many tokens each block removes at `r`, where it may ask for more than half of them.

@@ -27,7 +27,7 @@ def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[
     r, constant = _constant(subject, subject.share(found.config.r))
     none = subject.outcome(subject.config(chosen.method, [0] * subject.depth), "report")
     figures = _figures(subject, clock, decision, found, constant, none)
-    remarks = [*decision.missed, *_remarks(subject, found, none), *clock.remarks]
+    remarks = [*decision.missed, *_remarks(subject, found), *clock.remarks]
     rows = _front(subject, search, decision)
     tried = [_tried(subject, key, outcome) for key, outcome in subject.outcomes.items()]
     report = _sentence(figures, decision, r, targets)
@@ -106,7 +106,7 @@ def _sentence(figures: dict[str, Any], decision: Decision, r: int, targets: Sequ
     return opening + ", ".join(parts) + (f"; constant r = {r} would give {plain}" if plain else "") + "."
 
 
-def _remarks(subject: Subject, found: Outcome, none: Outcome) -> list[str]:
+def _remarks(subject: Subject, found: Outcome) -> list[str]:
     """Return what to know of the figures: how sure they are, what was left out."""
     remarks = [subject.parts.note] if subject.parts.note else []
     if subject.parts.corrupt:

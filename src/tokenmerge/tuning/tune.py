@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
 from tokenmerge.methods import LeastLoss, Reduction, ToMe
 from tokenmerge.report.journal import Journal
 from tokenmerge.tuning.clock import Clock
-from tokenmerge.tuning.decide import Decision, decide
+from tokenmerge.tuning.decide import decide
 from tokenmerge.tuning.goals import Goals
 from tokenmerge.tuning.parts import Parts, split
 from tokenmerge.tuning.result import Tuning
@@ -102,7 +102,7 @@ def tune(
     clock = Clock(subject, batch_size, compile)
     _foresee(subject, clock, search, targets, progress, expect)
     decision = decide(Goals(subject, clock, search), targets)
-    return _result(model, decision, summarise(subject, clock, search, targets, decision), parts)
+    return _result(model, summarise(subject, clock, search, targets, decision), parts)
 
 
 def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -134,7 +134,9 @@ def _journal(path: Path, model: nn.Module, parts: Parts, seed: int, restore: Res
         "model": Fingerprint.of(model).architecture,
         "weights": Fingerprint.of(model).weights,
         "images": parts.digest,
-        "labels": parts.has_labels,
+        "labels": hashlib.sha256(str(parts.search.labels.tolist()).encode()).hexdigest()[:16]
+        if parts.has_labels
+        else "none",
         "batch size": parts.search.batch_size,
         "seed": seed,
         "dtype": str(parameter.dtype),
@@ -186,7 +188,6 @@ def _seconds(model: nn.Module, batch: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _result(model: nn.Module, decision: Decision, tuning: Tuning, parts: Parts) -> Tuning:
-    figures: dict[str, Any] = tuning.figures
-    config: MergeConfig = replace(tuning.config, fingerprint=Fingerprint.of(model), measured=figures)
-    return replace(tuning, config=config, reached=decision.reached, corrupt=list(parts.corrupt))
+def _result(model: nn.Module, tuning: Tuning, parts: Parts) -> Tuning:
+    config: MergeConfig = replace(tuning.config, fingerprint=Fingerprint.of(model), measured=tuning.figures)
+    return replace(tuning, config=config, corrupt=list(parts.corrupt))
