@@ -151,7 +151,7 @@ def test_a_cost_model_says_what_is_counted(family: str, options: dict[str, Any])
     handle = tokenmerge.patch(model, r=0, **options)
     size = tuple(x.shape[1:])
     macs = CostModel(model, size)
-    assert handle.r == 0 and macs._is_exact == (family != "timm_sam")
+    assert handle.r == 0 and macs.is_exact == (family != "timm_sam")
     schedules = (5, 0.3, [3, 0, 1, 2], (2, -1.0), 0, 1)
     for r in schedules[: 3 if options else 6]:
         handle.r = r if not isinstance(r, list) else (r * len(handle.runners))[: len(handle.runners)]
