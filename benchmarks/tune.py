@@ -49,10 +49,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10_000, help="images to report on (%(default)s)")
     parser.add_argument("--budget", type=int, default=64)
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    parser.add_argument("--journals", type=Path, help="folder of journals: one search for all shares, resumable")
     parser.add_argument("--weights", type=Path, help="clip: the tower's weights, .safetensors")
     parser.add_argument("--photographs", type=Path, help="clip: a folder with train/CLASS/x.jpg and val/CLASS/x.jpg")
     arguments = parser.parse_args()
-    {"small": small, "clip": clip, "speed": speed, "drop": drop, "killed": killed}[arguments.part](arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.journals = arguments.journals or Path(folder)
+        arguments.journals.mkdir(parents=True, exist_ok=True)
+        _PARTS[arguments.part](arguments)
 
 
 def small(arguments: argparse.Namespace) -> None:
@@ -71,8 +75,11 @@ def small(arguments: argparse.Namespace) -> None:
             chosen = _small_figures(model, handle.config, images, labels, unmerged)
             for seed in range(arguments.seeds):
                 part = normalise(whole[seed * arguments.images : (seed + 1) * arguments.images])
+                journal = arguments.journals / f"{name}-{seed}.json"
                 start = time.perf_counter()
-                found = tokenmerge.tune(model, part, f"macs={share}", seed=seed, budget=arguments.budget)
+                found = tokenmerge.tune(
+                    model, part, f"macs={share}", seed=seed, budget=arguments.budget, journal=journal
+                )
                 seconds = time.perf_counter() - start
                 tuned = _small_figures(model, found.config, images, labels, unmerged)
                 rows.append(
@@ -134,14 +141,24 @@ def clip(arguments: argparse.Namespace) -> None:
     features = _features(model, val)
     probe = _probe(_features(model, train[::2]), of_train[::2])
     rows, tried = [], []
+    tome = {}
     for share in arguments.shares:
         constant = _constant(model, (3, 224, 224), share)
-        plain = _clip_figures(model, constant, val, of_val, features, probe)
-        for seed in range(arguments.seeds):
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: arguments.images]
+        tome[share] = _clip_figures(model, constant, val, of_val, features, probe)
+    for seed in range(arguments.seeds):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: arguments.images]
+        journal = arguments.journals / f"clip-{seed}.json"
+        for share, plain in tome.items():
             start = time.perf_counter()
             found = tokenmerge.tune(
-                model, train[order], f"macs={share}", seed=seed, budget=arguments.budget, batch_size=16
+                model,
+                train[order],
+                f"macs={share}",
+                seed=seed,
+                budget=arguments.budget,
+                batch_size=16,
+                journal=journal,
+                expect=lambda seconds: print(f"expected: {seconds:.0f} s", flush=True),
             )
             tuned = _clip_figures(model, found.config, val, of_val, features, probe)
             rows.append(
@@ -323,6 +340,8 @@ def _write(name: str, title: str, rows: list[dict[str, Any]], tried: list[dict[s
     if tried:
         (RESULTS / f"{name}-tried.csv").write_text(as_csv(tried))
 
+
+_PARTS = {"small": small, "clip": clip, "speed": speed, "drop": drop, "killed": killed}
 
 if __name__ == "__main__":
     main()
