@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from tokenmerge._intercept.layout import TokenLayout, first_of
+from tokenmerge._intercept.layout import PROBED, TokenLayout, first_of
 from tokenmerge._intercept.override import Override
 from tokenmerge.errors import AdapterMismatchError, TokenMergeError, UnsupportedModelError
 
@@ -72,8 +72,9 @@ def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, c
         _shake(block)
         x = torch.randn(2, probe.tokens, token_width(block), device=found[0].device, dtype=dtype)
         pair = _Pair(block, partial(run, original), partial(run, composed), probe)
-        # two images only if both are compared, or if the extra arguments are made for two
-        worst = pair.difference(x if x.is_meta or counted is None or probe.given else x[:1], training=True)
+        # two images with all tokens are needed only where nothing else compares them, or arguments are made for them
+        is_first = not (x.is_meta or counted is None or probe.given or probe.has_places)
+        worst = pair.difference(x[:1, PROBED // 2 :] if is_first else x, training=True)
         if x.is_meta or counted is None:
             return Parity(max(worst, pair.difference(x, training=False)), True)
         block.eval()

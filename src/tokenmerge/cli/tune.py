@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", default=["2x"], metavar="TARGET", help=_TARGET_HELP)
     parser.add_argument("-o", "--out", default="merge.json", help="the configuration that is written (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing configuration")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="where the search starts (least_loss tome)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="where the search starts (least_loss)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (that of the model)")
     parser.add_argument("--compile", action="store_true", help="time the model under torch.compile")
     parser.add_argument("--budget", type=int, default=64, help="candidates on all search images (%(default)s)")

@@ -114,6 +114,7 @@ KL = Column[float]("KL", "the mean KL divergence from the unmerged model's answe
 DAMAGE = Column[float]("damage", "the squared distance from the unmerged answers, relative to their length", rank=6)
 # time
 SPEED_UP = Column[float]("speed-up", "how many times as fast as the unmerged model", rank=7)
+ESTIMATED = Column[float]("speed-up est.", "the speed-up estimated from what was timed here", rank=7)
 IMAGES_PER_SECOND = Column[float]("images/s", "throughput of the merged model", "images per second", rank=10)
 MS = Column[float]("ms", "median time of a merged forward", "milliseconds", rank=15)
 SPREAD = Column[float | None](

@@ -46,12 +46,20 @@ class Clock:
         where = {**self.environment, "batch size": batch_size, "compiled": is_compiled}
         self._where = json.dumps({key: str(value) for key, value in where.items()})
         self.remarks: list[str] = []
+        self._saved: list[tuple[float, float]] = []  # of the MACs, of the time, as shares of the unmerged model's
         self._unmerged: Any = None
 
     def time(self, config: MergeConfig) -> Timed:
         """Return the speed-up over the unmerged model: the median ratio of interleaved rounds."""
         timed: Timed = self._kept(f"time {config!r}", partial(self._time, config))
+        self._saved.append((1 - self.subject.share(config.r), 1 - 1 / timed.speed_up))
         return timed
+
+    def estimated(self, share: float) -> float:
+        """Return the speed-up at a share of the MACs, by a straight line from the unmerged model through what was timed."""
+        macs = sum(saved * saved for saved, _ in self._saved)
+        slope = sum(saved * time for saved, time in self._saved) / macs if macs else 0.0
+        return 1 / (1 - slope * (1 - share))
 
     def memory(self, config: MergeConfig) -> float:
         """Return the peak memory of a forward as a share of the unmerged model's."""

@@ -28,6 +28,7 @@ class FrontRow(Record):
     agreement = columns.AGREEMENT.or_none()
     top1 = columns.TOP1.or_none()
     speed_up = columns.SPEED_UP.or_none()
+    estimated_speed_up = columns.ESTIMATED
     tokens = columns.TOKENS
     note = columns.NOTE
 

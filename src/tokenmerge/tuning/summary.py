@@ -28,7 +28,7 @@ def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[
     none = subject.outcome(subject.config(chosen.method, [0] * subject.depth), "report")
     figures = _figures(subject, clock, decision, found, constant, none)
     remarks = [*decision.missed, *_remarks(subject, found), *clock.remarks]
-    rows = _front(subject, search, decision)
+    rows = _front(subject, clock, search, decision)
     tried = [_tried(subject, key, outcome) for key, outcome in subject.outcomes.items()]
     report = _sentence(figures, decision, r, targets)
     return Tuning(
@@ -124,11 +124,11 @@ def _remarks(subject: Subject, found: Outcome) -> list[str]:
     return remarks
 
 
-def _front(subject: Subject, search: Search, decision: Decision) -> list[FrontRow]:
+def _front(subject: Subject, clock: Clock, search: Search, decision: Decision) -> list[FrontRow]:
     """Return the unmerged model, the best of the known candidates at several shares, and constant ToMe beside them."""
     depth, part = subject.depth, "select"
     constant = Candidate(ToMe(), (1.0,) * depth, CONSTANT)
-    rows = [_row(subject, subject.outcome(subject.config(decision.candidate.method, [0] * depth), part), "unmerged")]
+    rows = [_row(clock, subject.outcome(subject.config(decision.candidate.method, [0] * depth), part), "unmerged")]
     found = []
     for share in sorted({*FRONT, decision.share}, reverse=True):
         if subject.share(fit(subject, (1.0,) * depth, share)) > share or share >= 1:
@@ -140,9 +140,9 @@ def _front(subject: Subject, search: Search, decision: Decision) -> list[FrontRo
         )
         best = min((search.outcome(one, share, part) for one in known), key=lambda one: one.mean)
         timed = decision.timed.speed_up if share == decision.share else None
-        found.append((best, _row(subject, best, "chosen" if share == decision.share else "", timed)))
+        found.append((best, _row(clock, best, "chosen" if share == decision.share else "", timed)))
         if subject.accepts(ToMe()):
-            rows.append(_row(subject, search.outcome(constant, share, part), "constant r of tome"))
+            rows.append(_row(clock, search.outcome(constant, share, part), "constant r of tome"))
     for outcome, row in {id(outcome): (outcome, row) for outcome, row in found}.values():
         is_beaten = any(o.mean < outcome.mean and x["MACs share"] <= row["MACs share"] for o, x in found)
         if not is_beaten or row["note"]:
@@ -150,8 +150,8 @@ def _front(subject: Subject, search: Search, decision: Decision) -> list[FrontRo
     return sorted(rows, key=lambda row: (-row["MACs share"], row["note"]))
 
 
-def _row(subject: Subject, outcome: Outcome, note: str, speed: float | None = None) -> FrontRow:
-    r = outcome.config.r
+def _row(clock: Clock, outcome: Outcome, note: str, speed: float | None = None) -> FrontRow:
+    subject, r = clock.subject, outcome.config.r
     same, hits = outcome.same, outcome.hits
     return FrontRow(
         {
@@ -162,6 +162,7 @@ def _row(subject: Subject, outcome: Outcome, note: str, speed: float | None = No
             "agreement %": round(100 * sum(same) / len(same), 2) if same else None,
             "top-1 %": round(100 * sum(hits) / len(hits), 2) if hits and subject.parts.has_labels else None,
             "speed-up": None if speed is None else round(speed, 3),
+            "speed-up est.": round(clock.estimated(subject.share(r)), 3),
             "tokens": subject.tokens(r),
             "note": note,
         }

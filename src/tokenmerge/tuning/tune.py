@@ -18,7 +18,7 @@ from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import ConfigError, UnsupportedModelError
 from tokenmerge.handle import require_free
 from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
-from tokenmerge.methods import LeastLoss, Reduction, ToMe
+from tokenmerge.methods import LeastLoss, Reduction
 from tokenmerge.report.journal import Journal
 from tokenmerge.tuning.clock import Clock
 from tokenmerge.tuning.decide import decide
@@ -44,7 +44,7 @@ def tune(
     target: str | Target | Sequence[str | Target] = "2x",
     *,
     labels: Tensor | Sequence[int] | None = None,
-    methods: Sequence[str | Reduction] = (LeastLoss.name, ToMe.name),
+    methods: Sequence[str | Reduction] = (LeastLoss.name,),
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     batch_size: int = 32,
@@ -72,7 +72,8 @@ def tune(
         target: one or more of "2x", "12ms" (a batch), "macs=0.5", "memory=0.7", "drop=0.5", "agreement=99"; "2x
             drop=0.5" asks for both: the fastest within the loss that reaches the speed.
         labels: the class of each image, for images given as a tensor.
-        methods: where the search starts: names and objects. The options of tome, tofu and least_loss are searched.
+        methods: where the search starts: names and objects. The options of tome, tofu and least_loss are searched;
+            least_loss contains the other two.
         device, dtype, batch_size, compile: what the result is to run with here; the dtype of the model by default.
         budget: how many candidates are tried on the images to search on, for a target.
         seed: deals the images.
