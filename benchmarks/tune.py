@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ MODELS = ("reference", "pooled", "registers")
 TOWER = "vit_base_patch16_clip_quickgelu_224.openai"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HERE = Path(__file__).parent
+OLDER = HERE / "models" / "auto-0.5.0.json"  # what "auto" of 0.5.0 chose on 64 training images
 
 
 def main() -> None:
@@ -63,6 +64,11 @@ def small(arguments: argparse.Namespace) -> None:
     """Tune on training images, report the KL divergence on test images."""
     whole, _ = assets.fashion_mnist("train")
     images, labels = (part[: arguments.limit] for part in assets.fashion_mnist("test"))
+    notes = [
+        f"Tuned on {arguments.images} training images without labels, budget {arguments.budget}, measured on "
+        f"{len(images)} test images. auto 0.5.0: what that release chose on 64 training images; tome: constant r."
+    ]
+    older = {(row["model"], row["MACs"]): row["config"] for row in json.loads(OLDER.read_text())}
     rows, tried = [], []
     for name in MODELS:
         model = load(name)
@@ -70,6 +76,8 @@ def small(arguments: argparse.Namespace) -> None:
         for share in arguments.shares:
             constant = _constant(model, SIZE, share)
             plain = _small_figures(model, constant, images, labels, unmerged)
+            found = older[name, share]
+            old = _small_figures(model, tokenmerge.MergeConfig(found["method"], r=found["r"]), images, labels, unmerged)
             auto = shared_copy(model)
             handle = tokenmerge.patch(auto, "auto", r=constant.r, calibrate=normalise(whole[:64]))
             chosen = _small_figures(model, handle.config, images, labels, unmerged)
@@ -87,10 +95,10 @@ def small(arguments: argparse.Namespace) -> None:
                         "model": name,
                         "MACs": share,
                         "seed": seed,
-                        **{f"KL {key}": f"{one['KL']:.3g}" for key, one in _named(plain, chosen, tuned)},
+                        **{f"KL {key}": f"{one['KL']:.3g}" for key, one in _named(plain, old, chosen, tuned)},
                         "tuned / tome": round(tuned["KL"] / plain["KL"], 3),
-                        "tuned / auto": round(tuned["KL"] / chosen["KL"], 3),
-                        **{f"top-1 % {key}": one["top-1 %"] for key, one in _named(plain, chosen, tuned)},
+                        "tuned / auto 0.5.0": round(tuned["KL"] / old["KL"], 3),
+                        **{f"top-1 % {key}": one["top-1 %"] for key, one in _named(plain, old, chosen, tuned)},
                         "seconds": round(seconds),
                         "method": repr(found.config.method),
                         "r": str(found.config.r),
@@ -98,12 +106,11 @@ def small(arguments: argparse.Namespace) -> None:
                 )
                 tried += [{"model": name, "MACs": share, "seed": seed, **row} for row in found.tried.rows]
                 print(rows[-1], flush=True)
-    notes = [f"Tuned on {arguments.images} training images without labels, measured on {len(images)} test images."]
-    _write("tune-small", "What tune finds on small models, beside auto and constant r of tome", rows, tried, notes)
+                _write("tune-small", "What tune finds on small models, beside auto and tome", rows, tried, notes)
 
 
-def _named(plain: Any, chosen: Any, tuned: Any) -> tuple[tuple[str, Any], ...]:
-    return ("tome", plain), ("auto", chosen), ("tuned", tuned)
+def _named(*figures: Any) -> Iterator[tuple[str, Any]]:
+    return zip(("tome", "auto 0.5.0", "auto", "tuned"), figures, strict=True)
 
 
 def _small_figures(
@@ -141,6 +148,11 @@ def clip(arguments: argparse.Namespace) -> None:
     features = _features(model, val)
     probe = _probe(_features(model, train[::2]), of_train[::2])
     rows, tried = [], []
+    notes = [
+        f"CLIP ViT-B/16, 8-bit weights. Tuned on {arguments.images} photographs without labels, budget "
+        f"{arguments.budget}; error (squared, relative) and a linear probe, fitted on unmerged features of "
+        f"{len(train[::2])}, on {len(val)} others."
+    ]
     tome = {}
     for share in arguments.shares:
         constant = _constant(model, (3, 224, 224), share)
@@ -178,11 +190,7 @@ def clip(arguments: argparse.Namespace) -> None:
             )
             tried += [{"MACs": share, "seed": seed, **row} for row in found.tried.rows]
             print(rows[-1], flush=True)
-    notes = [
-        f"CLIP ViT-B/16, 8-bit weights. Tuned on {arguments.images} photographs without labels; error (squared, "
-        f"relative) and a linear probe, fitted on unmerged features of {len(train[::2])}, on {len(val)} others."
-    ]
-    _write("tune-clip", "What tune finds on a CLIP tower, beside constant r of tome", rows, tried, notes)
+            _write("tune-clip", "What tune finds on a CLIP tower, beside constant r of tome", rows, tried, notes)
 
 
 def _photographs(folder: Path) -> tuple[Tensor, Tensor]:

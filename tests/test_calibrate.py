@@ -20,6 +20,9 @@ from tokenmerge.errors import ConfigError, InvalidScheduleError
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.methods import TokenView
 from tokenmerge.plan import Plan
+from tokenmerge.tuning.alike import as_alike
+from tokenmerge.tuning.parts import whole
+from tokenmerge.tuning.subject import Subject
 
 
 def _kl(model: nn.Module, method: Any, r: Any, images: torch.Tensor) -> float:
@@ -57,11 +60,9 @@ def test_auto_on_the_bundled_model_beats_tome_at_its_macs(tmp_path: Path) -> Non
 
 def test_one_threshold_of_similarity_explains_the_schedule_as_alike() -> None:
     model, images = reference_model(), normalise(fashion_mnist("test")[0][:8])
-    found = tokenmerge.patch(model, "auto", r=10, calibrate=images).calibration
-    assert found is not None
-    alike = next(candidate for candidate in found.tried if candidate.shape == "as alike")
-    assert isinstance(alike.r, list) and 0.95 * found.first.macs <= alike.macs <= found.first.macs
-    tokenmerge.unpatch(model)
+    subject = Subject(shared_copy(model), whole(images, 8), torch.device("cpu"), {})
+    r = as_alike(subject, ToMe(metric="x"), 0.6)
+    assert r is not None and 0.57 <= subject.share(r) <= 0.6
     seen: dict[int, np.ndarray] = {}
 
     class Spy(ToMe):
@@ -73,11 +74,11 @@ def test_one_threshold_of_similarity_explains_the_schedule_as_alike() -> None:
             seen[view.layer] = -np.sort(-best.ravel())
             return super().plan(view, r)
 
-    with torch.no_grad(), tokenmerge.patched(model, Spy(metric=alike.method.metric), r=alike.r):
+    with torch.no_grad(), tokenmerge.patched(model, Spy(metric="x"), r=r):
         model(images)
     # n pairs on the average of 8 images: the threshold lies between these two of all cosines
-    above = [seen[layer][math.ceil((n - 0.5) * 8) - 1] for layer, n in enumerate(alike.r) if n]
-    below = [seen[layer][math.floor((n + 0.5) * 8)] for layer, n in enumerate(alike.r) if n]
+    above = [seen[layer][math.ceil((n - 0.5) * 8) - 1] for layer, n in enumerate(r) if n]
+    below = [seen[layer][math.floor((n + 0.5) * 8)] for layer, n in enumerate(r) if n]
     assert len(above) > 6 and max(below) <= min(above) + 1e-6
 
 

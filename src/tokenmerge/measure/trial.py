@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.config import MergeConfig, Restore
+from tokenmerge.config import MergeConfig
 from tokenmerge.data.labelled import Labelled, none_read
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.handle import attached, handle_of
@@ -41,8 +41,9 @@ class Trial:
     """A model to try reductions on, its images, and the outputs of the unmerged model.
 
     All tools run models over images with `judge`. The caller's model moves to the device and is not changed otherwise.
-    `keep` is how many bytes of unmerged outputs stay in memory for later passes (256 MiB). Raises `DataError` for
-    images that cannot be read or do not fit, `UnsupportedModelError` for a model without an adapter.
+    `keep` is how many bytes of unmerged outputs stay in memory for later passes (256 MiB), `options` are those of
+    `patch`. Raises `DataError` for images that cannot be read or do not fit, `UnsupportedModelError` for a model
+    without an adapter.
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Trial:
         device: torch.device,
         *,
         rounds: int = 10,
-        restore: Restore | None = None,
         keep: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = shared_copy(model.to(device)).eval()  # the caller's model may be in train mode
-        self.data, self.device, self.rounds, self.restore = data, device, rounds, restore
+        self.data, self.device, self.rounds, self.options = data, device, rounds, dict(options or {})
         self.dtype = next(model.parameters()).dtype
         self.corrupt: list[str] = []  # images left out; set after the first full pass
         batch = next((images for images, _ in data), None)
@@ -65,7 +66,7 @@ class Trial:
         self.batch = batch.to(device, self.dtype)
         self.question = Question(self.model, data, tuple(run_images(self.model, self.batch).shape))
         self.size = tuple(batch.shape[1:])
-        with attached(self.model, MergeConfig()) as handle:
+        with attached(self.model, MergeConfig(**self.options)) as handle:
             run_images(self.model, self.batch[:1])
             self.tokens, self.protected = handle.tokens, handle.protected
         self._keep = _KEPT if keep is None else keep
@@ -211,7 +212,7 @@ class Trial:
 
     def _bound(self, left: Sequence[float]) -> nn.Module:
         """Return the free bound with these tokens after its blocks."""
-        return self.reduced(MergeConfig(BOUND, r=[*self._amounts(left)], restore=self.restore))
+        return self.reduced(MergeConfig(BOUND, r=[*self._amounts(left)], **self.options))
 
     def _time(self, reduced: nn.Module) -> dict[str, float]:
         """Time the first batch: unmerged, merged, and the free bound with the same tokens per block."""

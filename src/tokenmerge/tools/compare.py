@@ -197,7 +197,7 @@ def compare(
         progress(done, len(tasks))
     for task in [task for task in tasks if task.key not in journal.rows]:
         if trial is None and not task.refusal:
-            trial = Trial(model, data, where, rounds=rounds, restore=restore)
+            trial = Trial(model, data, where, rounds=rounds, options={"restore": restore})
         row = _row(trial, task, calibrate)
         if trial is not None:
             journal.facts = {"corrupt": trial.corrupt or journal.facts["corrupt"], "note": trial.question.note}
@@ -319,7 +319,7 @@ def _row(trial: Trial | None, task: _Task, calibrate: Tensor | None) -> dict[str
 
     def reduce(method: Method, r: R | None) -> nn.Module:
         twin = shared_copy(trial.model)
-        apply_method(twin, method, r=r, calibrate=calibrate, restore=trial.restore)
+        apply_method(twin, method, r=r, calibrate=calibrate, **trial.options)
         return twin
 
     try:

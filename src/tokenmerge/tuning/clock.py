@@ -56,7 +56,7 @@ class Clock:
         return timed
 
     def estimated(self, share: float) -> float:
-        """Return the speed-up at a share of the MACs, by a straight line from the unmerged model through what was timed."""
+        """Return the speed-up at a share of the MACs: a straight line from the unmerged model through those timed."""
         macs = sum(saved * saved for saved, _ in self._saved)
         slope = sum(saved * time for saved, time in self._saved) / macs if macs else 0.0
         return 1 / (1 - slope * (1 - share))
@@ -68,12 +68,7 @@ class Clock:
 
     def _kept(self, what: str, measure: Callable[[], Any]) -> Any:
         """Return a measurement of this machine from the journal, or make it."""
-        journal, key = self.subject.journal, f"{what} on {self._where}"
-        if journal is None:
-            return measure()
-        if key not in journal.rows:
-            journal.add(key, {"measured": measure()})
-        found = journal.rows[key]["measured"]
+        found = self.subject.kept(f"{what} on {self._where}", measure)
         return Timed(*found) if isinstance(found, (list, tuple)) else found
 
     def _time(self, config: MergeConfig) -> Timed:

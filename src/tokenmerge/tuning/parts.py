@@ -16,7 +16,7 @@ from tokenmerge.data.labelled import Labelled, sample_data
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError
 
-__all__ = ["LEAST", "Part", "Parts", "split"]
+__all__ = ["LEAST", "Part", "Parts", "split", "whole"]
 
 LEAST = 64  # images: fewer say nothing about single percents
 _SHARES = (0.5, 0.2)  # of the images: to search on, to select on; the rest is for the report
@@ -133,6 +133,14 @@ def split(
     return Parts(
         screen, **parts, corrupt=corrupt, digest=store.digest.hexdigest()[:16], has_labels=given is not None, note=note
     )
+
+
+def whole(images: Tensor, batch_size: int) -> Parts:
+    """Return parts that are all the same images `[N, ...]`, for a choice that no figure is reported of."""
+    store = _Store()
+    store.add(images)
+    part = Part(store, None, range(store.count), batch_size, -1, "calibrate")
+    return Parts(part, part, part, part, (), store.digest.hexdigest()[:16], has_labels=False, note="")
 
 
 def _fill(store: _Store, batches: Sequence[Tensor]) -> None:

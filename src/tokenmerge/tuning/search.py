@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.methods import Reduction
+from tokenmerge.tuning.alike import ALIKE, as_alike
 from tokenmerge.tuning.shapes import CONSTANT, Shape, families, fit, normal
 from tokenmerge.tuning.space import neighbours
 from tokenmerge.tuning.subject import Outcome, Subject
@@ -21,7 +22,7 @@ __all__ = ["Candidate", "Search"]
 
 _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 1
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
-_PASSES = 2  # over the options of a method
+_PASSES = 2
 _CERTAIN = 1.0  # standard errors by which another option must be better on the screening images
 
 
@@ -41,8 +42,12 @@ class Search:
     search that goes on from a journal takes the same way.
     """
 
-    def __init__(self, subject: Subject, starts: Sequence[Reduction], budget: int, reference: float) -> None:
+    def __init__(
+        self, subject: Subject, starts: Sequence[Reduction], budget: int, reference: float, passes: int = _PASSES
+    ) -> None:
         self.subject, self.starts, self.budget, self.reference = subject, starts, budget, reference
+        self.passes = passes  # over the options of a method
+        self.tried: dict[Candidate, Outcome] = {}  # on the screening images, in order
         self._slope: Tensor | None = None
         self._start: Candidate | None = None
 
@@ -55,7 +60,7 @@ class Search:
     @property
     def searched(self) -> int:
         """How many candidates are about to be tried on the images to search on, for one target."""
-        first = 2 + len(_STEPS)
+        first = 3 + len(_STEPS)
         each = self.subject.depth + len(_STEPS)
         return self.subject.depth + first + each * min(3, max(0, self.budget - first) // each)
 
@@ -78,10 +83,11 @@ class Search:
         return self.subject.outcome(config, part)
 
     def solved(self, share: float) -> list[Candidate]:
-        """Return what the measurements at the reference share suggest for a share: nothing is run for it."""
+        """Return what the measurements at the reference share suggest for a share, and the schedule as alike."""
         start = self.start
         constant = Candidate(start.method, (1.0,) * self.subject.depth, CONSTANT)
-        return [constant, start, *(self._moved(start, self.slope, step) for step in _STEPS)]
+        moved = [self._moved(start, self.slope, step) for step in _STEPS]
+        return [constant, start, *self._alike(start.method, share), *moved]
 
     def best(self, share: float) -> list[Candidate]:
         """Return candidates for a share, the one of least damage on the images to search on first."""
@@ -105,12 +111,13 @@ class Search:
         """Choose on the screening images: a start and a family of shapes, then one option after the other."""
 
         def screened(candidate: Candidate) -> Outcome:
-            return self.outcome(candidate, self.reference, "screen")
+            self.tried[candidate] = self.outcome(candidate, self.reference, "screen")
+            return self.tried[candidate]
 
         shapes = families(self.subject.depth).items()
         first = [Candidate(method, shape, name) for method in self.starts for name, shape in shapes]
         best = min(first, key=lambda one: screened(one).mean)
-        for _ in range(_PASSES):
+        for _ in range(self.passes):
             before = best
             for option in neighbours(best.method):
                 for other in option(best.method):
@@ -121,7 +128,11 @@ class Search:
                         best = candidate
             if best == before:
                 break
-        return best
+        return min([best, *self._alike(best.method, self.reference)], key=lambda one: screened(one).mean)
+
+    def _alike(self, method: Reduction, share: float) -> list[Candidate]:
+        r = as_alike(self.subject, method, share)
+        return [] if r is None or not any(r) else [Candidate(method, normal(r), ALIKE)]
 
     def _sensitivity(self, base: Candidate, share: float) -> Tensor:
         """Probe each block: it removes more, the others less, at equal MACs; what noise explains is shrunk."""

@@ -10,6 +10,7 @@ from typing import Any
 from tokenmerge import methods as known
 from tokenmerge.errors import ConfigError
 from tokenmerge.methods import LeastLoss, Reduction, ToFu, ToMe
+from tokenmerge.methods.base import CAPTURED
 from tokenmerge.tuning.subject import Subject
 
 __all__ = ["neighbours", "starts"]
@@ -45,7 +46,8 @@ def starts(subject: Subject, given: Sequence[str | Reduction]) -> list[Reduction
     for one in given:
         if one == LeastLoss.name:
             score = "class" if subject.has_class else "shift"
-            found += [LeastLoss(score=score), LeastLoss(early=0.0, combine="weighted", size=0.0, importance=0.0)]
+            as_tome = LeastLoss(early=0.0, combine="weighted", size=0.0, importance=0.0, score=score)
+            found += [LeastLoss(score=score), as_tome]
         else:
             found.append(known.parse(one) if isinstance(one, str) else one)
     adaptive = [method.name for method in found if method.is_adaptive]
@@ -58,11 +60,16 @@ def starts(subject: Subject, given: Sequence[str | Reduction]) -> list[Reduction
 
 
 def neighbours(method: Reduction) -> Iterator[Callable[[Reduction], list[Reduction]]]:
-    """Yield, for each option of the kind of a method, what returns the methods that differ in this option alone."""
+    """Yield, for each option of the kind of a method, what returns the methods that differ in this option alone.
+
+    An option that changes nothing beside the others is left out.
+    """
     for option, values in _OPTIONS.get(type(method), {}).items():
         yield partial(_others, option, values)
 
 
 def _others(option: str, values: Sequence[Any], method: Reduction) -> list[Reduction]:
+    has_heads = getattr(method, "metric", "") in CAPTURED
+    is_idle = (option == "heads" and not has_heads) or (option == "score" and not getattr(method, "importance", 1.0))
     changed = [dataclasses.replace(method, **{option: value}) for value in values]  # type: ignore[type-var]
-    return [other for other in changed if other != method]
+    return [] if is_idle else [other for other in changed if other != method]

@@ -57,6 +57,7 @@ class Subject:
         self._trials: dict[str, Trial] = {}
         self._twin: tuple[MergeConfig, nn.Module] | None = None
         self.outcomes: dict[str, Outcome] = {}  # by part and configuration
+        self._kept: dict[str, Any] = {}
         size = self.trial("screen").size
         with attached(model, MergeConfig(**self.options)) as handle:
             self.depth, self.has_class = len(handle.runners), handle.has_class
@@ -66,7 +67,7 @@ class Subject:
     def trial(self, part: str) -> Trial:
         if part not in self._trials:
             self._trials[part] = Trial(
-                self.model, getattr(self.parts, part), self.device, rounds=1, restore=self.options.get("restore")
+                self.model, getattr(self.parts, part), self.device, rounds=1, options=self.options
             )
         return self._trials[part]
 
@@ -97,6 +98,24 @@ class Subject:
         except TokenMergeError:
             return False
         return True
+
+    def kept(self, key: str, measure: Callable[[], Any]) -> Any:
+        """Return a measurement from the journal, or make it and keep it there."""
+        if key not in self._kept:
+            row = None if self.journal is None else self.journal.rows.get(key)
+            if row is None:
+                row = {"measured": measure()}
+                if self.journal is not None:
+                    self.journal.add(key, row)
+            self._kept[key] = row["measured"]
+        return self._kept[key]
+
+    def run(self, method: Reduction, images: Tensor) -> None:
+        """Run the model on images with a method that removes all that it wants to."""
+        trial = self.trial("screen")
+        reduced = trial.reduced(self.config(method, [self.cost.tokens] * self.depth))
+        with torch.inference_mode():
+            reduced(images.to(self.device, trial.dtype))
 
     def outcome(self, config: MergeConfig, part: str = "search") -> Outcome:
         """Run a configuration over a part; raises `DataError` where answers are not finite."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.config import MergeConfig, Restore
+from tokenmerge.config import MergeConfig
 from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import ConfigError, UnsupportedModelError
@@ -32,9 +33,14 @@ from tokenmerge.tuning.subject import Subject
 from tokenmerge.tuning.summary import FRONT, summarise
 from tokenmerge.tuning.target import Target, read_targets
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tokenmerge.config import Options
+
 __all__ = ["tune"]
 
-_VERSION = 1
+_VERSION = 2
 _REFERENCE = 0.5  # the share of the MACs at which methods and blocks are measured for all targets
 
 
@@ -52,9 +58,9 @@ def tune(
     budget: int = 64,
     seed: int = 0,
     journal: str | Path | None = None,
-    restore: Restore | None = None,
     progress: Callable[[int, int], None] | None = None,
     expect: Callable[[float], None] | None = None,
+    **options: Unpack[Options],
 ) -> Tuning:
     """Find the configuration that reaches a target with the least damage, for this model, images and machine.
 
@@ -78,9 +84,9 @@ def tune(
         budget: how many candidates are tried on the images to search on, for a target.
         seed: deals the images.
         journal: a file that keeps what was measured: an interrupted call goes on, another target starts from it.
-        restore: that of `patch`.
         progress: called with the images that were run and all that are planned.
         expect: called with the seconds that the call will take, before its long part.
+        options: those of `patch` but `r`, for all candidates: `restore`, `multiple_of`, `blocks` and so on.
 
     Raises `DataError` for images that cannot be used, fewer than 64 of them, and a journal of something else;
     `ConfigError` for targets that are none or need labels; `UnsupportedModelError` where no method fits.
@@ -88,13 +94,16 @@ def tune(
     targets = read_targets(target)
     if budget < 1 or batch_size < 1:
         raise ConfigError(f"budget and batch_size must be at least 1; got {budget} and {batch_size}.")
+    settings = {name: value for name, value in options.items() if value is not None}
+    if "r" in settings:
+        raise ConfigError("tune finds r itself: leave it out, and give a target.")
     require_free(model)
     where = find_device(device)
     own = _copied(model, where, None if dtype is None else find_dtype(dtype))
     parts = split(str(images) if isinstance(images, Path) else images, labels, own, batch_size=batch_size, seed=seed)
     _check_labels(targets, parts)
-    kept = None if journal is None else _journal(Path(journal), own, parts, seed, restore)
-    subject = Subject(own, parts, where, {} if restore is None else {"restore": restore}, kept)
+    kept = None if journal is None else _journal(Path(journal), own, parts, seed, settings)
+    subject = Subject(own, parts, where, settings, kept)
     found = starts(subject, methods)
     if not found:
         raise UnsupportedModelError(f"none of the methods {', '.join(map(str, methods))} can run in this model.")
@@ -129,7 +138,7 @@ def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
             )
 
 
-def _journal(path: Path, model: nn.Module, parts: Parts, seed: int, restore: Restore | None) -> Journal:
+def _journal(path: Path, model: nn.Module, parts: Parts, seed: int, options: Mapping[str, Any]) -> Journal:
     parameter = next(model.parameters())
     settings = {
         "model": Fingerprint.of(model).architecture,
@@ -141,7 +150,7 @@ def _journal(path: Path, model: nn.Module, parts: Parts, seed: int, restore: Res
         "batch size": parts.search.batch_size,
         "seed": seed,
         "dtype": str(parameter.dtype),
-        "restore": restore,
+        "options": repr(sorted(options.items())),
         "torch": torch.__version__,
     }
     return Journal(path, "tuning", settings, version=_VERSION, columns=("key",))
