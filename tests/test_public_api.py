@@ -19,6 +19,7 @@ import torch
 
 import tokenmerge
 from tokenmerge._moved import MOVED, NAMES
+from tokenmerge.tuning import clock
 
 MODULES = ["tokenmerge"] + [
     info.name for info in pkgutil.walk_packages(tokenmerge.__path__, "tokenmerge.") if "__main__" not in info.name
@@ -74,6 +75,7 @@ EXAMPLES = [(page.name, block.split("```")[0]) for page in PAGES for block in pa
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
 def test_examples_of_the_pages_run(page: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clock, "_ROUNDS", (2,))  # an example need not wait until its time is certain
     script = ModuleType("__main__")  # as if it were run: what it defines can be pickled
     monkeypatch.setitem(sys.modules, "__main__", script)
     exec(compile(example, page, "exec", dont_inherit=True), vars(script))

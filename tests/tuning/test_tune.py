@@ -15,6 +15,7 @@ import tokenmerge
 from tokenmerge import tune
 from tokenmerge.errors import AlreadyPatchedError, ConfigError, DataError, UnsupportedError, UnsupportedModelError
 from tokenmerge.testing import tiny_vit
+from tokenmerge.testing.models.plain import PlainStandIn
 from tokenmerge.tuning import clock as clock_module
 from tokenmerge.tuning.clock import Clock, Timed
 from tokenmerge.tuning.result import Tuning
@@ -325,3 +326,19 @@ def test_the_macs_of_any_method_are_those_that_were_counted(model: nn.Module, im
 def test_adaptive_methods_have_no_macs_to_plan(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(ConfigError, match="algm, ats: how many tokens go depends on the images"):
         tune(model, images, methods=("tome", "algm", tokenmerge.methods.ATS()))
+
+
+def test_a_model_of_ones_own_is_tuned_by_names_and_with_options(images: Tensor) -> None:
+    names = {"blocks": "layers", "attn": "mix", "norm": "between", "mlp": "feed"}
+    own = PlainStandIn().eval()
+    found = tune(own, images[:64], "macs=0.8", **names, **{**QUICK, "budget": 1})
+    assert found.reached and {name: getattr(found.config, name) for name in names} == names
+    with tokenmerge.patched(own, found.config) as handle:
+        own(images[:2])
+        chosen = next(row for row in found.front.rows if row.note == "chosen")
+        assert handle.tokens[-1] == chosen.tokens
+    auto = tokenmerge.patch(own, "auto", r=3, calibrate=images[:8], **names)
+    assert auto.calibration is not None and len(auto.calibration.tried) > 10
+    tokenmerge.unpatch(own)
+    with pytest.raises(ConfigError, match="tune finds r itself"):
+        tune(own, images[:64], "macs=0.8", r=4, **names)

@@ -22,6 +22,8 @@ from tokenmerge.tuning.parts import Parts
 
 __all__ = ["Outcome", "Subject"]
 
+_TWINS = 4
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -55,7 +57,8 @@ class Subject:
         self.model = model
         self.on_outcome: Callable[[str, int], None] | None = None  # part, images; after each that was computed
         self._trials: dict[str, Trial] = {}
-        self._twin: tuple[MergeConfig, nn.Module] | None = None
+        self._twins: dict[str, nn.Module] = {}  # patched copies by settings, the last few
+        self._accepted: dict[str, bool] = {}
         self.outcomes: dict[str, Outcome] = {}  # by part and configuration
         self._kept: dict[str, Any] = {}
         size = self.trial("screen").size
@@ -92,12 +95,13 @@ class Subject:
 
     def accepts(self, method: Reduction) -> bool:
         """Whether the model has what a method needs."""
-        try:
-            with attached(self.model, self.config(method, [1] * self.depth)):
-                pass
-        except TokenMergeError:
-            return False
-        return True
+        if repr(method) not in self._accepted:
+            try:
+                with attached(self.model, self.config(method, [1] * self.depth)):
+                    self._accepted[repr(method)] = True
+            except TokenMergeError:
+                self._accepted[repr(method)] = False
+        return self._accepted[repr(method)]
 
     def kept(self, key: str, measure: Callable[[], Any]) -> Any:
         """Return a measurement from the journal, or make it and keep it there."""
@@ -134,11 +138,13 @@ class Subject:
 
     def _reduced(self, config: MergeConfig) -> nn.Module:
         """Return a patched copy; candidates that differ in `r` alone share it, because patching takes time."""
-        settings = config.changed(r=0)
-        if self._twin is None or self._twin[0] != settings:
-            self._twin = settings, self.trial("screen").reduced(config)
-        handle_of(self._twin[1]).r = config.r
-        return self._twin[1]
+        settings = repr(config.changed(r=0))
+        if settings not in self._twins:
+            if len(self._twins) == _TWINS:
+                del self._twins[next(iter(self._twins))]
+            self._twins[settings] = self.trial("screen").reduced(config)
+        handle_of(self._twins[settings]).r = config.r
+        return self._twins[settings]
 
     def _computed(self, config: MergeConfig, part: str) -> dict[str, Any]:
         (seen,) = self.trial(part).judge([self._reduced(config)])

@@ -17,7 +17,7 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import ConfigError, UnsupportedModelError
-from tokenmerge.handle import require_free
+from tokenmerge.handle import attached, require_free
 from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
 from tokenmerge.methods import LeastLoss, Reduction
 from tokenmerge.report.journal import Journal
@@ -94,7 +94,7 @@ def tune(
     targets = read_targets(target)
     if budget < 1 or batch_size < 1:
         raise ConfigError(f"budget and batch_size must be at least 1; got {budget} and {batch_size}.")
-    settings = {name: value for name, value in options.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if "r" in settings:
         raise ConfigError("tune finds r itself: leave it out, and give a target.")
     require_free(model)
@@ -102,17 +102,21 @@ def tune(
     own = _copied(model, where, None if dtype is None else find_dtype(dtype))
     parts = split(str(images) if isinstance(images, Path) else images, labels, own, batch_size=batch_size, seed=seed)
     _check_labels(targets, parts)
-    kept = None if journal is None else _journal(Path(journal), own, parts, seed, settings)
+    with attached(own, MergeConfig(**settings)) as handle:
+        fingerprint = Fingerprint.of(model, handle._adapter)
+    kept = None if journal is None else _journal(Path(journal), fingerprint, own, parts, seed, settings)
     subject = Subject(own, parts, where, settings, kept)
-    found = starts(subject, methods)
-    if not found:
+    begun = starts(subject, methods)
+    if not begun:
         raise UnsupportedModelError(f"none of the methods {', '.join(map(str, methods))} can run in this model.")
     lowest = subject.share(fit(subject, (1.0,) * subject.depth, 0.0))
-    search = Search(subject, found, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
+    search = Search(subject, begun, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
     clock = Clock(subject, batch_size, compile)
     _foresee(subject, clock, search, targets, progress, expect)
     decision = decide(Goals(subject, clock, search), targets)
-    return _result(model, summarise(subject, clock, search, targets, decision), parts)
+    found = summarise(subject, clock, search, targets, decision)
+    config = replace(found.config, fingerprint=fingerprint, measured=found.figures)
+    return replace(found, config=config, corrupt=list(parts.corrupt))
 
 
 def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -138,11 +142,13 @@ def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
             )
 
 
-def _journal(path: Path, model: nn.Module, parts: Parts, seed: int, options: Mapping[str, Any]) -> Journal:
+def _journal(
+    path: Path, fingerprint: Fingerprint, model: nn.Module, parts: Parts, seed: int, options: Mapping[str, Any]
+) -> Journal:
     parameter = next(model.parameters())
     settings = {
-        "model": Fingerprint.of(model).architecture,
-        "weights": Fingerprint.of(model).weights,
+        "model": fingerprint.architecture,
+        "weights": fingerprint.weights,
         "images": parts.digest,
         "labels": hashlib.sha256(str(parts.search.labels.tolist()).encode()).hexdigest()[:16]
         if parts.has_labels
@@ -196,8 +202,3 @@ def _seconds(model: nn.Module, batch: Tensor) -> float:
         if batch.device.type == "cuda":
             torch.cuda.synchronize(batch.device)
     return time.perf_counter() - start
-
-
-def _result(model: nn.Module, tuning: Tuning, parts: Parts) -> Tuning:
-    config: MergeConfig = replace(tuning.config, fingerprint=Fingerprint.of(model), measured=tuning.figures)
-    return replace(tuning, config=config, corrupt=list(parts.corrupt))
