@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick check asan bench ablation auto zoo train training support hosts latest clean
+.PHONY: demo test quick check asan bench ablation auto tune zoo train training support hosts latest clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -43,6 +43,9 @@ ablation: .venv/ready
 
 auto: .venv/ready
 	$(BIN)/python benchmarks/auto.py
+
+tune: .venv/ready
+	for part in small speed drop killed; do $(BIN)/python benchmarks/tune.py $$part || exit 1; done
 
 zoo: .venv/ready
 	$(BIN)/python benchmarks/zoo.py
