@@ -73,8 +73,8 @@ def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, c
         x = torch.randn(2, probe.tokens, token_width(block), device=found[0].device, dtype=dtype)
         pair = _Pair(block, partial(run, original), partial(run, composed), probe)
         # two images with all tokens are needed only where nothing else compares them, or arguments are made for them
-        is_first = not (x.is_meta or counted is None or probe.given or probe.has_places)
-        worst = pair.difference(x[:1, PROBED // 2 :] if is_first else x, training=True)
+        is_short = not (x.is_meta or counted is None or probe.given or probe.has_places)
+        worst = pair.difference(x[:1, PROBED // 2 :] if is_short else x, training=True)
         if x.is_meta or counted is None:
             return Parity(max(worst, pair.difference(x, training=False)), True)
         block.eval()

@@ -59,7 +59,7 @@ class Clock:
         """Return the speed-up at a share of the MACs: a straight line from the unmerged model through those timed."""
         macs = sum(saved * saved for saved, _ in self._saved)
         slope = sum(saved * time for saved, time in self._saved) / macs if macs else 0.0
-        return 1 / (1 - slope * (1 - share))
+        return 1 / max(share / 2, 1 - slope * (1 - share))  # noise can make the line too steep
 
     def memory(self, config: MergeConfig) -> float:
         """Return the peak memory of a forward as a share of the unmerged model's."""

@@ -22,7 +22,7 @@ __all__ = ["Candidate", "Search"]
 
 _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 1
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
-_PASSES = 2
+_PASSES = 2  # over the options of a method
 _CERTAIN = 1.0  # standard errors by which another option must be better on the screening images
 
 
@@ -46,7 +46,7 @@ class Search:
         self, subject: Subject, starts: Sequence[Reduction], budget: int, reference: float, passes: int = _PASSES
     ) -> None:
         self.subject, self.starts, self.budget, self.reference = subject, starts, budget, reference
-        self.passes = passes  # over the options of a method
+        self.passes = passes
         self.tried: dict[Candidate, Outcome] = {}  # on the screening images, in order
         self._slope: Tensor | None = None
         self._start: Candidate | None = None

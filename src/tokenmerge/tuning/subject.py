@@ -22,7 +22,7 @@ from tokenmerge.tuning.parts import Parts
 
 __all__ = ["Outcome", "Subject"]
 
-_TWINS = 4
+_TWINS = 4  # patched copies that are kept
 
 
 @dataclass(frozen=True)
