@@ -132,6 +132,11 @@ def test_images_that_cannot_be_used(images: Any, message: str) -> None:
     assert bound_attributes(model) == attributes
 
 
+def test_one_image_chooses_too() -> None:
+    found = tokenmerge.patch(tiny_vit(), "auto", r=5, calibrate=torch.randn(1, 3, 32, 32)).calibration
+    assert found is not None and found.images == 1 and len(found.tried) > 10
+
+
 def test_auto_without_r_asks_for_it() -> None:
     with pytest.raises(InvalidScheduleError, match="r is missing"):
         tokenmerge.patch(tiny_vit(), "auto", calibrate=torch.randn(2, 3, 32, 32))

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from tokenmerge._intercept.layout import PROBED, TokenLayout, first_of
+from tokenmerge._intercept.layout import TokenLayout, first_of
 from tokenmerge._intercept.override import Override
 from tokenmerge.errors import AdapterMismatchError, TokenMergeError, UnsupportedModelError
 
 __all__ = ["Parity", "Probe", "called_children", "check_parity", "token_width", "undisturbed"]
 
 _COUNT = 4  # size of the token that the verification repeats
+_SPARED = 8  # patches that a first look, at one image in train mode, can do without
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -74,7 +75,7 @@ def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, c
         pair = _Pair(block, partial(run, original), partial(run, composed), probe)
         # two images with all tokens are needed only where nothing else compares them, or arguments are made for them
         is_short = not (x.is_meta or counted is None or probe.given or probe.has_places)
-        worst = pair.difference(x[:1, PROBED // 2 :] if is_short else x, training=True)
+        worst = pair.difference(x[:1, _SPARED:] if is_short else x, training=True)
         if x.is_meta or counted is None:
             return Parity(max(worst, pair.difference(x, training=False)), True)
         block.eval()

@@ -152,7 +152,12 @@ class Search:
 
 
 def _gain(base: Outcome, other: Outcome) -> float:
-    """Return the change of the damage from one outcome to another on the same images, in standard errors."""
+    """Return the change of the damage from one outcome to another on the same images, in standard errors.
+
+    0 where there is no telling: one image, or images that all change alike.
+    """
+    if len(base.damage) < 2:
+        return 0.0
     change = other.damage - base.damage
     noise = float(change.std()) / math.sqrt(len(change))
     return float(change.mean()) / noise if noise > 0 else 0.0
