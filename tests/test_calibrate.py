@@ -13,7 +13,7 @@ from torch import nn
 
 import tokenmerge
 from helpers import bound_attributes, tiny_vit
-from tokenmerge import MergeConfig, ToMe
+from tokenmerge import MergeConfig, Schedule, ToMe
 from tokenmerge.assets import fashion_mnist, reference_model
 from tokenmerge.data.labelled import normalise
 from tokenmerge.errors import ConfigError, InvalidScheduleError
@@ -130,6 +130,20 @@ def test_images_that_cannot_be_used(images: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tokenmerge.patch(model, "auto", r=4, calibrate=images)
     assert bound_attributes(model) == attributes
+
+
+@pytest.mark.parametrize(
+    ("seed", "r"), [(0, 5), (2, 7), (4, Schedule.of(13, depth=4, multiple_of=8))], ids=["5", "7", "schedule"]
+)
+def test_the_macs_are_those_of_tome_with_the_same_options(seed: int, r: Any) -> None:
+    torch.manual_seed(seed)
+    model, images, size = tiny_vit(), torch.randn(2, 3, 32, 32), (3, 32, 32)
+    options = {} if isinstance(r, Schedule) else {"multiple_of": 8}
+    with tokenmerge.patched(model, r=r, **options):
+        most = tokenmerge.flops(model, size)
+    with tokenmerge.patched(model, "auto", r=r, calibrate=images, **options) as handle:
+        assert handle.config.multiple_of == 8 and handle.calibration is not None
+        assert handle.calibration.best.macs == tokenmerge.flops(model, size) <= most
 
 
 def test_one_image_chooses_too() -> None:

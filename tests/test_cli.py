@@ -470,7 +470,9 @@ def test_compare_json_and_going_on(capsys: Capture, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compare_module, "Trial", lambda *args, **options: pytest.fail("it was run again"))
     assert main([*plain, "--methods", "tome", "--macs", "0.7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == content
-    _expect_failure(capsys, [*plain, "--limit", "9"], "out holds a comparison with other settings (images: asked 9")
+    _expect_failure(
+        capsys, [*plain, "--limit", "9"], "rows.json holds a comparison with other settings (images: asked 9"
+    )
 
 
 def test_compare_on_a_folder_of_images(

@@ -23,7 +23,7 @@ from tokenmerge.errors import (
 from tokenmerge.handle import Handle, attached, handle_of, require_free, unpatch
 from tokenmerge.methods import Reduction
 from tokenmerge.report import Calibration, Report
-from tokenmerge.schedule import R
+from tokenmerge.schedule import R, Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,7 +96,9 @@ def patch(
     found, choice = None, ""
     if method == AUTO and "r" in given:
         # what is handed out or recorded is not tried: the answers are compared with the unmerged ones
-        tried = {name: value for name, value in given.items() if name not in ("r", "track", "restore", "multiple_of")}
+        if isinstance(given["r"], Schedule):
+            given.setdefault("multiple_of", given["r"].multiple_of)
+        tried = {name: value for name, value in given.items() if name not in ("r", "track", "restore")}
         found, choice = _choose(model, given["r"], calibrate, tried)
         method = found.best.method if found else "tome"
         given["r"] = found.best.r if found else given["r"]

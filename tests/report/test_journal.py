@@ -16,7 +16,8 @@ SETTINGS = {"model": "a", "images": 3}
 
 
 def _open(folder: Path, settings: dict[str, Any] = SETTINGS, **options: Any) -> Journal:
-    return Journal(folder / "rows.json", "search", settings, version=1, columns={"x"}, facts={"corrupt": []}, **options)
+    always: dict[str, Any] = {"version": 1, "columns": {"x"}, "facts": {"corrupt": []}, "hint": "Or --fresh."}
+    return Journal(folder / "rows.json", "search", settings, **always, **options)
 
 
 def test_the_next_one_goes_on(tmp_path: Path) -> None:
@@ -33,7 +34,9 @@ def test_the_next_one_goes_on(tmp_path: Path) -> None:
 def test_other_settings_are_named(tmp_path: Path) -> None:
     _open(tmp_path).add("one", {"x": 1})
     before = (tmp_path / "rows.json").read_bytes()
-    with pytest.raises(DataError, match=r"holds a search with other settings \(images: asked 4, there 3; dtype: "):
+    with pytest.raises(
+        DataError, match=r"holds a search with other settings \(images: asked 4, there 3; dtype: .*Or --fresh"
+    ):
         _open(tmp_path, {"model": "a", "images": 4, "dtype": "f"})
     assert (tmp_path / "rows.json").read_bytes() == before
 

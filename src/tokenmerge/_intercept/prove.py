@@ -23,7 +23,6 @@ from tokenmerge.errors import AdapterMismatchError, TokenMergeError, Unsupported
 __all__ = ["Parity", "Probe", "called_children", "check_parity", "token_width", "undisturbed"]
 
 _COUNT = 4  # size of the token that the verification repeats
-_SPARED = 8  # patches that a first look, at one image in train mode, can do without
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -73,9 +72,8 @@ def check_parity(block: nn.Module, original: Run, composed: Run, probe: Probe, c
         _shake(block)
         x = torch.randn(2, probe.tokens, token_width(block), device=found[0].device, dtype=dtype)
         pair = _Pair(block, partial(run, original), partial(run, composed), probe)
-        # two images with all tokens are needed only where nothing else compares them, or arguments are made for them
-        is_short = not (x.is_meta or counted is None or probe.given or probe.has_places)
-        worst = pair.difference(x[:1, _SPARED:] if is_short else x, training=True)
+        # two images only if both are compared, or if the extra arguments are made for two
+        worst = pair.difference(x if x.is_meta or counted is None or probe.given else x[:1], training=True)
         if x.is_meta or counted is None:
             return Parity(max(worst, pair.difference(x, training=False)), True)
         block.eval()

@@ -16,7 +16,8 @@ __all__ = ["Journal"]
 class Journal:
     """Rows of one piece of work, each saved when finished; a later run with the same settings resumes from them.
 
-    `settings` are common to all rows: a journal with other settings is refused, and the error names the differences.
+    `settings` are common to all rows: a journal with other settings is refused, and the error names the differences and
+    ends with `hint`, which says what to do.
     `facts` are saved beside the rows, each time a row is written. With `fresh` the old file stays until the first row
     replaces it; it is then kept as NAME.old. Raises `DataError` for a folder that cannot be written, or a file with
     other content.
@@ -30,11 +31,12 @@ class Journal:
         *,
         version: int,
         columns: Collection[str],
+        hint: str,
         facts: Mapping[str, Any] | None = None,
         fresh: bool = False,
     ) -> None:
         self.path, self.settings, self.fresh = path, dict(settings), fresh
-        self._kind, self._version, self._columns = kind, version, {*columns}
+        self._kind, self._version, self._columns, self._hint = kind, version, {*columns}, hint
         self.facts: dict[str, Any] = dict(facts or {})
         self.rows: dict[str, dict[str, Any]] = {}
         try:
@@ -54,13 +56,12 @@ class Journal:
             reason = "" if content["version"] == self._version and is_whole else "its version or its columns are others"
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-        hint = f"Give another folder (--out), or start over (--fresh), which keeps it as {self.path.name}.old."
         if reason:
-            raise DataError(f"{self.path} cannot be read as a {self._kind}: {reason}. {hint}")
+            raise DataError(f"{self.path} cannot be read as a {self._kind}: {reason}. {self._hint}")
         names = [name for name in {**self.settings, **seen} if self.settings.get(name) != seen.get(name)]
         if names:
             different = "; ".join(f"{name}: asked {self.settings.get(name)}, there {seen.get(name)}" for name in names)
-            raise DataError(f"{self.path.parent} holds a {self._kind} with other settings ({different}). {hint}")
+            raise DataError(f"{self.path} holds a {self._kind} with other settings ({different}). {self._hint}")
         self.facts, self.rows = facts, rows
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:

@@ -218,6 +218,7 @@ def _journal(folder: Path, settings: dict[str, Any], fresh: bool) -> Journal:
         settings,
         version=_VERSION,
         columns={*_COLUMNS, "environment"},
+        hint="Give another folder (--out), or start over (--fresh), which keeps it as rows.json.old.",
         facts={"corrupt": [], "note": ""},  # images left out, and why accuracy does not apply ("" if it does)
         fresh=fresh,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -125,13 +126,10 @@ class Subject:
         """Run a configuration over a part; raises `DataError` where answers are not finite."""
         key = f"{part} {config!r}"
         if key not in self.outcomes:
-            row = None if self.journal is None else self.journal.rows.get(key)
-            if row is None:
-                row = self._computed(config, part)
-                if self.journal is not None:
-                    self.journal.add(key, row)
-                if self.on_outcome is not None:
-                    self.on_outcome(part, len(row["damage"]))
+            is_known = self.journal is not None and key in self.journal.rows
+            row = self.kept(key, partial(self._computed, config, part))
+            if self.on_outcome is not None and not is_known:
+                self.on_outcome(part, len(row["damage"]))
             damage = torch.tensor(row["damage"], dtype=torch.float64)
             self.outcomes[key] = Outcome(config, damage, tuple(row["same"]), tuple(row["hits"]))
         return self.outcomes[key]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["tune"]
 
 _VERSION = 2
+_HINT = "Give another journal (journal=, --journal), or delete this one to start over."
 _REFERENCE = 0.5  # the share of the MACs at which methods and blocks are measured for all targets
 
 
@@ -159,7 +160,7 @@ def _journal(
         "options": repr(sorted(options.items())),
         "torch": torch.__version__,
     }
-    return Journal(path, "tuning", settings, version=_VERSION, columns=("key",))
+    return Journal(path, "tuning", settings, version=_VERSION, columns=("key", "measured"), hint=_HINT)
 
 
 def _foresee(
