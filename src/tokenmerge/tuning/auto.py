@@ -51,8 +51,9 @@ def calibrate(model: nn.Module, r: R, images: Tensor, options: Mapping[str, Any]
 
     given = MergeConfig(ToMe(), r=r, **options)
     add(given.method, "given", r, subject.outcome(given, "screen").mean)
-    if subject.share(r) < 1:
-        search = Search(subject, starts(subject, [LeastLoss.name]), 0, subject.share(r), passes=1)
+    usable = starts(subject, [LeastLoss.name])
+    if usable and subject.share(r) < 1:
+        search = Search(subject, usable, 0, subject.share(r), passes=1)
         _ = search.start
         for one, outcome in search.tried.items():
             add(one.method, one.name, outcome.config.r, outcome.mean)

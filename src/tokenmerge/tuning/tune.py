@@ -98,20 +98,21 @@ def tune(
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if "r" in settings:
         raise ConfigError("tune finds r itself: leave it out, and give a target.")
+    shared = MergeConfig(**settings)
     require_free(model)
     where = find_device(device)
     own = _copied(model, where, None if dtype is None else find_dtype(dtype))
     parts = split(str(images) if isinstance(images, Path) else images, labels, own, batch_size=batch_size, seed=seed)
     _check_labels(targets, parts)
-    with attached(own, MergeConfig(**settings)) as handle:
+    with attached(own, shared) as handle:
         fingerprint = Fingerprint.of(model, handle._adapter)
     kept = None if journal is None else _journal(Path(journal), fingerprint, own, parts, seed, settings)
     subject = Subject(own, parts, where, settings, kept)
-    begun = starts(subject, methods)
-    if not begun:
+    usable = starts(subject, methods)
+    if not usable:
         raise UnsupportedModelError(f"none of the methods {', '.join(map(str, methods))} can run in this model.")
     lowest = subject.share(fit(subject, (1.0,) * subject.depth, 0.0))
-    search = Search(subject, begun, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
+    search = Search(subject, usable, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
     clock = Clock(subject, batch_size, compile)
     _foresee(subject, clock, search, targets, progress, expect)
     decision = decide(Goals(subject, clock, search), targets)
