@@ -15,7 +15,7 @@ import tokenmerge
 from tokenmerge.data.loader import open_source
 from tokenmerge.data.transforms import eval_transform
 from tokenmerge.tools.visualize import draw_clip, sheet
-from tokenmerge.training.output import load
+from tokenmerge.training.run_folder import load
 from tokenmerge.training.recipe import read_recipe
 
 ZOOM = 8  # a frame has 32 x 32 pixels

@@ -25,8 +25,8 @@ from tokenmerge.measure.timing import Timing, environment, interleave, training_
 from tokenmerge.report.progress import Progress
 from tokenmerge.tools.models import apply_method
 from tokenmerge.training.loop import train
-from tokenmerge.training.output import load
-from tokenmerge.training.parts import build_parts, optimizer_of, set_training
+from tokenmerge.training.run_folder import load
+from tokenmerge.training.build import build_parts, optimizer_of, set_training
 from tokenmerge.training.recipe import Merge, Recipe, read_recipe
 
 RUNS = Path("runs")

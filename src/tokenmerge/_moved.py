@@ -83,12 +83,18 @@ MOVED = {
     "tools.simulate": "measure.simulate",
     "tools.timing": "measure.timing",
     "tracing": "_torch.tracing",
+    "training.amount": "training.step_schedule",
     "training.clips": "data.clips",
     "training.data": "data.loader",
+    "training.held": "training.validate",
     "training.images": "data.images",
+    "training.nets": "training.models",
+    "training.output": "training.run_folder",
+    "training.parts": "training.build",
     "training.sounds": "data.sounds",
     "training.sources": "data.sources",
     "training.transforms": "data.transforms",
+    "training.world": "training.distributed",
     "windows": "_runtime.local",
 }
 

@@ -25,7 +25,7 @@ from tokenmerge.tools.compare import compare
 from tokenmerge.tools.engines import TARGETS
 from tokenmerge.tools.evaluate import evaluate
 from tokenmerge.tools.models import load_model
-from tokenmerge.training.output import load
+from tokenmerge.training.run_folder import load
 
 transformers = pytest.importorskip("transformers")
 

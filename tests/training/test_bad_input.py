@@ -16,7 +16,7 @@ from tokenmerge.cli import main
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.loop import train
-from tokenmerge.training.output import alone_in
+from tokenmerge.training.run_folder import alone_in
 from tokenmerge.training.recipe import from_dict, read_recipe
 
 
@@ -94,7 +94,7 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(tmp_path: Path) ->
 def test_a_full_disk_anywhere_is_said_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from tokenmerge.training import log, output
+    from tokenmerge.training import log, run_folder
 
     def full(path: Path, content: str | bytes) -> None:
         if path.name == name:
@@ -104,7 +104,7 @@ def test_a_full_disk_anywhere_is_said_and_loses_nothing(
     before = log.write_file
     folder = tmp_path / "run"
     monkeypatch.setattr(log, "write_file", full)
-    monkeypatch.setattr(output, "write_file", full)
+    monkeypatch.setattr(run_folder, "write_file", full)
     with pytest.raises(DataError, match=r"cannot write to .*run: .*What was saved before is whole"):
         train(tiny(steps=5), folder)
     assert not (folder / "model.safetensors").exists()
@@ -115,7 +115,7 @@ def test_a_full_disk_anywhere_is_said_and_loses_nothing(
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tokenmerge.training.output import alone_in\n"
+        "import sys; from pathlib import Path; from tokenmerge.training.run_folder import alone_in\n"
         "with alone_in(Path(sys.argv[1])): pass"
     )
     with alone_in(tmp_path / "run"):

@@ -12,7 +12,7 @@ from helpers import assert_close, randomised
 from tokenmerge import assets
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.training.mae import MaskedAutoencoder
-from tokenmerge.training.nets import build, load_weights
+from tokenmerge.training.models import build, load_weights
 from tokenmerge.training.recipe import Masked, Model
 
 SIZES = {

@@ -13,7 +13,7 @@ def open_model(name: str, *, pretrained: bool = False, trust_pickle: bool = Fals
     from tokenmerge.files import is_file
 
     if is_file(Path(name) / "recipe.json"):
-        from tokenmerge.training.output import load
+        from tokenmerge.training.run_folder import load
 
         return load(name, merged=False, trust_pickle=trust_pickle)
     from tokenmerge.tools.models import load_model

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenmerge.report.table import show
     from tokenmerge.training.loop import train
     from tokenmerge.training.recipe import read_recipe
-    from tokenmerge.training.world import is_started, launch
+    from tokenmerge.training.distributed import is_started, launch
 
     recipe = read_recipe(arguments.recipe, arguments.changes)
     folder = Path(arguments.out or f"runs/{Path(arguments.recipe).stem}")

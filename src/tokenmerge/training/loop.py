@@ -24,16 +24,16 @@ from tokenmerge.data.loader import Batch, Loader, Position, open_source, reseed,
 from tokenmerge.data.transforms import train_transform
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.tools.models import import_timm
-from tokenmerge.training.amount import Amount
+from tokenmerge.training.step_schedule import Amount
 from tokenmerge.training.checkpoint import Checkpoints
-from tokenmerge.training.held import HeldOut, autocast, mean_tokens, shown
+from tokenmerge.training.validate import HeldOut, autocast, mean_tokens, shown
 from tokenmerge.training.log import Log, peak_mb
-from tokenmerge.training.nets import check_trust, own_size
-from tokenmerge.training.output import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
-from tokenmerge.training.parts import build_parts, optimizer_of, scheduler_of, set_training
+from tokenmerge.training.models import check_trust, own_size
+from tokenmerge.training.run_folder import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
+from tokenmerge.training.build import build_parts, optimizer_of, scheduler_of, set_training
 from tokenmerge.training.preparation import preparation, statistics_of
 from tokenmerge.training.recipe import Recipe, from_dict
-from tokenmerge.training.world import World
+from tokenmerge.training.distributed import World
 
 __all__ = ["DivergedError", "StoppedError", "train"]
 

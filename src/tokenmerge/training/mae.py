@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.tools.models import import_timm
-from tokenmerge.training.nets import TubeletEmbed, places
+from tokenmerge.training.models import TubeletEmbed, places
 from tokenmerge.training.recipe import Masked
 
 __all__ = ["MaskedAutoencoder"]

@@ -12,7 +12,7 @@ from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.data.transforms import eval_transform, statistics
 from tokenmerge.errors import ConfigError, TokenMergeError
 from tokenmerge.tools.models import BUNDLED
-from tokenmerge.training.nets import VIT
+from tokenmerge.training.models import VIT
 
 __all__ = ["preparation", "statistics_of"]
 

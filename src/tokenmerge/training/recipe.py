@@ -13,7 +13,7 @@ from tokenmerge.data.settings import Augment, Data
 from tokenmerge.errors import ConfigError, InvalidScheduleError, UnsupportedError, unknown_name
 from tokenmerge.fields import fitted, named
 from tokenmerge.schedule import PlainR, Schedule
-from tokenmerge.training.amount import Amount
+from tokenmerge.training.step_schedule import Amount
 
 __all__ = [
     "Augment",

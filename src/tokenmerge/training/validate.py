@@ -19,7 +19,7 @@ from tokenmerge.data.transforms import eval_transform
 from tokenmerge.errors import DataError
 from tokenmerge.training.objective import Objective
 from tokenmerge.training.recipe import Recipe
-from tokenmerge.training.world import World
+from tokenmerge.training.distributed import World
 
 __all__ = ["HeldOut", "autocast", "mean_tokens", "shown"]
 

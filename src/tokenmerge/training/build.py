@@ -14,7 +14,7 @@ from tokenmerge import Handle, MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.tools.models import apply_method, own_r, read_method
 from tokenmerge.training.mae import MaskedAutoencoder
-from tokenmerge.training.nets import VIT, build, load_weights, order_classes
+from tokenmerge.training.models import VIT, build, load_weights, order_classes
 from tokenmerge.training.objective import Classify, Objective, Predict
 from tokenmerge.training.recipe import Recipe
 

@@ -19,7 +19,7 @@ from tokenmerge import assets
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError
 from tokenmerge.measure.counting import flops
 from tokenmerge.measure.simulate import simulate
-from tokenmerge.training.nets import TubeletEmbed, build, load_weights
+from tokenmerge.training.models import TubeletEmbed, build, load_weights
 from tokenmerge.training.recipe import Model
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4}

@@ -20,7 +20,7 @@ from tokenmerge.cli import main
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import Recipe
-from tokenmerge.training.world import World
+from tokenmerge.training.distributed import World
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
 from tokenmerge.tools.hugging_face import build_folder, is_folder, write_config
 from tokenmerge.training.log import read_rows, writing
-from tokenmerge.training.nets import build, load_weights
-from tokenmerge.training.parts import MODULES, Parts
+from tokenmerge.training.models import build, load_weights
+from tokenmerge.training.build import MODULES, Parts
 from tokenmerge.training.recipe import Recipe, differences, read_recipe
 
 __all__ = ["alone_in", "check_folder", "check_recipe", "export", "last_rows", "load", "write_recipe"]
