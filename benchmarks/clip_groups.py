@@ -15,8 +15,8 @@ import tokenmerge
 from tokenmerge.data.loader import open_source
 from tokenmerge.data.transforms import eval_transform
 from tokenmerge.tools.visualize import draw_clip, sheet
-from tokenmerge.training.run_folder import load
 from tokenmerge.training.recipe import read_recipe
+from tokenmerge.training.run_folder import load
 
 ZOOM = 8  # a frame has 32 x 32 pixels
 COLOURS = ("#ff3030", "#30c030", "#3080ff", "#ffc000")

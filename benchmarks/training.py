@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tables import write
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenmerge
 from tokenmerge.data.loader import Loader, evaluation, open_source
@@ -24,10 +24,12 @@ from tokenmerge.files import write_file
 from tokenmerge.measure.timing import Timing, environment, interleave, training_memory
 from tokenmerge.report.progress import Progress
 from tokenmerge.tools.models import apply_method
+from tokenmerge.training.build import build_network
+from tokenmerge.training.distributed import World
 from tokenmerge.training.loop import train
-from tokenmerge.training.run_folder import load
-from tokenmerge.training.build import build_parts, optimizer_of, set_training
+from tokenmerge.training.optimizer import Optimization
 from tokenmerge.training.recipe import Merge, Recipe, read_recipe
+from tokenmerge.training.run_folder import load
 
 RUNS = Path("runs")
 
@@ -156,7 +158,7 @@ class Speeds:
     """Times of training steps at every r and of its free bound, in turn, and the peak memory of a step of each."""
 
     def __init__(self, study: Study, rounds: int) -> None:
-        self.parts, steps = {}, dict[Any, Callable[[], None]]()
+        self.models, steps = {}, dict[Any, Callable[[], None]]()
         rows = list(dict.fromkeys((r, variant) for r, variant, _ in _keys(study, [0])))
         for r, variant, is_bound in [(*row, bound) for row in rows for bound in (False, True)]:
             recipe = recipe_of(study, r, variant, 0)
@@ -164,17 +166,18 @@ class Speeds:
                 recipe = replace(recipe, merge=replace(recipe.merge, method="drop"))
             source = open_source(recipe.data.source, "train", recipe.data)
             self.size = recipe.data.size or source.size
-            parts = build_parts(recipe, self.size, len(source.classes), torch.device("cpu"))
+            network = build_network(recipe, self.size, source.classes, torch.device("cpu"))
             transform = train_transform(recipe.augment, source.kind, self.size, flippable=source.flippable)
             batch = next(Loader(source, transform, batch_size=recipe.batch_size, seed=0).batches())
             self.batch = batch.inputs
-            self.parts[r, variant] = parts.model if not is_bound else self.parts[r, variant]
-            steps[r, variant, is_bound] = _step(parts, recipe, batch.inputs, batch.labels)
+            self.models[r, variant] = network.model if not is_bound else self.models[r, variant]
+            optimization = Optimization(network, recipe, 1, World("cpu"))
+            steps[r, variant, is_bound] = _step(optimization, batch.inputs, batch.labels)
         self.times: dict[Any, Timing] = interleave(steps, torch.device("cpu"), rounds=rounds, warmup=2)
 
     def row(self, r: int, variant: str) -> dict[str, Any]:
         """Return the columns of speed, memory and MACs for one row."""
-        model, time = self.parts[r, variant], self.times[r, variant, False]
+        model, time = self.models[r, variant], self.times[r, variant, False]
         return {
             "training images/s": round(len(self.batch) / time.median, 1),
             "training speed-up": round(self.times[0, "", False].over(time), 2),
@@ -185,17 +188,11 @@ class Speeds:
         }
 
 
-def _step(parts: Any, recipe: Recipe, inputs: Tensor, labels: Tensor) -> Callable[[], None]:
-    optimizer = optimizer_of(parts.model, recipe)
-
+def _step(optimization: Optimization, inputs: Tensor, labels: Tensor) -> Callable[[], None]:
     def step() -> None:
         # `interleave` turns gradients off
         with torch.inference_mode(False), torch.enable_grad():
-            set_training(parts, recipe)
-            parts.objective.loss(parts.objective.net(parts.model), *parts.objective.targets(inputs, labels)).backward()
-            nn.utils.clip_grad_norm_(parts.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimization.step(0, inputs, labels)
 
     return step
 

@@ -91,6 +91,7 @@ MOVED = {
     "training.nets": "training.models",
     "training.output": "training.run_folder",
     "training.parts": "training.build",
+    "training.preparation": "data.prepare",
     "training.sounds": "data.sounds",
     "training.sources": "data.sources",
     "training.transforms": "data.transforms",
@@ -151,7 +152,28 @@ NAMES = {
         "plot_tradeoff": "report.plots:plot_tradeoff",
         "require_viz": "report.plots:require_viz",
     },
-    "training.held": {"pixel_statistics": "call tokenmerge.data.prepare.find_preprocessing(model)"},
+    "training": {"Amount": "training.step_schedule:StepSchedule"},
+    "training.amount": {"Amount": "training.step_schedule:StepSchedule"},
+    "training.held": {
+        "autocast": "call World(device).autocast(precision) of tokenmerge.training.distributed",
+        "pixel_statistics": "call tokenmerge.data.prepare.find_preprocessing(model)",
+        "shown": "training.log:format_r",
+    },
+    "training.nets": {
+        "build": "training.models:build_model",
+        "places": "training.models:position_embeddings",
+    },
+    "training.parts": {
+        "MODULES": "tokenmerge.methods.learned.MODULES is the same without the dot at its end",
+        "Parts": "training.build:Network",
+        "build_parts": "call build_network(recipe, size, classes, device) with the names of the classes",
+        "optimizer_of": "training.optimizer:optimizer_of",
+        "scheduler_of": "training.optimizer:scheduler_of",
+        "set_training": "training.optimizer:set_training",
+    },
+    "training.preparation": {
+        "preparation": "call choose_preprocessing(model, kind, size, beside=..., is_own=...) of tokenmerge.data.prepare"
+    },
     "windows": {"WindowRunner": "_runtime.local:LocalRunner"},
 }
 

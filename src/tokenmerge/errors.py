@@ -1,4 +1,4 @@
-"""The errors of the library, under one parent; `training` adds some of its own.
+"""Every error of the library, under one parent.
 
 TokenMergeError(RuntimeError)
   UnknownNameError         a method, option or keyword that does not exist (with the nearest name)
@@ -11,6 +11,9 @@ TokenMergeError(RuntimeError)
   NotTrackedError          the request needs `track=True` or a forward
   UnsupportedError         the model is known, but cannot do what was requested
   DataError                images, labels or files that cannot be used
+  DivergedError            the loss or the gradient of a training run is no longer finite
+  StoppedError             a signal stopped a training run, which can be resumed
+  LostRankError            another process of a training run stopped
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ __all__ = [
     "AlreadyPatchedError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "InvalidScheduleError",
+    "LostRankError",
     "NotPatchedError",
     "NotTrackedError",
+    "StoppedError",
     "TokenMergeError",
     "UnknownNameError",
     "UnsupportedError",
@@ -76,6 +82,20 @@ class UnsupportedError(TokenMergeError):
 
 class DataError(TokenMergeError):
     """Images, labels or result files that cannot be used."""
+
+
+class DivergedError(TokenMergeError):
+    """The loss or the gradient of a training run is no longer finite."""
+
+
+class StoppedError(TokenMergeError):
+    """A signal stopped a training run, which can be resumed."""
+
+    exit_code = 2  # exit code of the command
+
+
+class LostRankError(TokenMergeError):
+    """Another process of a training run stopped."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:

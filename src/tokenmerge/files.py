@@ -1,4 +1,4 @@
-"""Write files atomically, and never through a link at the target path."""
+"""Write files atomically, and never through a link at the target path; read weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["filling", "is_dir", "is_file", "is_part", "new_part", "replacing", "write_file"]
+from tokenmerge.errors import DataError, UnsupportedError
+
+__all__ = [
+    "describe_differences",
+    "filling",
+    "is_dir",
+    "is_file",
+    "is_part",
+    "new_part",
+    "read_tensors",
+    "replacing",
+    "write_file",
+]
 
 _PART = ".part-"
 
@@ -105,3 +118,31 @@ def is_dir(name: str | Path) -> bool:
         return Path(name).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """Return the tensors of a .safetensors file by name, on the CPU.
+
+    Raises `DataError` for a file that cannot be read, `UnsupportedError` without safetensors.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UnsupportedError("loading weights needs safetensors: pip install safetensors") from error
+    try:
+        tensors: dict[str, Any] = load_file(path)
+    except Exception as error:  # safetensors errors derive directly from Exception
+        raise DataError(f"cannot read the weights {path}: {error}.") from error
+    return tensors
+
+
+def describe_differences(given: Mapping[str, Any], own: Mapping[str, Any], free: tuple[str, ...] = ()) -> str:
+    """Return how many tensors differ in name or shape, with the first three: shapes given and shapes expected.
+
+    Names that start with one of `free` may differ. Returns "" if no others do.
+    """
+    found, expected = ({key: tuple(value.shape) for key, value in part.items()} for part in (given, own))
+    names = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    names = [name for name in names if not name.startswith(free)]
+    shown = ", ".join(f"{name} {found.get(name)} for {expected.get(name)}" for name in names[:3])
+    return f"{len(names)} tensors differ ({shown})" if names else ""

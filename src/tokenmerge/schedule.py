@@ -44,6 +44,13 @@ class Schedule:
     multiple_of: int = 1
     largest: Callable[[int, int], int] = _half
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.amounts, tuple):
+            raise InvalidScheduleError(
+                f"a Schedule has a tuple of amounts, one per layer, not {self.amounts!r}: Schedule.of(r, depth) makes "
+                "one of any form of r."
+            )
+
     @staticmethod
     def of(r: R, depth: int, multiple_of: int = 1, largest: Callable[[int, int], int] = _half) -> Schedule:
         """Build a schedule from any allowed form of `r`; raises `InvalidScheduleError` (a ValueError).

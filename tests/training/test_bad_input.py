@@ -16,8 +16,8 @@ from tokenmerge.cli import main
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.loop import train
-from tokenmerge.training.run_folder import alone_in
 from tokenmerge.training.recipe import from_dict, read_recipe
+from tokenmerge.training.run_folder import alone_in
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

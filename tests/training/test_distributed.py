@@ -18,9 +18,9 @@ from test_train import lines, tiny, weights
 
 from tokenmerge.cli import main
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.training.distributed import World
 from tokenmerge.training.loop import train
 from tokenmerge.training.recipe import Recipe
-from tokenmerge.training.distributed import World
 
 pytestmark = pytest.mark.slow
 

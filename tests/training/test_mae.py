@@ -12,7 +12,7 @@ from helpers import assert_close, randomised
 from tokenmerge import assets
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.training.mae import MaskedAutoencoder
-from tokenmerge.training.models import build, load_weights
+from tokenmerge.training.models import build_model, load_weights
 from tokenmerge.training.recipe import Masked, Model
 
 SIZES = {
@@ -26,7 +26,7 @@ SMALL = Masked(ratio=0.75, width=24, depth=1, heads=2)
 def encoder(kind: str, **options: Any) -> Any:
     size, patch = SIZES[kind]
     settings = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": patch, **options}
-    return build(Model(name="vit", options=settings), size, 5)
+    return build_model(Model(name="vit", options=settings), size, 5)
 
 
 def inputs(kind: str, count: int = 2) -> Tensor:

@@ -20,8 +20,8 @@ from tokenmerge.cli import main
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.loop import DivergedError, StoppedError, train
-from tokenmerge.training.run_folder import load
 from tokenmerge.training.recipe import Recipe, from_dict, list_recipes, read_recipe
+from tokenmerge.training.run_folder import load
 
 # 16 patches, so that a step takes milliseconds; 30 steps pass the end of an epoch
 TINY: dict[str, Any] = {

@@ -19,7 +19,7 @@ from tokenmerge import assets
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError
 from tokenmerge.measure.counting import flops
 from tokenmerge.measure.simulate import simulate
-from tokenmerge.training.models import TubeletEmbed, build, load_weights
+from tokenmerge.training.models import TubeletEmbed, build_model, load_weights
 from tokenmerge.training.recipe import Model
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -38,7 +38,7 @@ POOLS: dict[str, dict[str, Any]] = {
 
 def vit(kind: str, classes: int = 5, **options: Any) -> nn.Module:
     size, patch, _ = SIZES[kind]
-    return build(Model(name="vit", options={**TINY, "patch_size": patch, **options}), size, classes)
+    return build_model(Model(name="vit", options={**TINY, "patch_size": patch, **options}), size, classes)
 
 
 def inputs(kind: str, count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,8 +87,8 @@ def test_tubelets_are_cut_in_the_order_time_rows_columns() -> None:
 
 def test_the_bundled_model_with_its_weights_and_without() -> None:
     bundled = assets.reference_model()
-    trained = build(Model(), (1, 28, 28), 10)
-    fresh = build(Model(pretrained=False), (1, 28, 28), 10)
+    trained = build_model(Model(), (1, 28, 28), 10)
+    fresh = build_model(Model(pretrained=False), (1, 28, 28), 10)
     assert trained.training and all(map(torch.equal, trained.state_dict().values(), bundled.state_dict().values()))
     assert fresh.state_dict().keys() == bundled.state_dict().keys()
     assert not torch.equal(fresh.state_dict()["head.weight"], bundled.state_dict()["head.weight"])
@@ -96,7 +96,7 @@ def test_the_bundled_model_with_its_weights_and_without() -> None:
 
 def test_other_classes_get_a_new_classifier_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tokenmerge")
-    model: Any = build(Model(), (1, 28, 28), 7)
+    model: Any = build_model(Model(), (1, 28, 28), 7)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 7)
     assert "10 classes, the data 7" in caplog.text
 
@@ -104,26 +104,26 @@ def test_other_classes_get_a_new_classifier_and_it_is_said(caplog: pytest.LogCap
 @pytest.mark.parametrize("size", [(3, 224, 224), (1, 32, 48)])
 def test_a_model_of_timm_is_fitted_to_the_size(size: tuple[int, ...]) -> None:
     options = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-    model: Any = build(Model(name="vit_tiny_patch16_224", pretrained=False, options=options), size, 4)
+    model: Any = build_model(Model(name="vit_tiny_patch16_224", pretrained=False, options=options), size, 4)
     assert tuple(model.patch_embed.img_size) == size[1:] and model(torch.randn(1, *size)).shape == (1, 4)
     # what other commands read
     assert model.pretrained_cfg["input_size"] == size
 
 
 def test_a_model_of_timm_that_takes_any_size() -> None:
-    model = build(Model(name="resnet10t", pretrained=False), (1, 32, 32), 4)
+    model = build_model(Model(name="resnet10t", pretrained=False), (1, 32, 32), 4)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 4)
 
 
 def test_a_saved_module(tmp_path: Path) -> None:
     torch.save(vit("image"), tmp_path / "net.pt")
-    saved = build(Model(name=str(tmp_path / "net.pt")), (3, 16, 16), 6, trust_pickle=True)
+    saved = build_model(Model(name=str(tmp_path / "net.pt")), (3, 16, 16), 6, trust_pickle=True)
     assert saved(inputs("image")).shape == (2, 6)
     with pytest.raises(ConfigError, match="saved model"):
-        build(Model(name=str(tmp_path / "net.pt"), options={"depth": 2}), (3, 16, 16), 6, trust_pickle=True)
+        build_model(Model(name=str(tmp_path / "net.pt"), options={"depth": 2}), (3, 16, 16), 6, trust_pickle=True)
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), tmp_path / "plain.pt")
     with pytest.raises(DataError, match=r"6 classes.*\(5,\).*reset_classifier"):
-        build(Model(name=str(tmp_path / "plain.pt")), (3, 16, 16), 6, trust_pickle=True)
+        build_model(Model(name=str(tmp_path / "plain.pt")), (3, 16, 16), 6, trust_pickle=True)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_saved_module(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_built_is_said(model: Model, size: tuple[int, ...], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        build(model, size, 5)
+        build_model(model, size, 5)
 
 
 def test_weights_of_another_run_are_loaded(tmp_path: Path) -> None:

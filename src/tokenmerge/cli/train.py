@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, in this process or in several started by torchrun, and print the last evaluation."""
     from tokenmerge.report.progress import Progress
     from tokenmerge.report.table import show
+    from tokenmerge.training.distributed import is_started, launch
     from tokenmerge.training.loop import train
     from tokenmerge.training.recipe import read_recipe
-    from tokenmerge.training.distributed import is_started, launch
 
     recipe = read_recipe(arguments.recipe, arguments.changes)
     folder = Path(arguments.out or f"runs/{Path(arguments.recipe).stem}")

@@ -11,9 +11,10 @@ from torch import nn
 
 from tokenmerge.data.answers import known_size
 from tokenmerge.data.preprocessing import MODES, Preprocessing, Processor
+from tokenmerge.data.transforms import eval_transform, statistics
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError
 
-__all__ = ["PROCESSOR", "find_preprocessing"]
+__all__ = ["PROCESSOR", "choose_preprocessing", "find_preprocessing", "statistics_of"]
 
 PROCESSOR = "preprocessor_config.json"  # written by a Hugging Face processor
 _RUN = "model.json"  # written by `tokenmerge train`
@@ -33,6 +34,50 @@ def find_preprocessing(
     """
     found = _given(given, model) if given is not None else _found(model, beside)
     return found.changed(**changes)
+
+
+def choose_preprocessing(
+    model: nn.Module, kind: str, size: tuple[int, ...], *, beside: str | None, is_own: bool
+) -> Preprocessing | None:
+    """Return the evaluation preprocessing of a model that is to be trained; None for clips and sounds.
+
+    It is the preprocessing that the model declares (`beside` it, or in itself), at this size. A model that declares
+    none gets ImageNet's constants (Fashion-MNIST's for one channel), a resize of the shorter side and a centre crop.
+    That default counts as known if `is_own`: the model was not trained elsewhere, with other constants.
+    """
+    if kind != "image":
+        return None
+    try:
+        found = find_preprocessing(model, beside=beside)
+    except ConfigError:
+        raise
+    except TokenMergeError:  # no adapter, or the input size is unknown
+        found = None
+    if found is not None and found.is_known and (not found.size or found.size == size):
+        return found
+    is_known = found is not None and found.is_known and found.mean is not None and len(found.mean) == size[0]
+    mean, std = (found.mean, found.std) if is_known and found is not None else ((), ())
+    means, stds = statistics(size[0], mean or (), std or ())
+    is_square = size[1] == size[2]
+    return Preprocessing(
+        size=size,
+        resize=size[1] if is_square else (size[1], size[2]),
+        crops=True,
+        interpolation="bicubic",
+        mean=tuple(means),
+        std=tuple(stds),
+        source="as this run prepares them",
+        is_known=is_known or is_own,
+        extra="" if is_square else "aspect ratio kept",
+        own=eval_transform(kind, size, mean=means, std=stds),
+    )
+
+
+def statistics_of(prepared: Preprocessing | None) -> dict[str, Any]:
+    """Return mean, std and interpolation as arguments of `train_transform`."""
+    if prepared is None or prepared.mean is None:
+        return {}
+    return {"mean": prepared.mean, "std": prepared.std, "interpolation": prepared.interpolation}
 
 
 def _given(given: Any, model: nn.Module) -> Preprocessing:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge._moved import moved_names
-from tokenmerge.errors import ConfigError, UnsupportedError
+from tokenmerge.errors import ConfigError, DataError, UnsupportedError
+from tokenmerge.files import describe_differences, read_tensors
 from tokenmerge.methods.base import ModelShape, Note, Reduction, TokenView
 from tokenmerge.plan import Plan
 
@@ -201,21 +202,12 @@ def notes_of(memory: Mapping[int, Any], kind: type[Note]) -> list[Note]:
 
 def _load(modules: nn.ModuleDict, path: Path, name: str) -> None:
     try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UnsupportedError("loading weights needs safetensors: pip install safetensors") from error
-    try:
-        state = load_file(path)
-    except Exception as error:  # safetensors errors derive directly from Exception
-        raise ConfigError(f"cannot read the weights of {name} from {path}: {error}.") from error
-    expected = {key: tuple(value.shape) for key, value in modules.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    if given != expected:
-        different = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
-        shown = ", ".join(f"{key} {given.get(key)} for {expected.get(key)}" for key in different[:3])
-        raise ConfigError(
-            f"the weights of {name} in {path} are of another model or r: {len(different)} tensors differ ({shown})."
-        )
+        state = read_tensors(path)
+    except DataError as error:
+        raise ConfigError(f"the weights of {name}: {error}") from error
+    different = describe_differences(state, modules.state_dict())
+    if different:
+        raise ConfigError(f"the weights of {name} in {path} are of another model or r: {different}.")
     modules.load_state_dict(state)
 
 

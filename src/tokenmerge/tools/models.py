@@ -16,7 +16,7 @@ import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge._moved import moved_names
 from tokenmerge.errors import DataError, UnsupportedError, unknown_name
-from tokenmerge.files import is_dir, is_file
+from tokenmerge.files import describe_differences, is_dir, is_file, read_tensors
 from tokenmerge.schedule import R
 from tokenmerge.tools.hugging_face import is_folder, load_folder, load_timm_folder
 
@@ -49,22 +49,12 @@ class Trained:
 
     def load_into(self, model: nn.Module) -> None:
         """Load weights into a model as new tensors; raise `DataError` if they belong to another model."""
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise UnsupportedError("loading weights needs safetensors: pip install safetensors") from error
-        try:
-            state = load_file(self.weights)
-        except Exception as error:  # safetensors errors derive directly from Exception
-            raise DataError(f"cannot read the weights {self.weights}: {error}.") from error
-        own = model.state_dict()
-        expected, found = ({key: tuple(x.shape) for key, x in part.items()} for part in (own, state))
-        different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        state, own = read_tensors(self.weights), model.state_dict()
+        different = describe_differences(state, own)
         if different:
-            shown = ", ".join(f"{key} {found.get(key)} for {expected.get(key)}" for key in different[:3])
             raise DataError(
-                f"the weights in {self.weights} are of another model: {len(different)} tensors differ ({shown}). Give "
-                "the model that the recipe trained."
+                f"the weights in {self.weights} are of another model: {different}. Give the model that the recipe "
+                "trained."
             )
         # assign new tensors instead of copying: copies of the model share the old ones
         model.load_state_dict({key: value.to(own[key]) for key, value in state.items()}, assign=True)

@@ -130,7 +130,9 @@ def _opened(folder: Path, name: str) -> Handle:
             "own library, and patch it."
         )
     if is_file(folder / "recipe.json"):
-        raise DataError(f"{name} is a run of `tokenmerge train`: tokenmerge.training.run_folder.load({name!r}) loads it.")
+        raise DataError(
+            f"{name} is a run of `tokenmerge train`: load({name!r}) of tokenmerge.training.run_folder loads it."
+        )
     config = MergeConfig.load(folder / CONFIGURATION)
     if is_folder(folder):
         return tokenmerge.patch(load_model(str(folder)), config)

@@ -13,24 +13,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tokenmerge.errors import ConfigError, TokenMergeError, UnsupportedError
+from tokenmerge.errors import ConfigError, LostRankError, TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import find_device
 
-__all__ = ["LostRankError", "World", "is_started", "launch"]
+__all__ = ["World", "is_started", "launch"]
 
 _BEAT = 0.5  # seconds
 _PATIENCE = 3.0  # seconds without a beat after which a rank counts as gone
-
-
-class LostRankError(TokenMergeError):
-    """Another process of the run stopped."""
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class World:
@@ -166,6 +163,11 @@ class World:
             for block in getattr(part, "blocks", ()):
                 fully_shard(block)
         fully_shard(model)
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """Return the context of a precision on this process's device: `"fp32"`, `"bf16"` or `"fp16"`."""
+        dtype = _PRECISIONS.get(precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes."""

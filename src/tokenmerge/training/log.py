@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenmerge.data.loader import Batch
 from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
 from tokenmerge.files import write_file
 from tokenmerge.report.table import as_csv
 
-__all__ = ["COLUMNS", "Log", "peak_mb", "read_rows", "writing"]
+__all__ = ["COLUMNS", "Log", "Unreadable", "format_r", "peak_mb", "read_rows", "writing"]
 
 # every row has all of these; unknown values are null
 COLUMNS = [
@@ -45,6 +46,7 @@ class Log:
 
     def add(self, step: int, split: str, **values: Any) -> dict[str, Any]:
         """Write one row; the keys of `values` are names from `COLUMNS`."""
+        values["r"] = format_r(values["r"])
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
         with writing(self.folder):
@@ -63,6 +65,24 @@ class Log:
                 write_file(self.folder / "metrics.csv", as_csv(self.rows))
             if self._writer is not None:
                 self._writer.flush()
+
+
+class Unreadable:
+    """Say once, in every process, which samples cannot be read."""
+
+    def __init__(self, sentences: Iterable[str] = ()) -> None:
+        self.sentences = dict.fromkeys(sentences)
+
+    def __call__(self, batch: Batch) -> None:
+        for sentence in batch.unreadable:
+            if sentence not in self.sentences:
+                self.sentences[sentence] = None
+                print(f"left out, {len(self.sentences)} so far: {sentence}", file=sys.stderr, flush=True)
+
+
+def format_r(r: Any) -> Any:
+    """Return a pair as recipes write it, any other r unchanged."""
+    return ",".join(f"{number:g}" for number in r) if isinstance(r, tuple) else r
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -5,47 +5,29 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 
 from tokenmerge.data.loader import Batch, Loader, Position, open_source, reseed, seed_of
+from tokenmerge.data.prepare import choose_preprocessing, statistics_of
 from tokenmerge.data.transforms import train_transform
-from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError
-from tokenmerge.tools.models import import_timm
-from tokenmerge.training.step_schedule import Amount
+from tokenmerge.errors import DataError, DivergedError, StoppedError, UnsupportedError
+from tokenmerge.tools.models import BUNDLED, import_timm
+from tokenmerge.training.build import build_network
 from tokenmerge.training.checkpoint import Checkpoints
-from tokenmerge.training.validate import HeldOut, autocast, mean_tokens, shown
-from tokenmerge.training.log import Log, peak_mb
-from tokenmerge.training.models import check_trust, own_size
-from tokenmerge.training.run_folder import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
-from tokenmerge.training.build import build_parts, optimizer_of, scheduler_of, set_training
-from tokenmerge.training.preparation import preparation, statistics_of
-from tokenmerge.training.recipe import Recipe, from_dict
 from tokenmerge.training.distributed import World
+from tokenmerge.training.log import Log, Unreadable, format_r, peak_mb
+from tokenmerge.training.models import VIT, own_size
+from tokenmerge.training.optimizer import Optimization
+from tokenmerge.training.recipe import Recipe, from_dict
+from tokenmerge.training.run_folder import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
+from tokenmerge.training.validate import HeldOut, mean_tokens
 
 __all__ = ["DivergedError", "StoppedError", "train"]
-
-
-class DivergedError(TokenMergeError):
-    """The loss or the gradient is no longer finite."""
-
-
-class StoppedError(TokenMergeError):
-    """The run was stopped by a signal and can be resumed."""
-
-    exit_code = 2  # exit code of the command
 
 
 def train(
@@ -66,15 +48,14 @@ def train(
     import_timm()
     folder = Path(folder)
     check_folder(folder, recipe)
-    check_trust(recipe.model, trust_pickle)
     with World(device) as world:
-        found = last_rows(folder)
-        if found is not None:
+        finished = last_rows(folder)
+        if finished is not None:
             if world.is_first:
                 print(f"finished before, in {folder}", file=sys.stderr, flush=True)
-            return found
+            return finished
         try:
-            return _Run(recipe, folder, world, progress).run()
+            return _Run(recipe, folder, world, progress, trust_pickle).run()
         except torch.OutOfMemoryError as error:
             raise UnsupportedError(
                 f"the memory of {world.device} is too small: {str(error).splitlines()[0]} A larger accumulate (now "
@@ -83,15 +64,17 @@ def train(
             ) from error
 
 
-_LEAST_SCALE = 1e-6  # of the fp16 loss scale: no real loss needs a smaller one
-# keyed by parameter name, so that a run with another number of processes can load it
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 class _Run:
-    """One process of a run: the model, its optimiser and schedule, and the training progress."""
+    """One process of a run: from step to step, with rows of metrics, validations and checkpoints."""
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        world: World,
+        progress: Callable[[int, int], None] | None,
+        trust_pickle: bool,
+    ) -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.progress = progress if progress is not None and world.is_first else lambda done, total: None
         source = open_source(recipe.data.source, "train", recipe.data)
@@ -99,8 +82,15 @@ class _Run:
         self.classes = source.classes
         # the same seed in every process, so that all build the same model
         reseed(recipe.seed)
-        self.parts = build_parts(recipe, self.size, len(self.classes), world.device, self.classes)
-        self.prepared = preparation(self.parts.core, recipe.model.name, source.kind, self.size)
+        self.network = build_network(recipe, self.size, self.classes, world.device, trust_pickle=trust_pickle)
+        name = recipe.model.name
+        self.prepared = choose_preprocessing(
+            self.network.core,
+            source.kind,
+            self.size,
+            beside=name if Path(name).exists() else None,
+            is_own=name in (BUNDLED, VIT),
+        )
         self.held = HeldOut(recipe, self.size, self.classes, self.prepared, world)
         pixels = statistics_of(self.prepared)
         self.loader = Loader(
@@ -112,49 +102,15 @@ class _Run:
             world=world.size,
             workers=recipe.data.workers,
         )
-        self.steps = self._count_steps()
-        self.amount = Amount(
-            self.parts.r,
-            self.steps,
-            warmup=recipe.merge.warmup,
-            draw=recipe.merge.draw,
-            off=recipe.merge.off,
-            seed=recipe.seed,
-        )
-        self.ema = self._average()
-        has_modules = hasattr(self.parts.core, "tokenmerge_modules")
-        net = world.wrap(self.parts.model, self.parts.objective.net, recipe.parallel, find_unused=has_modules)
-        self.net = torch.compile(net) if recipe.model.compile else net
-        self.optimizer = optimizer_of(self.parts.model, recipe)
-        self.scheduler = scheduler_of(self.optimizer, recipe, self.steps)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        self.steps = _count_steps(recipe, self.loader.steps_per_epoch)
+        r = 0 if self.network.handle is None else self.network.handle.r
+        self.schedule = recipe.merge.schedule(r, self.steps, recipe.seed)
+        self.optimization = Optimization(self.network, recipe, self.steps, world)
         self.checkpoints = Checkpoints(folder / "checkpoints", recipe.save.keep)
-        self.step, self.position = 0, Position()
-        # sums since the last line: loss, gradient norm, steps
+        self.step, self.position, self.unreadable = 0, Position(), Unreadable()
+        # sums since the last row: loss, gradient norm, steps
         self.window = torch.zeros(3, device=world.device)
-        self.unreadable: dict[str, None] = {}
         self.log: Log | None = None  # in the first process only
-
-    def _count_steps(self) -> int:
-        per_epoch, recipe = self.loader.steps_per_epoch, self.recipe
-        if recipe.steps is not None:
-            return recipe.steps
-        if per_epoch is None:
-            raise DataError(f"{recipe.data.source} is a stream: nobody knows how long an epoch is. Give steps.")
-        assert recipe.epochs is not None
-        return max(1, round(recipe.epochs * per_epoch))
-
-    def _average(self) -> Any:
-        if not self.recipe.ema:
-            return None
-        from timm.utils import ModelEmaV3
-
-        is_sharded = self.recipe.parallel == "fsdp"
-        # sharded tensors have no foreach operations
-        found = ModelEmaV3(self.parts.model, decay=self.recipe.ema, use_warmup=True, foreach=not is_sharded)
-        if is_sharded:
-            self.world.shard(found.module)
-        return found
 
     def run(self) -> list[dict[str, Any]]:
         """Train from the last checkpoint to the end, evaluate, and write the model."""
@@ -163,14 +119,20 @@ class _Run:
             if self.world.is_first:
                 write_recipe(self.folder, self.recipe)
                 self.log = Log(self.folder, self.step, self.steps, self.recipe.save.tensorboard)
-            about = [] if self.prepared is None else self.prepared.notes(options="")
-            for note in self.held.notes + self.parts.notes + about:
-                self._say(note)
+                about = [] if self.prepared is None else self.prepared.notes(options="")
+                for note in self.held.notes + self.network.notes + about:
+                    print(note, file=sys.stderr, flush=True)
             if self.step < self.steps:
                 self._train()
-            found = self._evaluate_all()
-            self._export()
-        return found
+            rows = self._evaluate_all()
+            weights = self.optimization.weights()
+            if self.log is not None:
+                self.log.write_csv()
+                if self.network.handle is not None:
+                    self.network.handle.r = self.schedule.r
+                source = self.recipe.model.name
+                export(self.folder, self.network, source, weights, self.size, self.classes, self.prepared)
+        return rows
 
     def _train(self) -> None:
         save = self.recipe.save
@@ -182,17 +144,17 @@ class _Run:
             self._train_step(batch)
             self.step, self.position = self.step + 1, batch.position
             images += self.recipe.batch_size
-            self._name_unreadable(batch)
+            self.unreadable(batch)
             self.progress(self.step, self.steps)
             is_last = self.step == self.steps
             logs, saves = (self.step % every == 0 or is_last for every in (save.log, save.every))
             if logs:
-                self._check(self.world.total(self.window), self.step)
-                self._line(time.perf_counter() - start, images)
+                self._check(self.world.total(self.window))
+                self._write_row(time.perf_counter() - start, images)
                 start, images = time.perf_counter(), 0
             before = time.perf_counter()
             if save.evaluate and self.step % save.evaluate == 0 and not is_last:
-                self._evaluate("valid", self.parts.r)
+                self._evaluate("valid", self.schedule.r)
             if saves:
                 self._save()
             self._stop_if_asked()
@@ -200,78 +162,34 @@ class _Run:
             start += time.perf_counter() - before
 
     def _train_step(self, batch: Batch) -> None:
-        recipe, device = self.recipe, self.world.device
         # dropout and masks depend on seed, step and rank only, so a resumed run draws the same ones
-        reseed(seed_of(recipe.seed, self.step, self.world.rank))
-        set_training(self.parts, recipe)
-        if self.parts.handle is not None:
-            self.parts.handle.r = self.amount.at(self.step)
-        if self.scheduler is not None:
-            self.scheduler.step_update(self.step)
-        inputs, labels = (part.to(device, non_blocking=True) for part in (batch.inputs, batch.labels))
-        inputs, targets = self.parts.objective.targets(inputs, labels)
-        parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
-        total = torch.zeros((), device=device)
-        for number, (some, wanted) in enumerate(parts):
-            with self._synchronised(number == len(parts) - 1):
-                with autocast(device, recipe.precision):
-                    loss = self.parts.objective.loss(self.net, some, wanted) * (len(some) / len(inputs))
-                # with `only_modules` and r = 0 no parameter gets a gradient
-                learns = loss.requires_grad
-                if learns:
-                    self.scaler.scale(loss).backward()
-            total += loss.detach()
-        norm = self._clip() if learns else torch.zeros_like(total)
-        self.window += torch.stack((total, norm, torch.ones_like(total)))
+        reseed(seed_of(self.recipe.seed, self.step, self.world.rank))
+        if self.network.handle is not None:
+            self.network.handle.r = self.schedule.at(self.step)
+        inputs, labels = (part.to(self.world.device, non_blocking=True) for part in (batch.inputs, batch.labels))
+        loss, norm = self.optimization.step(self.step, inputs, labels)
+        self.window += torch.stack((loss, norm, torch.ones_like(loss)))
         # on a GPU a check at every step would force a synchronisation
-        if device.type == "cpu":
+        if self.world.device.type == "cpu":
             self._check(self.window, self.step + 1)
-        if learns:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.parts.model, step=self.step)
 
-    def _clip(self) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
-        limit = math.inf if self.recipe.clip is None else self.recipe.clip
-        norm = nn.utils.clip_grad_norm_(self.parts.model.parameters(), limit)
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        whole = whole.detach()
-        # a scaled gradient may overflow: the scaler skips that step
-        return torch.where(whole.isfinite(), whole, 0) if self.scaler.is_enabled() else whole
-
-    @contextmanager
-    def _synchronised(self, is_last: bool) -> Iterator[None]:
-        """Synchronise gradients between processes only in the last part of an accumulated batch."""
-        # with `only_modules` a forward at r = 0 has no gradient: no forward under `no_sync` may follow it
-        waits = not is_last and not self.recipe.model.only_modules
-        if waits and isinstance(self.net, nn.parallel.DistributedDataParallel):
-            with self.net.no_sync():
-                yield
-        else:
-            yield
-
-    def _check(self, window: Tensor, step: int) -> None:
-        """Raise `DivergedError` if a loss or gradient was not finite in any step up to `step`."""
+    def _check(self, window: torch.Tensor, step: int | None = None) -> None:
+        """Raise `DivergedError` if a loss or gradient was not finite in any step up to `step`, the last by default."""
         loss, norm, _ = window.tolist()
-        # the scaler halves it at every overflow
-        overflows = self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE
-        if math.isfinite(loss) and math.isfinite(norm) and not overflows:
+        if math.isfinite(loss) and math.isfinite(norm) and not self.optimization.overflows:
             return
+        step = step or self.step
         what = "gradient" if math.isfinite(loss) else "loss"
         paths = self.checkpoints.paths()
         kept = f"The last good checkpoint is {paths[0]}" if paths else "There is no checkpoint yet"
-        rate = self.optimizer.param_groups[0]["lr"]
         raise DivergedError(
-            f"the {what} is no number at step {step} (learning rate {rate:.3g}, r "
-            f"{shown(self.amount.at(step - 1))}). {kept}. A lower optimizer.lr, a longer optimizer.warmup or a clip "
-            "of the gradient helps; a changed recipe needs another --out."
+            f"the {what} is no number at step {step} (learning rate {self.optimization.lr:.3g}, r "
+            f"{format_r(self.schedule.at(step - 1))}). {kept}. A lower optimizer.lr, a longer optimizer.warmup or a "
+            "clip of the gradient helps; a changed recipe needs another --out."
         )
 
-    def _line(self, seconds: float, images: int) -> None:
-        """Write a metrics row for the steps since the last one."""
+    def _write_row(self, seconds: float, images: int) -> None:
+        """Write a row of metrics for the steps since the last one."""
         loss, norm, count = self.world.mean(self.window).tolist()
         self.window.zero_()
         if self.log is not None:
@@ -280,10 +198,10 @@ class _Run:
                 "train",
                 loss=loss / count,
                 gradient=norm / count,
-                r=shown(self.amount.at(self.step - 1)),
-                tokens=mean_tokens(self.parts.handle),
-                lr=self.optimizer.param_groups[0]["lr"],
-                scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
+                r=self.schedule.at(self.step - 1),
+                tokens=mean_tokens(self.network.handle),
+                lr=self.optimization.lr,
+                scale=self.optimization.scale,
                 images_per_second=images / seconds,
                 peak_memory_mb=peak_mb(self.world.device),
                 seconds=seconds,
@@ -291,49 +209,33 @@ class _Run:
 
     def _evaluate_all(self) -> list[dict[str, Any]]:
         """Evaluate the finished model as trained, and on the test split also without merging."""
-        splits, r = self.held.sources, self.parts.r
-        found = [self._evaluate("valid", r)] if "valid" in splits else []
+        splits, r = self.held.sources, self.schedule.r
+        rows = [self._evaluate("valid", r)] if "valid" in splits else []
         if "test" in splits:
-            merges = self.parts.handle is not None and r != 0
-            found += [self._evaluate("test", amount) for amount in ([r, 0] if merges else [r])]
-        return found
+            merges = self.network.handle is not None and r != 0
+            rows += [self._evaluate("test", amount) for amount in ([r, 0] if merges else [r])]
+        return rows
 
     def _evaluate(self, split: str, r: Any) -> dict[str, Any]:
-        model = self.parts.model if self.ema is None else self.ema.module
-        line = self.held.evaluate(split, model, self.parts.objective, r, self._name_unreadable)
-        return line if self.log is None else self.log.add(self.step, split, **line)
-
-    def _name_unreadable(self, batch: Batch) -> None:
-        for sentence in batch.unreadable:
-            if sentence not in self.unreadable:
-                self.unreadable[sentence] = None
-                self._say(f"left out, {len(self.unreadable)} so far: {sentence}", everyone=True)
-
-    def _say(self, text: str, *, everyone: bool = False) -> None:
-        if everyone or self.world.is_first:
-            print(text, file=sys.stderr, flush=True)
+        row = self.held.evaluate(split, self.optimization.model, self.network.objective, r, self.unreadable)
+        return row if self.log is None else self.log.add(self.step, split, **row)
 
     def _save(self) -> None:
         """Write a checkpoint: all processes contribute their state, the first one writes it."""
         window = self.world.total(self.window)
-        self._check(window, self.step)
-        model, optimizer = get_state_dict(self.parts.model, self.optimizer, options=_WHOLE)
-        average = None if self.ema is None else get_model_state_dict(self.ema.module, options=_WHOLE)
+        self._check(window)
+        state = self.optimization.state_dict()
         if self.log is None:
             return
         self.log.write_csv()
-        content = {
+        about = {
             "step": self.step,
             "position": [self.position.epoch, self.position.index],
-            "model": model,
-            "optimizer": optimizer,
-            "scaler": self.scaler.state_dict(),
-            "ema": average,
             "window": (window / self.world.size).cpu(),
-            "unreadable": list(self.unreadable),
+            "unreadable": list(self.unreadable.sentences),
             "recipe": self.recipe.as_dict(),
         }
-        self.checkpoints.save(self.step, content)
+        self.checkpoints.save(self.step, state | about)
 
     def _resume(self) -> None:
         """Load the last checkpoint, if there is one."""
@@ -341,42 +243,18 @@ class _Run:
         if saved is None:
             return
         check_recipe(self.folder, from_dict(saved["recipe"]), self.recipe)
-        options = StateDictOptions(full_state_dict=True)
         try:
-            # a key missing from the checkpoint would silently keep its initial value
-            strange = sorted(self.parts.model.state_dict().keys() ^ saved["model"].keys())
-            if strange:
-                raise ValueError(f"only one of them has {', '.join(strange[:3])}")
-            set_state_dict(
-                self.parts.model,
-                self.optimizer,
-                model_state_dict=saved["model"],
-                optim_state_dict=saved["optimizer"],
-                options=options,
-            )
-            if self.ema is not None:
-                set_model_state_dict(self.ema.module, saved["ema"], options=options)
+            self.optimization.load_state_dict(saved)
         except (KeyError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"the checkpoint {self.checkpoints.paths()[0]} is of another model, or the data has other classes than "
                 f"when it was written: {' '.join(str(error).split())}. Give another folder (--out) to start anew."
             ) from error
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved["scaler"])
         self.window = saved["window"].to(self.world.device)
-        self.unreadable = dict.fromkeys(saved["unreadable"])
+        self.unreadable = Unreadable(saved["unreadable"])
         self.step, self.position = saved["step"], Position(*saved["position"])
-        self._say(f"going on after step {self.step} of {self.steps}")
-
-    def _export(self) -> None:
-        model: dict[str, Any] = get_model_state_dict(
-            self.parts.model if self.ema is None else self.ema.module, options=_WHOLE
-        )
-        prefix = "" if self.parts.core is self.parts.model else "encoder."
-        state = {key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}
-        if self.log is not None:
-            self.log.write_csv()
-            export(self.folder, self.parts, self.recipe.model.name, state, self.size, self.classes, self.prepared)
+        if self.world.is_first:
+            print(f"going on after step {self.step} of {self.steps}", file=sys.stderr, flush=True)
 
     def _stop_if_asked(self) -> None:
         asked = self.world.asked_to_stop
@@ -393,3 +271,12 @@ class _Run:
             )
             error.exit_code = 130 if self.world.signal == "SIGINT" else 2
             raise error
+
+
+def _count_steps(recipe: Recipe, per_epoch: int | None) -> int:
+    if recipe.steps is not None:
+        return recipe.steps
+    if per_epoch is None:
+        raise DataError(f"{recipe.data.source} is a stream: nobody knows how long an epoch is. Give steps.")
+    assert recipe.epochs is not None
+    return max(1, round(recipe.epochs * per_epoch))

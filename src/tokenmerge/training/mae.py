@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.tools.models import import_timm
-from tokenmerge.training.models import TubeletEmbed, places
+from tokenmerge.training.models import TubeletEmbed, position_embeddings
 from tokenmerge.training.recipe import Masked
 
 __all__ = ["MaskedAutoencoder"]
@@ -50,7 +50,7 @@ class MaskedAutoencoder(nn.Module):
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.enter = nn.Linear(encoder.embed_dim, masked.width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, masked.width) * 0.02)
-        self.register_buffer("places", places(self.grid, masked.width), persistent=False)  # [1, N, width]
+        self.register_buffer("places", position_embeddings(self.grid, masked.width), persistent=False)  # [1, N, width]
         self.blocks = nn.Sequential(
             *(Block(masked.width, masked.heads, qkv_bias=True, norm_layer=norm) for _ in range(masked.depth))
         )

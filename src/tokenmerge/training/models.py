@@ -19,19 +19,28 @@ from torch import Tensor, nn
 
 from tokenmerge.data.classes import by_label
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
-from tokenmerge.files import is_file
+from tokenmerge.files import describe_differences, is_file, read_tensors
 from tokenmerge.measure.outputs import declared_classes, run_images
 from tokenmerge.tools.hugging_face import is_folder
 from tokenmerge.tools.models import BUNDLED, import_timm, load_model
 from tokenmerge.training.recipe import Model
 
-__all__ = ["VIT", "TubeletEmbed", "build", "check_trust", "load_weights", "order_classes", "own_size", "places"]
+__all__ = [
+    "VIT",
+    "TubeletEmbed",
+    "build_model",
+    "check_trust",
+    "load_weights",
+    "order_classes",
+    "own_size",
+    "position_embeddings",
+]
 
 VIT = "vit"
 _log = logging.getLogger(__name__)
 
 
-def build(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool = False) -> nn.Module:
+def build_model(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool = False) -> nn.Module:
     """Return a model for inputs of `size` with one logit per class, in train mode on the CPU.
 
     Args:
@@ -115,15 +124,13 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     initial values. Raises `DataError`, and changes nothing, if anything else differs.
     """
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    state, own = _read(file), model.state_dict()
+    state, own = read_tensors(file), model.state_dict()
     fitting = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
-    free = _replaceable(model, state)
-    different = sorted(key for key in (own.keys() | state.keys()) - fitting if not key.startswith(free))
+    different = describe_differences(state, own, free=_replaceable(model, state))
     if different:
-        shown = ", ".join(f"{key} {_shape(state, key)} for {_shape(own, key)}" for key in different[:3])
         raise DataError(
-            f"the weights in {file} are of another model: {len(different)} tensors differ ({shown}). Build the model "
-            "with the options, the size and the patches it was trained with."
+            f"the weights in {file} are of another model: {different}. Build the model with the options, the size and "
+            "the patches it was trained with."
         )
     model.load_state_dict({key: state[key] for key in fitting}, strict=False)
     new, unused = sorted(own.keys() - fitting), sorted(state.keys() - own.keys())
@@ -174,14 +181,14 @@ class TubeletEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def places(grid: Sequence[int], width: int) -> Tensor:
+def position_embeddings(grid: Sequence[int], width: int) -> Tensor:
     """Return sine-cosine position embeddings `[1, N, width]`, an equal part of the width for each axis."""
     half = width // (2 * len(grid))
     waves = 10_000 ** (-torch.arange(half) / half)
     axes = torch.meshgrid(*(torch.arange(length) for length in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * waves for axis in axes]  # [N, half] each
-    places = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return nn.functional.pad(places, (0, width - places.shape[1]))[None]
+    waved = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return nn.functional.pad(waved, (0, width - waved.shape[1]))[None]
 
 
 def _reference(model: Model) -> nn.Module:
@@ -219,7 +226,7 @@ def _vit(options: dict[str, Any], size: tuple[int, ...], classes: int) -> nn.Mod
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"timm's VisionTransformer does not take model.options {options}: {error}.") from error
     if net.pos_embed is not None:  # learned from a sine-cosine start, as a masked autoencoder keeps it
-        start = places(net.patch_embed.grid_size, net.embed_dim)
+        start = position_embeddings(net.patch_embed.grid_size, net.embed_dim)
         net.pos_embed.data[:, -start.shape[1] :] = start
     return net  # type: ignore[no-any-return]
 
@@ -284,17 +291,6 @@ def _fit_classes(net: Any, name: str, size: tuple[int, ...], classes: int) -> No
     _log.warning("the model %r has %d classes, the data %d: its classifier is new.", name, found, classes)
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UnsupportedError('loading weights needs safetensors: pip install "tokenmerge[train]"') from error
-    try:
-        return load_file(file)  # type: ignore[no-any-return]
-    except Exception as error:  # safetensors errors derive directly from Exception
-        raise DataError(f"cannot read the weights {file}: {error}.") from error
-
-
 def _replaceable(model: Any, state: dict[str, Tensor]) -> tuple[str, ...]:
     """Return the prefixes of the parameter names that may differ: the classifier and the pooling before it."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
@@ -305,7 +301,3 @@ def _replaceable(model: Any, state: dict[str, Tensor]) -> tuple[str, ...]:
     if ("fc_norm.weight" in own) != ("fc_norm.weight" in state):
         names += ["norm", "fc_norm"]
     return tuple(f"{name}." for name in [*names, "attn_pool"])
-
-
-def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
-    return tuple(state[key].shape) if key in state else None

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_type_hints
 from tokenmerge.data.settings import Augment, Data
 from tokenmerge.errors import ConfigError, InvalidScheduleError, UnsupportedError, unknown_name
 from tokenmerge.fields import fitted, named
-from tokenmerge.schedule import PlainR, Schedule
-from tokenmerge.training.step_schedule import Amount
+from tokenmerge.schedule import PlainR, R, Schedule
+from tokenmerge.training.step_schedule import StepSchedule
 
 __all__ = [
     "Augment",
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class Model:
-    name: str = "reference"  # see nets.build
+    name: str = "reference"  # see models.build_model
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model class
     pretrained: bool = True
     weights: str | None = None  # initial weights: a .safetensors file or the folder of another run
@@ -75,6 +75,10 @@ class Merge:
             if not isinstance(self.r, str):
                 raise
             raise ConfigError(f"merge.r: {error}") from error
+
+    def schedule(self, r: R, steps: int, seed: int) -> StepSchedule:
+        """Return the r of each step of a run whose model merges `r`; raises `InvalidScheduleError`."""
+        return StepSchedule(r, steps, warmup=self.warmup, draw=self.draw, off=self.off, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Recipe:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"a batch of {self.batch_size} cannot be split into {self.accumulate} equal parts.")
         # `patch` checks what depends on the model
-        Amount(self.merge.amount, 1, warmup=self.merge.warmup, off=self.merge.off)
+        self.merge.schedule(self.merge.amount, 1, self.seed)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, ready for a TOML or JSON file."""

@@ -16,10 +16,11 @@ from tokenmerge import MergeConfig
 from tokenmerge.data.preprocessing import Preprocessing, Processor
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
+from tokenmerge.methods.learned import MODULES
 from tokenmerge.tools.hugging_face import build_folder, is_folder, write_config
+from tokenmerge.training.build import Network
 from tokenmerge.training.log import read_rows, writing
-from tokenmerge.training.models import build, load_weights
-from tokenmerge.training.build import MODULES, Parts
+from tokenmerge.training.models import build_model, load_weights
 from tokenmerge.training.recipe import Recipe, differences, read_recipe
 
 __all__ = ["alone_in", "check_folder", "check_recipe", "export", "last_rows", "load", "write_recipe"]
@@ -92,7 +93,7 @@ def last_rows(folder: Path) -> list[dict[str, Any]] | None:
 
 def export(
     folder: Path,
-    parts: Parts,
+    network: Network,
     name: str,
     state: dict[str, Tensor],
     size: tuple[int, ...],
@@ -103,24 +104,24 @@ def export(
 
     `model.json` also records the preprocessing; for a Hugging Face processor its own file is written too. A model built
     from a Hugging Face folder (`name`) also writes `config.json`, so that the run no longer needs that folder. `state`
-    holds the weights by their names in `parts.core`, and the weights of a learned method.
+    holds the weights by their names in `network.core`, and the weights of a learned method.
     """
     from safetensors.torch import save
 
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    learned = {key.removeprefix(MODULES): weights.pop(key) for key in list(weights) if key.startswith(MODULES)}
+    prefix = f"{MODULES}."
+    learned = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
     with writing(folder):
-        if parts.handle is not None:
-            parts.handle.r = parts.r
-            parts.handle.config.save(folder / "merge.json", learned)
+        if network.handle is not None:
+            network.handle.config.save(folder / "merge.json", learned)
         about: dict[str, Any] = {"size": size, "classes": classes}
         if prepared is not None:
             about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # used in training, so known
             if isinstance(prepared.own, Processor):
                 prepared.own.processor.save_pretrained(folder)
         write_file(folder / "model.json", json.dumps(about, indent=2) + "\n")
-        if is_folder(name) and hasattr(parts.core, "config"):  # a timm model has none
-            write_config(parts.core, folder, classes)
+        if is_folder(name) and hasattr(network.core, "config"):  # a timm model has none
+            write_config(network.core, folder, classes)
         write_file(folder / _WEIGHTS, save(weights, {"format": "pt"}))
 
 
@@ -140,7 +141,7 @@ def load(folder: str | Path, *, merged: bool = True, trust_pickle: bool = False)
     else:
         # skip the initial weights and their download
         about_model = dataclasses.replace(recipe.model, pretrained=False)
-        model = build(about_model, tuple(about["size"]), len(about["classes"]), trust_pickle)
+        model = build_model(about_model, tuple(about["size"]), len(about["classes"]), trust_pickle)
     load_weights(model, folder)
     config = getattr(model, "config", None)
     if getattr(config, "label2id", None):

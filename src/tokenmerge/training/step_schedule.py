@@ -1,4 +1,4 @@
-"""How much is merged at each training step: warm-up from 0, random amounts, and none at the end."""
+"""The `r` of each training step: warm-up from 0, random draws, and no merging at the end."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from tokenmerge.errors import InvalidScheduleError
 from tokenmerge.schedule import PlainR, R, Schedule
 
-__all__ = ["Amount"]
+__all__ = ["StepSchedule"]
 
 
-class Amount:
-    """The `r` of each step: set `handle.r = amount.at(step)` before the forward.
+class StepSchedule:
+    """The `r` of each step: set `handle.r = schedule.at(step)` before the forward.
 
     `at` returns r in the form that was given. `warmup` and `off` are shares of all steps: r grows linearly from 0 in
     the first, and is 0 in the second, at the end. With `draw`, each step uses a random share of its r, drawn uniformly
     from (seed, step): every count from 0 to r is equally likely. `torch.compile` traces a model again for every new
     count: for compiled models leave out `draw` and keep `warmup` short.
 
-    >>> amount = Amount(8, steps=100, warmup=0.5, off=0.1)
-    >>> amount.at(0), amount.at(25), amount.at(50), amount.at(99)
+    >>> schedule = StepSchedule(8, steps=100, warmup=0.5, off=0.1)
+    >>> schedule.at(0), schedule.at(25), schedule.at(50), schedule.at(99)
     (0, 4, 8, 0)
     """
 

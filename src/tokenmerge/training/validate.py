@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 import tokenmerge
-from tokenmerge._moved import moved_names
 from tokenmerge.data.loader import Batch, evaluation, open_source, reseed, seed_of
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.data.sources import Source, Stream
 from tokenmerge.data.transforms import eval_transform
 from tokenmerge.errors import DataError
+from tokenmerge.training.distributed import World
 from tokenmerge.training.objective import Objective
 from tokenmerge.training.recipe import Recipe
-from tokenmerge.training.distributed import World
 
-__all__ = ["HeldOut", "autocast", "mean_tokens", "shown"]
-
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["HeldOut", "mean_tokens"]
 
 
 class HeldOut:
@@ -86,31 +82,16 @@ class HeldOut:
         ):
             see(batch)
             if len(batch.labels):
-                with autocast(device, recipe.precision):
+                with self.world.autocast(recipe.precision):
                     sums[:-1] += objective.score(model, batch.inputs.to(device), batch.labels.to(device))
                 sums[-1] += len(batch.labels)
         *values, count = (sums if is_sharded else self.world.total(sums)).tolist()
         seconds = time.perf_counter() - start
         found = {name: value / count for name, value in zip(objective.counts, values, strict=True)}
-        about = {"r": shown(r), "tokens": mean_tokens(handle), "images_per_second": count / seconds}
+        about = {"r": r, "tokens": mean_tokens(handle), "images_per_second": count / seconds}
         return found | about | {"seconds": seconds}
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the autocast context of a precision."""
-    dtype = _PRECISIONS.get(precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def shown(r: Any) -> Any:
-    """Return a pair as recipes write it, any other r unchanged."""
-    return ",".join(f"{number:g}" for number in r) if isinstance(r, tuple) else r
 
 
 def mean_tokens(handle: tokenmerge.Handle | None) -> float | None:
     """Return the number of tokens after a block in the last forward, averaged over blocks."""
     return None if handle is None else sum(handle.tokens) / len(handle.tokens)
-
-
-if not TYPE_CHECKING:
-    __getattr__ = moved_names(__name__)
