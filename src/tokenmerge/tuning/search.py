@@ -24,6 +24,7 @@ _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
 _PASSES = 2  # over the options of a method
 _CERTAIN = 1.0  # standard errors by which another option must be better on the screening images
+_FINALISTS = 4  # candidates that are compared on all images to search on: a few images may mislead
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class Search:
 
     @property
     def screened(self) -> float:
-        """How many candidates are about to be tried on the screening images."""
+        """How many candidates are about to be tried on the screening images, finalists counted by their images."""
         options = sum(len(option(self.starts[0])) for option in neighbours(self.starts[0]))
-        return len(self.starts) * len(families(self.subject.depth)) + 1.5 * options
+        finals = _FINALISTS * len(self.subject.parts.search) / len(self.subject.parts.screen)
+        return len(self.starts) * len(families(self.subject.depth)) + 1.5 * options + finals
 
     @property
     def searched(self) -> int:
@@ -128,6 +130,9 @@ class Search:
                         best = candidate
             if best == before:
                 break
+        if len(self.subject.parts.search) > len(self.subject.parts.screen):
+            finalists = sorted(self.tried, key=lambda one: self.tried[one].mean)[:_FINALISTS]
+            best = min(dict.fromkeys([best, *finalists]), key=lambda one: self.outcome(one, self.reference).mean)
         return min([best, *self._alike(best.method, self.reference)], key=lambda one: screened(one).mean)
 
     def _alike(self, method: Reduction, share: float) -> list[Candidate]:
