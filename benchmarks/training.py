@@ -192,7 +192,8 @@ def _step(optimization: Optimization, inputs: Tensor, labels: Tensor) -> Callabl
     def step() -> None:
         # `interleave` turns gradients off
         with torch.inference_mode(False), torch.enable_grad():
-            optimization.step(0, inputs, labels)
+            optimization.backward(0, inputs, labels)
+            optimization.update(0)
 
     return step
 

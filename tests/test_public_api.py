@@ -148,3 +148,13 @@ def test_a_module_is_found_by_its_old_name_after_its_new_one() -> None:
         "from tokenmerge.tools.results import Progress, as_csv; from tokenmerge.adapters.standins import MAEStandIn"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_module_that_moved_is_an_attribute_of_its_package() -> None:
+    import tokenmerge.training
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert tokenmerge.training.world.World is importlib.import_module("tokenmerge.training.distributed").World
+        with pytest.raises(AttributeError):
+            _ = tokenmerge.training.worlds

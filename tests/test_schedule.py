@@ -122,6 +122,11 @@ def test_a_pair_removes_what_its_mean_would(depth: int, inflection: float) -> No
         assert amounts == sorted(amounts, reverse=inflection < 0)
 
 
+def test_a_schedule_of_a_list_is_one_of_a_tuple() -> None:
+    assert Schedule([2, 1]).amounts == (2, 1)  # type: ignore[arg-type]
+    assert Schedule([2, 1]) == Schedule((2, 1))  # type: ignore[arg-type]
+
+
 def test_a_schedule_of_one_number_says_what_makes_one() -> None:
     with pytest.raises(ValueError, match=r"not 13: Schedule.of\(r, depth\)"):
         Schedule(13)  # type: ignore[arg-type]

@@ -163,9 +163,12 @@ NAMES = {
         "build": "training.models:build_model",
         "places": "training.models:position_embeddings",
     },
+    "training.output": {
+        "export": "call tokenmerge.training.run_folder.write_model with a Network, after setting handle.r"
+    },
     "training.parts": {
         "MODULES": "tokenmerge.methods.learned.MODULES is the same without the dot at its end",
-        "Parts": "training.build:Network",
+        "Parts": "build_network() of tokenmerge.training.build returns a Network, whose r is handle.r",
         "build_parts": "call build_network(recipe, size, classes, device) with the names of the classes",
         "optimizer_of": "training.optimizer:optimizer_of",
         "scheduler_of": "training.optimizer:scheduler_of",
@@ -206,6 +209,8 @@ def moved_names(module: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         successor = names.get(name)
+        if f"{own}.{name}" in MOVED:
+            return importlib.import_module(f"{module}.{name}")
         if successor is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         if " " in successor:

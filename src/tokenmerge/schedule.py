@@ -45,7 +45,9 @@ class Schedule:
     largest: Callable[[int, int], int] = _half
 
     def __post_init__(self) -> None:
-        if not isinstance(self.amounts, tuple):
+        if isinstance(self.amounts, list):
+            object.__setattr__(self, "amounts", tuple(self.amounts))
+        elif not isinstance(self.amounts, tuple):
             raise InvalidScheduleError(
                 f"a Schedule has a tuple of amounts, one per layer, not {self.amounts!r}: Schedule.of(r, depth) makes "
                 "one of any form of r."

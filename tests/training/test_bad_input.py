@@ -16,7 +16,8 @@ from tokenmerge.cli import main
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.loop import train
-from tokenmerge.training.recipe import from_dict, read_recipe
+from tokenmerge.training.models import build_model
+from tokenmerge.training.recipe import Model, from_dict, read_recipe
 from tokenmerge.training.run_folder import alone_in
 
 
@@ -189,3 +190,19 @@ def test_a_run_of_a_pretrained_model_is_loaded_without_those_weights(tmp_path: P
     found = weights(tmp_path)
     assert found
     assert_equal(found, {key: kept["model"][key] for key in found})
+
+
+def test_a_pickle_is_refused_first_also_in_a_finished_run(tmp_path: Path) -> None:
+    torch.save(build_model(Model(**TINY["model"]), (1, 28, 28), 10), tmp_path / "net.pt")
+    pickled = {
+        "model__name": str(tmp_path / "net.pt"),
+        "model__options": {},
+        "merge__r": 2,
+        "steps": 1,
+        "batch_size": 2,
+    }
+    train(tiny(**pickled), tmp_path / "run", trust_pickle=True)
+    for changes, folder in (({}, "run"), ({"data__source": "folder:/nowhere"}, "other")):
+        with pytest.raises(DataError, match="is loaded as a pickle, which runs whatever code it holds"):
+            train(tiny(**pickled, **changes), tmp_path / folder)
+    assert not (tmp_path / "other").exists()

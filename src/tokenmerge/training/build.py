@@ -37,14 +37,13 @@ def build_network(
     size: tuple[int, ...],
     classes: Sequence[str],
     device: torch.device,
-    *,
-    trust_pickle: bool = False,
 ) -> Network:
     """Build the network of a recipe on a device, for inputs of `size`, with one output per class in their order.
 
-    The handle has the recipe's r, or the r of a saved method. Raises the errors of the parts.
+    The handle has the recipe's r, or the r of a saved method. Call `check_trust` first: a model that is a pickle is
+    loaded. Raises the errors of the parts.
     """
-    core = build_model(recipe.model, size, len(classes), trust_pickle)
+    core = build_model(recipe.model, size, len(classes), trust_pickle=True)
     order_classes(core, classes)
     notes = [load_weights(core, recipe.model.weights)] if recipe.model.weights else []
     if recipe.model.checkpointing:

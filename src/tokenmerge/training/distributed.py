@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tokenmerge.errors import ConfigError, LostRankError, TokenMergeError, UnsupportedError
 from tokenmerge.measure.outputs import find_device
 
-__all__ = ["World", "is_started", "launch"]
+__all__ = ["LostRankError", "World", "is_started", "launch"]
 
 _BEAT = 0.5  # seconds
 _PATIENCE = 3.0  # seconds without a beat after which a rank counts as gone

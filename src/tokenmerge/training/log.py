@@ -46,7 +46,6 @@ class Log:
 
     def add(self, step: int, split: str, **values: Any) -> dict[str, Any]:
         """Write one row; the keys of `values` are names from `COLUMNS`."""
-        values["r"] = format_r(values["r"])
         row = dict.fromkeys(COLUMNS) | {"step": step, "split": split} | values
         self.rows.append(row)
         with writing(self.folder):

@@ -21,10 +21,10 @@ from tokenmerge.training.build import build_network
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.distributed import World
 from tokenmerge.training.log import Log, Unreadable, format_r, peak_mb
-from tokenmerge.training.models import VIT, own_size
+from tokenmerge.training.models import VIT, check_trust, own_size
 from tokenmerge.training.optimizer import Optimization
 from tokenmerge.training.recipe import Recipe, from_dict
-from tokenmerge.training.run_folder import alone_in, check_folder, check_recipe, export, last_rows, write_recipe
+from tokenmerge.training.run_folder import alone_in, check_folder, check_recipe, last_rows, write_model, write_recipe
 from tokenmerge.training.validate import HeldOut, mean_tokens
 
 __all__ = ["DivergedError", "StoppedError", "train"]
@@ -48,6 +48,7 @@ def train(
     import_timm()
     folder = Path(folder)
     check_folder(folder, recipe)
+    check_trust(recipe.model, trust_pickle)
     with World(device) as world:
         finished = last_rows(folder)
         if finished is not None:
@@ -55,7 +56,7 @@ def train(
                 print(f"finished before, in {folder}", file=sys.stderr, flush=True)
             return finished
         try:
-            return _Run(recipe, folder, world, progress, trust_pickle).run()
+            return _Run(recipe, folder, world, progress).run()
         except torch.OutOfMemoryError as error:
             raise UnsupportedError(
                 f"the memory of {world.device} is too small: {str(error).splitlines()[0]} A larger accumulate (now "
@@ -73,7 +74,6 @@ class _Run:
         folder: Path,
         world: World,
         progress: Callable[[int, int], None] | None,
-        trust_pickle: bool,
     ) -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.progress = progress if progress is not None and world.is_first else lambda done, total: None
@@ -82,7 +82,7 @@ class _Run:
         self.classes = source.classes
         # the same seed in every process, so that all build the same model
         reseed(recipe.seed)
-        self.network = build_network(recipe, self.size, self.classes, world.device, trust_pickle=trust_pickle)
+        self.network = build_network(recipe, self.size, self.classes, world.device)
         name = recipe.model.name
         self.prepared = choose_preprocessing(
             self.network.core,
@@ -131,7 +131,7 @@ class _Run:
                 if self.network.handle is not None:
                     self.network.handle.r = self.schedule.r
                 source = self.recipe.model.name
-                export(self.folder, self.network, source, weights, self.size, self.classes, self.prepared)
+                write_model(self.folder, self.network, source, weights, self.size, self.classes, self.prepared)
         return rows
 
     def _train(self) -> None:
@@ -167,11 +167,12 @@ class _Run:
         if self.network.handle is not None:
             self.network.handle.r = self.schedule.at(self.step)
         inputs, labels = (part.to(self.world.device, non_blocking=True) for part in (batch.inputs, batch.labels))
-        loss, norm = self.optimization.step(self.step, inputs, labels)
+        loss, norm = self.optimization.backward(self.step, inputs, labels)
         self.window += torch.stack((loss, norm, torch.ones_like(loss)))
         # on a GPU a check at every step would force a synchronisation
         if self.world.device.type == "cpu":
             self._check(self.window, self.step + 1)
+        self.optimization.update(self.step)
 
     def _check(self, window: torch.Tensor, step: int | None = None) -> None:
         """Raise `DivergedError` if a loss or gradient was not finite in any step up to `step`, the last by default."""
@@ -198,7 +199,7 @@ class _Run:
                 "train",
                 loss=loss / count,
                 gradient=norm / count,
-                r=self.schedule.at(self.step - 1),
+                r=format_r(self.schedule.at(self.step - 1)),
                 tokens=mean_tokens(self.network.handle),
                 lr=self.optimization.lr,
                 scale=self.optimization.scale,

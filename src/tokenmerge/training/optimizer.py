@@ -42,6 +42,7 @@ class Optimization:
         self.net = torch.compile(net) if recipe.model.compile else net
         self.optimizer = optimizer_of(network.model, recipe)
         self.scheduler = scheduler_of(self.optimizer, recipe, steps)
+        self.learns = False  # whether the last gradient is one: at r = 0 the modules of a method get none
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
 
     @property
@@ -64,8 +65,8 @@ class Optimization:
         """Whether every gradient overflows: the scaler halves its factor each time."""
         return self.scale is not None and self.scale < _LEAST_SCALE
 
-    def step(self, step: int, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Train on this process's share of a batch; return its loss and the norm of the gradient, both `[]`."""
+    def backward(self, step: int, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of this process's share of a batch, clipped; return the loss and its norm, both `[]`."""
         network, pieces = self.network, self.recipe.accumulate
         set_training(network, self.recipe)
         if self.scheduler is not None:
@@ -78,14 +79,20 @@ class Optimization:
                 with self.world.autocast(self.recipe.precision):
                     loss = network.objective.loss(self.net, some, wanted) * (len(some) / len(inputs))
                 # with `only_modules` and r = 0 no parameter gets a gradient
-                learns = loss.requires_grad
-                if learns:
+                self.learns = loss.requires_grad
+                if self.learns:
                     self.scaler.scale(loss).backward()
             total += loss.detach()
-        norm = self._update() if learns else torch.zeros_like(total)
+        return total, self._clip() if self.learns else torch.zeros_like(total)
+
+    def update(self, step: int) -> None:
+        """Apply the gradient to the weights, and these to their running average."""
+        if self.learns:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(network.model, step=step)
-        return total, norm
+            self.ema.update(self.network.model, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all processes together, on the CPU: every process must call it."""
@@ -115,17 +122,14 @@ class Optimization:
         prefix = "" if self.network.core is self.network.model else "encoder."
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
-    def _update(self) -> Tensor:
-        """Clip the gradient, apply it, and return its norm before."""
+    def _clip(self) -> Tensor:
+        """Clip the gradient and return its norm before."""
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), limit)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
         whole = whole.detach()
-        # a scaled gradient may overflow: the scaler skipped that step
+        # a scaled gradient may overflow: the scaler skips that step
         return torch.where(whole.isfinite(), whole, 0) if self.scaler.is_enabled() else whole
 
     @contextmanager

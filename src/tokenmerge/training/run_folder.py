@@ -16,14 +16,14 @@ from tokenmerge import MergeConfig
 from tokenmerge.data.preprocessing import Preprocessing, Processor
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
-from tokenmerge.methods.learned import MODULES
+from tokenmerge.methods import learned
 from tokenmerge.tools.hugging_face import build_folder, is_folder, write_config
 from tokenmerge.training.build import Network
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.models import build_model, load_weights
 from tokenmerge.training.recipe import Recipe, differences, read_recipe
 
-__all__ = ["alone_in", "check_folder", "check_recipe", "export", "last_rows", "load", "write_recipe"]
+__all__ = ["alone_in", "check_folder", "check_recipe", "last_rows", "load", "write_model", "write_recipe"]
 
 _RECIPE = "recipe.json"
 _WEIGHTS = "model.safetensors"  # written last: if it exists, the run is finished
@@ -91,7 +91,7 @@ def last_rows(folder: Path) -> list[dict[str, Any]] | None:
     return [row for row in rows if row["split"] != "train" and row["step"] == rows[-1]["step"]]
 
 
-def export(
+def write_model(
     folder: Path,
     network: Network,
     name: str,
@@ -109,11 +109,11 @@ def export(
     from safetensors.torch import save
 
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    prefix = f"{MODULES}."
-    learned = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+    prefix = f"{learned.MODULES}."
+    modules = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
     with writing(folder):
         if network.handle is not None:
-            network.handle.config.save(folder / "merge.json", learned)
+            network.handle.config.save(folder / "merge.json", modules)
         about: dict[str, Any] = {"size": size, "classes": classes}
         if prepared is not None:
             about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # used in training, so known

@@ -16,6 +16,7 @@ from tokenmerge.data.sources import Source, Stream
 from tokenmerge.data.transforms import eval_transform
 from tokenmerge.errors import DataError
 from tokenmerge.training.distributed import World
+from tokenmerge.training.log import format_r
 from tokenmerge.training.objective import Objective
 from tokenmerge.training.recipe import Recipe
 
@@ -88,7 +89,7 @@ class HeldOut:
         *values, count = (sums if is_sharded else self.world.total(sums)).tolist()
         seconds = time.perf_counter() - start
         found = {name: value / count for name, value in zip(objective.counts, values, strict=True)}
-        about = {"r": r, "tokens": mean_tokens(handle), "images_per_second": count / seconds}
+        about = {"r": format_r(r), "tokens": mean_tokens(handle), "images_per_second": count / seconds}
         return found | about | {"seconds": seconds}
 
 
