@@ -65,12 +65,13 @@ FLOORS = (
     "",  # the front door
     "testing",
     "tools",
+    "vlm",
     "compat",
     "training",
     "cli",
 )
 # these are on no floor: they import nothing before something of theirs is asked for
-LAZY = ("tokenmerge.tools", "tokenmerge.testing")
+LAZY = ("tokenmerge.tools", "tokenmerge.testing", "tokenmerge.vlm")
 
 
 def _room(path: Path) -> str:

@@ -1,9 +1,9 @@
 """Make pretrained vision transformers faster by merging similar tokens: one line, no training.
 
-Here are the functions that take a model, and the types they take and return. Four modules hold the rest, and are
+Here are the functions that take a model, and the types they take and return. Five modules hold the rest, and are
 there after `import tokenmerge`: `tokenmerge.errors` every error, `tokenmerge.methods` every method,
-`tokenmerge.tools` every tool, each a module of its own (`tokenmerge.tools.bench.bench`), `tokenmerge.testing` checks
-of methods, models and kernels of your own.
+`tokenmerge.tools` every tool, each a module of its own (`tokenmerge.tools.bench.bench`), `tokenmerge.vlm`
+vision-language models, `tokenmerge.testing` checks of methods, models and kernels of your own.
 """
 
 import importlib as _importlib
@@ -15,6 +15,7 @@ from tokenmerge import kernels as kernels
 from tokenmerge import methods as methods
 from tokenmerge import testing as testing
 from tokenmerge import tools as tools
+from tokenmerge import vlm as vlm
 from tokenmerge._moved import find_moved as _find_moved
 from tokenmerge._version import __version__ as __version__
 from tokenmerge.about import describe

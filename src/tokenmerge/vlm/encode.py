@@ -1,0 +1,85 @@
+"""Run the vision tower of a model, and put chosen tokens in the place of all."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.vlm.families import Family
+
+__all__ = ["PIXELS", "Encoded", "Entry", "encode"]
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the argument with each kind of input
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The visual tokens of one image, crop or video."""
+
+    features: Tensor  # [N, C]
+    is_fixed: Tensor  # [N] bool: tokens that separate rows, which are always kept
+    frames: int  # of a video; 1 for an image
+    grid: tuple[int, int, int] | None  # frames, rows, columns of the tokens that are not fixed; None: they form none
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a tower returned for all images, or all videos, of a call."""
+
+    output: Any  # of `get_image_features`
+    entries: list[Entry]
+    groups: list[int] = field(default_factory=list)  # how many entries each tensor of the output holds
+
+    def take(self, kept: Sequence[Tensor]) -> Any:
+        """Return the output with the tokens of these indices, one tensor per entry."""
+        output = copy.copy(self.output)
+        output.pooler_output = self._rows(output.pooler_output, kept)
+        planes = getattr(output, "deepstack_features", None)
+        if planes is not None:
+            output.deepstack_features = [self._rows(plane, kept) for plane in planes]
+        return output
+
+    def _rows(self, features: Any, kept: Sequence[Tensor]) -> Any:
+        parts, start = [], 0
+        for rows, count in zip(features, self.groups, strict=True):
+            own = [entry.features.shape[0] for entry in self.entries[start : start + count]]
+            split = rows.reshape(-1, rows.shape[-1]).split(own)
+            parts.append(torch.cat([part[index] for part, index in zip(split, kept[start:], strict=False)]))
+            start += count
+        return torch.stack(parts) if isinstance(features, Tensor) else parts
+
+
+def encode(base: Any, family: Family, kind: str, inputs: Mapping[str, Any]) -> Encoded:
+    """Encode the images (`kind` "image") or videos ("video") of a call as `generate` does."""
+    function = getattr(base, f"get_{kind}_features")
+    names = inspect.signature(function).parameters
+    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    output = function(**given, return_dict=True)
+    entries: list[Entry] = []
+    groups: list[int] = []
+    for number, rows in enumerate(output.pooler_output):
+        rows = rows.reshape(-1, rows.shape[-1])
+        parts = rows.split(family.crop(base)) if family.crop is not None else (rows,)
+        groups.append(len(parts))
+        entries += [_entry(base, family, kind, inputs, number, part) for part in parts]
+    return Encoded(output, entries, groups)
+
+
+def _entry(base: Any, family: Family, kind: str, inputs: Mapping[str, Any], number: int, features: Tensor) -> Entry:
+    is_fixed = torch.zeros(features.shape[0], dtype=torch.bool, device=features.device)
+    if family.newline and getattr(base, "image_newline", None) is not None:
+        is_fixed = (features == base.image_newline.to(features)).all(dim=-1)
+    if family.grids:
+        frames, rows, columns = inputs[f"{kind}_{family.grids}"][number].tolist()
+        side = base.visual.spatial_merge_size
+        return Entry(features, is_fixed, frames, (frames, rows // side, columns // side))
+    frames, tokens = inputs[PIXELS[kind]].shape[1] if kind == "video" else 1, int((~is_fixed).sum())
+    side = math.isqrt(tokens // frames)
+    return Entry(features, is_fixed, frames, (frames, side, side) if side * side * frames == tokens else None)

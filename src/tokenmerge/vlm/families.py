@@ -1,0 +1,96 @@
+"""The families of vision-language models: what differs between them, as data.
+
+Every family encodes images by `get_image_features` of its base model, and takes the result in place of the pixels
+(`mm_encoder_outputs`, transformers 5.2x). A new family is one line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokenmerge.errors import UnsupportedModelError
+
+__all__ = ["FAMILIES", "Family", "find_family", "list_families"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What to know of the models of one configuration."""
+
+    name: str  # `config.model_type`
+    has_videos: bool = False  # whether its videos are shortened too
+    grids: str = ""  # argument that holds frames, rows and columns of each image before the merger of places
+    newline: bool = False  # whether features hold `image_newline` at the end of each row
+    crop: Callable[[Any], int] | None = None  # tokens per crop, where the features of a prompt are one tensor
+
+    @property
+    def has_places(self) -> bool:
+        """Whether its language model gives tokens positions on the image's grid (M-RoPE)."""
+        return bool(self.grids)
+
+
+def _crop(base: Any) -> int:
+    return int(base.image_seq_len)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llava"),
+        Family("llava_next", newline=True),
+        Family("llava_onevision", has_videos=True, newline=True),
+        Family("qwen2_vl", has_videos=True, grids="grid_thw"),
+        Family("qwen2_5_vl", has_videos=True, grids="grid_thw"),
+        Family("qwen3_vl", has_videos=True, grids="grid_thw"),
+        Family("glm4v", grids="grid_thw"),
+        Family("internvl"),
+        Family("idefics3", crop=_crop),
+        Family("smolvlm", crop=_crop),
+        Family("paligemma"),
+        Family("gemma3"),
+        Family("mistral3"),
+        Family("ovis2"),
+        Family("aya_vision"),
+        Family("cohere2_vision"),
+    )
+}
+_REFUSED = {
+    "mllama": "its language model looks at the image by cross-attention: there are no visual tokens in the prompt",
+    "blip-2": "its query tokens are few and learned: none of them stands for a place",
+    "instructblip": "its query tokens are few and learned: none of them stands for a place",
+}
+
+
+def list_families() -> list[str]:
+    """Return the names of the families, as in `model.config.model_type`."""
+    return list(FAMILIES)
+
+
+def find_family(model: nn.Module) -> tuple[Family, Any]:
+    """Return the family of a model, and its base model, which encodes images.
+
+    Raises `UnsupportedModelError` with the reason for a model that cannot be shortened.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    known = f"Known: {', '.join(FAMILIES)}."
+    if kind in _REFUSED:
+        raise UnsupportedModelError(f"a model of type {kind!r} cannot be given fewer visual tokens: {_REFUSED[kind]}.")
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"this {type(model).__qualname__} (config.model_type {kind!r}) is no vision-language model of a known "
+            f"family. {known}"
+        )
+    base: Any = model.base_model
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        import transformers
+
+        raise UnsupportedModelError(
+            f"{type(model).__qualname__} of transformers {transformers.__version__} takes no encoded images "
+            "(mm_encoder_outputs). That needs transformers 5.24 or newer: pip install --upgrade transformers."
+        )
+    return FAMILIES[kind], base

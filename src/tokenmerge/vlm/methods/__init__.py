@@ -1,0 +1,60 @@
+"""The methods that choose visual tokens. Each is a pure function of features, and a value that `vlm.patch` takes.
+
+The functions (`divprune(features, k)` and so on) import torch only: a server can call them without transformers.
+"""
+
+from __future__ import annotations
+
+from tokenmerge.errors import ConfigError, unknown_name
+from tokenmerge.vlm.methods.base import Chooser, Visual
+from tokenmerge.vlm.methods.cdpruner import CDPruner, cdpruner
+from tokenmerge.vlm.methods.dart import Dart, dart
+from tokenmerge.vlm.methods.divprune import DivPrune, divprune
+from tokenmerge.vlm.methods.evs import EVS, evs
+from tokenmerge.vlm.methods.random import Random, random
+from tokenmerge.vlm.methods.uniform import Uniform, uniform
+from tokenmerge.vlm.methods.vidcom2 import VidCom2, vidcom2
+
+__all__ = [
+    "METHODS",
+    "CDPruner",
+    "Chooser",
+    "Dart",
+    "DivPrune",
+    "EVS",
+    "Random",
+    "Uniform",
+    "VidCom2",
+    "Visual",
+    "cdpruner",
+    "dart",
+    "divprune",
+    "evs",
+    "find",
+    "list_methods",
+    "random",
+    "uniform",
+    "vidcom2",
+]
+
+METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2)
+
+
+def list_methods() -> list[str]:
+    """Return the names of the methods."""
+    return [cls.name for cls in METHODS]
+
+
+def find(method: str | Chooser) -> Chooser:
+    """Return the method of a name, or the method that is given.
+
+    Raises `UnknownNameError` (with the nearest name), `ConfigError` for anything else.
+    """
+    if isinstance(method, Chooser):
+        return method
+    if not isinstance(method, str):
+        raise ConfigError(f"method is {method!r}; it takes a name ({', '.join(list_methods())}) or a Chooser.")
+    known = {cls.name: cls for cls in METHODS}
+    if method not in known:
+        raise unknown_name("method for visual tokens", method, known)
+    return known[method]()

@@ -1,0 +1,69 @@
+"""What every method of choosing visual tokens gets, and the base class of the methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokenmerge.errors import UnsupportedError
+
+__all__ = ["Chooser", "Visual", "cosine", "frames_of", "in_order", "needs_text"]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The visual tokens of one image or video, as the language model would get them."""
+
+    features: Tensor  # [N, C], after the projector
+    frames: int = 1  # of a video, with equally many tokens each, one after the other
+    text: Tensor | None = None  # [L, C], the embeddings of the prompt's text; None: no text
+
+
+@dataclass(frozen=True)
+class Chooser(ABC):
+    """A method: choose the visual tokens that the language model gets. A value that can be compared and printed."""
+
+    name: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # the paper, with its arXiv number
+
+    @abstractmethod
+    def choose(self, visual: Visual, k: int) -> Tensor:
+        """Return the indices of `k` tokens, `[k]` int64 in ascending order; 1 <= k <= N.
+
+        A method may return another number where its rules say so. Equal inputs give equal indices.
+        """
+
+
+def in_order(chosen: Tensor) -> Tensor:
+    """Return indices in the order of the prompt."""
+    return chosen.sort().values
+
+
+def cosine(features: Tensor) -> Tensor:
+    """Return features `[N, C]` as float32 vectors of length one, so that their products are cosines."""
+    return normalize(features.float(), dim=-1)
+
+
+def needs_text(visual: Visual, name: str) -> Tensor:
+    """Return the prompt's text embeddings; raises `UnsupportedError` without any."""
+    if visual.text is None or not visual.text.shape[0]:
+        raise UnsupportedError(
+            f"{name} chooses by the text of the prompt, and there is none. Give a prompt with text, or a method that "
+            "looks at the image only, such as divprune."
+        )
+    return visual.text
+
+
+def frames_of(visual: Visual, name: str) -> int:
+    """Return the number of frames; raises `UnsupportedError` if they cannot have equally many tokens."""
+    tokens = visual.features.shape[0]
+    if tokens % visual.frames:
+        raise UnsupportedError(
+            f"{name} compares the frames of a video, and {tokens} tokens are not {visual.frames} equal frames. Choose "
+            "a method that needs none, such as divprune."
+        )
+    return visual.frames

@@ -1,0 +1,367 @@
+"""The handle: calls in every form, what it tells, what it refuses, and taking it back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from test_families import by_hand, generate
+from tiny_models import FAMILIES, IMAGE, VIDEO, squares
+from torch import Tensor, nn
+
+import tokenmerge
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    DataError,
+    NotPatchedError,
+    NotTrackedError,
+    UnknownNameError,
+    UnsupportedError,
+    UnsupportedModelError,
+)
+from tokenmerge.vlm import compact, patch
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+LLAVA, QWEN = FAMILIES["llava"], FAMILIES["qwen2_5_vl"]
+
+
+@pytest.fixture(params=["llava", "qwen2_5_vl"])
+def tiny(request: pytest.FixtureRequest) -> Any:
+    return FAMILIES[request.param]
+
+
+def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"repetition_penalty": 1.3},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@torch.no_grad()
+def test_every_way_to_generate_goes_on_from_the_short_prompt(tiny: Any, options: dict[str, Any]) -> None:
+    """What follows the prompt is what the unpatched model says after the shortened one."""
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    short = compact(model, inputs, keep=0.5)
+    torch.manual_seed(3)
+    expected = generate(model, short, new=5, **options)
+    with patch(model, 0.5):
+        torch.manual_seed(3)
+        got = generate(model, inputs, new=5, **options)
+    if "return_dict_in_generate" in options:
+        assert len(got.scores) == 5 and got.scores[0].equal(expected.scores[0])
+        got, expected = got.sequences, expected.sequences
+    length, m = inputs["input_ids"].shape[1], short["input_ids"].shape[1]
+    assert m < length and got.shape == (len(expected), length + 5)
+    assert got[:, length:].equal(expected[:, m:])
+    assert got[:, :length].equal(inputs["input_ids"].repeat_interleave(len(got) // 2, dim=0))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_every_attention_and_padding_on_either_side(tiny: Any, attention: str) -> None:
+    # in double precision transformers' own eager attention makes NaN of padding
+    model = tiny.make(torch.float64 if attention == "sdpa" else torch.float32)
+    model.set_attn_implementation(attention)
+    for pads_right in (False, True):
+        inputs = tiny.prompts([1, 2], pads_right=pads_right)
+        inputs = doubled(inputs) if attention == "sdpa" else inputs
+        with patch(model, 0.5) as handle:
+            logits, places = model(**inputs).logits, handle.places
+        for row, (expected, _) in enumerate(by_hand(model, inputs, places)):
+            torch.testing.assert_close(logits[row][places[row] >= 0], expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_gaps_in_positions_do_not_cut_the_attention() -> None:
+    """Without a cache and a mask, transformers reads a gap as the start of another sequence."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1]))
+    del inputs["attention_mask"]
+    with patch(model, 0.5, positions="keep") as handle:
+        logits, places = model(**inputs, use_cache=False).logits, handle.places
+        kept = model(**inputs).logits
+    torch.testing.assert_close(logits, kept, rtol=0, atol=1e-10)
+    assert (places[0].diff() > 1).any()
+    short = compact(model, inputs, keep=0.5, positions="keep")
+    assert short["position_ids"].equal(places)
+    # the trap itself: the same call without the mask
+    del short["attention_mask"]
+    assert (model(**short, use_cache=False).logits - kept).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_positions_kept_or_numbered_anew(tiny: Any) -> None:
+    model, inputs = tiny.make(torch.float64), doubled(tiny.prompts([1]))
+    with patch(model, 0.5) as handle:
+        one = model(**inputs).logits
+        assert handle.positions == ("compact" if tiny is LLAVA else "keep")
+    if tiny is QWEN:
+        with pytest.raises(ConfigError, match="places visual tokens on the image's grid"):
+            patch(model, 0.5, positions="compact")
+        return
+    with patch(model, 0.5, positions="keep"):
+        other = model(**inputs).logits
+    assert (one - other).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_second_turn_goes_on_with_the_cache(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    more = torch.tensor([[11, 12, 13], [14, 15, 16]])
+    with patch(model, 0.5) as handle:
+        first = generate(model, inputs, new=4, return_dict_in_generate=True)
+        cache = first.cache
+        whole = torch.cat((first.sequences, more), dim=1)
+        mask = torch.cat((inputs["attention_mask"], torch.ones(2, 7, dtype=torch.long)), dim=1)
+        given: dict[str, Any] = {"input_ids": whole, "attention_mask": mask}
+        if tiny is QWEN:
+            given["mm_token_type_ids"] = (whole == IMAGE).long()
+        second = generate(model, given, new=4, cache=cache)
+        # all of it again, without the cache
+        pixels = {name: inputs[name] for name in inputs if name not in given and name != "mm_token_type_ids"}
+        again = generate(model, {**given, **pixels}, new=4)
+        assert len(handle.visual_tokens) == 3
+    assert second[:, : whole.shape[1]].equal(whole)
+    assert second.equal(again)
+
+
+@torch.no_grad()
+def test_decoding_by_hand_needs_no_arithmetic(tiny: Any) -> None:
+    """A loop of one's own, with the mask of the whole prompt."""
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    with patch(model, 0.5):
+        expected = generate(model, inputs, new=4)[:, -4:]
+        out = model(**inputs, use_cache=True)
+        mask, tokens = inputs["attention_mask"], []
+        for _ in range(4):
+            # as generate leaves out the placeholders
+            tokens.append(out.logits[:, -1:].index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf).argmax(-1))
+            mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
+            out = model(input_ids=tokens[-1], attention_mask=mask, cache=out.cache)
+    assert torch.cat(tokens, dim=1).equal(expected)
+
+
+@torch.no_grad()
+def test_calls_without_images_are_the_original_ones(tiny: Any) -> None:
+    model, words = tiny.make(), torch.tensor([[5, 6, 7, 8]])
+    plain, tokens = model(input_ids=words).logits, generate(model, {"input_ids": words}, new=4)
+    with patch(model, 0.5) as handle:
+        assert model(input_ids=words).logits.equal(plain)
+        assert model.generate(words, max_new_tokens=4, do_sample=False).equal(tokens)
+        assert model(words).logits.equal(plain)
+        with pytest.raises(NotTrackedError):
+            print(handle.visual_tokens)
+
+
+@torch.no_grad()
+def test_what_the_handle_tells(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    n = tiny.tokens
+    with patch(model, 3) as handle:
+        generate(model, inputs, new=2)
+        assert handle.visual_tokens == [(n, 3)] * 3
+        side = 4 if tiny is LLAVA else 3
+        assert all(places.shape == (3, 3) for places in handle.kept)
+        # in the row with one image, the tokens of the prompt that are its placeholders
+        start = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+        columns = handle.places[0][(handle.places[0] >= start) & (handle.places[0] < start + n)]
+        assert (handle.kept[0][:, 1] * side + handle.kept[0][:, 2]).equal(columns - start)
+        report = handle.report()
+        assert f"{3 * n} -> 9, in 3 images" in str(report) and "DivPrune()" in str(report)
+        with pytest.raises(NotTrackedError, match=r"handle\.timed = True"):
+            handle.report(time=True)
+        handle.timed = True
+        generate(model, inputs, new=2)
+        seconds = handle.report(time=True).seconds
+        assert seconds is not None and all(seconds[part] > 0 for part in ("tower", "prefill", "decode"))
+        handle.keep = 0.25
+        model(**inputs)
+        assert handle.visual_tokens == [(n, round(n / 4))] * 3
+
+
+@torch.no_grad()
+def test_labels_follow_the_tokens() -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1, 2])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    with patch(model, 0.5) as handle:
+        out, places = model(**inputs, labels=labels), handle.places
+    own = labels.gather(1, places.clamp_min(0)).masked_fill(places < 0, -100)
+    expected = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), own[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_removing_leaves_nothing_behind(tiny: Any) -> None:
+    model = tiny.make()
+    before, state = dict(vars(model)), copy.deepcopy(model.state_dict())
+    handle = patch(model, 0.5)
+    handle.remove()
+    assert vars(model) == before and all(value.equal(state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(NotPatchedError):
+        handle.remove()
+
+
+@torch.no_grad()
+def test_merging_in_the_tower_too() -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1, 2])
+    twin = copy.deepcopy(model)
+    tokenmerge.patch(twin, r=3, restore="dense")
+    features = torch.stack(list(twin.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
+    plain = torch.stack(list(model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
+    assert (features - plain).abs().max() > 1e-3
+    with patch(model, 0.5, r=3) as handle:
+        assert handle.tower is not None and handle.tower.r == 3
+        got = torch.stack(list(model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
+        assert got.equal(features)
+        generate(model, inputs, new=2)
+        assert "in the tower" in str(handle.report())
+    with patch(model, 1.0, r=3):
+        merged = model(**inputs).logits
+    torch.testing.assert_close(merged, twin(**inputs).logits)
+    assert model(**inputs).logits.ne(merged).any() and tokenmerge.handle_of(model, None) is None
+
+
+def test_an_unsupported_tower_changes_nothing() -> None:
+    model = QWEN.make()
+    before = dict(vars(model))
+    with pytest.raises(UnsupportedModelError):
+        patch(model, 0.5, r=3)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, True, "all", None, float("nan")])
+def test_a_keep_that_is_none(keep: Any) -> None:
+    model = LLAVA.make()
+    with pytest.raises(ConfigError, match="Give a share of the visual tokens"):
+        patch(model, keep)
+    with pytest.raises(ConfigError, match="Give a share of the visual tokens"):
+        compact(model, {}, keep=keep)
+    with patch(model, 0.5) as handle, pytest.raises(ConfigError):
+        handle.keep = keep
+
+
+def _without(name: str) -> Any:
+    return lambda inputs: {key: value for key, value in inputs.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (_without("pixel_values"), DataError, "placeholders of images, and no images are given"),
+        (lambda x: {**x, "input_ids": x["input_ids"].clamp_max(60)}, DataError, "has 0 placeholders .* 3 images"),
+        (
+            lambda x: {**x, **squares([1, 1])},
+            DataError,
+            "has 48 placeholders for images, and the 2 images .* 32 tokens",
+        ),
+        (
+            lambda x: {**_without("input_ids")(x), "inputs_embeds": torch.zeros(2, 9, 32)},
+            UnsupportedError,
+            "inputs_embeds",
+        ),
+        (lambda x: {**x, "attention_mask": torch.ones(2, 1, 40, 40)}, UnsupportedError, "4 dimensions"),
+        (lambda x: {**x, "attention_mask": x["attention_mask"][:, 1:]}, DataError, "they must be equal"),
+        (lambda x: {**x, "mm_encoder_outputs": {"image": object()}}, UnsupportedError, "encoded already"),
+    ],
+    ids=["no-images", "no-places", "other-number", "embeds", "mask", "mask-length", "encoded"],
+)
+def test_inputs_that_do_not_fit(change: Any, error: type[Exception], message: str) -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1, 2])
+    with patch(model, 0.5) as handle:
+        for call in (model, lambda **given: model.generate(**given, max_new_tokens=2)):
+            with pytest.raises(error, match=message):
+                call(**change(inputs))
+        model(**inputs)
+        assert len(handle.visual_tokens) == 3
+
+
+def test_more_tokens_than_there_are() -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1])
+    with patch(model, 17), pytest.raises(DataError, match="keep is 17, and an image has 16 tokens"):
+        model(**inputs)
+
+
+def test_models_that_are_none_of_them() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"'llama'.* is no vision-language model of a known family. Known: llava"
+    ):
+        patch(LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)))
+    with pytest.raises(UnsupportedModelError, match="is no vision-language model"):
+        patch(nn.Linear(2, 2))
+    model = nn.Linear(2, 2)
+    model.config = MllamaConfig()  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match=r"'mllama' .* cross-attention"):
+        patch(model)
+
+
+def test_patching_twice_and_unknown_methods() -> None:
+    model = LLAVA.make()
+    with pytest.raises(UnknownNameError, match=r"'divprun'.* Did you mean 'divprune'"):
+        patch(model, 0.5, method="divprun")
+    with pytest.raises(ConfigError, match="positions is 'new'; allowed: keep, compact"):
+        patch(model, 0.5, positions="new")
+    with patch(model, 0.5), pytest.raises(AlreadyPatchedError):
+        patch(model, 0.5)
+    with tokenmerge.patched(model, r=2), pytest.raises(AlreadyPatchedError):
+        patch(model, 0.5)
+
+
+@torch.no_grad()
+def test_a_call_in_which_nothing_was_left_out_says_so() -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1])
+    with patch(model, 0.5, method="evs") as handle, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(**inputs)
+        assert handle.visual_tokens == [(16, 16)]
+        assert any("nothing was left out: evs kept all tokens" in str(warning.message) for warning in seen)
+        assert "nothing was left out" in str(handle.report())
+
+
+@torch.no_grad()
+def test_compacting_changes_neither_the_model_nor_the_inputs(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    before = {name: x.clone() for name, x in inputs.items()}
+    model(**inputs)  # transformers hooks its tower at the first call
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    short = compact(model, inputs, keep=0.5)
+    assert all(x.equal(before[name]) for name, x in inputs.items()) and inputs.keys() == before.keys()
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
+    assert "pixel_values" not in short
+    with patch(model, 0.5):
+        expected = generate(model, inputs, new=4)[:, -4:]
+    assert generate(model, short, new=4)[:, -4:].equal(expected)
+
+
+@torch.no_grad()
+def test_limits_of_the_length_count_the_whole_prompt() -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1])
+    length = inputs["input_ids"].shape[1]
+    with patch(model, 0.5):
+        assert model.generate(**inputs, max_length=length + 3, do_sample=False).shape[1] == length + 3
+        config = transformers.GenerationConfig(max_length=length + 5, do_sample=False)
+        assert model.generate(**inputs, generation_config=config).shape[1] == length + 5
+
+
+@torch.no_grad()
+def test_one_image_or_prompt_with_text_after_it_only(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([0, 1])
+    with patch(model, 1) as handle:
+        tokens: Tensor = generate(model, inputs, new=2)
+        assert handle.visual_tokens == [(tiny.tokens, 1)] and tokens.shape[1] == inputs["input_ids"].shape[1] + 2

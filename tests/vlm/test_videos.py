@@ -1,0 +1,92 @@
+"""Videos: placeholders of their own, budgets over frames, positions in time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_families import by_hand, generate
+from tiny_models import END, FAMILIES, IMAGE, START, VIDEO
+from torch import Tensor
+
+from tokenmerge.errors import UnsupportedError
+from tokenmerge.vlm import patch
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+FRAMES = 3
+
+
+def prompt(family: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Two rows with one video each, of which the second has an image too."""
+    generator = torch.Generator().manual_seed(2)
+
+    def text(count: int) -> list[int]:
+        return torch.randint(5, 60, (count,), generator=generator).tolist()
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    if family == "llava_onevision":
+        video = [VIDEO] * (FRAMES * 4 + 1)
+        more: dict[str, Any] = {"pixel_values_videos": draw(2, FRAMES, 3, 32, 32)}
+        more |= {"pixel_values": draw(1, 3, 3, 32, 32), "image_sizes": torch.tensor([[64, 32]])}
+    else:
+        frame = [START, *[VIDEO] * 12, END]
+        # Qwen3-VL has each frame of its own, after a time stamp
+        video = [token for _ in range(FRAMES) for token in [*text(2), *frame]]
+        if family != "qwen3_vl":
+            video = [START, *[VIDEO] * 12 * FRAMES, END]
+        more = {"pixel_values_videos": draw(2 * FRAMES * 48, 96), "video_grid_thw": torch.tensor([[FRAMES, 8, 6]] * 2)}
+        more |= {"pixel_values": draw(48, 96), "image_grid_thw": torch.tensor([[1, 8, 6]])}
+    image = [START, *[IMAGE] * FAMILIES[family].tokens, END]
+    rows = [[*text(3), *video, *text(4)], [*text(2), *image, *text(2), *video, *text(5)]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([(longest - len(row)) * [0] + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **more}
+    if family != "llava_onevision":
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    return inputs
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("method", ["vidcom2", "divprune"])
+@torch.no_grad()
+def test_fewer_tokens_of_videos_are_the_model_on_spliced_embeddings(family: str, method: str) -> None:
+    model, inputs = FAMILIES[family].make(torch.float64), prompt(family)
+    plain = generate(model, inputs, new=4)
+    with patch(model, 1.0) as handle:
+        assert generate(model, inputs, new=4).equal(plain)
+        handle.keep, handle.method = 0.5, handle.method if method == "divprune" else _vidcom2()
+        logits, places, tokens = model(**inputs).logits, handle.places, generate(model, inputs, new=3)
+        assert len(handle.visual_tokens) == 3
+    length = inputs["input_ids"].shape[1]
+    for row, (expected, new) in enumerate(by_hand(model, inputs, places, new=3)):
+        torch.testing.assert_close(logits[row][places[row] >= 0], expected, rtol=0, atol=1e-5)
+        assert tokens[row, length:].tolist() == new
+
+
+def _vidcom2() -> Any:
+    from tokenmerge.vlm.methods import VidCom2
+
+    return VidCom2()
+
+
+@torch.no_grad()
+def test_evs_keeps_the_first_frame_whole() -> None:
+    model, inputs = FAMILIES["qwen2_5_vl"].make(torch.float64), prompt("qwen2_5_vl")
+    with patch(model, 0.5, method="evs") as handle:
+        model(**inputs)
+        video = next(
+            places for places, (before, _) in zip(handle.kept, handle.visual_tokens, strict=True) if before == 36
+        )
+    assert len(video) == 18 and video[:, 0].bincount()[0] == 12
+
+
+@torch.no_grad()
+def test_videos_that_are_not_shortened_yet_are_refused() -> None:
+    model = FAMILIES["glm4v"].make()
+    inputs = FAMILIES["glm4v"].prompts([1])
+    with patch(model, 0.5), pytest.raises(UnsupportedError, match="videos of glm4v models are not shortened yet"):
+        model(**{**inputs, "pixel_values_videos": torch.zeros(1)})
