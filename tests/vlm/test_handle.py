@@ -188,7 +188,7 @@ def test_what_the_handle_tells(tiny: Any) -> None:
         handle.timed = True
         generate(model, inputs, new=2)
         seconds = handle.report(time=True).seconds
-        assert seconds is not None and all(seconds[part] > 0 for part in ("tower", "prefill", "decode"))
+        assert seconds is not None and all(seconds[part] > 0 for part in ("tower", "choose", "prefill", "decode"))
         handle.keep = 0.25
         model(**inputs)
         assert handle.visual_tokens == [(n, round(n / 4))] * 3

@@ -26,8 +26,9 @@ from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.methods import Chooser, find
 
-__all__ = ["VLMHandle", "VLMReport", "patch"]
+__all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
 
+PARTS = ("tower", "choose", "prefill", "decode")  # of a call, as they are timed
 _CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
 
 
@@ -42,7 +43,7 @@ class VLMReport:
     tokens: list[tuple[int, int]]  # visual tokens before and after, per image, crop or video
     remarks: list[str] = field(default_factory=list)
     tower: Any = None  # the report of merging inside the tower
-    seconds: dict[str, float] | None = None  # tower, prefill, decode
+    seconds: dict[str, float] | None = None  # tower, choose, prefill, decode
 
     def __str__(self) -> str:
         before, after = (sum(pair[side] for pair in self.tokens) for side in (0, 1))
@@ -100,12 +101,15 @@ class VLMHandle:
         self._whole: Tensor | None = None  # the ids of the last call's prompt, as they were given
         self._remarks: list[str] = []
         self.timed = False  # whether calls are timed, for `report(time=True)`: set it at any time
-        self._seconds = dict.fromkeys(("tower", "prefill", "decode"), 0.0)
+        self._seconds = dict.fromkeys(PARTS, 0.0)
         self._local = threading.local()
         self._is_removed = False
         bind(Binding(model, "forward", _Forward(model, self, "forward")))
         if hasattr(model, "generate"):
             bind(Binding(model, "generate", _Generate(model, self, "generate")))
+        for name in (f"get_{kind}_features" for kind in PIXELS):
+            if hasattr(self._base, name):
+                bind(Binding(self._base, name, _Tower(self._base, self, name)))
 
     def __enter__(self) -> VLMHandle:
         return self
@@ -143,7 +147,7 @@ class VLMHandle:
         return self._seen().prompt.places
 
     def report(self, *, time: bool = False) -> VLMReport:
-        """Return what was done in the last call; with `time` also the seconds of tower, prefill and decoding.
+        """Return what was done in the last call; with `time` also the seconds of each of `PARTS`.
 
         Raises `NotTrackedError` if times are asked for and `timed` was not set before the call.
         """
@@ -164,7 +168,7 @@ class VLMHandle:
         """Restore the model, bit for bit; raises `NotPatchedError` the second time."""
         if self._is_removed:
             raise NotPatchedError("this handle was removed before.")
-        undo([self.model])
+        undo({self.model, self._base})
         if self.tower is not None:
             self.tower.remove()
         self._is_removed = True
@@ -187,7 +191,7 @@ class VLMHandle:
             return given
         if all(given.get(name) is None for name in PIXELS.values()):
             return self._continued(given)
-        with self._timed("tower"):
+        with self._timed("choose"):
             found = compacted(self._base, self._family, given, self._keep, self.method, self.positions)
         self._last, self._whole = found, given["input_ids"]
         if all(before == after for before, after in found.tokens):
@@ -219,9 +223,12 @@ class VLMHandle:
             yield
             return
         device = next(self.model.parameters()).device
-        start = _now(device)
+        before, self._local.inner, start = getattr(self._local, "inner", 0.0), 0.0, _now(device)
         yield
-        self._seconds[part] += _now(device) - start
+        seconds = _now(device) - start
+        # without the parts inside this one
+        self._seconds[part] += seconds - self._local.inner
+        self._local.inner = before + seconds
 
     @property
     def _is_inside(self) -> bool:
@@ -261,6 +268,14 @@ class _Forward(_Call):
             given = _decoding(handle, given) if _length(given) else handle.shortened(given)
         with handle._timed("decode" if _length(given) else "prefill"):
             return self.original(**given)
+
+
+class _Tower(_Call):
+    """The base model's `get_image_features`, timed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.handle._timed("tower"):
+            return self.original(*args, **kwargs)
 
 
 class _Generate(_Call):

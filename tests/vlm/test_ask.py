@@ -1,0 +1,101 @@
+"""`tokenmerge vlm` on a small model that was saved with its processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, IMAGE
+
+from tokenmerge.cli import main
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+WORDS = ("what", "is", "on", "this", "photo", "a", "cat", "dog", "?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vlm")
+    names = {word: 5 + number for number, word in enumerate(WORDS)}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **names, "<image>": IMAGE}
+    vocabulary |= {f"word{number}": number for number in range(20, 80) if number != IMAGE}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    pictures = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True
+    )
+    processor = transformers.LlavaProcessor(
+        pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.save_pretrained(path)
+    FAMILIES["llava"].make().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    Image.effect_noise((40, 50), 90).convert("RGB").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def asked(capsys: Any, *arguments: str) -> list[dict[str, Any]]:
+    assert main(["vlm", *arguments, "--new-tokens", "4", "--rounds", "1", "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["rows"]
+    return rows
+
+
+def test_answers_tokens_and_times_side_by_side(folder: Path, photo: Path, capsys: Any) -> None:
+    given = [str(folder), "--image", str(photo), "--prompt", "what is on this photo ?"]
+    whole, half, quarter = asked(capsys, *given, "--keep", "1", "0.5", "0.25")
+    assert [row["visual tokens"] for row in (whole, half, quarter)] == [None, 8, 4]
+    assert [row["prompt tokens"] for row in (whole, half, quarter)] == [22, 14, 10]
+    assert all(row["answer"] and row["tower ms"] >= 0 and row["prefill ms"] > 0 for row in (whole, half, quarter))
+    for row in (whole, half):
+        assert row["tower ms"] > 0
+        parts = sum(row[f"{part} ms"] for part in ("tower", "choose", "prefill", "decode"))
+        assert row["total ms"] == pytest.approx(parts, abs=0.3)
+    assert whole["choose ms"] == 0 < half["choose ms"]
+    # what the model says is what it says in Python
+    from tokenmerge.vlm import patch
+    from tokenmerge.vlm.ask import load_vlm, prepare
+
+    model, processor = load_vlm(str(folder), dtype="float32")
+    inputs = prepare(processor, [photo], "what is on this photo ?")
+    with patch(model, 0.5), torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert processor.decode(out[0, 22:], skip_special_tokens=True).strip() == half["answer"]
+    (counted,) = asked(capsys, *given, "--keep", "3", "--count", "-r", "2")
+    assert counted["visual tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--keep": "0"}, "keep is 0.0. Give a share"),
+        ({"--image": "/nowhere.png"}, "cannot read an image"),
+        ({"--method": "divprun"}, "Did you mean 'divprune'"),
+        ({"model": "/nowhere"}, "/nowhere is no vision-language model that transformers can load"),
+    ],
+)
+def test_bad_input_to_the_command(folder: Path, photo: Path, capsys: Any, change: dict[str, str], message: str) -> None:
+    given = {"--image": str(photo), "--prompt": "a ?", **change}
+    model = given.pop("model", str(folder))
+    assert main(["vlm", model, *[part for pair in given.items() for part in pair]]) == 2
+    assert message in capsys.readouterr().err
