@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -10,7 +11,9 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["checked", "fitted", "named"]
+from tokenmerge.errors import unknown_name
+
+__all__ = ["check_options", "checked", "fitted", "named", "read_call"]
 
 
 def fitted(value: Any, hint: Any) -> Any:
@@ -113,3 +116,28 @@ def _hints(kind: Any) -> dict[str, Any]:
     except NameError:  # a class defined inside a function, whose names cannot be resolved here
         return {}
     return {part.name: found[part.name] for part in dataclasses.fields(kind)}
+
+
+def read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Return name and options of a text like `"tome(metric='x')"`: options by name, once each, with plain values.
+
+    Raises `ValueError` for any other text.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError(f"{text!r} is no name with options")
+        names = [part.arg for part in call.keywords]
+        if call.args or None in names or len(set(names)) < len(names):
+            raise ValueError(f"{text!r} has options without a name, or twice")
+        return call.func.id, {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text!r} is no name with options") from error
+
+
+def check_options(kind: Any, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownNameError` for options that are no fields of a dataclass with a `name`."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in fields:
+            raise unknown_name(f"option of {kind.name}", option, fields)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from tokenmerge.tools.bench import Bench, BenchRow, bench
 from tokenmerge.tools.compare import Comparison, ComparisonRow, compare
 from tokenmerge.tools.doctor import Finding, examine
 from tokenmerge.tools.evaluate import EvaluationRow, evaluate
+from tokenmerge.vlm import VLMHandle, VLMReport
 
 
 def patches(model: nn.Module, images: Tensor) -> None:
@@ -41,6 +43,16 @@ def patches(model: nn.Module, images: Tensor) -> None:
     with tokenmerge.patch(model, r=8) as handle:
         assert_type(handle, Handle)
     tokenmerge.unpatch(model)
+
+
+def vision_language(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    with tokenmerge.vlm.patch(model, keep=0.25, method="divprune", r=8, positions="keep") as handle:
+        assert_type(handle, VLMHandle)
+        handle.keep = 64
+        assert_type(handle.visual_tokens, list[tuple[int, int]])
+        assert_type(handle.report(time=True), VLMReport)
+    assert_type(tokenmerge.vlm.compact(model, inputs, keep=64), dict[str, Any])
+    assert_type(tokenmerge.vlm.methods.divprune(inputs["x"], 8), Tensor)
 
 
 def travels(model: nn.Module) -> None:

@@ -57,6 +57,8 @@ def results(model: nn.Module) -> None:
     bench(model, rs=8)  # wrong rs: several
     bench(model, restore="all")  # wrong restore
     bench(model, round=3)  # wrong round
+    tokenmerge.vlm.patch(model, keeping=0.5)  # wrong keeping: keep
+    tokenmerge.vlm.patch(model, keep="half")  # wrong keep: a number
     bench(model).rows[0].speedup  # wrong speedup: speed_up
     bench(model).rows[0].tokens = 3  # wrong assign: a column is read
     bench(model).rows[0].reference_ms + 1.0  # wrong None: only with compare=True

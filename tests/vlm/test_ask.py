@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, IMAGE
+from tiny_vlms import FAMILIES, IMAGE
 
 from tokenmerge.cli import main
 

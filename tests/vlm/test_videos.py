@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import by_hand, generate
-from tiny_models import END, FAMILIES, IMAGE, START, VIDEO
+from test_vlm_families import by_hand, generate
+from tiny_vlms import END, FAMILIES, IMAGE, START, VIDEO
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-
 from tokenmerge.errors import ConfigError, UnknownNameError, unknown_name
+from tokenmerge.fields import check_options, read_call
 from tokenmerge.methods.base import Reduction as Reduction
 from tokenmerge.methods.base import TokenView as TokenView
 from tokenmerge.methods.learned import NEW as NEW
@@ -78,24 +76,15 @@ def parse(text: str) -> Reduction:
     if "(" not in text:
         return find(shown)()
     try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError
-        name, names = call.func.id, [part.arg for part in call.keywords]
-        if call.args or None in names or len(set(names)) < len(names):
-            raise ValueError
-        given = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        name, given = read_call(text)
+    except ValueError as error:
         raise ConfigError(
             f"{shown!r} is no method: give a name (`tokenmerge list`), one with options as tome(metric='x'), each "
             "once, by its name and with a plain value, a saved configuration (.json), or a folder that "
             "`tokenmerge train` wrote."
         ) from error
     method = find(name)
-    options = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
-    for option in given:
-        if option not in options:
-            raise unknown_name(f"option of {name}", option, options)
+    check_options(method, given)
     return method(**given)
 
 

@@ -6,11 +6,12 @@ import inspect
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,12 @@ class VLMHandle:
         check_keep(keep)
         if is_bound(model) or tokenmerge.handle_of(model, None) is not None:
             raise AlreadyPatchedError("the model is patched already. Call remove() of its handle first.")
-        self.model, self.method, self._keep = model, method, keep
+        self.model, self._method, self._keep = model, method, keep
         self.positions = check_positions(positions, self._family)
         self.tower: Handle | None = tokenmerge.patch(model, r=r, restore="dense") if _merges(r) else None
         self._last: Compacted | None = None
-        self._whole: Tensor | None = None  # the ids of the last call's prompt, as they were given
+        # the prompt that each cache begins with: its ids as they were given, and what was left of it
+        self._prompts: WeakKeyDictionary[Any, tuple[Tensor, Compacted]] = WeakKeyDictionary()
         self._remarks: list[str] = []
         self.timed = False  # whether calls are timed, for `report(time=True)`: set it at any time
         self._seconds = dict.fromkeys(PARTS, 0.0)
@@ -110,6 +112,13 @@ class VLMHandle:
         for name in (f"get_{kind}_features" for kind in PIXELS):
             if hasattr(self._base, name):
                 bind(Binding(self._base, name, _Tower(self._base, self, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the model takes along: no threads, and no caches."""
+        return {name: value for name, value in vars(self).items() if name not in ("_local", "_prompts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _local=threading.local(), _prompts=WeakKeyDictionary())
 
     def __enter__(self) -> VLMHandle:
         return self
@@ -127,6 +136,15 @@ class VLMHandle:
     def keep(self, value: float | int) -> None:
         check_keep(value)
         self._keep = value
+
+    @property
+    def method(self) -> Chooser:
+        """How tokens are chosen. Set it at any time, also to a name."""
+        return self._method
+
+    @method.setter
+    def method(self, value: str | Chooser) -> None:
+        self._method = find(value)
 
     @property
     def visual_tokens(self) -> list[tuple[int, int]]:
@@ -193,7 +211,7 @@ class VLMHandle:
             return self._continued(given)
         with self._timed("choose"):
             found = compacted(self._base, self._family, given, self._keep, self.method, self.positions)
-        self._last, self._whole = found, given["input_ids"]
+        self._last = found
         if all(before == after for before, after in found.tokens):
             self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
             warnings.warn(f"{self._remarks[-1]}.", stacklevel=4)
@@ -207,15 +225,24 @@ class VLMHandle:
         if ids is None or given.get("mm_encoder_outputs") or not any(places):
             self._last = None
             return given
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        last, whole = self._last, self._whole
-        goes_on = cache is not None and whole is not None and ids[:, : whole.shape[1]].equal(whole)
-        if last is None or whole is None or not goes_on:
+        whole, last = self.prompt_of(given) or (None, None)
+        if last is None or not ids[:, : last.prompt.length].equal(whole):
             raise DataError(
                 "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
-                "them, or go on with the cache of the last call and a prompt that starts with that call's."
+                "them, or go on with the cache of a call whose prompt this one starts with."
             )
-        return _appended(given, last, whole.shape[1])
+        return _appended(given, last)
+
+    def prompt_of(self, given: Any) -> tuple[Tensor, Compacted] | None:
+        """Return the prompt that the cache of a call begins with, if it was shortened."""
+        cache = _cache(given)
+        return None if cache is None else self._prompts.get(cache)
+
+    def remember(self, whole: Tensor, *holders: Any) -> None:
+        """Note the prompt of the last call for the caches in its arguments and its answer."""
+        for cache in map(_cache, holders):
+            if cache is not None and self._last is not None:
+                self._prompts[cache] = whole, self._last
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -251,9 +278,12 @@ class _Call(Override):
         super().__init__(owner, attribute)
         self.handle = handle
         method: Any = getattr(owner, attribute)
-        # `generate` asks which arguments there are
-        self.__signature__ = inspect.signature(method)
-        self.names = list(self.__signature__.parameters)
+        self.names = list(inspect.signature(method).parameters)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the method: `generate` asks which arguments there are."""
+        return inspect.signature(self.previous or getattr(type(self.owner), self.attribute).__get__(self.owner))
 
 
 class _Forward(_Call):
@@ -263,11 +293,14 @@ class _Forward(_Call):
         handle = self.handle
         if handle._is_inside and not handle.timed:
             return self.original(*args, **kwargs)
-        given = self.by_name(args, kwargs)
+        given = short = self.by_name(args, kwargs)
         if not handle._is_inside:
-            given = _decoding(handle, given) if _length(given) else handle.shortened(given)
+            short = _decoding(handle, given) if _length(given) else handle.shortened(given)
         with handle._timed("decode" if _length(given) else "prefill"):
-            return self.original(**given)
+            out = self.original(**short)
+        if short is not given and not _length(given):
+            handle.remember(given["input_ids"], given, out)
+        return out
 
 
 class _Tower(_Call):
@@ -294,6 +327,8 @@ class _Generate(_Call):
         limits = _lengths(self.owner, given, whole.shape[1] - length)
         with self.handle._inside():
             out = self.original(**{**short, **limits})
+        if "mm_encoder_outputs" in short:
+            self.handle.remember(whole, given, out)
         if isinstance(out, Tensor):
             return _whole_prompt(out, whole, length)
         out.sequences = _whole_prompt(out.sequences, whole, length)
@@ -312,8 +347,14 @@ def _now(device: torch.device) -> float:
 
 def _length(given: dict[str, Any]) -> int:
     """Return how many tokens the cache of a call holds."""
-    cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    cache = _cache(given)
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _cache(holder: Any) -> Any:
+    """Return the cache in the arguments or the answer of a call; None without one."""
+    found = (holder.get(name) for name in _CACHES) if isinstance(holder, Mapping) else ()
+    return next((cache for cache in found if cache is not None), None)
 
 
 def _whole_prompt(sequences: Tensor, whole: Tensor, short: int) -> Tensor:
@@ -332,9 +373,9 @@ def _lengths(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:
     return limits
 
 
-def _appended(given: dict[str, Any], last: Compacted, length: int) -> dict[str, Any]:
+def _appended(given: dict[str, Any], last: Compacted) -> dict[str, Any]:
     """Return a call whose prompt starts with the last one: that part shortened as it was, the rest as it is."""
-    short = dict(given)
+    short, length = dict(given), last.prompt.length
     rest = given["input_ids"].shape[1] - length
     for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
         if isinstance(given.get(name), Tensor):
@@ -354,8 +395,8 @@ def _appended(given: dict[str, Any], last: Compacted, length: int) -> dict[str, 
 
 def _decoding(handle: VLMHandle, given: dict[str, Any]) -> dict[str, Any]:
     """Return a call that goes on after a shortened prompt, with a mask and positions of the shortened one's length."""
-    last, ids = handle._last, given.get("input_ids")
-    mask = given.get("attention_mask")
+    _, last = handle.prompt_of(given) or (None, None)
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
     if last is None or ids is None:
         return given
     after = _length(given) - last.prompt.places.shape[1]  # tokens in the cache behind the prompt

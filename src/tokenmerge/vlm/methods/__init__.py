@@ -6,6 +6,7 @@ The functions (`divprune(features, k)` and so on) import torch only: a server ca
 from __future__ import annotations
 
 from tokenmerge.errors import ConfigError, unknown_name
+from tokenmerge.fields import check_options, read_call
 from tokenmerge.vlm.methods.base import Chooser, Visual
 from tokenmerge.vlm.methods.cdpruner import CDPruner, cdpruner
 from tokenmerge.vlm.methods.dart import Dart, dart
@@ -46,15 +47,21 @@ def list_methods() -> list[str]:
 
 
 def find(method: str | Chooser) -> Chooser:
-    """Return the method of a name, or the method that is given.
+    """Return the method for a name, with or without options as in `"dart(pivots=8)"`, or the method that is given.
 
-    Raises `UnknownNameError` (with the nearest name), `ConfigError` for anything else.
+    Raises `UnknownNameError` (with the nearest name) for an unknown name or option, `ConfigError` for anything else.
     """
     if isinstance(method, Chooser):
         return method
-    if not isinstance(method, str):
-        raise ConfigError(f"method is {method!r}; it takes a name ({', '.join(list_methods())}) or a Chooser.")
+    try:
+        name, options = read_call(method if "(" in method else f"{method}()")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"method is {method!r}; it takes a name ({', '.join(list_methods())}), one with options as "
+            "dart(pivots=8), or a Chooser."
+        ) from error
     known = {cls.name: cls for cls in METHODS}
-    if method not in known:
-        raise unknown_name("method for visual tokens", method, known)
-    return known[method]()
+    if name not in known:
+        raise unknown_name("method for visual tokens", name, known)
+    check_options(known[name], options)
+    return known[name](**options)

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.errors import ConfigError, UnsupportedError
+from tokenmerge.fields import checked
 
 __all__ = ["Chooser", "Visual", "cosine", "frames_of", "in_order", "needs_text"]
 
@@ -29,6 +30,15 @@ class Chooser(ABC):
 
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""  # the paper, with its arXiv number
+
+    def __post_init__(self) -> None:
+        try:
+            plain = checked(self)
+        except TypeError as error:
+            name, value, allowed = error.args
+            raise ConfigError(f"{self.name}: {name} is {value!r}; it takes {allowed}.") from error
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @abstractmethod
     def choose(self, visual: Visual, k: int) -> Tensor:

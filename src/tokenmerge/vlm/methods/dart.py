@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenmerge.errors import ConfigError
 from tokenmerge.vlm.methods.base import Chooser, Visual, cosine, in_order
 
 __all__ = ["Dart", "dart"]
@@ -46,6 +47,13 @@ class Dart(Chooser):
     source = "DART, arXiv:2502.11494"
     pivots: int = 4
     text_pivots: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pivots < 1 or self.text_pivots < 0:
+            raise ConfigError(
+                f"dart: pivots is {self.pivots} and text_pivots {self.text_pivots}; it takes at least 1 and 0."
+            )
 
     def choose(self, visual: Visual, k: int) -> Tensor:
         return dart(visual.features, k, visual.text, pivots=self.pivots, text_pivots=self.text_pivots)

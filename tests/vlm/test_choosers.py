@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedError
 from tokenmerge.vlm import Chooser, list_methods, methods
 from tokenmerge.vlm.methods import Visual
 
@@ -154,6 +154,19 @@ def test_methods_are_values() -> None:
     assert methods.find("dart") == methods.Dart() and repr(methods.Dart(pivots=2)) == "Dart(pivots=2, text_pivots=4)"
     assert all(issubclass(cls, Chooser) and cls.name for cls in methods.METHODS)
     assert all(cls.source for cls in methods.METHODS if cls.name not in ("random", "uniform"))
+
+
+def test_options_in_a_text() -> None:
+    assert methods.find("dart(pivots=2)") == methods.Dart(pivots=2)
+    with pytest.raises(UnknownNameError, match=r"no option of dart 'pivot'. Did you mean 'pivots'"):
+        methods.find("dart(pivot=2)")
+    for text in ("dart(2)", "dart(pivots=2, pivots=3)", "dart(", "a b", None, 3):
+        with pytest.raises(ConfigError, match="it takes a name"):
+            methods.find(text)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="dart: pivots is 'two'; it takes int"):
+        methods.find("dart(pivots='two')")
+    with pytest.raises(ConfigError, match="dart: pivots is 0 and text_pivots 4; it takes at least 1 and 0"):
+        methods.find("dart(pivots=0)")
 
 
 def test_the_functions_need_no_transformers() -> None:

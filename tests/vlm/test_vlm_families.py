@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, IMAGE, VIDEO
+from tiny_vlms import FAMILIES, IMAGE, VIDEO
 from torch import Tensor
 
 import tokenmerge

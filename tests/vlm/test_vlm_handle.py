@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from test_families import by_hand, generate
-from tiny_models import FAMILIES, IMAGE, VIDEO, squares
+from test_vlm_families import by_hand, generate
+from tiny_vlms import FAMILIES, IMAGE, VIDEO, squares
 from torch import Tensor, nn
 
 import tokenmerge
@@ -234,6 +235,35 @@ def test_merging_in_the_tower_too() -> None:
         merged = model(**inputs).logits
     torch.testing.assert_close(merged, twin(**inputs).logits)
     assert model(**inputs).logits.ne(merged).any() and tokenmerge.handle_of(model, None) is None
+
+
+@torch.no_grad()
+def test_copies_and_pickles_of_a_patched_model_are_patched(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    plain = generate(model, inputs, new=4)
+    with patch(model, 0.5):
+        expected = generate(model, inputs, new=4)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert generate(other, inputs, new=4).equal(expected)
+            handle = other.forward.handle
+            assert handle.model is other and handle.visual_tokens
+            handle.remove()
+            assert generate(other, inputs, new=4).equal(plain)
+        assert generate(model, inputs, new=4).equal(expected)
+
+
+@torch.no_grad()
+def test_two_conversations_keep_their_own_prompts(tiny: Any) -> None:
+    """Prompts of two prefills, decoded in turn, and a call without images between them."""
+    model, one, two = tiny.make(), tiny.prompts([1]), tiny.prompts([2])
+    with patch(model, 0.5):
+        expected = [generate(model, inputs, new=2)[:, -2:] for inputs in (one, two)]
+        outs = [model(**inputs, use_cache=True) for inputs in (one, two)]
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+        for inputs, out, tokens in zip((one, two), outs, expected, strict=True):
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            logits = model(input_ids=tokens[:, :1], attention_mask=mask, cache=out.cache).logits[:, -1]
+            assert logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf).argmax(-1).equal(tokens[:, 1])
 
 
 def test_an_unsupported_tower_changes_nothing() -> None:
