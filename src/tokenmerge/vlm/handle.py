@@ -6,7 +6,7 @@ import inspect
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -20,8 +20,9 @@ import tokenmerge
 from tokenmerge import Handle
 from tokenmerge._intercept.bindings import bind, is_bound, undo
 from tokenmerge._intercept.override import Binding, Override
-from tokenmerge.errors import AlreadyPatchedError, DataError, NotPatchedError, NotTrackedError, UnsupportedError
+from tokenmerge.errors import AlreadyPatchedError, DataError, NotPatchedError, NotTrackedError
 from tokenmerge.schedule import R
+from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, limits_of, whole_prompt
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
@@ -30,7 +31,6 @@ from tokenmerge.vlm.methods import Chooser, find
 __all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
 
 PARTS = ("tower", "choose", "prefill", "decode")  # of a call, as they are timed
-_CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
 
 
 @dataclass(frozen=True)
@@ -231,16 +231,16 @@ class VLMHandle:
                 "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
                 "them, or go on with the cache of a call whose prompt this one starts with."
             )
-        return _appended(given, last)
+        return appended(given, last)
 
     def prompt_of(self, given: Any) -> tuple[Tensor, Compacted] | None:
         """Return the prompt that the cache of a call begins with, if it was shortened."""
-        cache = _cache(given)
+        cache = cache_of(given)
         return None if cache is None else self._prompts.get(cache)
 
     def remember(self, whole: Tensor, *holders: Any) -> None:
         """Note the prompt of the last call for the caches in its arguments and its answer."""
-        for cache in map(_cache, holders):
+        for cache in map(cache_of, holders):
             if cache is not None and self._last is not None:
                 self._prompts[cache] = whole, self._last
 
@@ -295,10 +295,10 @@ class _Forward(_Call):
             return self.original(*args, **kwargs)
         given = short = self.by_name(args, kwargs)
         if not handle._is_inside:
-            short = _decoding(handle, given) if _length(given) else handle.shortened(given)
-        with handle._timed("decode" if _length(given) else "prefill"):
+            short = decoding(handle.prompt_of(given), given) if cached_length(given) else handle.shortened(given)
+        with handle._timed("decode" if cached_length(given) else "prefill"):
             out = self.original(**short)
-        if short is not given and not _length(given):
+        if short is not given and not cached_length(given):
             handle.remember(given["input_ids"], given, out)
         return out
 
@@ -324,14 +324,14 @@ class _Generate(_Call):
             with self.handle._inside():
                 return self.original(**given)
         whole, length = given["input_ids"], short["input_ids"].shape[1]
-        limits = _lengths(self.owner, given, whole.shape[1] - length)
+        limits = limits_of(self.owner, given, whole.shape[1] - length)
         with self.handle._inside():
             out = self.original(**{**short, **limits})
         if "mm_encoder_outputs" in short:
             self.handle.remember(whole, given, out)
         if isinstance(out, Tensor):
-            return _whole_prompt(out, whole, length)
-        out.sequences = _whole_prompt(out.sequences, whole, length)
+            return whole_prompt(out, whole, length)
+        out.sequences = whole_prompt(out.sequences, whole, length)
         return out
 
 
@@ -343,72 +343,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _length(given: dict[str, Any]) -> int:
-    """Return how many tokens the cache of a call holds."""
-    cache = _cache(given)
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _cache(holder: Any) -> Any:
-    """Return the cache in the arguments or the answer of a call; None without one."""
-    found = (holder.get(name) for name in _CACHES) if isinstance(holder, Mapping) else ()
-    return next((cache for cache in found if cache is not None), None)
-
-
-def _whole_prompt(sequences: Tensor, whole: Tensor, short: int) -> Tensor:
-    """Return sequences `[B', M + new]` with the whole prompt `[B, L]` of each row in the place of the short one."""
-    return torch.cat((whole.repeat_interleave(len(sequences) // len(whole), dim=0), sequences[:, short:]), dim=1)
-
-
-def _lengths(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:
-    """Return limits of the length with the prompt, lowered by the tokens that the prompt has less."""
-    config = given.get("generation_config") or model.generation_config
-    limits = {}
-    for name in ("max_length", "min_length"):
-        value, new = (given.get(key) or getattr(config, key, None) for key in (name, f"{name[:3]}_new_tokens"))
-        if value and not new:  # new tokens are counted without the prompt
-            limits[name] = max(0, value - removed)
-    return limits
-
-
-def _appended(given: dict[str, Any], last: Compacted) -> dict[str, Any]:
-    """Return a call whose prompt starts with the last one: that part shortened as it was, the rest as it is."""
-    short, length = dict(given), last.prompt.length
-    rest = given["input_ids"].shape[1] - length
-    for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
-        if isinstance(given.get(name), Tensor):
-            short[name] = torch.cat((last.inputs[name], given[name][:, length:]), dim=1)
-    mask = last.inputs["attention_mask"]
-    new = (
-        given["attention_mask"][:, length:]
-        if given.get("attention_mask") is not None
-        else mask.new_ones(len(mask), rest)
-    )
-    short["attention_mask"] = torch.cat((mask, new), dim=1)
-    before = last.inputs["position_ids"]
-    steps = torch.arange(1, rest + 1, device=before.device)
-    short["position_ids"] = torch.cat((before, before.amax(dim=-1, keepdim=True) + steps), dim=-1)
-    return short
-
-
-def _decoding(handle: VLMHandle, given: dict[str, Any]) -> dict[str, Any]:
-    """Return a call that goes on after a shortened prompt, with a mask and positions of the shortened one's length."""
-    _, last = handle.prompt_of(given) or (None, None)
-    ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if last is None or ids is None:
-        return given
-    after = _length(given) - last.prompt.places.shape[1]  # tokens in the cache behind the prompt
-    short = dict(given)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + after + ids.shape[1]:
-        own = last.inputs["attention_mask"]
-        short["attention_mask"] = torch.cat((own, mask[:, last.prompt.length :]), dim=1)
-    if given.get("position_ids") is None:
-        steps = torch.arange(after + 1, after + 1 + ids.shape[1], device=ids.device)
-        short["position_ids"] = last.inputs["position_ids"].amax(dim=-1, keepdim=True) + steps
-    else:
-        raise UnsupportedError(
-            "position_ids are given for tokens after a shortened prompt. Leave them out: they follow from the prompt."
-        )
-    return short

@@ -1,0 +1,85 @@
+"""Go on after a shortened prompt: with its cache, and with the whole prompt in front of what was generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import UnsupportedError
+from tokenmerge.vlm.inputs import Compacted
+
+__all__ = ["appended", "cache_of", "cached_length", "decoding", "limits_of", "whole_prompt"]
+
+_CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
+
+
+def cached_length(given: dict[str, Any]) -> int:
+    """Return how many tokens the cache of a call holds."""
+    cache = cache_of(given)
+    return 0 if cache is None else int(cache.get_seqcached_length())
+
+
+def cache_of(holder: Any) -> Any:
+    """Return the cache in the arguments or the answer of a call; None without one."""
+    found = (holder.get(name) for name in _CACHES) if isinstance(holder, Mapping) else ()
+    return next((cache for cache in found if cache is not None), None)
+
+
+def whole_prompt(sequences: Tensor, whole: Tensor, short: int) -> Tensor:
+    """Return sequences `[B', M + new]` with the whole prompt `[B, L]` of each row in the place of the short one."""
+    return torch.cat((whole.repeat_interleave(len(sequences) // len(whole), dim=0), sequences[:, short:]), dim=1)
+
+
+def limits_of(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:
+    """Return limits of the length with the prompt, lowered by the tokens that the prompt has less."""
+    config = given.get("generation_config") or model.generation_config
+    limits = {}
+    for name in ("max_length", "min_length"):
+        value, new = (given.get(key) or getattr(config, key, None) for key in (name, f"{name[:3]}_new_tokens"))
+        if value and not new:  # new tokens are counted without the prompt
+            limits[name] = max(0, value - removed)
+    return limits
+
+
+def appended(given: dict[str, Any], last: Compacted) -> dict[str, Any]:
+    """Return a call whose prompt starts with the last one: that part shortened as it was, the rest as it is."""
+    short, length = dict(given), last.prompt.length
+    rest = given["input_ids"].shape[1] - length
+    for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
+        if isinstance(given.get(name), Tensor):
+            short[name] = torch.cat((last.inputs[name], given[name][:, length:]), dim=1)
+    mask = last.inputs["attention_mask"]
+    new = (
+        given["attention_mask"][:, length:]
+        if given.get("attention_mask") is not None
+        else mask.new_ones(len(mask), rest)
+    )
+    short["attention_mask"] = torch.cat((mask, new), dim=1)
+    before = last.inputs["position_ids"]
+    steps = torch.arange(1, rest + 1, device=before.device)
+    short["position_ids"] = torch.cat((before, before.amax(dim=-1, keepdim=True) + steps), dim=-1)
+    return short
+
+
+def decoding(prompt: tuple[Tensor, Compacted] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a call that goes on after a shortened prompt, with a mask and positions of the shortened one's length."""
+    _, last = prompt or (None, None)
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if last is None or ids is None:
+        return given
+    after = cached_length(given) - last.prompt.places.shape[1]  # tokens in the cache behind the prompt
+    short = dict(given)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + after + ids.shape[1]:
+        own = last.inputs["attention_mask"]
+        short["attention_mask"] = torch.cat((own, mask[:, last.prompt.length :]), dim=1)
+    if given.get("position_ids") is None:
+        steps = torch.arange(after + 1, after + 1 + ids.shape[1], device=ids.device)
+        short["position_ids"] = last.inputs["position_ids"].amax(dim=-1, keepdim=True) + steps
+    else:
+        raise UnsupportedError(
+            "position_ids are given for tokens after a shortened prompt. Leave them out: they follow from the prompt."
+        )
+    return short
