@@ -19,7 +19,7 @@ _CACHES = ("cache", "past_key_values")  # the argument's name since transformers
 def cached_length(given: dict[str, Any]) -> int:
     """Return how many tokens the cache of a call holds."""
     cache = cache_of(given)
-    return 0 if cache is None else int(cache.get_seqcached_length())
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def cache_of(holder: Any) -> Any:
