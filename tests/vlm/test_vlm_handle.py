@@ -196,6 +196,18 @@ def test_what_the_handle_tells(tiny: Any) -> None:
 
 
 @torch.no_grad()
+def test_the_handle_holds_no_features(tiny: Any) -> None:
+    """A tower's outputs of all layers are larger than all the rest."""
+    model, inputs = tiny.make(), tiny.prompts([1, 2])
+    with patch(model, 0.5) as handle:
+        out = model(**inputs)
+        assert handle._last is not None and "mm_encoder_outputs" not in handle._last.inputs
+        held = {value.data_ptr() for value in handle._last.inputs.values()}
+        assert held and all(value.dtype == torch.int64 for value in handle._last.inputs.values())
+        assert out.image_outputs is not None
+
+
+@torch.no_grad()
 def test_labels_follow_the_tokens() -> None:
     model, inputs = LLAVA.make(), LLAVA.prompts([1, 2])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)

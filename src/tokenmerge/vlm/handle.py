@@ -148,12 +148,12 @@ class VLMHandle:
 
     @property
     def visual_tokens(self) -> list[tuple[int, int]]:
-        """Visual tokens before and after, per image, crop or video of the last call with images."""
+        """Visual tokens before and after, of each image or crop, then of each video, of the last call with images."""
         return self._seen().tokens
 
     @property
     def kept(self) -> list[Tensor]:
-        """The tokens that were kept, per image, crop or video of the last call with images.
+        """The tokens that were kept, of each image or crop, then of each video, of the last call with images.
 
         Places `[k, 3]` on its grid (frame, row, column) where the tokens form one, else their indices `[k]`.
         """
@@ -211,7 +211,7 @@ class VLMHandle:
             return self._continued(given)
         with self._timed("choose"):
             found = compacted(self._base, self._family, given, self._keep, self.method, self.positions)
-        self._last = found
+        self._last = found.without_features()
         if all(before == after for before, after in found.tokens):
             self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
             warnings.warn(f"{self._remarks[-1]}.", stacklevel=4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,8 +28,13 @@ class Compacted:
 
     inputs: dict[str, Any]  # for `generate` or the model itself
     prompt: Shortened
-    tokens: list[tuple[int, int]]  # visual tokens before and after, per image, crop or video in the order of the prompt
-    kept: list[Tensor]  # places [k, 3] on the grid of each image, crop or video, or indices [k] where there is none
+    tokens: list[tuple[int, int]]  # visual tokens before and after, of each image or crop, then of each video
+    kept: list[Tensor]  # places [k, 3] on the grid of each of them, or indices [k] where there is none
+
+    def without_features(self) -> Compacted:
+        """Return the record without the visual tokens: what goes on after the prompt needs only its numbers."""
+        own = {name: self.inputs[name] for name in ("input_ids", *_PER_TOKEN) if name in self.inputs}
+        return replace(self, inputs=own)
 
 
 def compact(
@@ -98,7 +103,7 @@ def compacted(
     is_kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     words = _words(base, ids, mask, special)
     outputs: dict[str, Any] = {}
-    records = []
+    records: list[tuple[Entry, Tensor]] = []
     for kind in given:
         found = encode(base, family, kind, inputs)
         is_place = ids == special[kind]
@@ -107,11 +112,10 @@ def compacted(
             _choose(entry, keep, method, words[owner]) for entry, owner in zip(found.entries, owners, strict=True)
         ]
         outputs[kind] = found.take(chosen)
-        stays = torch.cat(
-            [_flags(entry.features.shape[0], index) for entry, index in zip(found.entries, chosen, strict=True)]
-        )
+        own = list(zip(found.entries, chosen, strict=True))
+        stays = torch.cat([_flags(entry.features.shape[0], index) for entry, index in own])
         is_kept[is_place] &= stays.to(is_kept.device)
-        records += [(owner, entry, index) for owner, entry, index in zip(owners, found.entries, chosen, strict=True)]
+        records += own
     prompt = shorten(is_kept, pads_on_the_right(mask))
     short = {name: value for name, value in inputs.items() if name not in PIXELS.values()}
     short["mm_encoder_outputs"] = outputs
@@ -119,8 +123,8 @@ def compacted(
     return Compacted(
         short,
         prompt,
-        [(entry.features.shape[0], len(index)) for _, entry, index in records],
-        [_places(entry, index) for _, entry, index in records],
+        [(entry.features.shape[0], len(index)) for entry, index in records],
+        [_places(entry, index) for entry, index in records],
     )
 
 
