@@ -85,6 +85,22 @@ def test_answers_tokens_and_times_side_by_side(folder: Path, photo: Path, capsys
     assert counted["visual tokens"] == 3
 
 
+def test_a_pipeline_of_a_patched_model(folder: Path, photo: Path) -> None:
+    from PIL import Image
+
+    from tokenmerge.vlm import patch
+
+    pipe = transformers.pipeline("image-text-to-text", str(folder))
+    given: dict[str, Any] = {"images": Image.open(photo), "text": "<image> what is on this photo ?"}
+    given |= {"generate_kwargs": {"max_new_tokens": 4, "do_sample": False}}
+    (plain,) = pipe(**given)
+    with patch(pipe.model, 0.5) as handle:
+        (short,) = pipe(**given)
+        assert handle.visual_tokens == [(16, 8)]
+    assert short["generated_text"].startswith("<image> what is on this photo ?")
+    assert short != plain and pipe(**given) == [plain]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

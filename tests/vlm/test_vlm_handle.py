@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -353,6 +354,23 @@ def test_models_that_are_none_of_them() -> None:
     model.config = MllamaConfig()  # type: ignore[assignment]
     with pytest.raises(UnsupportedModelError, match=r"'mllama' .* cross-attention"):
         patch(model)
+
+
+def test_an_older_transformers_is_named() -> None:
+    class Old(nn.Module):
+        """As a LLaVA of transformers 4.57."""
+
+        config = transformers.LlavaConfig()
+        base_model = None
+
+        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+            return input_ids
+
+    version = re.escape(transformers.__version__)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"transformers {version} takes no encoded .* needs transformers 5\.24"
+    ):
+        patch(Old())
 
 
 def test_patching_twice_and_unknown_methods() -> None:
