@@ -53,6 +53,7 @@ class Optimization:
 
     @property
     def lr(self) -> float:
+        """The learning rate now, of the first group of parameters."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
