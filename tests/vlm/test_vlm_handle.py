@@ -159,6 +159,22 @@ def test_decoding_by_hand_needs_no_arithmetic(tiny: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_cache_of_ones_own_is_remembered_and_takes_no_new_images(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([1])
+    with patch(model, 0.5) as handle:
+        expected = generate(model, inputs, new=2)[:, -2:]
+        cache = transformers.DynamicCache(config=model.config.get_text_config())
+        model(**inputs, cache=cache, use_cache=True)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        given = {"input_ids": expected[:, :1], "attention_mask": mask, "cache": cache}
+        with pytest.raises(UnsupportedError, match=r"images are given with a cache .* handle\.keep = 1\.0"):
+            model(**given, pixel_values=inputs["pixel_values"])
+        logits = model(**given).logits[:, -1]
+        assert logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf).argmax(-1).equal(expected[:, 1])
+        assert handle.visual_tokens
+
+
+@torch.no_grad()
 def test_calls_without_images_are_the_original_ones(tiny: Any) -> None:
     model, words = tiny.make(), torch.tensor([[5, 6, 7, 8]])
     plain, tokens = model(input_ids=words).logits, generate(model, {"input_ids": words}, new=4)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Encoded:
 
     output: Any  # of `get_image_features`
     entries: list[Entry]
-    groups: list[int] = field(default_factory=list)  # how many entries each tensor of the output holds
+    groups: list[int]  # how many entries each tensor of the output holds
 
     def take(self, kept: Sequence[Tensor]) -> Any:
         """Return the output with the tokens of these indices, one tensor per entry."""
@@ -76,8 +76,8 @@ def _entry(base: Any, family: Family, kind: str, inputs: Mapping[str, Any], numb
     is_fixed = torch.zeros(features.shape[0], dtype=torch.bool, device=features.device)
     if family.newline and getattr(base, "image_newline", None) is not None:
         is_fixed = (features == base.image_newline.to(features)).all(dim=-1)
-    if family.grids:
-        frames, rows, columns = inputs[f"{kind}_{family.grids}"][number].tolist()
+    if family.has_places:
+        frames, rows, columns = inputs[f"{kind}_grid_thw"][number].tolist()
         side = base.visual.spatial_merge_size
         return Entry(features, is_fixed, frames, (frames, rows // side, columns // side))
     frames, tokens = inputs[PIXELS[kind]].shape[1] if kind == "video" else 1, int((~is_fixed).sum())

@@ -24,14 +24,9 @@ class Family:
 
     name: str  # `config.model_type`
     has_videos: bool = False  # whether its videos are shortened too
-    grids: str = ""  # argument that holds frames, rows and columns of each image before the merger of places
+    has_places: bool = False  # whether its language model gives tokens positions on the image's grid (M-RoPE)
     newline: bool = False  # whether features hold `image_newline` at the end of each row
     crop: Callable[[Any], int] | None = None  # tokens per crop, where the features of a prompt are one tensor
-
-    @property
-    def has_places(self) -> bool:
-        """Whether its language model gives tokens positions on the image's grid (M-RoPE)."""
-        return bool(self.grids)
 
 
 def _crop(base: Any) -> int:
@@ -44,10 +39,10 @@ FAMILIES = {
         Family("llava"),
         Family("llava_next", newline=True),
         Family("llava_onevision", has_videos=True, newline=True),
-        Family("qwen2_vl", has_videos=True, grids="grid_thw"),
-        Family("qwen2_5_vl", has_videos=True, grids="grid_thw"),
-        Family("qwen3_vl", has_videos=True, grids="grid_thw"),
-        Family("glm4v", grids="grid_thw"),
+        Family("qwen2_vl", has_videos=True, has_places=True),
+        Family("qwen2_5_vl", has_videos=True, has_places=True),
+        Family("qwen3_vl", has_videos=True, has_places=True),
+        Family("glm4v", has_places=True),
         Family("internvl"),
         Family("idefics3", crop=_crop),
         Family("smolvlm", crop=_crop),

@@ -20,7 +20,7 @@ import tokenmerge
 from tokenmerge import Handle
 from tokenmerge._intercept.bindings import bind, is_bound, undo
 from tokenmerge._intercept.override import Binding, Override
-from tokenmerge.errors import AlreadyPatchedError, DataError, NotPatchedError, NotTrackedError
+from tokenmerge.errors import AlreadyPatchedError, DataError, NotPatchedError, NotTrackedError, UnsupportedError
 from tokenmerge.schedule import R
 from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, limits_of, whole_prompt
 from tokenmerge.vlm.encode import PIXELS
@@ -96,7 +96,7 @@ class VLMHandle:
         if is_bound(model) or tokenmerge.handle_of(model, None) is not None:
             raise AlreadyPatchedError("the model is patched already. Call remove() of its handle first.")
         self.model, self._method, self._keep = model, method, keep
-        self.positions = check_positions(positions, self._family)
+        self._positions = check_positions(positions, self._family)
         self.tower: Handle | None = tokenmerge.patch(model, r=r, restore="dense") if _merges(r) else None
         self._last: Compacted | None = None
         # the prompt that each cache begins with: its ids as they were given, and what was left of it
@@ -145,6 +145,11 @@ class VLMHandle:
     @method.setter
     def method(self, value: str | Chooser) -> None:
         self._method = find(value)
+
+    @property
+    def positions(self) -> str:
+        """How tokens are numbered: "keep" or "compact"."""
+        return self._positions
 
     @property
     def visual_tokens(self) -> list[tuple[int, int]]:
@@ -233,6 +238,15 @@ class VLMHandle:
             )
         return appended(given, last)
 
+    def continued(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call of the model itself that goes on with a cache."""
+        if not self._is_whole and any(given.get(name) is not None for name in PIXELS.values()):
+            raise UnsupportedError(
+                "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
+                "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
+            )
+        return decoding(self.prompt_of(given), given)
+
     def prompt_of(self, given: Any) -> tuple[Tensor, Compacted] | None:
         """Return the prompt that the cache of a call begins with, if it was shortened."""
         cache = cache_of(given)
@@ -251,11 +265,13 @@ class VLMHandle:
             return
         device = next(self.model.parameters()).device
         before, self._local.inner, start = getattr(self._local, "inner", 0.0), 0.0, _now(device)
-        yield
-        seconds = _now(device) - start
-        # without the parts inside this one
-        self._seconds[part] += seconds - self._local.inner
-        self._local.inner = before + seconds
+        try:
+            yield
+        finally:
+            seconds = _now(device) - start
+            # without the parts inside this one
+            self._seconds[part] += seconds - self._local.inner
+            self._local.inner = before + seconds
 
     @property
     def _is_inside(self) -> bool:
@@ -294,11 +310,12 @@ class _Forward(_Call):
         if handle._is_inside and not handle.timed:
             return self.original(*args, **kwargs)
         given = short = self.by_name(args, kwargs)
+        goes_on = cached_length(given) > 0  # asked now: the call fills the cache
         if not handle._is_inside:
-            short = decoding(handle.prompt_of(given), given) if cached_length(given) else handle.shortened(given)
-        with handle._timed("decode" if cached_length(given) else "prefill"):
+            short = handle.continued(given) if goes_on else handle.shortened(given)
+        with handle._timed("decode" if goes_on else "prefill"):
             out = self.original(**short)
-        if short is not given and not cached_length(given):
+        if short is not given and not goes_on:
             handle.remember(given["input_ids"], given, out)
         return out
 

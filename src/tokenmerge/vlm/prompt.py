@@ -26,11 +26,6 @@ class Shortened:
         """The attention mask of the shortened prompt, `[B, M]` of 0 and 1."""
         return (self.places >= 0).long()
 
-    @property
-    def removed(self) -> Tensor:
-        """How many real tokens shorter each row is, counted from the padded lengths, `[B]`."""
-        return self.length - (self.places >= 0).sum(dim=1)
-
     def take(self, values: Tensor, padding: int | float = 0) -> Tensor:
         """Return the values of the tokens that are left: from `[..., B, L]` to `[..., B, M]`."""
         index = self.places.clamp_min(0).expand(*values.shape[:-1], -1)
