@@ -107,7 +107,7 @@ def test_an_option_takes_a_value_of_its_type_or_refuses_it_at_once(name: str, va
         held = getattr(method, field.name)
         assert (value is None) <= ("None" in str(field.type)), "None only where it is a value"
         assert (held == value and (type(held) is bool) == ("bool" in str(field.type))) or held == tuple(value)
-        assert method == eval(repr(method), vars(methods))
+        assert method == eval(repr(method), vars(methods.catalog))
 
 
 NUMBERS: list[tuple[Any, Any]] = [

@@ -258,6 +258,23 @@ def test_modules_are_there_after_the_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_methods_are_imported_when_one_is_named() -> None:
+    code = """if True:
+        import sys, timm, tokenmerge
+        from tokenmerge import methods
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+        with tokenmerge.patched(model, r=1):
+            assert methods.find("tome") is methods.ToMe is tokenmerge.ToMe
+        assert "tokenmerge.methods.pitome" not in sys.modules
+        assert methods.pitome.PiToMe is methods.PiToMe is methods.find("pitome")
+        assert {"PiToMe", "Drop", "list_methods"} <= set(dir(methods)) and not hasattr(methods, "PiToMee")
+        from tokenmerge.methods import *
+        assert MCTF is methods.MCTF and parse("tofu") == ToFu()
+        assert list_methods()[0] == "tome" and list_methods()[-1] == "drop"
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_plan_says_its_size_not_its_tensors() -> None:
     assert repr(bipartite(torch.randn(2, 9, 4), 3, prefix=1)) == "Plan(2 x 9 tokens, 6 left, 3 absorbed)"
 

@@ -25,7 +25,8 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.errors import TokenMergeError
 from tokenmerge.measure.counting import flops, macs
 from tokenmerge.measure.simulate import simulate
-from tokenmerge.methods import Drop, Reduction, ToMe, list_methods
+from tokenmerge.methods import Reduction, ToMe, list_methods
+from tokenmerge.methods.drop import Drop
 from tokenmerge.schedule import Schedule
 
 if _typing.TYPE_CHECKING:

@@ -2,65 +2,40 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tokenmerge.errors import ConfigError, UnknownNameError, unknown_name
 from tokenmerge.fields import check_options, read_call
 from tokenmerge.methods.base import Reduction as Reduction
 from tokenmerge.methods.base import TokenView as TokenView
 from tokenmerge.methods.learned import NEW as NEW
 from tokenmerge.methods.learned import Learned as Learned
-
-# one line per method, in the order of the documentation; each imported class that has a `name` is registered
-# isort: off
 from tokenmerge.methods.tome import ToMe as ToMe
-from tokenmerge.methods.tofu import ToFu as ToFu
-from tokenmerge.methods.pitome import PiToMe as PiToMe
-from tokenmerge.methods.mctf import MCTF as MCTF
-from tokenmerge.methods.diffrate import DiffRate as DiffRate
-from tokenmerge.methods.ppt import PPT as PPT
-from tokenmerge.methods.atm import ATM as ATM
-from tokenmerge.methods.mame import MaMe as MaMe
-from tokenmerge.methods.greedy import Greedy as Greedy
-from tokenmerge.methods.tomecis import ToMeCIS as ToMeCIS
-from tokenmerge.methods.least_loss import LeastLoss as LeastLoss
-from tokenmerge.methods.dsm import DSM as DSM
-from tokenmerge.methods.evit import EViT as EViT
-from tokenmerge.methods.attention_prune import AttentionPrune as AttentionPrune
-from tokenmerge.methods.random_prune import RandomPrune as RandomPrune
-from tokenmerge.methods.ats import ATS as ATS
-from tokenmerge.methods.token_pooling import TokenPooling as TokenPooling
-from tokenmerge.methods.zero_tprune import ZeroTPrune as ZeroTPrune
-from tokenmerge.methods.gtp import GTP as GTP
-from tokenmerge.methods.algm import ALGM as ALGM
-from tokenmerge.methods.mpm import MPM as MPM
-from tokenmerge.methods.vid_tldr import VidTLDR as VidTLDR
-from tokenmerge.methods.tome2d import ToMe2D as ToMe2D
-from tokenmerge.methods.dynamicvit import DynamicViT as DynamicViT
-from tokenmerge.methods.avit import AViT as AViT
-from tokenmerge.methods.adavit import AdaViT as AdaViT
-from tokenmerge.methods.spvit import SPViT as SPViT
-from tokenmerge.methods.tokenlearner import TokenLearner as TokenLearner
-from tokenmerge.methods.dtem import DTEM as DTEM
-from tokenmerge.methods.ltmp import LTMP as LTMP
-from tokenmerge.methods.drop import Drop as Drop
-# isort: on
 
-_METHODS: dict[str, type[Reduction]] = {
-    kind.name: kind
-    for kind in [*globals().values()]
-    if isinstance(kind, type) and issubclass(kind, Reduction) and hasattr(kind, "name")
-}
+if TYPE_CHECKING:
+    from tokenmerge.methods.catalog import *  # noqa: F403  one line per method, there
+
+
+def _known() -> dict[str, type[Reduction]]:
+    """Return every method by its name. The catalog makes 30 dataclasses: too slow for `import tokenmerge`."""
+    known: dict[str, type[Reduction]] = import_module("tokenmerge.methods.catalog").METHODS
+    return known
 
 
 def list_methods() -> list[str]:
     """Return the names that `patch` accepts."""
-    return list(_METHODS)
+    return list(_known())
 
 
 def find(name: str) -> type[Reduction]:
     """Return the method class of that name; raises `UnknownNameError` with the nearest one."""
-    if name not in _METHODS:
-        raise unknown_name("method", name, _METHODS)
-    return _METHODS[name]
+    if name == ToMe.name:
+        return ToMe
+    known = _known()
+    if name not in known:
+        raise unknown_name("method", name, known)
+    return known[name]
 
 
 def parse(text: str) -> Reduction:
@@ -90,7 +65,24 @@ def parse(text: str) -> Reduction:
 
 def register(method: type[Reduction]) -> type[Reduction]:
     """Add a method from outside the library under its `name` (a class decorator); raises if the name is taken."""
-    if method.name in _METHODS:
-        raise UnknownNameError(f"method name {method.name!r} is taken by {_METHODS[method.name].__qualname__}.")
-    _METHODS[method.name] = method
+    known = _known()
+    if method.name in known:
+        raise UnknownNameError(f"method name {method.name!r} is taken by {known[method.name].__qualname__}.")
+    known[method.name] = method
     return method
+
+
+if not TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__":
+            return [name for name in __dir__() if not name.startswith("_")]
+        if not name.startswith("_"):
+            for names in (vars(import_module("tokenmerge.methods.catalog")), globals()):
+                if name in names:
+                    return names[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(kind.__name__ for kind in _known().values())})
