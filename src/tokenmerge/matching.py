@@ -27,6 +27,7 @@ __all__ = [
     "lift_padding",
     "mask_pairs",
     "match",
+    "mutual",
     "nearest",
     "partners",
     "prune",
@@ -41,6 +42,7 @@ HEADS = ("mean", "concat")
 PARTITIONS = ("alternating", "sequential", "random")
 # beyond any score, yet finite, so that a pair masked with minus infinity ranks below every pair with padding
 _FAR = torch.finfo(torch.float32).max
+_ROUNDS = 3  # of pairing tokens that are each other's best
 
 alternating, choose, match = kernels.alternating, kernels.choose, kernels.match  # for methods with their own scores
 
@@ -126,6 +128,33 @@ def nearest(
     valid = None if valid is None else valid.gather(1, tokens)
     best, partner = kernels.match(rows, slice(0, split), slice(split, tokens.shape[1]), "cosine", valid)
     return side_b.gather(1, partner), best
+
+
+def mutual(score: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # [B, N, N] symmetric, [B, N]
+    """Return the token that each token would merge into and the score of that pair, both `[B, N]`.
+
+    Tokens that are each other's best are paired, in `_ROUNDS` rounds among those that have no partner yet: the greedy
+    matching over all pairs, but for what later rounds would pair. Of a pair, the token with the larger weight (of
+    equal ones the first) stays; it has a score of minus infinity. Every other token merges into its best of those
+    that stay, so that at least half of the tokens can go. Of equal scores the first place wins.
+    """
+    score = score.clone()
+    score.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    place = torch.arange(score.shape[1], device=score.device)
+    is_free = torch.ones_like(weight, dtype=torch.bool)
+    stays = torch.zeros_like(is_free)
+    into, lost, left = place.expand_as(is_free), torch.full_like(score[:, 0], float("-inf")), score
+    for _ in range(_ROUNDS):
+        best, partner = left.max(dim=2)  # [B, N]
+        is_paired = is_free & is_free.gather(1, partner) & (partner.gather(1, partner) == place) & (partner != place)
+        other = weight.gather(1, partner)
+        leads = is_paired & ((weight > other) | ((weight == other) & (place < partner)))
+        follows = is_paired & ~leads
+        into, lost = torch.where(follows, partner, into), torch.where(follows, best, lost)
+        stays, is_free = stays | leads, is_free & ~is_paired
+        left = left.masked_fill(~is_free[:, None], float("-inf"))
+    best, partner = score.masked_fill(~stays[:, None], float("-inf")).max(dim=2)
+    return torch.where(is_free, partner, into), torch.where(is_free, best, lost)
 
 
 def absorb(src: Tensor, into: Tensor, n: int, gone: Tensor | None = None) -> Plan:  # [B, R], [B, R], [B, G]

@@ -196,3 +196,30 @@ def least_loss(view: TokenView, image: int, r: int, size: float, importance: flo
     pairs = best_pairs(cosine, side_a, side_b)
     lost = {i: (1 - score) * weights[i] ** size * asked[i] ** importance for score, i, _ in pairs}
     return [(i, j) for _, i, j in sorted(pairs, key=lambda pair: lost[pair[1]])[:r]]
+
+
+def mutual_loss(view: TokenView, image: int, r: int, size: float, importance: float, rounds: int) -> Pairs:
+    """The pairs of `LeastLoss(pairs="mutual")`: each absorbed token, and the token that stays."""
+    assert view.k is not None and view.size is not None
+    cosine, weights = cosines(view.k[image]), array(view.size[image])
+    asked = attention(view, image)[:, 0].mean(axis=0)
+    free = list(range(view.prefix, view.k.shape[2]))
+
+    def loss(i: int, j: int) -> float:
+        ward = weights[i] * weights[j] / (weights[i] + weights[j])
+        return float((1 - cosine[i, j]) * ward**size * min(asked[i], asked[j]) ** importance)
+
+    def nearest(i: int, among: list[int]) -> int:
+        return min((j for j in among if j != i), key=lambda j: loss(i, j))
+
+    order = asked if importance else weights
+    pairs, stay = [], []
+    for _ in range(rounds):
+        best = {i: nearest(i, free) for i in free} if len(free) > 1 else {}
+        for i, j in best.items():
+            if best[j] == i and (order[i] < order[j] or (order[i] == order[j] and i > j)):
+                pairs.append((i, j))
+                stay.append(j)
+        free = [i for i in free if not any(i in pair for pair in pairs)]
+    pairs += [(i, nearest(i, stay)) for i in free]
+    return sorted(pairs, key=lambda pair: loss(*pair))[:r]

@@ -14,6 +14,7 @@ from similarity_loops import groups_from, groups_of
 
 import third_opinion
 from helpers import assert_close, view_of
+from tokenmerge import matching
 from tokenmerge import plan as plans
 from tokenmerge.errors import UnknownNameError, UnsupportedError
 from tokenmerge.methods import (
@@ -344,6 +345,47 @@ def test_least_loss_ranks_by_what_is_lost(size: float, importance: float, r: int
     plan = LeastLoss(size=size, importance=importance).plan(view, r)
     for image in range(3):
         assert groups_of(plan, image) == groups_from(N, loops.least_loss(view, image, r, size, importance))
+
+
+@pytest.mark.parametrize(("size", "importance"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize(("r", "N", "prefix"), [(1, 26, 1), (5, 26, 1), (12, 26, 1), (8, 21, 5), (1, 3, 1)])
+def test_least_loss_pairs_what_is_each_others_best(size: float, importance: float, r: int, N: int, prefix: int) -> None:
+    view = view_of(N=N, prefix=prefix)
+    plan = LeastLoss(pairs="mutual", size=size, importance=importance).plan(view, r)
+    for image in range(3):
+        expected = loops.mutual_loss(view, image, r, size, importance, matching._ROUNDS)
+        assert groups_of(plan, image) == groups_from(N, expected)
+        stays, gone = (part[image].tolist() for part in (plan.keep, plan.src))
+        assert [stays[at] for at in plan.dst[image].tolist()] == [dict(expected)[token] for token in gone]
+
+
+@pytest.mark.parametrize("r", [1, 5, 12])
+def test_mutual_pairs_in_many_rounds_are_the_greedy_ones(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "_ROUNDS", 13)
+    view = view_of(N=27)  # an even number of patches: none is left over
+    mine, greedy = LeastLoss(pairs="mutual", size=0.0, importance=0.0).plan(view, r), Greedy().plan(view, r)
+    assert all(groups_of(mine, image) == groups_of(greedy, image) for image in range(3))
+
+
+def test_mutual_pairs_of_equal_tokens_and_of_nan_are_a_plan() -> None:
+    view = view_of(N=14)
+    assert view.k is not None
+    broken = view.k.clone()
+    broken[0, :, 3] = broken[0, :, 9] = float("nan")
+    for k in (torch.ones_like(view.k), torch.zeros_like(view.k), broken):
+        plan = LeastLoss(pairs="mutual", importance=0.0).plan(replace(view, k=k), 6)
+        for keep, src in zip(plan.keep.tolist(), plan.src.tolist(), strict=True):
+            assert sorted(keep + src) == list(range(14)) and keep == sorted(keep)
+
+
+def test_mutual_pairs_remove_padding_first() -> None:
+    view = view_of(N=14)
+    valid = torch.ones(3, 14, dtype=torch.bool)
+    valid[0, 10:] = valid[1, 13:] = False
+    plan = LeastLoss(pairs="mutual", importance=0.0).plan(replace(view, valid=valid), 2)
+    into = plan.keep.gather(1, plan.dst)
+    assert set(plan.src[0].tolist()) | set(into[0].tolist()) == {10, 11, 12, 13}
+    assert not {13} & {*plan.src[1].tolist(), *into[1].tolist()}  # one alone has no other padding to merge with
 
 
 def test_least_loss_has_tome_and_tofu_inside() -> None:

@@ -29,6 +29,7 @@ _OPTIONS: dict[type[Reduction], Values] = {
         "metric": ("k", "x", "x_pre", "q", "v"),
         "early": (0.0, 0.25, 0.5, 0.75),
         "combine": ("weighted", "mlerp", "average"),
+        "pairs": ("bipartite", "mutual"),
         "importance": (0.0, 0.25, 0.5, 1.0),
         "score": ("class", "shift", "norm"),
         "size": (0.0, 0.25, 0.5, 1.0),
