@@ -143,8 +143,9 @@ def mutual(score: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # [B, N, N]
     place = torch.arange(score.shape[1], device=score.device)
     is_free = torch.ones_like(weight, dtype=torch.bool)
     stays = torch.zeros_like(is_free)
-    into, lost, left = place.expand_as(is_free), torch.full_like(score[:, 0], float("-inf")), score
-    for _ in range(_ROUNDS):
+    into, lost = place.expand_as(is_free), torch.full_like(score[:, 0], float("-inf"))
+    for turn in range(_ROUNDS):
+        left = score.masked_fill(~is_free[:, None], float("-inf")) if turn else score
         best, partner = left.max(dim=2)  # [B, N]
         is_paired = is_free & is_free.gather(1, partner) & (partner.gather(1, partner) == place) & (partner != place)
         other = weight.gather(1, partner)
@@ -152,7 +153,6 @@ def mutual(score: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # [B, N, N]
         follows = is_paired & ~leads
         into, lost = torch.where(follows, partner, into), torch.where(follows, best, lost)
         stays, is_free = stays | leads, is_free & ~is_paired
-        left = left.masked_fill(~is_free[:, None], float("-inf"))
     best, partner = score.masked_fill(~stays[:, None], float("-inf")).max(dim=2)
     return torch.where(is_free, partner, into), torch.where(is_free, best, lost)
 

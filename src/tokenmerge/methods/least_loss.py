@@ -80,17 +80,16 @@ class LeastLoss(ToFu):
         patches = slice(view.prefix, None)
         unit = matching.unit(metric)[:, patches]
         cosine = matching.cosines(unit, unit)
-        loss = 1 - torch.maximum(cosine, cosine.mT)  # a product of matrices may be rounded in another way across
-        weight = torch.ones_like(loss[:, 0])  # [B, n]
+        score = torch.maximum(cosine, cosine.mT) - 1  # both, as the two halves of a product may be rounded apart
+        weight = torch.ones_like(score[:, 0])  # [B, n]
         if view.size is not None:
-            weight = view.size[:, patches].to(loss.dtype)
-            a, b = weight[:, :, None], weight[:, None]
-            # padding has no size
-            loss = loss * (a * b / (a + b).clamp_min(1e-12)) ** self.size if self.size else loss
+            weight = view.size[:, patches].to(score.dtype)
+            inverse = 1 / weight.clamp_min(1e-12)  # padding has no size
+            score = score / (inverse[:, :, None] + inverse[:, None]) ** self.size if self.size else score
         if important is not None:
-            weight = important[:, patches].to(loss.dtype)
-            loss = loss * torch.minimum(weight[:, :, None], weight[:, None])
-        score = matching.mask_pairs(-loss, view.valid, patches, patches)
+            weight = important[:, patches].to(score.dtype)
+            score = score * torch.minimum(weight[:, :, None], weight[:, None])
+        score = matching.mask_pairs(score, view.valid, patches, patches)
         into, score = matching.mutual(score, weight)
         src = score.topk(r, dim=1).indices
         plan = matching.absorb(src + view.prefix, into.gather(1, src) + view.prefix, metric.shape[-2])
