@@ -20,13 +20,21 @@ import tokenmerge
 from tokenmerge import Handle
 from tokenmerge._intercept.bindings import bind, is_bound, undo
 from tokenmerge._intercept.override import Binding, Override
-from tokenmerge.errors import AlreadyPatchedError, DataError, NotPatchedError, NotTrackedError, UnsupportedError
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    DataError,
+    NotPatchedError,
+    NotTrackedError,
+    UnsupportedError,
+)
 from tokenmerge.schedule import R
 from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, limits_of, whole_prompt
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.methods import Chooser, find
+from tokenmerge.vlm.tower import Watch
 
 __all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
 
@@ -95,8 +103,9 @@ class VLMHandle:
         check_keep(keep)
         if is_bound(model) or tokenmerge.handle_of(model, None) is not None:
             raise AlreadyPatchedError("the model is patched already. Call remove() of its handle first.")
-        self.model, self._method, self._keep = model, method, keep
+        self.model, self._keep = model, keep
         self._positions = check_positions(positions, self._family)
+        self._method = self._checked(method, _merges(r))
         self.tower: Handle | None = tokenmerge.patch(model, r=r, restore="dense") if _merges(r) else None
         self._last: Compacted | None = None
         # the prompt that each cache begins with: its ids as they were given, and what was left of it
@@ -144,7 +153,18 @@ class VLMHandle:
 
     @method.setter
     def method(self, value: str | Chooser) -> None:
-        self._method = find(value)
+        self._method = self._checked(find(value), self.tower is not None)
+
+    def _checked(self, method: Chooser, merges: bool) -> Chooser:
+        """Return a method; raises an error if what it reads of the tower cannot be had."""
+        if method.reads_tower and merges:
+            raise ConfigError(
+                f"{method.name} chooses by the attention of the vision tower, whose tokens r merges. Give r=0, or a "
+                "method that looks at the features only, such as divprune."
+            )
+        if method.reads_tower:
+            Watch(self._base, {})
+        return method
 
     @property
     def positions(self) -> str:

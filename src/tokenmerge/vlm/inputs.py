@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
-from tokenmerge.vlm.encode import PIXELS, Encoded, Entry, encode
+from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode
 from tokenmerge.vlm.families import Family, find_family
-from tokenmerge.vlm.methods import Chooser, Visual, find
+from tokenmerge.vlm.methods import Chooser, Merged, Visual, find
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
 
 __all__ = ["Compacted", "check_keep", "check_positions", "compact", "compacted"]
@@ -103,16 +103,16 @@ def compacted(
     is_kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     words = _words(base, ids, mask, special)
     outputs: dict[str, Any] = {}
-    records: list[tuple[Entry, Tensor]] = []
+    records: list[tuple[Entry, Tensor]] = []  # what stays of each
     for kind in given:
-        found = encode(base, family, kind, inputs)
+        found = encode(base, family, kind, inputs, method.reads_tower)
         is_place = ids == special[kind]
         owners = _owners(kind, is_place, found)
         chosen = [
             _choose(entry, keep, method, words[owner]) for entry, owner in zip(found.entries, owners, strict=True)
         ]
         outputs[kind] = found.take(chosen)
-        own = list(zip(found.entries, chosen, strict=True))
+        own = [(entry, stays.index) for entry, stays in zip(found.entries, chosen, strict=True)]
         stays = torch.cat([_flags(entry.features.shape[0], index) for entry, index in own])
         is_kept[is_place] &= stays.to(is_kept.device)
         records += own
@@ -187,18 +187,27 @@ def _words(base: Any, ids: Tensor, mask: Tensor | None, special: Mapping[str, in
         return [embed(row) for row in texts(ids, mask, special)]
 
 
-def _choose(entry: Entry, keep: float | int, method: Chooser, text: Tensor) -> Tensor:
-    """Return the indices of the tokens of an entry that stay, in order."""
+def _choose(entry: Entry, keep: float | int, method: Chooser, text: Tensor) -> Chosen:
+    """Return the tokens of an entry that stay."""
     free = (~entry.is_fixed).nonzero().squeeze(1)
     total = free.shape[0]
     if isinstance(keep, Integral) and keep > total:
         raise DataError(f"keep is {keep}, and an image has {total} tokens. Give a smaller number, or a share.")
     k = int(keep) if isinstance(keep, Integral) else max(1, round(float(keep) * total))
     if k == total:
-        return torch.arange(entry.features.shape[0], device=entry.features.device)
+        return Chosen(torch.arange(entry.features.shape[0], device=entry.features.device))
+    attention, keys = (None if values is None else values[free] for values in (entry.attention, entry.keys))
     with torch.no_grad():
-        chosen = free[method.choose(Visual(entry.features[free], entry.frames, text), k)]
-    return torch.cat((chosen, entry.is_fixed.nonzero().squeeze(1))).sort().values
+        found = method.choose(Visual(entry.features[free], entry.frames, text, attention, keys), k)
+    index, weights = found if isinstance(found, Merged) else (found, None)
+    fixed = entry.is_fixed.nonzero().squeeze(1)
+    places, order = torch.cat((free[index], fixed)).sort()
+    if weights is None:
+        return Chosen(places)
+    whole = weights.new_zeros(places.shape[0], entry.features.shape[0])
+    whole[: index.shape[0], free] = weights
+    whole[torch.arange(index.shape[0], places.shape[0], device=places.device), fixed] = 1
+    return Chosen(places, whole[order])
 
 
 def _places(entry: Entry, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tokenmerge.errors import ConfigError, unknown_name
 from tokenmerge.fields import check_options, read_call
-from tokenmerge.vlm.methods.base import Chooser, Visual
+from tokenmerge.vlm.methods.base import Chooser, Merged, Visual
 from tokenmerge.vlm.methods.cdpruner import CDPruner, cdpruner
 from tokenmerge.vlm.methods.dart import Dart, dart
 from tokenmerge.vlm.methods.divprune import DivPrune, divprune
@@ -15,6 +15,7 @@ from tokenmerge.vlm.methods.evs import EVS, evs
 from tokenmerge.vlm.methods.random import Random, random
 from tokenmerge.vlm.methods.uniform import Uniform, uniform
 from tokenmerge.vlm.methods.vidcom2 import VidCom2, vidcom2
+from tokenmerge.vlm.methods.visionzip import VisionZip, visionzip
 
 __all__ = [
     "METHODS",
@@ -23,9 +24,11 @@ __all__ = [
     "Dart",
     "DivPrune",
     "EVS",
+    "Merged",
     "Random",
     "Uniform",
     "VidCom2",
+    "VisionZip",
     "Visual",
     "cdpruner",
     "dart",
@@ -36,9 +39,10 @@ __all__ = [
     "random",
     "uniform",
     "vidcom2",
+    "visionzip",
 ]
 
-METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2)
+METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2, VisionZip)
 
 
 def list_methods() -> list[str]:

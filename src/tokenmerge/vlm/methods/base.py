@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.fields import checked
 
-__all__ = ["Chooser", "Visual", "cosine", "frames_of", "in_order", "needs_text"]
+__all__ = ["Chooser", "Merged", "Visual", "cosine", "frames_of", "in_order", "needs_text", "needs_tower"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,16 @@ class Visual:
     features: Tensor  # [N, C], after the projector
     frames: int = 1  # of a video, with equally many tokens each, one after the other
     text: Tensor | None = None  # [L, C], the embeddings of the prompt's text; None: no text
+    # of the tower's layer that the features come from, for methods that set `reads_tower`; None: not read
+    attention: Tensor | None = None  # [N], what each token receives: of the class token, or of all tokens' sum
+    keys: Tensor | None = None  # [N, D], heads averaged, without rotary embedding
+
+
+class Merged(NamedTuple):
+    """Visual tokens that others were merged into."""
+
+    kept: Tensor  # [k] indices, int64 in ascending order: whose places they get
+    weights: Tensor  # [k, N]: `weights @ features` are the tokens
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Chooser(ABC):
 
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""  # the paper, with its arXiv number
+    reads_tower: ClassVar[bool] = False  # whether it needs `attention` and `keys`
 
     def __post_init__(self) -> None:
         try:
@@ -41,8 +52,8 @@ class Chooser(ABC):
             object.__setattr__(self, name, value)
 
     @abstractmethod
-    def choose(self, visual: Visual, k: int) -> Tensor:
-        """Return the indices of `k` tokens, `[k]` int64 in ascending order; 1 <= k <= N.
+    def choose(self, visual: Visual, k: int) -> Tensor | Merged:
+        """Return the indices of `k` tokens, `[k]` int64 in ascending order, or what is merged there; 1 <= k <= N.
 
         A method may return another number where its rules say so. Equal inputs give equal indices.
         """
@@ -77,3 +88,13 @@ def frames_of(visual: Visual, name: str) -> int:
             "a method that needs none, such as divprune."
         )
     return visual.frames
+
+
+def needs_tower(visual: Visual, name: str) -> tuple[Tensor, Tensor]:
+    """Return the tower's attention and keys; raises `UnsupportedError` if they were not read."""
+    if visual.attention is None or visual.keys is None:
+        raise UnsupportedError(
+            f"{name} chooses by the attention and the keys of the vision tower, and they are not given. Give both as "
+            "Visual(features, attention=..., keys=...), or a method that looks at the features only, such as divprune."
+        )
+    return visual.attention, visual.keys
