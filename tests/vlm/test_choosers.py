@@ -152,6 +152,12 @@ def test_visionzip_with_only_one_kind_of_tokens() -> None:
             methods.find(text)
 
 
+def test_tome_keeps_one_of_each_group() -> None:
+    """Whose place it is says the tower."""
+    targets = torch.tensor([5, 1, 1, 5, 6, 5, 6, 7])
+    assert methods.tome(targets).tolist() == sorted(set(targets.tolist())) == [1, 5, 6, 7]
+
+
 @pytest.mark.parametrize(("seed", "k"), [*itertools.product(range(4), (4, 7, 12, 23))])
 def test_methods_of_videos_follow_their_steps(seed: int, k: int) -> None:
     x = drawn(24, seed)
@@ -178,7 +184,7 @@ def places_of(chosen: Tensor | Merged) -> Tensor:
 @pytest.mark.parametrize("k", [1, 5, 12, 16])
 def test_every_method_returns_so_many_tokens_in_order(name: str, k: int) -> None:
     chooser = methods.find(name)
-    visual = Visual(drawn(16, 3), 4, drawn(5, 4), drawn(16, 5)[:, 0], drawn(16, 6))
+    visual = Visual(drawn(16, 3), 4, drawn(5, 4), drawn(16, 5)[:, 0], drawn(16, 6), torch.arange(16) % k)
     chosen = places_of(chooser.choose(visual, k))
     count = max(k, 4) if name == "evs" else k
     assert chosen.dtype == torch.int64 and chosen.shape == (count,)
@@ -191,7 +197,7 @@ def test_every_method_returns_so_many_tokens_in_order(name: str, k: int) -> None
 @pytest.mark.parametrize("name", list_methods())
 def test_equal_tokens_are_no_trouble(name: str) -> None:
     """A white image: every token is the same, and every similarity a tie."""
-    visual = Visual(torch.ones(16, 8), 4, torch.ones(3, 8), torch.ones(16), torch.ones(16, 8))
+    visual = Visual(torch.ones(16, 8), 4, torch.ones(3, 8), torch.ones(16), torch.ones(16, 8), torch.arange(16) % 6)
     assert len(places_of(methods.find(name).choose(visual, 6)).unique()) == 6
 
 
@@ -203,6 +209,8 @@ def test_methods_say_what_they_miss() -> None:
             methods.find(name).choose(Visual(drawn(4, 0), frames=3), 2)
     with pytest.raises(UnsupportedError, match=r"visionzip chooses by the attention .* Visual\(features, attention="):
         methods.find("visionzip").choose(Visual(drawn(4, 0)), 2)
+    with pytest.raises(UnsupportedError, match=r"tome keeps what the vision tower merged, and it merged nothing. Use"):
+        methods.find("tome").choose(Visual(drawn(4, 0)), 2)
 
 
 def test_methods_are_values() -> None:

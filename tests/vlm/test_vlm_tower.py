@@ -21,9 +21,11 @@ from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.vlm import compact, patch
 from tokenmerge.vlm.encode import encode
 from tokenmerge.vlm.families import find_family
+from tokenmerge.vlm.methods import VisionZip
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+VISIONZIP = VisionZip()
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 LAYER = {"llava": -2, "llava_next": -2}  # the layer whose output the features are; the last in other families
 
@@ -116,7 +118,7 @@ def test_what_is_read_of_the_tower_is_its_attention_map(family: str, monkeypatch
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         plain, hooks = encode(base, kind, "image", inputs).entries, hooks_of(base)
-        found = encode(base, kind, "image", inputs, reads_tower=True).entries
+        found = encode(base, kind, "image", inputs, VISIONZIP).entries
         # reading changes nothing
         assert all(one.features.equal(other.features) for one, other in zip(plain, found, strict=True))
         for name, values in zip(("attention", "keys"), expected, strict=True):
@@ -154,7 +156,7 @@ def check_reading(
     """Compare what is read with the whole map; return the entries."""
     family, base = find_family(model)
     expected = read_slowly(model, inputs, layer, monkeypatch, kind)
-    entries = encode(base, family, kind, inputs, reads_tower=True).entries
+    entries = encode(base, family, kind, inputs, VISIONZIP).entries
     for name, values in zip(("attention", "keys"), expected, strict=True):
         got = torch.cat([getattr(entry, name) for entry in entries])
         torch.testing.assert_close(got.double(), values, rtol=0, atol=2e-5)
@@ -207,7 +209,7 @@ def test_reading_other_towers_and_layers_of_llava(monkeypatch: pytest.MonkeyPatc
 def test_the_class_token_stays_where_it_is_a_visual_token() -> None:
     model = of_settings("llava", CLIP, vision_feature_select_strategy="full")
     family, base = find_family(model)
-    entry = encode(base, family, "image", FAMILIES["llava"].prompts([1]), reads_tower=True).entries[0]
+    entry = encode(base, family, "image", FAMILIES["llava"].prompts([1]), VISIONZIP).entries[0]
     assert len(entry.attention) == 17 and entry.attention.argmax() == 0
 
 
@@ -225,7 +227,7 @@ def test_padding_in_a_crop_neither_speaks_nor_listens() -> None:
     family, base = find_family(model)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        for entry in encode(base, family, "image", inputs, reads_tower=True).entries:
+        for entry in encode(base, family, "image", inputs, VISIONZIP).entries:
             assert (entry.attention[2:] == 0).all() and (entry.attention[:2] > 0).all()
             # eight patches share what eight patches give, and units have means of four
             torch.testing.assert_close(entry.attention.sum(), torch.tensor(2.0))
@@ -262,7 +264,7 @@ def test_in_half_precision_without_a_state_and_in_threads() -> None:
 
     def read(prompt: dict[str, Any]) -> Tensor:
         with torch.no_grad():
-            entries = encode(base, family, "image", prompt, reads_tower=True).entries
+            entries = encode(base, family, "image", prompt, VISIONZIP).entries
         return torch.stack([entry.attention for entry in entries])
 
     expected = [read(prompt) for prompt in prompts]

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge import kernels
+from tokenmerge import Handle, kernels
 from tokenmerge.vlm.families import Family
+from tokenmerge.vlm.merging import check_kind, targets_of
+from tokenmerge.vlm.methods import Chooser
 from tokenmerge.vlm.tower import watched
 
 __all__ = ["PIXELS", "Chosen", "Encoded", "Entry", "encode"]
@@ -32,6 +34,7 @@ class Entry:
     grid: tuple[int, int, int] | None  # frames, rows, columns of the tokens that are not fixed; None: they form none
     attention: Tensor | None = None  # [N], of the tower, where it was read
     keys: Tensor | None = None  # [N, D]
+    targets: Tensor | None = None  # [N], into which of them the tower merged each one
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,25 @@ class Encoded:
         return torch.stack(parts) if isinstance(features, Tensor) else parts
 
 
-def encode(base: Any, family: Family, kind: str, inputs: Mapping[str, Any], reads_tower: bool = False) -> Encoded:
+def encode(
+    base: Any,
+    family: Family,
+    kind: str,
+    inputs: Mapping[str, Any],
+    method: Chooser | None = None,
+    tower: Handle | None = None,
+) -> Encoded:
     """Encode the images (`kind` "image") or videos ("video") of a call as `generate` does.
 
-    With `reads_tower` the entries have the attention and the keys of the tower.
+    The entries have what a `method` asks for of the tower; `tower` is the handle of merging inside it.
     """
+    merging = tower if method is not None and method.merges_tower else None
+    if merging is not None:
+        check_kind(kind)
     function = getattr(base, f"get_{kind}_features")
     names = inspect.signature(function).parameters
     given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    with watched(base, given) if reads_tower else nullcontext() as watch:
+    with watched(base, given) if method is not None and method.reads_tower else nullcontext() as watch:
         output = function(**given, return_dict=True)
     entries: list[Entry] = []
     groups: list[int] = []
@@ -94,11 +107,16 @@ def encode(base: Any, family: Family, kind: str, inputs: Mapping[str, Any], read
         parts = rows.split(family.crop(base)) if family.crop is not None else (rows,)
         groups.append(len(parts))
         entries += [_entry(base, family, kind, inputs, number, part) for part in parts]
+    counts = [entry.features.shape[0] for entry in entries]
     if watch is not None:
-        counts = [entry.features.shape[0] for entry in entries]
         device = entries[0].features.device
         read = (values.to(device).split(counts) for values in watch.visual(kind, sum(counts)))
         entries = [replace(entry, attention=a, keys=k) for entry, a, k in zip(entries, *read, strict=True)]
+    if merging is not None:
+        found = targets_of(merging, base, given, kind, counts)
+        entries = [
+            replace(entry, targets=own.to(entry.features.device)) for entry, own in zip(entries, found, strict=True)
+        ]
     return Encoded(output, entries, groups)
 
 

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,39 +32,12 @@ from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, li
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
+from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
+from tokenmerge.vlm.report import PARTS, VLMReport
 from tokenmerge.vlm.tower import Watch
 
 __all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
-
-PARTS = ("tower", "choose", "prefill", "decode")  # of a call, as they are timed
-
-
-@dataclass(frozen=True)
-class VLMReport:
-    """What the handle did in the last call. Prints itself."""
-
-    family: str
-    method: str
-    keep: float | int
-    positions: str
-    tokens: list[tuple[int, int]]  # visual tokens before and after, per image, crop or video
-    remarks: list[str] = field(default_factory=list)
-    tower: Any = None  # the report of merging inside the tower
-    seconds: dict[str, float] | None = None  # tower, choose, prefill, decode
-
-    def __str__(self) -> str:
-        before, after = (sum(pair[side] for pair in self.tokens) for side in (0, 1))
-        lines = [
-            f"{self.family}: {self.method}, keep {self.keep}, positions {self.positions}",
-            f"visual tokens of the last call: {before} -> {after}, in {len(self.tokens)} images, crops or videos"
-            if self.tokens
-            else "visual tokens of the last call: none",
-        ]
-        if self.seconds is not None:
-            lines.append(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in self.seconds.items()))
-        lines += self.remarks
-        return "\n".join(lines + ([] if self.tower is None else [f"in the tower: {self.tower}"]))
 
 
 def patch(
@@ -103,10 +75,14 @@ class VLMHandle:
         check_keep(keep)
         if is_bound(model) or tokenmerge.handle_of(model, None) is not None:
             raise AlreadyPatchedError("the model is patched already. Call remove() of its handle first.")
-        self.model, self._keep = model, keep
+        self.model, self._keep, self._method = model, keep, method
         self._positions = check_positions(positions, self._family)
-        self._method = self._checked(method, _merges(r))
-        self.tower: Handle | None = tokenmerge.patch(model, r=r, restore="dense") if _merges(r) else None
+        _check_tower(method, self._base, _merges(r))
+        self.tower: Handle | None = None
+        if method.merges_tower:
+            self.tower = merge_tower(model, self._base, self._family, keep, method.name)
+        elif _merges(r):
+            self.tower = tokenmerge.patch(model, r=r, restore="dense")
         self._last: Compacted | None = None
         # the prompt that each cache begins with: its ids as they were given, and what was left of it
         self._prompts: WeakKeyDictionary[Any, tuple[Tensor, Compacted]] = WeakKeyDictionary()
@@ -144,27 +120,26 @@ class VLMHandle:
     @keep.setter
     def keep(self, value: float | int) -> None:
         check_keep(value)
+        if self.tower is not None and self._method.merges_tower:
+            set_keep(self.tower, self._base, self._family, value, self._method.name)
         self._keep = value
 
     @property
     def method(self) -> Chooser:
-        """How tokens are chosen. Set it at any time, also to a name."""
+        """How tokens are chosen. Set it at any time, also to a name; `tome` only when patching."""
         return self._method
 
     @method.setter
     def method(self, value: str | Chooser) -> None:
-        self._method = self._checked(find(value), self.tower is not None)
-
-    def _checked(self, method: Chooser, merges: bool) -> Chooser:
-        """Return a method; raises an error if what it reads of the tower cannot be had."""
-        if method.reads_tower and merges:
+        method = find(value)
+        if method.merges_tower != self._method.merges_tower:
             raise ConfigError(
-                f"{method.name} chooses by the attention of the vision tower, whose tokens r merges. Give r=0, or a "
-                "method that looks at the features only, such as divprune."
+                f"{self._method.name} cannot become {method.name}: one of them merges in the vision tower. Call "
+                "remove(), and patch the model with the other."
             )
-        if method.reads_tower:
-            Watch(self._base, {})
-        return method
+        if not method.merges_tower:
+            _check_tower(method, self._base, self.tower is not None)
+        self._method = method
 
     @property
     def positions(self) -> str:
@@ -235,7 +210,7 @@ class VLMHandle:
         if all(given.get(name) is None for name in PIXELS.values()):
             return self._continued(given)
         with self._timed("choose"):
-            found = compacted(self._base, self._family, given, self._keep, self.method, self.positions)
+            found = compacted(self._base, self._family, given, self._keep, self.method, self.positions, self.tower)
         self._last = found.without_features()
         if all(before == after for before, after in found.tokens):
             self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
@@ -370,6 +345,22 @@ class _Generate(_Call):
             return whole_prompt(out, whole, length)
         out.sequences = whole_prompt(out.sequences, whole, length)
         return out
+
+
+def _check_tower(method: Chooser, base: Any, merges: bool) -> None:
+    """Raise an error if what a method needs of the tower cannot be had; `merges`: by r."""
+    if merges and method.merges_tower:
+        raise ConfigError(
+            f"{method.name} merges in the vision tower until keep of the tokens are left: r follows from keep. Leave r "
+            "out, or choose a method that looks at the features, such as divprune."
+        )
+    if merges and method.reads_tower:
+        raise ConfigError(
+            f"{method.name} chooses by the attention of the vision tower, whose tokens r merges. Give r=0, or a method "
+            "that looks at the features only, such as divprune."
+        )
+    if method.reads_tower:
+        Watch(base, {})
 
 
 def _merges(r: R) -> bool:

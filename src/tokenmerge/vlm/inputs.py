@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode
 from tokenmerge.vlm.families import Family, find_family
@@ -90,9 +91,15 @@ def check_positions(positions: str | None, family: Family) -> str:
 
 
 def compacted(
-    base: Any, family: Family, inputs: Mapping[str, Any], keep: float | int, method: Chooser, positions: str
+    base: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    keep: float | int,
+    method: Chooser,
+    positions: str,
+    tower: Handle | None = None,
 ) -> Compacted:
-    """Return what `compact` does, with a record of it."""
+    """Return what `compact` does, with a record of it; `tower` is the handle of merging inside the vision tower."""
     ids, mask = _checked(base, inputs)
     special = {kind: int(getattr(base.config, f"{kind}_token_id")) for kind in PIXELS if _has(base, kind)}
     given = [kind for kind in PIXELS if inputs.get(PIXELS[kind]) is not None]
@@ -105,7 +112,7 @@ def compacted(
     outputs: dict[str, Any] = {}
     records: list[tuple[Entry, Tensor]] = []  # what stays of each
     for kind in given:
-        found = encode(base, family, kind, inputs, method.reads_tower)
+        found = encode(base, family, kind, inputs, method, tower)
         is_place = ids == special[kind]
         owners = _owners(kind, is_place, found)
         chosen = [
@@ -196,9 +203,13 @@ def _choose(entry: Entry, keep: float | int, method: Chooser, text: Tensor) -> C
     k = int(keep) if isinstance(keep, Integral) else max(1, round(float(keep) * total))
     if k == total:
         return Chosen(torch.arange(entry.features.shape[0], device=entry.features.device))
-    attention, keys = (None if values is None else values[free] for values in (entry.attention, entry.keys))
+    attention, keys, targets = (
+        None if values is None else values[free] for values in (entry.attention, entry.keys, entry.targets)
+    )
+    if targets is not None:  # none of them is fixed
+        targets = torch.searchsorted(free, targets)
     with torch.no_grad():
-        found = method.choose(Visual(entry.features[free], entry.frames, text, attention, keys), k)
+        found = method.choose(Visual(entry.features[free], entry.frames, text, attention, keys, targets), k)
     index, weights = found if isinstance(found, Merged) else (found, None)
     fixed = entry.is_fixed.nonzero().squeeze(1)
     places, order = torch.cat((free[index], fixed)).sort()

@@ -46,104 +46,29 @@ def watched(base: Any, given: Mapping[str, Any]) -> Iterator[Watch]:
             hook.remove()
 
 
-class Watch:
-    """The queries and keys of one attention in the last call of its tower by this thread."""
+class Layout:
+    """Where the tokens of the tower are among the visual tokens of a call."""
 
     def __init__(self, base: Any, given: Mapping[str, Any]) -> None:
         self.base, self.given = base, given
         self.tower = next(getattr(base, name) for name in _TOWERS if hasattr(base, name))
-        if any(map(is_bound, self.tower.modules())):
-            raise UnsupportedError(
-                f"the {type(self.tower).__name__} merges tokens (r): what its attention says is of merged ones. Give "
-                f"r=0, or unpatch the tower. {_WAY_OUT}"
-            )
-        self.module: Any = _attention(base, self.tower, given)
-        self.parts: dict[str, nn.Module] = {}
-        for name, children in (("qkv", ("qkv",)), ("q", ("q_norm", "q_proj")), ("k", ("k_norm", "k_proj"))):
-            found = [getattr(self.module, child) for child in children if hasattr(self.module, child)]
-            if found:
-                self.parts[name] = found[0]
-        self.seen: dict[str, Tensor] = {}
-        self.arguments: dict[str, Any] = {}
-        self._thread = threading.get_ident()
-        self._names = list(inspect.signature(self.module.forward).parameters)
+        self.attentions = _attentions(self.tower)
+        self.depth = self._depth()  # of the layer whose output the features are, from 1
 
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == self._thread:
-            self.arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+    def placed(self, values: Tensor, kind: str, total: int) -> Tensor:
+        """Return values `[B, T, c]` of the tower's tokens as those of the `total` visual tokens, `[V, c]`.
 
-    def output_of(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if threading.get_ident() == self._thread:
-                self.seen[name] = output.detach()
-
-        return keep
-
-    def visual(self, kind: str, total: int) -> tuple[Tensor, Tensor]:
-        """Return the attention `[V]` and the keys `[V, D]` of the `total` visual tokens of a call, in their order.
-
-        A visual token that is made of several of the tower's has their means.
+        A visual token that is made of several has their mean, a newline zeros. Raises `UnsupportedError` if they
+        cannot be found.
         """
-        with torch.no_grad():
-            q, k, keys = self._heads()
-            score = self._received(q, k)
-            values = self._placed(torch.cat((score[..., None], keys), dim=-1), kind, total)
-        if values.shape[0] != total:
-            raise self._lost(f"{values.shape[0]} of them were found")
-        return values[:, 0], values[:, 1:]
-
-    def _heads(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys `[B, H, T, D]`, and the keys averaged over heads without rotation, `[B, T, D]`."""
-        rotary = self.arguments.get("position_embeddings")
-        source = sys.modules[type(self.module).__module__]
-        if "qkv" in self.seen:
-            q, k, _ = self.seen["qkv"].unflatten(-1, (3, self.module.num_heads, -1)).unbind(-3)  # [S, H, D]
-            keys = k.float().mean(dim=1)[None]
-            if rotary is not None:
-                q, k = source.apply_rotary_pos_emb_vision(q, k, *rotary)
-            return q.transpose(0, 1)[None], k.transpose(0, 1)[None], keys
-        q, k = (self.seen[name].unflatten(-1, (-1, self.module.head_dim)).transpose(1, 2) for name in ("q", "k"))
-        keys = k.float().mean(dim=1)
-        if rotary is not None:
-            q, k = source.apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=0)
-        return q, k, keys
-
-    def _received(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the attention that tokens receive, `[B, T]`: from the class token, else from all queries, a sum."""
-        scale = getattr(self.module, "scale", None) or self.module.scaling
-        if _has_class(self.tower):
-            score = importance.class_attention(q, k, scale).mean(dim=1)
-            score[:, 0] = score.amax(dim=1) + 1  # the class token itself, where it is a visual token, stays
-            return score
-        parts = self._parts(q)
-        if parts is None:
-            return importance.received_attention(q, k, scale) * q.shape[2]
-        score = torch.zeros_like(q[:, 0, :, 0], dtype=torch.float32)
-        for row, index in parts:
-            own = importance.received_attention(q[row, None, :, index], k[row, None, :, index], scale)
-            score[row, index] = own[0] * own.shape[1]
-        return score
-
-    def _parts(self, q: Tensor) -> list[tuple[int, Any]] | None:
-        """Return the tokens that attend to each other, as a row and an index of it; None: those of each row."""
-        bounds, mask = self.arguments.get("cu_seqlens"), self.arguments.get("attention_mask")
-        if bounds is None and _is_packed(self.tower):
-            lengths = [rows * columns for rows, columns in self._grids()]
-            bounds = torch.tensor([0, *lengths]).cumsum(0)
-        if bounds is not None:
-            ends = bounds.tolist()
-            return [(0, slice(start, end)) for start, end in pairwise(ends)]
-        if mask is None:
-            return None
-        # a number is added per key, or there is one flag per key
-        valid = mask[:, 0, 0] >= 0 if mask.is_floating_point() else mask.view(*mask.shape[:1], -1, mask.shape[-1])[:, 0]
-        valid = valid.bool().expand(q.shape[0], -1)
-        return None if bool(valid.all()) else [(row, own.nonzero().squeeze(1)) for row, own in enumerate(valid)]
+        found = self._placed(values, kind, total)
+        if found.shape[0] != total:
+            raise self._lost(f"{found.shape[0]} of {total} were found")
+        return found
 
     def _placed(self, values: Tensor, kind: str, total: int) -> Tensor:
-        """Return values `[B, T, c]` of the tower's tokens as those of the visual tokens, `[V, c]`."""
         base, given = self.base, self.given
-        if "qkv" in self.seen:
+        if hasattr(self.tower, "spatial_merge_size"):
             return _units_of_sequence(self.tower, values[0], given[f"{kind}_grid_thw"])
         if _is_packed(self.tower):
             grids = self._grids()
@@ -207,9 +132,107 @@ class Watch:
         value = self.given.get(name)
         return getattr(self.base.config, name, None) if value is None else value
 
+    def _depth(self) -> int:
+        layer = self._setting("vision_feature_layer")
+        layers = [-1] if layer is None else [layer] if isinstance(layer, int) else list(layer)
+        # the deepest; 0 are the embeddings
+        depth = max(number + len(self.attentions) + 1 if number < 0 else number for number in layers)
+        if depth == 0:
+            raise UnsupportedError(f"the features are the tower's embeddings, before any attention. {_WAY_OUT}")
+        return depth
 
-def _attention(base: Any, tower: nn.Module, given: Mapping[str, Any]) -> nn.Module:
-    """Return the attention of the layer whose output the features are, the deepest if there are several."""
+
+class Watch(Layout):
+    """The queries and keys of one attention in the last call of its tower by this thread."""
+
+    def __init__(self, base: Any, given: Mapping[str, Any]) -> None:
+        super().__init__(base, given)
+        if any(map(is_bound, self.tower.modules())):
+            raise UnsupportedError(
+                f"the {type(self.tower).__name__} merges tokens (r): what its attention says is of merged ones. Give "
+                f"r=0, or unpatch the tower. {_WAY_OUT}"
+            )
+        self.module: Any = self.attentions[self.depth - 1]
+        self.parts: dict[str, nn.Module] = {}
+        for name, children in (("qkv", ("qkv",)), ("q", ("q_norm", "q_proj")), ("k", ("k_norm", "k_proj"))):
+            found = [getattr(self.module, child) for child in children if hasattr(self.module, child)]
+            if found:
+                self.parts[name] = found[0]
+        self.seen: dict[str, Tensor] = {}
+        self.arguments: dict[str, Any] = {}
+        self._thread = threading.get_ident()
+        self._names = list(inspect.signature(self.module.forward).parameters)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self.arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def output_of(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if threading.get_ident() == self._thread:
+                self.seen[name] = output.detach()
+
+        return keep
+
+    def visual(self, kind: str, total: int) -> tuple[Tensor, Tensor]:
+        """Return the attention `[V]` and the keys `[V, D]` of the `total` visual tokens of a call, in their order."""
+        with torch.no_grad():
+            q, k, keys = self._heads()
+            score = self._received(q, k)
+            values = self.placed(torch.cat((score[..., None], keys), dim=-1), kind, total)
+        return values[:, 0], values[:, 1:]
+
+    def _heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys `[B, H, T, D]`, and the keys averaged over heads without rotation, `[B, T, D]`."""
+        rotary = self.arguments.get("position_embeddings")
+        source = sys.modules[type(self.module).__module__]
+        if "qkv" in self.seen:
+            q, k, _ = self.seen["qkv"].unflatten(-1, (3, self.module.num_heads, -1)).unbind(-3)  # [S, H, D]
+            keys = k.float().mean(dim=1)[None]
+            if rotary is not None:
+                q, k = source.apply_rotary_pos_emb_vision(q, k, *rotary)
+            return q.transpose(0, 1)[None], k.transpose(0, 1)[None], keys
+        q, k = (self.seen[name].unflatten(-1, (-1, self.module.head_dim)).transpose(1, 2) for name in ("q", "k"))
+        keys = k.float().mean(dim=1)
+        if rotary is not None:
+            q, k = source.apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=0)
+        return q, k, keys
+
+    def _received(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the attention that tokens receive, `[B, T]`: from the class token, else from all queries, a sum."""
+        scale = getattr(self.module, "scale", None) or self.module.scaling
+        if _has_class(self.tower):
+            score = importance.class_attention(q, k, scale).mean(dim=1)
+            score[:, 0] = score.amax(dim=1) + 1  # the class token itself, where it is a visual token, stays
+            return score
+        parts = self._parts(q)
+        if parts is None:
+            return importance.received_attention(q, k, scale) * q.shape[2]
+        score = torch.zeros_like(q[:, 0, :, 0], dtype=torch.float32)
+        for row, index in parts:
+            own = importance.received_attention(q[row, None, :, index], k[row, None, :, index], scale)
+            score[row, index] = own[0] * own.shape[1]
+        return score
+
+    def _parts(self, q: Tensor) -> list[tuple[int, Any]] | None:
+        """Return the tokens that attend to each other, as a row and an index of it; None: those of each row."""
+        bounds, mask = self.arguments.get("cu_seqlens"), self.arguments.get("attention_mask")
+        if bounds is None and _is_packed(self.tower):
+            lengths = [rows * columns for rows, columns in self._grids()]
+            bounds = torch.tensor([0, *lengths]).cumsum(0)
+        if bounds is not None:
+            ends = bounds.tolist()
+            return [(0, slice(start, end)) for start, end in pairwise(ends)]
+        if mask is None:
+            return None
+        # a number is added per key, or there is one flag per key
+        valid = mask[:, 0, 0] >= 0 if mask.is_floating_point() else mask.view(*mask.shape[:1], -1, mask.shape[-1])[:, 0]
+        valid = valid.bool().expand(q.shape[0], -1)
+        return None if bool(valid.all()) else [(row, own.nonzero().squeeze(1)) for row, own in enumerate(valid)]
+
+
+def _attentions(tower: nn.Module) -> list[nn.Module]:
+    """Return the attention of each layer."""
     found = [
         module
         for module in tower.modules()
@@ -220,14 +243,7 @@ def _attention(base: Any, tower: nn.Module, given: Mapping[str, Any]) -> nn.Modu
             f"a {type(tower).__name__} has no attention with projections called q_proj and k_proj, or qkv, that could "
             f"be read. {_WAY_OUT}"
         )
-    layer = given.get("vision_feature_layer")
-    layer = getattr(base.config, "vision_feature_layer", None) if layer is None else layer
-    layers = [-1] if layer is None else [layer] if isinstance(layer, int) else list(layer)
-    # 0 are the embeddings, 1 the output of the first layer
-    depth = max(number + len(found) + 1 if number < 0 else number for number in layers)
-    if depth == 0:
-        raise UnsupportedError(f"the features are the tower's embeddings, before any attention. {_WAY_OUT}")
-    return found[depth - 1]
+    return found
 
 
 def _has_class(tower: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from tokenmerge.vlm.methods.dart import Dart, dart
 from tokenmerge.vlm.methods.divprune import DivPrune, divprune
 from tokenmerge.vlm.methods.evs import EVS, evs
 from tokenmerge.vlm.methods.random import Random, random
+from tokenmerge.vlm.methods.tome import ToMe, tome
 from tokenmerge.vlm.methods.uniform import Uniform, uniform
 from tokenmerge.vlm.methods.vidcom2 import VidCom2, vidcom2
 from tokenmerge.vlm.methods.visionzip import VisionZip, visionzip
@@ -26,6 +27,7 @@ __all__ = [
     "EVS",
     "Merged",
     "Random",
+    "ToMe",
     "Uniform",
     "VidCom2",
     "VisionZip",
@@ -37,12 +39,13 @@ __all__ = [
     "find",
     "list_methods",
     "random",
+    "tome",
     "uniform",
     "vidcom2",
     "visionzip",
 ]
 
-METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2, VisionZip)
+METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2, VisionZip, ToMe)
 
 
 def list_methods() -> list[str]:

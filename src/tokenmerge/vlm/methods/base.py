@@ -12,7 +12,17 @@ from torch.nn.functional import normalize
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.fields import checked
 
-__all__ = ["Chooser", "Merged", "Visual", "cosine", "frames_of", "in_order", "needs_text", "needs_tower"]
+__all__ = [
+    "Chooser",
+    "Merged",
+    "Visual",
+    "cosine",
+    "frames_of",
+    "in_order",
+    "needs_targets",
+    "needs_text",
+    "needs_tower",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Visual:
     # of the tower's layer that the features come from, for methods that set `reads_tower`; None: not read
     attention: Tensor | None = None  # [N], what each token receives: of the class token, or of all tokens' sum
     keys: Tensor | None = None  # [N, D], heads averaged, without rotary embedding
+    # [N], into which token the tower merged each one, for methods that set `merges_tower`
+    targets: Tensor | None = None
 
 
 class Merged(NamedTuple):
@@ -41,6 +53,7 @@ class Chooser(ABC):
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""  # the paper, with its arXiv number
     reads_tower: ClassVar[bool] = False  # whether it needs `attention` and `keys`
+    merges_tower: ClassVar[bool] = False  # whether the tower merges down to `keep`, and it needs `targets`
 
     def __post_init__(self) -> None:
         try:
@@ -98,3 +111,13 @@ def needs_tower(visual: Visual, name: str) -> tuple[Tensor, Tensor]:
             "Visual(features, attention=..., keys=...), or a method that looks at the features only, such as divprune."
         )
     return visual.attention, visual.keys
+
+
+def needs_targets(visual: Visual, name: str) -> Tensor:
+    """Return the tokens that others were merged into; raises `UnsupportedError` if the tower merged nothing."""
+    if visual.targets is None:
+        raise UnsupportedError(
+            f"{name} keeps what the vision tower merged, and it merged nothing. Use tokenmerge.vlm.patch(model, keep, "
+            f"method={name!r}), which merges in the tower, or a method that looks at the features, such as divprune."
+        )
+    return visual.targets
