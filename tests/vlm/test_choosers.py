@@ -152,6 +152,15 @@ def test_visionzip_with_only_one_kind_of_tokens() -> None:
             methods.find(text)
 
 
+def test_fastv_keeps_what_is_attended_to() -> None:
+    attention = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.05, 0.2])
+    for k in range(1, 7):
+        expected = sorted(sorted(range(6), key=lambda i: (-attention[i], i))[:k])
+        assert methods.fastv(attention, k).tolist() == expected
+    with pytest.raises(ConfigError, match="fastv: layer is 0; it takes at least 1"):
+        methods.find("fastv(layer=0)")
+
+
 def test_tome_keeps_one_of_each_group() -> None:
     """Whose place it is says the tower."""
     targets = torch.tensor([5, 1, 1, 5, 6, 5, 6, 7])
@@ -209,6 +218,8 @@ def test_methods_say_what_they_miss() -> None:
             methods.find(name).choose(Visual(drawn(4, 0), frames=3), 2)
     with pytest.raises(UnsupportedError, match=r"visionzip chooses by the attention .* Visual\(features, attention="):
         methods.find("visionzip").choose(Visual(drawn(4, 0)), 2)
+    with pytest.raises(UnsupportedError, match=r"fastv chooses by the attention inside .* method='fastv'"):
+        methods.find("fastv").choose(Visual(drawn(4, 0)), 2)
     with pytest.raises(UnsupportedError, match=r"tome keeps what the vision tower merged, and it merged nothing. Use"):
         methods.find("tome").choose(Visual(drawn(4, 0)), 2)
 

@@ -32,10 +32,11 @@ from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, li
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
+from tokenmerge.vlm.inside import Inside, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
 from tokenmerge.vlm.report import PARTS, VLMReport
-from tokenmerge.vlm.tower import Watch
+from tokenmerge.vlm.tower import check_tower
 
 __all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
 
@@ -77,12 +78,16 @@ class VLMHandle:
             raise AlreadyPatchedError("the model is patched already. Call remove() of its handle first.")
         self.model, self._keep, self._method = model, keep, method
         self._positions = check_positions(positions, self._family)
-        _check_tower(method, self._base, _merges(r))
+        if method.inside:
+            check_inside(self._base, method, keep, positions)
+            self._positions = "keep"
+        check_tower(method, self._base, _merges(r))
         self.tower: Handle | None = None
         if method.merges_tower:
             self.tower = merge_tower(model, self._base, self._family, keep, method.name)
         elif _merges(r):
             self.tower = tokenmerge.patch(model, r=r, restore="dense")
+        self._language = Inside(self._base, method) if method.inside else None
         self._last: Compacted | None = None
         # the prompt that each cache begins with: its ids as they were given, and what was left of it
         self._prompts: WeakKeyDictionary[Any, tuple[Tensor, Compacted]] = WeakKeyDictionary()
@@ -122,23 +127,25 @@ class VLMHandle:
         check_keep(value)
         if self.tower is not None and self._method.merges_tower:
             set_keep(self.tower, self._base, self._family, value, self._method.name)
+        if self._method.inside:
+            check_inside(self._base, self._method, value)
         self._keep = value
 
     @property
     def method(self) -> Chooser:
-        """How tokens are chosen. Set it at any time, also to a name; `tome` only when patching."""
+        """How tokens are chosen. Set it at any time, also to a name; `tome` and `fastv` only when patching."""
         return self._method
 
     @method.setter
     def method(self, value: str | Chooser) -> None:
         method = find(value)
-        if method.merges_tower != self._method.merges_tower:
+        if (method.merges_tower, method.inside) != (self._method.merges_tower, self._method.inside):
             raise ConfigError(
-                f"{self._method.name} cannot become {method.name}: one of them merges in the vision tower. Call "
-                "remove(), and patch the model with the other."
+                f"{self._method.name} cannot become {method.name}: one of them works inside the model. Call remove(), "
+                "and patch the model with the other."
             )
         if not method.merges_tower:
-            _check_tower(method, self._base, self.tower is not None)
+            check_tower(method, self._base, self.tower is not None)
         self._method = method
 
     @property
@@ -148,14 +155,18 @@ class VLMHandle:
 
     @property
     def visual_tokens(self) -> list[tuple[int, int]]:
-        """Visual tokens before and after, of each image or crop, then of each video, of the last call with images."""
+        """Visual tokens before and after, of each image or crop, then of each video, of the last call with images.
+
+        With `fastv` of each row of the prompt, in the first layers and in the later ones.
+        """
         return self._seen().tokens
 
     @property
     def kept(self) -> list[Tensor]:
-        """The tokens that were kept, of each image or crop, then of each video, of the last call with images.
+        """The tokens that were kept in the last call with images, of each image or crop, then of each video.
 
-        Places `[k, 3]` on its grid (frame, row, column) where the tokens form one, else their indices `[k]`.
+        Places `[k, 3]` on its grid (frame, row, column) where the tokens form one, else their indices `[k]`. With
+        `fastv` of each row of the prompt, indices among its visual tokens.
         """
         return self._seen().kept
 
@@ -186,7 +197,7 @@ class VLMHandle:
         """Restore the model, bit for bit; raises `NotPatchedError` the second time."""
         if self._is_removed:
             raise NotPatchedError("this handle was removed before.")
-        undo({self.model, self._base})
+        undo({self.model, self._base, *(() if self._language is None else self._language.modules)})
         if self.tower is not None:
             self.tower.remove()
         self._is_removed = True
@@ -202,8 +213,7 @@ class VLMHandle:
 
     def shortened(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with fewer visual tokens, or the same ones where there is nothing to do."""
-        self._remarks.clear()
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._begin()
         if self._is_whole:
             self._last = None
             return given
@@ -216,6 +226,22 @@ class VLMHandle:
             self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
             warnings.warn(f"{self._remarks[-1]}.", stacklevel=4)
         return found.inputs
+
+    def _begin(self) -> None:
+        self._remarks.clear()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+
+    def _run_inside(self, original: Any, given: dict[str, Any]) -> Any:
+        """Call a model that leaves tokens out inside its language model."""
+        assert self._language is not None
+        goes_on = cached_length(given) > 0
+        if not self._is_inside:
+            self._begin()
+        with self._timed("decode" if goes_on else "prefill"):
+            out, record = self._language.run(original, given, self.method, float(self._keep), self._is_inside)
+        if not goes_on:
+            self._last = record
+        return out
 
     def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Shorten a prompt that goes on after the last one, whose images are in the cache."""
@@ -302,6 +328,8 @@ class _Forward(_Call):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handle = self.handle
+        if handle._language is not None:
+            return handle._run_inside(self.original, self.by_name(args, kwargs))
         if handle._is_inside and not handle.timed:
             return self.original(*args, **kwargs)
         given = short = self.by_name(args, kwargs)
@@ -327,6 +355,11 @@ class _Generate(_Call):
     """The model's generate: shortens the prompt, and puts the whole one in front of what comes back."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.handle._language is not None:
+            self.handle._begin()
+            check_generate(self.owner, self.by_name(args, kwargs), self.handle.method)
+            with self.handle._inside():
+                return self.original(*args, **kwargs)
         given = self.by_name(args, kwargs)
         inputs = given.pop("inputs", None)
         if inputs is not None:
@@ -345,22 +378,6 @@ class _Generate(_Call):
             return whole_prompt(out, whole, length)
         out.sequences = whole_prompt(out.sequences, whole, length)
         return out
-
-
-def _check_tower(method: Chooser, base: Any, merges: bool) -> None:
-    """Raise an error if what a method needs of the tower cannot be had; `merges`: by r."""
-    if merges and method.merges_tower:
-        raise ConfigError(
-            f"{method.name} merges in the vision tower until keep of the tokens are left: r follows from keep. Leave r "
-            "out, or choose a method that looks at the features, such as divprune."
-        )
-    if merges and method.reads_tower:
-        raise ConfigError(
-            f"{method.name} chooses by the attention of the vision tower, whose tokens r merges. Give r=0, or a method "
-            "that looks at the features only, such as divprune."
-        )
-    if method.reads_tower:
-        Watch(base, {})
 
 
 def _merges(r: R) -> bool:

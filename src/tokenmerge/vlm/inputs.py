@@ -62,7 +62,13 @@ def compact(
     family, base = find_family(model)
     check_keep(keep)
     positions = check_positions(positions, family)
-    return compacted(base, family, inputs, keep, find(method), positions).inputs
+    chooser = find(method)
+    if chooser.inside:
+        raise UnsupportedError(
+            f"{chooser.name} leaves tokens out inside the language model, and shorter inputs know nothing of that. Use "
+            f"tokenmerge.vlm.patch(model, keep, method={chooser.name!r})."
+        )
+    return compacted(base, family, inputs, keep, chooser, positions).inputs
 
 
 def check_keep(keep: Any) -> None:

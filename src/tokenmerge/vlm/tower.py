@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from tokenmerge import importance
 from tokenmerge._intercept.bindings import is_bound
-from tokenmerge.errors import UnsupportedError
+from tokenmerge.errors import ConfigError, UnsupportedError
+from tokenmerge.vlm.methods import Chooser
 
-__all__ = ["Watch", "watched"]
+__all__ = ["Layout", "check_tower", "watched"]
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
 _CLASS = ("class_embedding", "cls_token")  # parameters of towers with a class token
@@ -229,6 +230,22 @@ class Watch(Layout):
         valid = mask[:, 0, 0] >= 0 if mask.is_floating_point() else mask.view(*mask.shape[:1], -1, mask.shape[-1])[:, 0]
         valid = valid.bool().expand(q.shape[0], -1)
         return None if bool(valid.all()) else [(row, own.nonzero().squeeze(1)) for row, own in enumerate(valid)]
+
+
+def check_tower(method: Chooser, base: Any, merges: bool) -> None:
+    """Raise an error if what a method needs of the tower cannot be had; `merges`: by r."""
+    if merges and method.merges_tower:
+        raise ConfigError(
+            f"{method.name} merges in the vision tower until keep of the tokens are left: r follows from keep. Leave r "
+            "out, or choose a method that looks at the features, such as divprune."
+        )
+    if merges and method.reads_tower:
+        raise ConfigError(
+            f"{method.name} chooses by the attention of the vision tower, whose tokens r merges. Give r=0, or a method "
+            "that looks at the features only, such as divprune."
+        )
+    if method.reads_tower:
+        Watch(base, {})
 
 
 def _attentions(tower: nn.Module) -> list[nn.Module]:

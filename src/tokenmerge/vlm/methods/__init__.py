@@ -12,6 +12,7 @@ from tokenmerge.vlm.methods.cdpruner import CDPruner, cdpruner
 from tokenmerge.vlm.methods.dart import Dart, dart
 from tokenmerge.vlm.methods.divprune import DivPrune, divprune
 from tokenmerge.vlm.methods.evs import EVS, evs
+from tokenmerge.vlm.methods.fastv import FastV, fastv
 from tokenmerge.vlm.methods.random import Random, random
 from tokenmerge.vlm.methods.tome import ToMe, tome
 from tokenmerge.vlm.methods.uniform import Uniform, uniform
@@ -25,6 +26,7 @@ __all__ = [
     "Dart",
     "DivPrune",
     "EVS",
+    "FastV",
     "Merged",
     "Random",
     "ToMe",
@@ -36,6 +38,7 @@ __all__ = [
     "dart",
     "divprune",
     "evs",
+    "fastv",
     "find",
     "list_methods",
     "random",
@@ -45,7 +48,7 @@ __all__ = [
     "visionzip",
 ]
 
-METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2, VisionZip, ToMe)
+METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2, VisionZip, ToMe, FastV)
 
 
 def list_methods() -> list[str]:

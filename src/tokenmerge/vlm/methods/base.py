@@ -64,6 +64,11 @@ class Chooser(ABC):
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def inside(self) -> int:
+        """After how many layers of the language model it chooses; 0: before it. Its features are then hidden states."""
+        return 0
+
     @abstractmethod
     def choose(self, visual: Visual, k: int) -> Tensor | Merged:
         """Return the indices of `k` tokens, `[k]` int64 in ascending order, or what is merged there; 1 <= k <= N.
