@@ -100,6 +100,8 @@ def test_a_number_of_tokens_and_other_layers() -> None:
         assert handle.tower is not None
         model(**inputs)
         assert handle.visual_tokens == [(16, 5)] * 3 and handle.tower.r == [6, 5]
+        model(**inputs, vision_feature_layer=-3)  # features of another layer, where fewer are merged
+        assert handle.visual_tokens == [(16, 10)] * 3
         for keep in range(4, 16):
             handle.keep = keep
             model(**inputs)

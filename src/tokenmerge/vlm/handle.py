@@ -58,12 +58,14 @@ def patch(
         model: a vision-language model of transformers, see `list_families`.
         keep: a share of the visual tokens in (0, 1], or how many of each image, a whole number.
         method: how they are chosen: a name of `list_methods`, or a `Chooser`.
-        r: tokens that each block of the vision tower merges, in any form that `tokenmerge.patch` takes.
+        r: tokens that each block of the vision tower merges, in any form that `tokenmerge.patch` takes; with "tome" it
+            follows from `keep`.
         positions: "keep" leaves every token its position in the whole prompt, "compact" numbers them anew. Default:
-            "keep" for models that give tokens positions on the image (M-RoPE), "compact" for others.
+            "keep" for models that give tokens positions on the image (M-RoPE) and with "fastv", "compact" for others.
 
     Raises `UnsupportedModelError` for other models, `AlreadyPatchedError` for a patched one, `ConfigError` for a wrong
-    `keep`, and the errors of `tokenmerge.patch` for `r`.
+    `keep` or options that exclude each other, `UnsupportedError` for a method that this model cannot have, and the
+    errors of `tokenmerge.patch` for `r`.
     """
     return VLMHandle(model, keep, find(method), r, positions)
 
