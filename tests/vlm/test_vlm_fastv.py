@@ -270,7 +270,6 @@ def test_a_second_turn_and_decoding_by_hand(family: str) -> None:
         if family != "llava":
             return  # a plain Qwen takes no tokens after a cache without their positions
         other = copy.deepcopy(cache)
-        handle._language._prompts[other] = handle._language._prompts[cache]
         mask = torch.nn.functional.pad(mask, (0, 3), value=1)
         at_once = model(input_ids=more, attention_mask=mask, cache=cache).logits
         for step in range(3):
@@ -278,6 +277,25 @@ def test_a_second_turn_and_decoding_by_hand(family: str) -> None:
                 input_ids=more[:, step : step + 1], attention_mask=mask[:, : mask.shape[1] - 2 + step], cache=other
             ).logits
             torch.testing.assert_close(one[:, 0], at_once[:, step], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    """Every parameter has the gradient that it has without, also with the older way to checkpoint."""
+    model, inputs = deep("llava"), FAMILIES["llava"].prompts([1, 2])
+    found = []
+    with patch(model, 0.5, method="fastv"):
+        for step in range(2):
+            model.zero_grad()
+            model(**inputs, use_cache=False).logits.square().mean().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            if step == 0:
+                model.train()
+                model.enable_input_require_grads()
+                model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert found[0].keys() == found[1].keys() and "model.language_model.embed_tokens.weight" in found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
 
 
 @torch.no_grad()
@@ -327,13 +345,19 @@ def test_what_fastv_cannot_do_is_refused() -> None:
             generate(model, inputs, new=2, use_cache=False)
         with pytest.raises(UnsupportedError, match="4 dimensions"):
             model(**{**inputs, "attention_mask": torch.ones(1, 1, 27, 27)})
-        with pytest.raises(UnsupportedError, match="prefill_chunk_size cuts the prompt"):
-            generate(model, inputs, new=2, prefill_chunk_size=8)
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
+            with pytest.raises(UnsupportedError, match=f"{name} gives the model the prompt in pieces, or with guesses"):
+                generate(model, inputs, new=2, **{name: 3})
+        words = {"input_ids": torch.tensor([[5, 6, 7, 5, 6]])}
+        assert generate(model, words, new=2, prompt_lookup_num_tokens=2).equal(generate(model, words, new=2))
         assert generate(model, inputs, new=2).shape[1] == inputs["input_ids"].shape[1] + 2
         cache = model(**inputs, use_cache=True).cache
         cache.crop(-3)
         with pytest.raises(UnsupportedError, match="the cache was cut inside the prompt"):
             model(input_ids=torch.tensor([[5]]), cache=cache)
+        cache = model(**inputs, use_cache=True).cache
+    with patch(model, 0.5), pytest.raises(UnsupportedError, match="shortened after 2 layers of the language model"):
+        model(input_ids=torch.tensor([[5]]), cache=cache)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -174,6 +174,31 @@ def test_a_cache_of_ones_own_is_remembered_and_takes_no_new_images(tiny: Any) ->
         assert handle.visual_tokens
 
 
+@pytest.mark.parametrize("method", ["divprune", "fastv(layer=1)"])
+@torch.no_grad()
+def test_caches_that_are_copied_emptied_or_repeated(method: str) -> None:
+    """A copy goes on like the cache itself, and an emptied one has forgotten its prompt."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1, 2]))
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    turn = {"input_ids": torch.tensor([[7, 8], [9, 5]]), "attention_mask": mask}
+    words = {"input_ids": torch.arange(5, 65).view(2, 30)}
+    with patch(model, 0.5, method=method):
+        cache = model(**inputs, use_cache=True).cache
+        copied, repeated, emptied = (copy.deepcopy(cache) for _ in range(3))
+        expected = model(**turn, cache=cache).logits
+        assert model(**turn, cache=copied).logits.equal(expected)
+        repeated.batch_repeat_interleave(2)
+        with pytest.raises(UnsupportedError, match="the cache begins with 2 shortened prompts, and 4 rows go on"):
+            model(**{name: x.repeat_interleave(2, dim=0) for name, x in turn.items()}, cache=repeated)
+        for layer in emptied.layers:
+            layer.crop(-layer.get_seq_length())
+        plain = model(**words, use_cache=True).cache
+        model(**words, cache=emptied)
+        for _ in range(2):
+            logits = model(input_ids=turn["input_ids"], cache=emptied).logits
+            assert logits.equal(model(input_ids=turn["input_ids"], cache=plain).logits)
+
+
 @torch.no_grad()
 def test_calls_without_images_are_the_original_ones(tiny: Any) -> None:
     model, words = tiny.make(), torch.tensor([[5, 6, 7, 8]])

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from tokenmerge.errors import (
     UnsupportedError,
 )
 from tokenmerge.schedule import R
-from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, limits_of, whole_prompt
+from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limits_of, note, noted, whole_prompt
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
@@ -91,8 +90,6 @@ class VLMHandle:
             self.tower = tokenmerge.patch(model, r=r, restore="dense")
         self._language = Inside(self._base, method) if method.inside else None
         self._last: Compacted | None = None
-        # the prompt that each cache begins with: its ids as they were given, and what was left of it
-        self._prompts: WeakKeyDictionary[Any, tuple[Tensor, Compacted]] = WeakKeyDictionary()
         self._remarks: list[str] = []
         self.timed = False  # whether calls are timed, for `report(time=True)`: set it at any time
         self._seconds = dict.fromkeys(PARTS, 0.0)
@@ -106,11 +103,11 @@ class VLMHandle:
                 bind(Binding(self._base, name, _Tower(self._base, self, name)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the model takes along: no threads, and no caches."""
-        return {name: value for name, value in vars(self).items() if name not in ("_local", "_prompts")}
+        """Return what a copy of the model takes along: no threads."""
+        return {name: value for name, value in vars(self).items() if name != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _local=threading.local(), _prompts=WeakKeyDictionary())
+        vars(self).update(state, _local=threading.local())
 
     def __enter__(self) -> VLMHandle:
         return self
@@ -215,7 +212,7 @@ class VLMHandle:
 
     def shortened(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with fewer visual tokens, or the same ones where there is nothing to do."""
-        self._begin()
+        self._begin(given)
         if self._is_whole:
             self._last = None
             return given
@@ -229,7 +226,9 @@ class VLMHandle:
             warnings.warn(f"{self._remarks[-1]}.", stacklevel=4)
         return found.inputs
 
-    def _begin(self) -> None:
+    def _begin(self, given: dict[str, Any]) -> None:
+        if not cached_length(given):
+            note(None, given)  # what the cache held before was taken out of it
         self._remarks.clear()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
 
@@ -238,7 +237,7 @@ class VLMHandle:
         assert self._language is not None
         goes_on = cached_length(given) > 0
         if not self._is_inside:
-            self._begin()
+            self._begin(given)
         with self._timed("decode" if goes_on else "prefill"):
             out, record = self._language.run(original, given, self.method, float(self._keep), self._is_inside)
         if not goes_on:
@@ -253,13 +252,13 @@ class VLMHandle:
         if ids is None or given.get("mm_encoder_outputs") or not any(places):
             self._last = None
             return given
-        whole, last = self.prompt_of(given) or (None, None)
-        if last is None or not ids[:, : last.prompt.length].equal(whole):
+        last = noted(given)
+        if last is None or not ids[:, : last.ids.shape[1]].equal(last.ids):
             raise DataError(
                 "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
                 "them, or go on with the cache of a call whose prompt this one starts with."
             )
-        return appended(given, last)
+        return appended(given, last.record)
 
     def continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the model itself that goes on with a cache."""
@@ -268,18 +267,12 @@ class VLMHandle:
                 "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
                 "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
             )
-        return decoding(self.prompt_of(given), given)
-
-    def prompt_of(self, given: Any) -> tuple[Tensor, Compacted] | None:
-        """Return the prompt that the cache of a call begins with, if it was shortened."""
-        cache = cache_of(given)
-        return None if cache is None else self._prompts.get(cache)
+        return decoding(noted(given), given)
 
     def remember(self, whole: Tensor, *holders: Any) -> None:
         """Note the prompt of the last call for the caches in its arguments and its answer."""
-        for cache in map(cache_of, holders):
-            if cache is not None and self._last is not None:
-                self._prompts[cache] = whole, self._last
+        if self._last is not None:
+            note(Noted(whole, self._last, layers=0), *holders)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -358,8 +351,9 @@ class _Generate(_Call):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.handle._language is not None:
-            self.handle._begin()
-            check_generate(self.owner, self.by_name(args, kwargs), self.handle.method)
+            given = self.by_name(args, kwargs)
+            self.handle._begin(given)
+            check_generate(self.owner, given, self.handle.method)
             with self.handle._inside():
                 return self.original(*args, **kwargs)
         given = self.by_name(args, kwargs)

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from tokenmerge import importance
 from tokenmerge._intercept.bindings import bind
 from tokenmerge._intercept.override import Binding, Override
 from tokenmerge.errors import ConfigError, UnsupportedError
-from tokenmerge.vlm.after import cache_of, cached_length
+from tokenmerge.vlm.after import Noted, cache_of, cached_length, note, noted
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.inputs import Compacted
 from tokenmerge.vlm.methods import Chooser, Visual
@@ -43,6 +42,7 @@ _KNOWN = {
     "Qwen2VLAttention",
     "Qwen2_5_VLAttention",
 }
+_PIECES = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _WAY_OUT = "Choose a method that works before the language model, such as divprune."
 
 
@@ -65,18 +65,16 @@ class Inside:
         self.base, self.language = base, _language(base)
         layers, depth = list(self.language.layers), method.inside
         self.modules = [layers[depth - 1].self_attn, *layers[depth:]]
-        # the prompt that each cache begins with
-        self._prompts: WeakKeyDictionary[Any, Compacted] = WeakKeyDictionary()
         self._local = threading.local()
         bind(Binding(self.modules[0], "forward", _Attention(self.modules[0], self)))
         for number, layer in enumerate(self.modules[1:]):
             bind(Binding(layer, "forward", _Layer(layer, self, is_first=number == 0)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_local", "_prompts")}
+        return {name: value for name, value in vars(self).items() if name != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _local=threading.local(), _prompts=WeakKeyDictionary())
+        vars(self).update(state, _local=threading.local())
 
     @property
     def now(self) -> _Call | None:
@@ -95,14 +93,12 @@ class Inside:
         if call is None or call.after:
             return out, None
         assert call.record is not None
-        for cache in map(cache_of, (given, out)):
-            if cache is not None:
-                self._prompts[cache] = call.record
+        note(Noted(given["input_ids"], call.record, method.inside), given, out)
         return out, call.record
 
     def _call(self, given: dict[str, Any], method: Chooser, keep: float, generates: bool) -> _Call | None:
         ids, cache, mask = given.get("input_ids"), cache_of(given), given.get("attention_mask")
-        pixels = given.get("mm_encoder_outputs") or any(given.get(name) is not None for name in PIXELS.values())
+        pixels = _has_images(given)
         held = cached_length(given)
         if held:
             if pixels:
@@ -110,10 +106,11 @@ class Inside:
                     "images are given with a cache that holds a prompt: they would not be shortened. Call generate "
                     "with the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
                 )
-            record = self._prompts.get(cache)
+            prompt = noted(given, method.inside)
             tokens = ids if ids is not None else given.get("inputs_embeds")
-            if record is None or tokens is None:
+            if prompt is None or tokens is None:
                 return None
+            record = prompt.record
             after = held - record.prompt.length + tokens.shape[1]
             if after < tokens.shape[1]:
                 raise UnsupportedError(
@@ -205,7 +202,12 @@ class _Layer(Override):
                 given["position_ids"] = own.expand(*own.shape[:-2], B, -1).gather(
                     -1, rows.expand(*own.shape[:-2], B, -1)
                 )
-        return self.original(**given)
+        # by place: gradient checkpointing keeps gradients of no other arguments
+        return self.original(given.pop("hidden_states"), **given)
+
+
+def _has_images(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("mm_encoder_outputs")) or any(given.get(name) is not None for name in PIXELS.values())
 
 
 def _language(base: Any) -> Any:
@@ -242,12 +244,16 @@ def check_inside(base: Any, method: Chooser, keep: float | int, positions: str |
 
 
 def check_generate(model: Any, given: Mapping[str, Any], method: Chooser) -> None:
-    """Raise `UnsupportedError` if `generate` would give the model a prompt in pieces."""
+    """Raise `UnsupportedError` if `generate` would give the model a prompt in pieces, or with guesses behind it."""
+    if not _has_images(given):
+        return
     config = given.get("generation_config") or model.generation_config
-    if given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-        raise UnsupportedError(
-            f"prefill_chunk_size cuts the prompt, and {method.name} chooses by its last token. Leave it out. {_WAY_OUT}"
-        )
+    for name in _PIECES:
+        if given.get(name) or getattr(config, name, None):
+            raise UnsupportedError(
+                f"{name} gives the model the prompt in pieces, or with guesses behind it, and {method.name} chooses by "
+                f"the prompt's last token. Leave it out. {_WAY_OUT}"
+            )
 
 
 def _check_cache(cache: Any, method: Chooser) -> None:
