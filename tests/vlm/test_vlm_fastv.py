@@ -15,7 +15,7 @@ from tiny_vlms import FAMILIES, IMAGE, VIDEO
 from torch import Tensor
 
 import tokenmerge
-from tokenmerge.errors import ConfigError, UnsupportedError
+from tokenmerge.errors import AlreadyPatchedError, ConfigError, UnsupportedError
 from tokenmerge.vlm import compact, patch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -332,9 +332,15 @@ def test_what_fastv_cannot_do_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="leaves tokens out inside the language model, and shorter inputs"):
         compact(model, inputs, keep=0.5, method="fastv")
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    other = copy.deepcopy(model)
+    other.model.language_model = model.model.language_model
     with patch(model, 0.5, method="fastv") as handle:
-        with pytest.raises(ConfigError, match="cannot become divprune: one of them works inside"):
-            handle.method = "divprune"
+        attributes = {name: set(vars(module)) for name, module in other.named_modules()}
+        with pytest.raises(AlreadyPatchedError, match="in another model that has the same"):
+            patch(other, 0.5, method="fastv", r=2)
+        assert {name: set(vars(module)) for name, module in other.named_modules()} == attributes
+        with pytest.raises(ConfigError, match=r"FastV\(layer=2\) cannot become FastV\(layer=3\): where in the model"):
+            handle.method = "fastv(layer=3)"
         with pytest.raises(ConfigError, match="Give a share"):
             handle.keep = 3
         with pytest.raises(UnsupportedError, match="labels are for all tokens of the prompt"):

@@ -429,11 +429,19 @@ def test_patching_twice_and_unknown_methods() -> None:
 @torch.no_grad()
 def test_a_call_in_which_nothing_was_left_out_says_so() -> None:
     model, inputs = LLAVA.make(), LLAVA.prompts([1])
-    with patch(model, 0.5, method="evs") as handle, warnings.catch_warnings(record=True) as seen:
+    for method in ("evs", "fastv(layer=1)"):
+        _says_so(model, inputs, method)
+
+
+def _says_so(model: Any, inputs: dict[str, Any], method: str) -> None:
+    keep = 0.5 if method == "evs" else 0.99
+    with patch(model, keep, method=method) as handle, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         model(**inputs)
         assert handle.visual_tokens == [(16, 16)]
-        assert any("nothing was left out: evs kept all tokens" in str(warning.message) for warning in seen)
+        assert any(
+            f"nothing was left out: {handle.method.name} kept all tokens" in str(warning.message) for warning in seen
+        )
         assert "nothing was left out" in str(handle.report())
 
 
@@ -450,6 +458,27 @@ def test_compacting_changes_neither_the_model_nor_the_inputs(tiny: Any) -> None:
     with patch(model, 0.5):
         expected = generate(model, inputs, new=4)[:, -4:]
     assert generate(model, short, new=4)[:, -4:].equal(expected)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv(layer=1)"])
+@torch.no_grad()
+def test_logits_at_places_are_refused(method: str) -> None:
+    """The places are those of the whole prompt, and others come out."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1, 2]))
+    with patch(model, 0.5, method=method):
+        whole = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=3).logits, whole[:, -3:])
+        with pytest.raises(UnsupportedError, match="logits_to_keep names places in the prompt, which is shortened"):
+            model(**inputs, logits_to_keep=torch.tensor([10]))
+
+
+@pytest.mark.parametrize("method", ["divprune", "visionzip"])
+def test_generating_keeps_no_graph_of_the_tower(method: str) -> None:
+    """Also for an assistant, which gets a copy of the encoded images: a tensor with a graph cannot be copied."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1]))
+    with patch(model, 0.5, method=method):
+        expected = generate(model, inputs, new=6)
+        assert generate(model, inputs, new=6, assistant_model=copy.deepcopy(model)).equal(expected)
 
 
 @torch.no_grad()

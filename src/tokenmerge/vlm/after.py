@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.vlm.inputs import Compacted
 
-__all__ = ["Noted", "appended", "cached_length", "decoding", "limits_of", "note", "noted", "whole_prompt"]
+__all__ = ["Noted", "appended", "cached_length", "decoding", "limits_of", "note", "noted", "tokens_of", "whole_prompt"]
 
 _CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
 _NOTE = "_tokenmerge_prompt"  # an attribute of caches, which their copies take along
@@ -47,13 +47,19 @@ def noted(given: Mapping[str, Any], layers: int = 0) -> Noted | None:
             f"the cache holds a prompt that was shortened after {prompt.layers} layers of the language model, and the "
             f"method shortens it after {layers}. Go on with the method that the cache was made with, or start again."
         )
-    rows = next((given[name].shape[0] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
-    if rows not in (None, prompt.ids.shape[0]):
+    tokens = tokens_of(given)
+    if tokens is not None and tokens.shape[0] != prompt.ids.shape[0]:
         raise UnsupportedError(
-            f"the cache begins with {prompt.ids.shape[0]} shortened prompts, and {rows} rows go on after them. Give "
-            "one row for each, or start again with as many prompts."
+            f"the cache begins with {prompt.ids.shape[0]} shortened prompts, and {tokens.shape[0]} rows go on after "
+            "them. Give one row for each, or start again with as many prompts."
         )
     return prompt
+
+
+def tokens_of(given: Mapping[str, Any]) -> Tensor | None:
+    """Return the ids or else the embeddings of a call."""
+    ids: Tensor | None = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
 
 
 def cached_length(given: dict[str, Any]) -> int:

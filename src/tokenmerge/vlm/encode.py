@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenmerge import Handle, kernels
 from tokenmerge.vlm.families import Family
-from tokenmerge.vlm.merging import check_kind, targets_of
+from tokenmerge.vlm.merging import check_call, targets_of
 from tokenmerge.vlm.methods import Chooser
 from tokenmerge.vlm.tower import watched
 
@@ -93,11 +93,11 @@ def encode(
     The entries have what a `method` asks for of the tower; `tower` is the handle of merging inside it.
     """
     merging = tower if method is not None and method.merges_tower else None
-    if merging is not None:
-        check_kind(kind)
     function = getattr(base, f"get_{kind}_features")
     names = inspect.signature(function).parameters
     given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    if merging is not None:
+        check_call(base, given, kind)
     with watched(base, given) if method is not None and method.reads_tower else nullcontext() as watch:
         output = function(**given, return_dict=True)
     entries: list[Entry] = []

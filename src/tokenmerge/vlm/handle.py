@@ -31,7 +31,7 @@ from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limit
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
-from tokenmerge.vlm.inside import Inside, check_generate, check_inside
+from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
 from tokenmerge.vlm.report import PARTS, VLMReport
@@ -80,6 +80,7 @@ class VLMHandle:
         self.model, self._keep, self._method = model, keep, method
         self._positions = check_positions(positions, self._family)
         if method.inside:
+            check_free(self._base)
             check_inside(self._base, method, keep, positions)
             self._positions = "keep"
         check_tower(method, self._base, _merges(r))
@@ -140,8 +141,8 @@ class VLMHandle:
         method = find(value)
         if (method.merges_tower, method.inside) != (self._method.merges_tower, self._method.inside):
             raise ConfigError(
-                f"{self._method.name} cannot become {method.name}: one of them works inside the model. Call remove(), "
-                "and patch the model with the other."
+                f"{self._method} cannot become {method}: where in the model a method works is set when patching. Call "
+                "remove(), and patch the model with the other."
             )
         if not method.merges_tower:
             check_tower(method, self._base, self.tower is not None)
@@ -220,10 +221,7 @@ class VLMHandle:
             return self._continued(given)
         with self._timed("choose"):
             found = compacted(self._base, self._family, given, self._keep, self.method, self.positions, self.tower)
-        self._last = found.without_features()
-        if all(before == after for before, after in found.tokens):
-            self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
-            warnings.warn(f"{self._remarks[-1]}.", stacklevel=4)
+        self._keep_record(found.without_features())
         return found.inputs
 
     def _begin(self, given: dict[str, Any]) -> None:
@@ -231,6 +229,12 @@ class VLMHandle:
             note(None, given)  # what the cache held before was taken out of it
         self._remarks.clear()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
+
+    def _keep_record(self, record: Compacted) -> None:
+        self._last = record
+        if all(before == after for before, after in record.tokens):
+            self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
+            warnings.warn(f"{self._remarks[-1]}.", stacklevel=5)
 
     def _run_inside(self, original: Any, given: dict[str, Any]) -> Any:
         """Call a model that leaves tokens out inside its language model."""
@@ -240,8 +244,10 @@ class VLMHandle:
             self._begin(given)
         with self._timed("decode" if goes_on else "prefill"):
             out, record = self._language.run(original, given, self.method, float(self._keep), self._is_inside)
-        if not goes_on:
-            self._last = record
+        if record is not None:
+            self._keep_record(record)
+        elif not goes_on:
+            self._last = None
         return out
 
     def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -360,7 +366,8 @@ class _Generate(_Call):
         inputs = given.pop("inputs", None)
         if inputs is not None:
             given.setdefault("input_ids", inputs)
-        short = self.handle.shortened(given)
+        with torch.no_grad():  # as generate itself
+            short = self.handle.shortened(given)
         if short is given:
             with self.handle._inside():
                 return self.original(**given)

@@ -17,7 +17,7 @@ from tokenmerge.vlm.families import Family, find_family
 from tokenmerge.vlm.methods import Chooser, Merged, Visual, find
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
 
-__all__ = ["Compacted", "check_keep", "check_positions", "compact", "compacted"]
+__all__ = ["Compacted", "check_keep", "check_positions", "checked", "compact", "compacted"]
 
 POSITIONS = ("keep", "compact")
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "labels")
@@ -106,7 +106,7 @@ def compacted(
     tower: Handle | None = None,
 ) -> Compacted:
     """Return what `compact` does, with a record of it; `tower` is the handle of merging inside the vision tower."""
-    ids, mask = _checked(base, inputs)
+    ids, mask = checked(inputs)
     special = {kind: int(getattr(base.config, f"{kind}_token_id")) for kind in PIXELS if _has(base, kind)}
     given = [kind for kind in PIXELS if inputs.get(PIXELS[kind]) is not None]
     if "video" in given and not family.has_videos:
@@ -145,8 +145,8 @@ def _has(base: Any, kind: str) -> bool:
     return hasattr(base, f"get_{kind}_features") and getattr(base.config, f"{kind}_token_id", None) is not None
 
 
-def _checked(base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return `input_ids` and the mask; raises an error for inputs that cannot be shortened."""
+def checked(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return `input_ids` and the mask of a prompt with images; raises an error for one that cannot be shortened."""
     if inputs.get("inputs_embeds") is not None:
         raise UnsupportedError(
             "inputs_embeds are given: which of them are visual is not known. Give input_ids, or shorten the embeddings "
@@ -155,7 +155,7 @@ def _checked(base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | Non
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise DataError("there are images and no input_ids. Give what the model's processor returns for both.")
-    if inputs.get("mm_encoder_outputs"):
+    if inputs.get("mm_encoder_outputs") and any(inputs.get(name) is not None for name in PIXELS.values()):
         raise UnsupportedError(
             "images that are encoded already (mm_encoder_outputs) are given with pixels. Give one of them."
         )
@@ -166,6 +166,11 @@ def _checked(base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | Non
     if mask is not None and mask.shape != ids.shape:
         raise DataError(
             f"the attention mask is {tuple(mask.shape)}, the prompt {tuple(ids.shape)}: they must be equal."
+        )
+    if isinstance(inputs.get("logits_to_keep"), Tensor):
+        raise UnsupportedError(
+            "logits_to_keep names places in the prompt, which is shortened. Give how many of the last logits to keep, "
+            "a whole number, or choose from all of them by handle.places."
         )
     return ids, mask
 

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import importance
-from tokenmerge._intercept.bindings import bind
+from tokenmerge._intercept.bindings import bind, is_bound
 from tokenmerge._intercept.override import Binding, Override
-from tokenmerge.errors import ConfigError, UnsupportedError
-from tokenmerge.vlm.after import Noted, cache_of, cached_length, note, noted
+from tokenmerge.errors import AlreadyPatchedError, ConfigError, UnsupportedError
+from tokenmerge.vlm.after import Noted, cache_of, cached_length, note, noted, tokens_of
 from tokenmerge.vlm.encode import PIXELS
-from tokenmerge.vlm.inputs import Compacted
+from tokenmerge.vlm.inputs import Compacted, checked
 from tokenmerge.vlm.methods import Chooser, Visual
 from tokenmerge.vlm.prompt import pads_on_the_right, shorten
 
-__all__ = ["Inside", "check_generate", "check_inside"]
+__all__ = ["Inside", "check_free", "check_generate", "check_inside"]
 
 # attentions whose queries and keys are their projections, rotated in every layer
 _KNOWN = {
@@ -97,7 +97,7 @@ class Inside:
         return out, call.record
 
     def _call(self, given: dict[str, Any], method: Chooser, keep: float, generates: bool) -> _Call | None:
-        ids, cache, mask = given.get("input_ids"), cache_of(given), given.get("attention_mask")
+        cache = cache_of(given)
         pixels = _has_images(given)
         held = cached_length(given)
         if held:
@@ -107,7 +107,7 @@ class Inside:
                     "with the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
                 )
             prompt = noted(given, method.inside)
-            tokens = ids if ids is not None else given.get("inputs_embeds")
+            tokens = tokens_of(given)
             if prompt is None or tokens is None:
                 return None
             record = prompt.record
@@ -120,18 +120,13 @@ class Inside:
             return _Call(method, keep, torch.zeros(0), None, record, after)
         if not pixels or keep == 1.0:
             return None
-        if ids is None:
-            raise UnsupportedError("inputs_embeds are given: which of them are visual is not known. Give input_ids.")
+        ids, mask = checked(given)
         if given.get("labels") is not None:
             raise UnsupportedError(f"labels are for all tokens of the prompt, and fewer come out. {_WAY_OUT}")
         if generates and cache is None:
             raise UnsupportedError(
                 f"{method.name} chooses once, by the prompt, and goes on with the cache: give use_cache=True. "
                 f"{_WAY_OUT}"
-            )
-        if mask is not None and mask.dim() != 2:
-            raise UnsupportedError(
-                f"the attention mask has {mask.dim()} dimensions: only [batch, tokens] can be shortened."
             )
         _check_cache(cache, method)
         special = [getattr(self.base.config, f"{kind}_token_id", None) for kind in PIXELS]
@@ -241,6 +236,15 @@ def check_inside(base: Any, method: Chooser, keep: float | int, positions: str |
         reason = f"has a {type(attention).__name__}, whose queries and keys it does not know how to compute"
     if reason is not None:
         raise UnsupportedError(f"{method.name} cannot work in a {type(language).__name__}: it {reason}. {_WAY_OUT}")
+
+
+def check_free(base: Any) -> None:
+    """Raise `AlreadyPatchedError` if the layers of the language model are those of another model, which is patched."""
+    if any(map(is_bound, _language(base).modules())):
+        raise AlreadyPatchedError(
+            "the language model is patched already, in another model that has the same. Call remove() of its handle "
+            "first."
+        )
 
 
 def check_generate(model: Any, given: Mapping[str, Any], method: Chooser) -> None:

@@ -16,7 +16,7 @@ from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.vlm.families import Family
 from tokenmerge.vlm.tower import Layout
 
-__all__ = ["check_kind", "merge_tower", "set_keep", "targets_of"]
+__all__ = ["check_call", "merge_tower", "set_keep", "targets_of"]
 
 
 def merge_tower(model: nn.Module, base: Any, family: Family, keep: float | int, name: str) -> Handle:
@@ -67,8 +67,15 @@ def set_keep(handle: Handle, base: Any, family: Family, keep: float | int, name:
     handle.r = [before - after for before, after in pairwise(left)]
 
 
-def check_kind(kind: str) -> None:
-    """Raise `UnsupportedError` for videos, before they are encoded."""
+def check_call(base: Any, given: Mapping[str, Any], kind: str) -> None:
+    """Raise `UnsupportedError` for videos, and for features of another layer, before they are encoded."""
+    own, asked = Layout(base, {}).depth, Layout(base, given).depth
+    if own != asked:
+        raise UnsupportedError(
+            f"the features are taken after layer {asked} of the tower (vision_feature_layer), and tome merges down to "
+            f"keep until layer {own}, that of the model's configuration. Set config.vision_feature_layer before "
+            "patching, or choose another method."
+        )
     if kind == "video":
         raise UnsupportedError(
             "the visual tokens of a video are means of several of the tower's, which may be merged with different "
