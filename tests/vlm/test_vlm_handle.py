@@ -25,7 +25,8 @@ from tokenmerge.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
-from tokenmerge.vlm import compact, patch
+from tokenmerge.vlm import Chooser, compact, patch
+from tokenmerge.vlm.methods import Merged
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -458,6 +459,35 @@ def test_compacting_changes_neither_the_model_nor_the_inputs(tiny: Any) -> None:
     with patch(model, 0.5):
         expected = generate(model, inputs, new=4)[:, -4:]
     assert generate(model, short, new=4)[:, -4:].equal(expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "returned NoneType"),
+        (torch.arange(16) < 8, r"returned torch.bool \[16\]"),
+        (torch.arange(0), r"returned \[\]"),
+        (torch.tensor([1, 1, 2]), r"returned \[1, 1, 2\]"),
+        (torch.tensor([2, 1]), r"returned \[2, 1\]"),
+        (torch.tensor([-1, 3]), r"returned \[-1, 3\]"),
+        (torch.tensor([3, 16]), r"returned \[3, 16\]"),
+        (Merged(torch.tensor([3, 5]), torch.ones(2, 3)), r"returned weights \[2, 3\] for 2 of 16 tokens"),
+    ],
+    ids=range(8),
+)
+@torch.no_grad()
+def test_a_method_of_ones_own_that_returns_something_else(found: Any, message: str, layer: int) -> None:
+    class Own(Chooser):
+        name = "own"
+        inside = layer
+
+        def choose(self, visual: Any, k: int) -> Any:
+            return found
+
+    model, inputs = LLAVA.make(), LLAVA.prompts([1])
+    with patch(model, 0.5, method=Own()), pytest.raises(DataError, match=f"own was to choose 8 of 16 .* {message}"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("method", ["divprune", "fastv(layer=1)"])

@@ -113,7 +113,16 @@ def test_a_number_of_tokens_and_other_layers() -> None:
             with pytest.raises(ConfigError, match=r"merges them in 2 layers .* Give a number from 4 to 16, or a share"):
                 handle.keep = wrong
         assert handle.keep == 1.0
-    deep = FAMILIES["llava"]._replace(settings={**FAMILIES["llava"].settings, "vision_feature_layer": -1}).make()
+        with pytest.raises(UnsupportedError, match="features come from several layers of the tower"):
+            handle.keep = 0.5
+            model(**inputs, vision_feature_layer=[-3, -2])
+    tiny = FAMILIES["llava"]
+    several = tiny._replace(settings={**tiny.settings, "vision_feature_layer": [-2, -1]}).make()
+    before = {name: set(vars(module)) for name, module in several.named_modules()}
+    with pytest.raises(UnsupportedError, match="features come from several layers of the tower"):
+        patch(several, 0.5, method="tome")
+    assert {name: set(vars(module)) for name, module in several.named_modules()} == before
+    deep = tiny._replace(settings={**tiny.settings, "vision_feature_layer": -1}).make()
     with patch(deep, 2, method="tome") as handle:
         deep(**inputs)
         assert handle.visual_tokens == [(16, 2)] * 3 and "in the tower" in str(handle.report())

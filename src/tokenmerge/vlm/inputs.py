@@ -14,7 +14,8 @@ from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode
 from tokenmerge.vlm.families import Family, find_family
-from tokenmerge.vlm.methods import Chooser, Merged, Visual, find
+from tokenmerge.vlm.methods import Chooser, Visual, find
+from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
 
 __all__ = ["Compacted", "check_keep", "check_positions", "checked", "compact", "compacted"]
@@ -219,9 +220,8 @@ def _choose(entry: Entry, keep: float | int, method: Chooser, text: Tensor) -> C
     )
     if targets is not None:  # none of them is fixed
         targets = torch.searchsorted(free, targets)
-    with torch.no_grad():
-        found = method.choose(Visual(entry.features[free], entry.frames, text, attention, keys, targets), k)
-    index, weights = found if isinstance(found, Merged) else (found, None)
+    visual = Visual(entry.features[free], entry.frames, text, attention, keys, targets)
+    index, weights = chosen_by(method, visual, k)
     fixed = entry.is_fixed.nonzero().squeeze(1)
     places, order = torch.cat((free[index], fixed)).sort()
     if weights is None:

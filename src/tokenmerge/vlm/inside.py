@@ -28,6 +28,7 @@ from tokenmerge.vlm.after import Noted, cache_of, cached_length, note, noted, to
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.inputs import Compacted, checked
 from tokenmerge.vlm.methods import Chooser, Visual
+from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import pads_on_the_right, shorten
 
 __all__ = ["Inside", "check_free", "check_generate", "check_inside"]
@@ -120,6 +121,7 @@ class Inside:
             return _Call(method, keep, torch.zeros(0), None, record, after)
         if not pixels or keep == 1.0:
             return None
+        _check_cache(cache, method)
         ids, mask = checked(given)
         if given.get("labels") is not None:
             raise UnsupportedError(f"labels are for all tokens of the prompt, and fewer come out. {_WAY_OUT}")
@@ -128,7 +130,6 @@ class Inside:
                 f"{method.name} chooses once, by the prompt, and goes on with the cache: give use_cache=True. "
                 f"{_WAY_OUT}"
             )
-        _check_cache(cache, method)
         special = [getattr(self.base.config, f"{kind}_token_id", None) for kind in PIXELS]
         is_visual = torch.isin(ids, torch.tensor([x for x in special if x is not None], device=ids.device))
         return _Call(method, keep, is_visual, mask)
@@ -145,8 +146,8 @@ class _Attention(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.inside.now
         if call is not None and not call.after:
+            given = self.by_name(args, kwargs)
             with torch.no_grad():
-                given = self.by_name(args, kwargs)
                 call.record = _choose(call, given["hidden_states"], self._row(call, given))
         return self.original(*args, **kwargs)
 
@@ -284,8 +285,8 @@ def _choose(call: _Call, hidden: Tensor, row: Tensor) -> Compacted:
             continue
         k = max(1, round(call.keep * total))
         visual = Visual(hidden[number, columns], attention=row[number, columns])
-        index = call.method.choose(visual, k)
-        if not isinstance(index, Tensor):
+        index, weights = chosen_by(call.method, visual, k)
+        if weights is not None:
             raise UnsupportedError(
                 f"{call.method.name} merges tokens inside the language model, where they can only be left out. Return "
                 "indices alone."

@@ -48,7 +48,7 @@ def set_keep(handle: Handle, base: Any, family: Family, keep: float | int, name:
     """
     grid = handle.grid
     assert grid is not None  # of every tower here
-    total, depth = grid[0] * grid[1], Layout(base, {}).depth
+    total, depth = grid[0] * grid[1], _depth(base, {}, name)
     if isinstance(keep, Integral) and family.newline:
         raise ConfigError(
             f"keep is {keep}, and {name} merges in each crop of an image, whose number differs. Give a share."
@@ -69,7 +69,7 @@ def set_keep(handle: Handle, base: Any, family: Family, keep: float | int, name:
 
 def check_call(base: Any, given: Mapping[str, Any], kind: str) -> None:
     """Raise `UnsupportedError` for videos, and for features of another layer, before they are encoded."""
-    own, asked = Layout(base, {}).depth, Layout(base, given).depth
+    own, asked = _depth(base, {}, "tome"), _depth(base, given, "tome")
     if own != asked:
         raise UnsupportedError(
             f"the features are taken after layer {asked} of the tower (vision_feature_layer), and tome merges down to "
@@ -81,6 +81,17 @@ def check_call(base: Any, given: Mapping[str, Any], kind: str) -> None:
             "the visual tokens of a video are means of several of the tower's, which may be merged with different "
             "ones. Choose another method than tome for videos."
         )
+
+
+def _depth(base: Any, given: Mapping[str, Any], name: str) -> int:
+    """Return the layer of the tower that the features come from; raises `UnsupportedError` for several."""
+    layout = Layout(base, given)
+    if not layout.is_one_layer:
+        raise UnsupportedError(
+            f"the features come from several layers of the tower (vision_feature_layer), in which {name} has merged "
+            "different tokens. Choose a method that works behind the tower, such as divprune."
+        )
+    return layout.depth
 
 
 def targets_of(handle: Handle, base: Any, given: Mapping[str, Any], kind: str, counts: list[int]) -> list[Tensor]:

@@ -54,7 +54,11 @@ class Layout:
         self.base, self.given = base, given
         self.tower = next(getattr(base, name) for name in _TOWERS if hasattr(base, name))
         self.attentions = _attentions(self.tower)
-        self.depth = self._depth()  # of the layer whose output the features are, from 1
+        layers = self._layers()
+        self.depth = max(layers)  # of the deepest layer whose output the features are, from 1
+        self.is_one_layer = len(layers) == 1
+        if not self.depth:
+            raise UnsupportedError(f"the features are the tower's embeddings, before any attention. {_WAY_OUT}")
 
     def placed(self, values: Tensor, kind: str, total: int) -> Tensor:
         """Return values `[B, T, c]` of the tower's tokens as those of the `total` visual tokens, `[V, c]`.
@@ -133,14 +137,11 @@ class Layout:
         value = self.given.get(name)
         return getattr(self.base.config, name, None) if value is None else value
 
-    def _depth(self) -> int:
+    def _layers(self) -> list[int]:
+        """Return the layers whose outputs the features are, from 1; 0 are the embeddings."""
         layer = self._setting("vision_feature_layer")
         layers = [-1] if layer is None else [layer] if isinstance(layer, int) else list(layer)
-        # the deepest; 0 are the embeddings
-        depth = max(number + len(self.attentions) + 1 if number < 0 else number for number in layers)
-        if depth == 0:
-            raise UnsupportedError(f"the features are the tower's embeddings, before any attention. {_WAY_OUT}")
-        return depth
+        return [number + len(self.attentions) + 1 if number < 0 else number for number in layers]
 
 
 class Watch(Layout):

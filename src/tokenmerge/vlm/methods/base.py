@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenmerge.errors import ConfigError, UnsupportedError
+from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 from tokenmerge.fields import checked
 
 __all__ = [
     "Chooser",
     "Merged",
     "Visual",
+    "chosen_by",
     "cosine",
     "frames_of",
     "in_order",
@@ -75,6 +77,29 @@ class Chooser(ABC):
 
         A method may return another number where its rules say so. Equal inputs give equal indices.
         """
+
+
+def chosen_by(method: Chooser, visual: Visual, k: int) -> tuple[Tensor, Tensor | None]:
+    """Return the indices that a method chose, and the weights `[k, N]` if others are merged there.
+
+    Raises `DataError` for anything but what `choose` is to return.
+    """
+    total = visual.features.shape[0]
+    with torch.no_grad():
+        found = method.choose(visual, k)
+    index, weights = found if isinstance(found, Merged) else (found, None)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+        got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+    elif not index.numel() or not bool((index.diff() > 0).all()) or not 0 <= int(index[0]) <= int(index[-1]) < total:
+        got = f"{index.tolist()}"
+    elif weights is not None and weights.shape != (index.shape[0], total):
+        got = f"weights {list(weights.shape)} for {index.shape[0]} of {total} tokens"
+    else:
+        return index, weights
+    raise DataError(
+        f"{method.name} was to choose {k} of {total} tokens, and returned {got}. Return their indices as int64 [k], "
+        "each once, in ascending order; or Merged(indices, weights [k, N])."
+    )
 
 
 def in_order(chosen: Tensor) -> Tensor:
