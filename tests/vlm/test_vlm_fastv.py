@@ -333,6 +333,10 @@ def test_what_fastv_cannot_do_is_refused() -> None:
         compact(model, inputs, keep=0.5, method="fastv")
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
     other = copy.deepcopy(model)
+    with patch(other, 0.5, method="fastv"):
+        other.model.language_model.layers[3] = model.model.language_model.layers[3]
+        with pytest.raises(UnsupportedError, match="layers of the LlamaModel were replaced"):
+            other(**inputs)
     other.model.language_model = model.model.language_model
     with patch(model, 0.5, method="fastv") as handle:
         attributes = {name: set(vars(module)) for name, module in other.named_modules()}

@@ -86,6 +86,8 @@ class Inside:
     def run(self, original: Any, given: dict[str, Any], method: Chooser, keep: float, generates: bool) -> Any:
         """Call the model; return its output, and the record of the tokens that were left if it was a prompt."""
         call = self._call(given, method, keep, generates)
+        if call is not None and not call.after:
+            self._check_layers()
         self._local.call = call
         try:
             out = original(**given)
@@ -96,6 +98,14 @@ class Inside:
         assert call.record is not None
         note(Noted(given["input_ids"], call.record, method.inside), given, out)
         return out, call.record
+
+    def _check_layers(self) -> None:
+        found = set(self.language.layers.modules())
+        if not found.issuperset(self.modules):
+            raise UnsupportedError(
+                f"since the model was patched, layers of the {type(self.language).__name__} were replaced. Call "
+                "handle.remove() and patch the model as it is now."
+            )
 
     def _call(self, given: dict[str, Any], method: Chooser, keep: float, generates: bool) -> _Call | None:
         cache = cache_of(given)
