@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedError
 from tokenmerge.vlm import Chooser, list_methods, methods
-from tokenmerge.vlm.methods import Visual
+from tokenmerge.vlm.methods import Merged, Visual
 
 Array = NDArray[np.float64]
 
@@ -89,6 +90,26 @@ def slow_vidcom2(x: Array, k: int, frames: int) -> list[int]:
     return sorted(chosen)
 
 
+def slow_visionzip(x: Array, k: int, attention: Array, keys: Array, merge: str = "sum") -> tuple[list[int], Array]:
+    """The places, and the tokens there `[k, C]`."""
+    count = round(k * 27 / 32)
+    top = sorted(range(len(x)), key=lambda i: (-attention[i], i))[:count]
+    rest = [i for i in range(len(x)) if i not in top]
+    targets = rest[:: len(rest) // (k - count)][: k - count] if k > count else []
+    tokens = {i: x[i] for i in top}
+    went: dict[int, list[int]] = {i: [] for i in targets}
+    for i in rest:
+        if i not in targets and targets:
+            went[max(targets, key=lambda j: units(keys[i]) @ units(keys[j]))].append(i)
+    for target, own in went.items():
+        if merge == "mean":
+            tokens[target] = np.mean([x[i] for i in [target, *own]], axis=0)
+        else:
+            tokens[target] = x[target] + (np.mean([x[i] for i in own], axis=0) if own else 0)
+    places = sorted(tokens)
+    return places, np.stack([tokens[i] for i in places])
+
+
 def drawn(tokens: int, seed: int, width: int = 16) -> Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
 
@@ -101,6 +122,49 @@ def test_methods_of_images_follow_their_steps(seed: int, k: int) -> None:
     assert methods.dart(x, k, text).tolist() == slow_dart(slow, k, words)
     if k < 10:  # later ones have determinants that are too small for the slow way
         assert methods.cdpruner(x, k, text).tolist() == slow_cdpruner(slow, k, words)
+
+
+@pytest.mark.parametrize(("seed", "k"), [*itertools.product(range(4), (1, 2, 9, 13, 19, 23, 24))])
+@pytest.mark.parametrize("merge", ["sum", "mean"])
+def test_visionzip_follows_its_steps(seed: int, k: int, merge: str) -> None:
+    x, attention, keys = drawn(24, seed), drawn(24, seed + 10, 1).squeeze(1).exp(), drawn(24, seed + 20, 8)
+    attention[3] = attention[20]  # the first of equal ones
+    places, tokens = slow_visionzip(*(a.double().numpy() for a in (x,)), k, attention.numpy(), keys.numpy(), merge)
+    index, weights = methods.visionzip(x, k, attention, keys, merge=merge)
+    assert index.tolist() == places and weights.shape == (k, 24)
+    np.testing.assert_allclose((weights @ x).numpy(), tokens, atol=1e-5)
+    if merge == "mean":
+        np.testing.assert_allclose(weights.sum(dim=1).numpy(), 1, atol=1e-6)
+    alone = weights[(weights != 0).sum(dim=1) == 1]
+    assert len(alone) >= round(k * 27 / 32) and ((alone == 1) | (alone == 0)).all()
+
+
+def test_visionzip_with_only_one_kind_of_tokens() -> None:
+    x, attention, keys = drawn(12, 0), drawn(12, 1)[:, 0], drawn(12, 2)
+    most = attention.topk(4).indices.sort().values
+    index, weights = methods.visionzip(x, 4, attention, keys, dominant=1.0)
+    assert index.equal(most) and (weights @ x).equal(x[most])
+    index, weights = methods.visionzip(x, 4, attention, keys, dominant=0.0, merge="mean")
+    # every token is in one of the four
+    assert ((weights > 0).sum(dim=0) == 1).all() and (weights[range(4), index] > 0).all()
+    for text in ("visionzip(dominant=1.5)", "visionzip(dominant=-0.1)", "visionzip(merge='max')"):
+        with pytest.raises(ConfigError, match=r"visionzip: (dominant|merge) is"):
+            methods.find(text)
+
+
+def test_fastv_keeps_what_is_attended_to() -> None:
+    attention = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.05, 0.2])
+    for k in range(1, 7):
+        expected = sorted(sorted(range(6), key=lambda i: (-attention[i], i))[:k])
+        assert methods.fastv(attention, k).tolist() == expected
+    with pytest.raises(ConfigError, match="fastv: layer is 0; it takes at least 1"):
+        methods.find("fastv(layer=0)")
+
+
+def test_tome_keeps_one_of_each_group() -> None:
+    """Whose place it is says the tower."""
+    targets = torch.tensor([5, 1, 1, 5, 6, 5, 6, 7])
+    assert methods.tome(targets).tolist() == sorted(set(targets.tolist())) == [1, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("seed", "k"), [*itertools.product(range(4), (4, 7, 12, 23))])
@@ -121,25 +185,29 @@ def test_the_baselines() -> None:
     assert counts.sum() == 2000 and (counts - 200).abs().max() < 60
 
 
+def places_of(chosen: Tensor | Merged) -> Tensor:
+    return chosen.kept if isinstance(chosen, Merged) else chosen
+
+
 @pytest.mark.parametrize("name", list_methods())
 @pytest.mark.parametrize("k", [1, 5, 12, 16])
 def test_every_method_returns_so_many_tokens_in_order(name: str, k: int) -> None:
     chooser = methods.find(name)
-    visual = Visual(drawn(16, 3), 4, drawn(5, 4))
-    chosen = chooser.choose(visual, k)
+    visual = Visual(drawn(16, 3), 4, drawn(5, 4), drawn(16, 5)[:, 0], drawn(16, 6), torch.arange(16) % k)
+    chosen = places_of(chooser.choose(visual, k))
     count = max(k, 4) if name == "evs" else k
     assert chosen.dtype == torch.int64 and chosen.shape == (count,)
     assert (chosen.diff() > 0).all() and chosen[0] >= 0 and chosen[-1] < 16
-    assert chooser.choose(visual, k).equal(chosen)
-    half = Visual(visual.features.bfloat16(), visual.frames, visual.text)
-    assert chooser.choose(half, k).shape == (count,)
+    assert places_of(chooser.choose(visual, k)).equal(chosen)
+    half = replace(visual, features=visual.features.bfloat16())
+    assert places_of(chooser.choose(half, k)).shape == (count,)
 
 
 @pytest.mark.parametrize("name", list_methods())
 def test_equal_tokens_are_no_trouble(name: str) -> None:
     """A white image: every token is the same, and every similarity a tie."""
-    visual = Visual(torch.ones(16, 8), 4, torch.ones(3, 8))
-    assert len(methods.find(name).choose(visual, 6).unique()) == 6
+    visual = Visual(torch.ones(16, 8), 4, torch.ones(3, 8), torch.ones(16), torch.ones(16, 8), torch.arange(16) % 6)
+    assert len(places_of(methods.find(name).choose(visual, 6)).unique()) == 6
 
 
 def test_methods_say_what_they_miss() -> None:
@@ -148,6 +216,12 @@ def test_methods_say_what_they_miss() -> None:
     for name in ("evs", "vidcom2"):
         with pytest.raises(UnsupportedError, match=rf"{name} compares .*, and 4 tokens are not 3 equal frames"):
             methods.find(name).choose(Visual(drawn(4, 0), frames=3), 2)
+    with pytest.raises(UnsupportedError, match=r"visionzip chooses by the attention .* Visual\(features, attention="):
+        methods.find("visionzip").choose(Visual(drawn(4, 0)), 2)
+    with pytest.raises(UnsupportedError, match=r"fastv chooses by the attention inside .* method='fastv'"):
+        methods.find("fastv").choose(Visual(drawn(4, 0)), 2)
+    with pytest.raises(UnsupportedError, match=r"tome keeps what the vision tower merged, and it merged nothing. Use"):
+        methods.find("tome").choose(Visual(drawn(4, 0)), 2)
 
 
 def test_methods_are_values() -> None:

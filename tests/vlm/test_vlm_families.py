@@ -24,10 +24,13 @@ def generate(model: Any, inputs: dict[str, Any], new: int = 16, **options: Any) 
     return out
 
 
-def by_hand(model: Any, inputs: dict[str, Any], places: Tensor, new: int = 0) -> list[tuple[Tensor, list[int]]]:
+def by_hand(
+    model: Any, inputs: dict[str, Any], places: Tensor, new: int = 0, mix: Tensor | None = None
+) -> list[tuple[Tensor, list[int]]]:
     """For each row alone: the logits `[m, V]` of the tokens at these places, and the next greedy tokens.
 
-    The embeddings are those that the plain model hands to its language model, where columns are cut out.
+    The embeddings are those that the plain model hands to its language model, where columns are cut out. A `mix`
+    `[B, L, L]` says of which tokens each one is the sum before.
     """
     base, seen = model.base_model, {}
     language = getattr(base, "language_model", None) or base.text_model
@@ -35,10 +38,12 @@ def by_hand(model: Any, inputs: dict[str, Any], places: Tensor, new: int = 0) ->
     model(**inputs)
     hook.remove()
     mask = inputs["attention_mask"]
+    mixed = (lambda x: x) if mix is None else (lambda x: mix @ x)
+    whole = mixed(seen["inputs_embeds"])
     found = []
     for row in range(len(mask)):
         columns = places[row][places[row] >= 0]
-        embeds = seen["inputs_embeds"][row : row + 1, columns]
+        embeds = whole[row : row + 1, columns]
         positions = seen["position_ids"]
         if positions is not None and positions.dim() == 3:
             positions = positions[-3:, row : row + 1, columns]
@@ -53,6 +58,7 @@ def by_hand(model: Any, inputs: dict[str, Any], places: Tensor, new: int = 0) ->
             planes = [torch.zeros_like(seen["inputs_embeds"]) for _ in seen["deepstack_visual_embeds"]]
             for plane, values in zip(planes, seen["deepstack_visual_embeds"], strict=True):
                 plane[is_visual] = values
+            planes = [mixed(plane) for plane in planes]
             more["visual_pos_masks"] = is_visual[row : row + 1, columns]
             more["deepstack_visual_embeds"] = [plane[row, columns][more["visual_pos_masks"][0]] for plane in planes]
         tokens: list[int] = []

@@ -25,7 +25,8 @@ from tokenmerge.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
-from tokenmerge.vlm import compact, patch
+from tokenmerge.vlm import Chooser, compact, patch
+from tokenmerge.vlm.methods import Merged
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -172,6 +173,31 @@ def test_a_cache_of_ones_own_is_remembered_and_takes_no_new_images(tiny: Any) ->
         logits = model(**given).logits[:, -1]
         assert logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf).argmax(-1).equal(expected[:, 1])
         assert handle.visual_tokens
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv(layer=1)"])
+@torch.no_grad()
+def test_caches_that_are_copied_emptied_or_repeated(method: str) -> None:
+    """A copy goes on like the cache itself, and an emptied one has forgotten its prompt."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1, 2]))
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    turn = {"input_ids": torch.tensor([[7, 8], [9, 5]]), "attention_mask": mask}
+    words = {"input_ids": torch.arange(5, 65).view(2, 30)}
+    with patch(model, 0.5, method=method):
+        cache = model(**inputs, use_cache=True).cache
+        copied, repeated, emptied = (copy.deepcopy(cache) for _ in range(3))
+        expected = model(**turn, cache=cache).logits
+        assert model(**turn, cache=copied).logits.equal(expected)
+        repeated.batch_repeat_interleave(2)
+        with pytest.raises(UnsupportedError, match="the cache begins with 2 shortened prompts, and 4 rows go on"):
+            model(**{name: x.repeat_interleave(2, dim=0) for name, x in turn.items()}, cache=repeated)
+        for layer in emptied.layers:
+            layer.crop(-layer.get_seq_length())
+        plain = model(**words, use_cache=True).cache
+        model(**words, cache=emptied)
+        for _ in range(2):
+            logits = model(input_ids=turn["input_ids"], cache=emptied).logits
+            assert logits.equal(model(input_ids=turn["input_ids"], cache=plain).logits)
 
 
 @torch.no_grad()
@@ -404,11 +430,19 @@ def test_patching_twice_and_unknown_methods() -> None:
 @torch.no_grad()
 def test_a_call_in_which_nothing_was_left_out_says_so() -> None:
     model, inputs = LLAVA.make(), LLAVA.prompts([1])
-    with patch(model, 0.5, method="evs") as handle, warnings.catch_warnings(record=True) as seen:
+    for method in ("evs", "fastv(layer=1)"):
+        _says_so(model, inputs, method)
+
+
+def _says_so(model: Any, inputs: dict[str, Any], method: str) -> None:
+    keep = 0.5 if method == "evs" else 0.99
+    with patch(model, keep, method=method) as handle, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         model(**inputs)
         assert handle.visual_tokens == [(16, 16)]
-        assert any("nothing was left out: evs kept all tokens" in str(warning.message) for warning in seen)
+        assert any(
+            f"nothing was left out: {handle.method.name} kept all tokens" in str(warning.message) for warning in seen
+        )
         assert "nothing was left out" in str(handle.report())
 
 
@@ -425,6 +459,56 @@ def test_compacting_changes_neither_the_model_nor_the_inputs(tiny: Any) -> None:
     with patch(model, 0.5):
         expected = generate(model, inputs, new=4)[:, -4:]
     assert generate(model, short, new=4)[:, -4:].equal(expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "returned NoneType"),
+        (torch.arange(16) < 8, r"returned torch.bool \[16\]"),
+        (torch.arange(0), r"returned \[\]"),
+        (torch.tensor([1, 1, 2]), r"returned \[1, 1, 2\]"),
+        (torch.tensor([2, 1]), r"returned \[2, 1\]"),
+        (torch.tensor([-1, 3]), r"returned \[-1, 3\]"),
+        (torch.tensor([3, 16]), r"returned \[3, 16\]"),
+        (Merged(torch.tensor([3, 5]), torch.ones(2, 3)), r"returned weights \[2, 3\] for 2 of 16 tokens"),
+    ],
+    ids=range(8),
+)
+@torch.no_grad()
+def test_a_method_of_ones_own_that_returns_something_else(found: Any, message: str, layer: int) -> None:
+    class Own(Chooser):
+        name = "own"
+        inside = layer
+
+        def choose(self, visual: Any, k: int) -> Any:
+            return found
+
+    model, inputs = LLAVA.make(), LLAVA.prompts([1])
+    with patch(model, 0.5, method=Own()), pytest.raises(DataError, match=f"own was to choose 8 of 16 .* {message}"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv(layer=1)"])
+@torch.no_grad()
+def test_logits_at_places_are_refused(method: str) -> None:
+    """The places are those of the whole prompt, and others come out."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1, 2]))
+    with patch(model, 0.5, method=method):
+        whole = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=3).logits, whole[:, -3:])
+        with pytest.raises(UnsupportedError, match="logits_to_keep names places in the prompt, which is shortened"):
+            model(**inputs, logits_to_keep=torch.tensor([10]))
+
+
+@pytest.mark.parametrize("method", ["divprune", "visionzip"])
+def test_generating_keeps_no_graph_of_the_tower(method: str) -> None:
+    """Also for an assistant, which gets a copy of the encoded images: a tensor with a graph cannot be copied."""
+    model, inputs = LLAVA.make(torch.float64), doubled(LLAVA.prompts([1]))
+    with patch(model, 0.5, method=method):
+        expected = generate(model, inputs, new=6)
+        assert generate(model, inputs, new=6, assistant_model=copy.deepcopy(model)).equal(expected)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,54 @@ from torch import Tensor
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.vlm.inputs import Compacted
 
-__all__ = ["appended", "cache_of", "cached_length", "decoding", "limits_of", "whole_prompt"]
+__all__ = ["Noted", "appended", "cached_length", "decoding", "limits_of", "note", "noted", "tokens_of", "whole_prompt"]
 
 _CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
+_NOTE = "_tokenmerge_prompt"  # an attribute of caches, which their copies take along
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The shortened prompt that a cache begins with."""
+
+    ids: Tensor  # [B, L], of the whole prompt
+    record: Compacted
+    layers: int  # after how many layers of the language model it was shortened
+
+
+def note(prompt: Noted | None, *holders: Any) -> None:
+    """Note the prompt of the caches in the arguments or the answer of a call; None: it was not shortened."""
+    for cache in map(cache_of, holders):
+        if cache is not None and prompt is not getattr(cache, _NOTE, None):
+            setattr(cache, _NOTE, prompt)
+
+
+def noted(given: Mapping[str, Any], layers: int = 0) -> Noted | None:
+    """Return the shortened prompt that the cache of a call begins with; None: there is none.
+
+    Raises `UnsupportedError` if the call cannot go on after it.
+    """
+    prompt: Noted | None = getattr(cache_of(given), _NOTE, None)
+    if prompt is None:
+        return None
+    if prompt.layers != layers:
+        raise UnsupportedError(
+            f"the cache holds a prompt that was shortened after {prompt.layers} layers of the language model, and the "
+            f"method shortens it after {layers}. Go on with the method that the cache was made with, or start again."
+        )
+    tokens = tokens_of(given)
+    if tokens is not None and tokens.shape[0] != prompt.ids.shape[0]:
+        raise UnsupportedError(
+            f"the cache begins with {prompt.ids.shape[0]} shortened prompts, and {tokens.shape[0]} rows go on after "
+            "them. Give one row for each, or start again with as many prompts."
+        )
+    return prompt
+
+
+def tokens_of(given: Mapping[str, Any]) -> Tensor | None:
+    """Return the ids or else the embeddings of a call."""
+    ids: Tensor | None = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
 
 
 def cached_length(given: dict[str, Any]) -> int:
@@ -64,12 +110,12 @@ def appended(given: dict[str, Any], last: Compacted) -> dict[str, Any]:
     return short
 
 
-def decoding(prompt: tuple[Tensor, Compacted] | None, given: dict[str, Any]) -> dict[str, Any]:
+def decoding(prompt: Noted | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return a call that goes on after a shortened prompt, with a mask and positions of the shortened one's length."""
-    _, last = prompt or (None, None)
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if last is None or ids is None:
+    if prompt is None or ids is None:
         return given
+    last = prompt.record
     after = cached_length(given) - last.prompt.places.shape[1]  # tokens in the cache behind the prompt
     short = dict(given)
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + after + ids.shape[1]:

@@ -12,8 +12,9 @@ import torch
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import is_dir
 from tokenmerge.schedule import R
-from tokenmerge.vlm.handle import PARTS, VLMHandle, patch
+from tokenmerge.vlm.handle import VLMHandle, patch
 from tokenmerge.vlm.methods import Chooser
+from tokenmerge.vlm.report import PARTS
 
 __all__ = ["ask", "load_vlm", "prepare"]
 

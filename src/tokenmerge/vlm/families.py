@@ -26,6 +26,7 @@ class Family:
     has_videos: bool = False  # whether its videos are shortened too
     has_places: bool = False  # whether its language model gives tokens positions on the image's grid (M-RoPE)
     newline: bool = False  # whether features hold `image_newline` at the end of each row
+    has_units: bool = False  # whether a visual token is made of several of the tower's
     crop: Callable[[Any], int] | None = None  # tokens per crop, where the features of a prompt are one tensor
 
 
@@ -39,19 +40,19 @@ FAMILIES = {
         Family("llava"),
         Family("llava_next", newline=True),
         Family("llava_onevision", has_videos=True, newline=True),
-        Family("qwen2_vl", has_videos=True, has_places=True),
-        Family("qwen2_5_vl", has_videos=True, has_places=True),
-        Family("qwen3_vl", has_videos=True, has_places=True),
-        Family("glm4v", has_places=True),
-        Family("internvl"),
-        Family("idefics3", crop=_crop),
-        Family("smolvlm", crop=_crop),
+        Family("qwen2_vl", has_videos=True, has_places=True, has_units=True),
+        Family("qwen2_5_vl", has_videos=True, has_places=True, has_units=True),
+        Family("qwen3_vl", has_videos=True, has_places=True, has_units=True),
+        Family("glm4v", has_places=True, has_units=True),
+        Family("internvl", has_units=True),
+        Family("idefics3", has_units=True, crop=_crop),
+        Family("smolvlm", has_units=True, crop=_crop),
         Family("paligemma"),
-        Family("gemma3"),
-        Family("mistral3"),
+        Family("gemma3", has_units=True),
+        Family("mistral3", has_units=True),
         Family("ovis2"),
-        Family("aya_vision"),
-        Family("cohere2_vision"),
+        Family("aya_vision", has_units=True),
+        Family("cohere2_vision", has_units=True),
     )
 }
 _REFUSED = {

@@ -8,10 +8,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +18,26 @@ import tokenmerge
 from tokenmerge import Handle
 from tokenmerge._intercept.bindings import bind, is_bound, undo
 from tokenmerge._intercept.override import Binding, Override
-from tokenmerge.errors import AlreadyPatchedError, DataError, NotPatchedError, NotTrackedError, UnsupportedError
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    DataError,
+    NotPatchedError,
+    NotTrackedError,
+    UnsupportedError,
+)
 from tokenmerge.schedule import R
-from tokenmerge.vlm.after import appended, cache_of, cached_length, decoding, limits_of, whole_prompt
+from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limits_of, note, noted, whole_prompt
 from tokenmerge.vlm.encode import PIXELS
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
+from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
+from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
+from tokenmerge.vlm.report import PARTS, VLMReport
+from tokenmerge.vlm.tower import check_tower
 
 __all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
-
-PARTS = ("tower", "choose", "prefill", "decode")  # of a call, as they are timed
-
-
-@dataclass(frozen=True)
-class VLMReport:
-    """What the handle did in the last call. Prints itself."""
-
-    family: str
-    method: str
-    keep: float | int
-    positions: str
-    tokens: list[tuple[int, int]]  # visual tokens before and after, per image, crop or video
-    remarks: list[str] = field(default_factory=list)
-    tower: Any = None  # the report of merging inside the tower
-    seconds: dict[str, float] | None = None  # tower, choose, prefill, decode
-
-    def __str__(self) -> str:
-        before, after = (sum(pair[side] for pair in self.tokens) for side in (0, 1))
-        lines = [
-            f"{self.family}: {self.method}, keep {self.keep}, positions {self.positions}",
-            f"visual tokens of the last call: {before} -> {after}, in {len(self.tokens)} images, crops or videos"
-            if self.tokens
-            else "visual tokens of the last call: none",
-        ]
-        if self.seconds is not None:
-            lines.append(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in self.seconds.items()))
-        lines += self.remarks
-        return "\n".join(lines + ([] if self.tower is None else [f"in the tower: {self.tower}"]))
 
 
 def patch(
@@ -77,12 +57,14 @@ def patch(
         model: a vision-language model of transformers, see `list_families`.
         keep: a share of the visual tokens in (0, 1], or how many of each image, a whole number.
         method: how they are chosen: a name of `list_methods`, or a `Chooser`.
-        r: tokens that each block of the vision tower merges, in any form that `tokenmerge.patch` takes.
+        r: tokens that each block of the vision tower merges, in any form that `tokenmerge.patch` takes; with "tome" it
+            follows from `keep`.
         positions: "keep" leaves every token its position in the whole prompt, "compact" numbers them anew. Default:
-            "keep" for models that give tokens positions on the image (M-RoPE), "compact" for others.
+            "keep" for models that give tokens positions on the image (M-RoPE) and with "fastv", "compact" for others.
 
     Raises `UnsupportedModelError` for other models, `AlreadyPatchedError` for a patched one, `ConfigError` for a wrong
-    `keep`, and the errors of `tokenmerge.patch` for `r`.
+    `keep` or options that exclude each other, `UnsupportedError` for a method that this model cannot have, and the
+    errors of `tokenmerge.patch` for `r`.
     """
     return VLMHandle(model, keep, find(method), r, positions)
 
@@ -95,12 +77,20 @@ class VLMHandle:
         check_keep(keep)
         if is_bound(model) or tokenmerge.handle_of(model, None) is not None:
             raise AlreadyPatchedError("the model is patched already. Call remove() of its handle first.")
-        self.model, self._method, self._keep = model, method, keep
+        self.model, self._keep, self._method = model, keep, method
         self._positions = check_positions(positions, self._family)
-        self.tower: Handle | None = tokenmerge.patch(model, r=r, restore="dense") if _merges(r) else None
+        if method.inside:
+            check_free(self._base)
+            check_inside(self._base, method, keep, positions)
+            self._positions = "keep"
+        check_tower(method, self._base, _merges(r))
+        self.tower: Handle | None = None
+        if method.merges_tower:
+            self.tower = merge_tower(model, self._base, self._family, keep, method.name)
+        elif _merges(r):
+            self.tower = tokenmerge.patch(model, r=r, restore="dense")
+        self._language = Inside(self._base, method) if method.inside else None
         self._last: Compacted | None = None
-        # the prompt that each cache begins with: its ids as they were given, and what was left of it
-        self._prompts: WeakKeyDictionary[Any, tuple[Tensor, Compacted]] = WeakKeyDictionary()
         self._remarks: list[str] = []
         self.timed = False  # whether calls are timed, for `report(time=True)`: set it at any time
         self._seconds = dict.fromkeys(PARTS, 0.0)
@@ -114,11 +104,11 @@ class VLMHandle:
                 bind(Binding(self._base, name, _Tower(self._base, self, name)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the model takes along: no threads, and no caches."""
-        return {name: value for name, value in vars(self).items() if name not in ("_local", "_prompts")}
+        """Return what a copy of the model takes along: no threads."""
+        return {name: value for name, value in vars(self).items() if name != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _local=threading.local(), _prompts=WeakKeyDictionary())
+        vars(self).update(state, _local=threading.local())
 
     def __enter__(self) -> VLMHandle:
         return self
@@ -135,16 +125,28 @@ class VLMHandle:
     @keep.setter
     def keep(self, value: float | int) -> None:
         check_keep(value)
+        if self.tower is not None and self._method.merges_tower:
+            set_keep(self.tower, self._base, self._family, value, self._method.name)
+        if self._method.inside:
+            check_inside(self._base, self._method, value)
         self._keep = value
 
     @property
     def method(self) -> Chooser:
-        """How tokens are chosen. Set it at any time, also to a name."""
+        """How tokens are chosen. Set it at any time, also to a name; `tome` and `fastv` only when patching."""
         return self._method
 
     @method.setter
     def method(self, value: str | Chooser) -> None:
-        self._method = find(value)
+        method = find(value)
+        if (method.merges_tower, method.inside) != (self._method.merges_tower, self._method.inside):
+            raise ConfigError(
+                f"{self._method} cannot become {method}: where in the model a method works is set when patching. Call "
+                "remove(), and patch the model with the other."
+            )
+        if not method.merges_tower:
+            check_tower(method, self._base, self.tower is not None)
+        self._method = method
 
     @property
     def positions(self) -> str:
@@ -153,14 +155,18 @@ class VLMHandle:
 
     @property
     def visual_tokens(self) -> list[tuple[int, int]]:
-        """Visual tokens before and after, of each image or crop, then of each video, of the last call with images."""
+        """Visual tokens before and after, of each image or crop, then of each video, of the last call with images.
+
+        With `fastv` of each row of the prompt, in the first layers and in the later ones.
+        """
         return self._seen().tokens
 
     @property
     def kept(self) -> list[Tensor]:
-        """The tokens that were kept, of each image or crop, then of each video, of the last call with images.
+        """The tokens that were kept in the last call with images, of each image or crop, then of each video.
 
-        Places `[k, 3]` on its grid (frame, row, column) where the tokens form one, else their indices `[k]`.
+        Places `[k, 3]` on its grid (frame, row, column) where the tokens form one, else their indices `[k]`. With
+        `fastv` of each row of the prompt, indices among its visual tokens.
         """
         return self._seen().kept
 
@@ -191,7 +197,7 @@ class VLMHandle:
         """Restore the model, bit for bit; raises `NotPatchedError` the second time."""
         if self._is_removed:
             raise NotPatchedError("this handle was removed before.")
-        undo({self.model, self._base})
+        undo({self.model, self._base, *(() if self._language is None else self._language.modules)})
         if self.tower is not None:
             self.tower.remove()
         self._is_removed = True
@@ -207,20 +213,42 @@ class VLMHandle:
 
     def shortened(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with fewer visual tokens, or the same ones where there is nothing to do."""
-        self._remarks.clear()
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._begin(given)
         if self._is_whole:
             self._last = None
             return given
         if all(given.get(name) is None for name in PIXELS.values()):
             return self._continued(given)
         with self._timed("choose"):
-            found = compacted(self._base, self._family, given, self._keep, self.method, self.positions)
-        self._last = found.without_features()
-        if all(before == after for before, after in found.tokens):
-            self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
-            warnings.warn(f"{self._remarks[-1]}.", stacklevel=4)
+            found = compacted(self._base, self._family, given, self._keep, self.method, self.positions, self.tower)
+        self._keep_record(found.without_features())
         return found.inputs
+
+    def _begin(self, given: dict[str, Any]) -> None:
+        if not cached_length(given):
+            note(None, given)  # what the cache held before was taken out of it
+        self._remarks.clear()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+
+    def _keep_record(self, record: Compacted) -> None:
+        self._last = record
+        if all(before == after for before, after in record.tokens):
+            self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
+            warnings.warn(f"{self._remarks[-1]}.", stacklevel=5)
+
+    def _run_inside(self, original: Any, given: dict[str, Any]) -> Any:
+        """Call a model that leaves tokens out inside its language model."""
+        assert self._language is not None
+        goes_on = cached_length(given) > 0
+        if not self._is_inside:
+            self._begin(given)
+        with self._timed("decode" if goes_on else "prefill"):
+            out, record = self._language.run(original, given, self.method, float(self._keep), self._is_inside)
+        if record is not None:
+            self._keep_record(record)
+        elif not goes_on:
+            self._last = None
+        return out
 
     def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Shorten a prompt that goes on after the last one, whose images are in the cache."""
@@ -230,13 +258,13 @@ class VLMHandle:
         if ids is None or given.get("mm_encoder_outputs") or not any(places):
             self._last = None
             return given
-        whole, last = self.prompt_of(given) or (None, None)
-        if last is None or not ids[:, : last.prompt.length].equal(whole):
+        last = noted(given)
+        if last is None or not ids[:, : last.ids.shape[1]].equal(last.ids):
             raise DataError(
                 "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
                 "them, or go on with the cache of a call whose prompt this one starts with."
             )
-        return appended(given, last)
+        return appended(given, last.record)
 
     def continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the model itself that goes on with a cache."""
@@ -245,18 +273,12 @@ class VLMHandle:
                 "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
                 "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
             )
-        return decoding(self.prompt_of(given), given)
-
-    def prompt_of(self, given: Any) -> tuple[Tensor, Compacted] | None:
-        """Return the prompt that the cache of a call begins with, if it was shortened."""
-        cache = cache_of(given)
-        return None if cache is None else self._prompts.get(cache)
+        return decoding(noted(given), given)
 
     def remember(self, whole: Tensor, *holders: Any) -> None:
         """Note the prompt of the last call for the caches in its arguments and its answer."""
-        for cache in map(cache_of, holders):
-            if cache is not None and self._last is not None:
-                self._prompts[cache] = whole, self._last
+        if self._last is not None:
+            note(Noted(whole, self._last, layers=0), *holders)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -307,6 +329,8 @@ class _Forward(_Call):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handle = self.handle
+        if handle._language is not None:
+            return handle._run_inside(self.original, self.by_name(args, kwargs))
         if handle._is_inside and not handle.timed:
             return self.original(*args, **kwargs)
         given = short = self.by_name(args, kwargs)
@@ -332,11 +356,18 @@ class _Generate(_Call):
     """The model's generate: shortens the prompt, and puts the whole one in front of what comes back."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.handle._language is not None:
+            given = self.by_name(args, kwargs)
+            self.handle._begin(given)
+            check_generate(self.owner, given, self.handle.method)
+            with self.handle._inside():
+                return self.original(*args, **kwargs)
         given = self.by_name(args, kwargs)
         inputs = given.pop("inputs", None)
         if inputs is not None:
             given.setdefault("input_ids", inputs)
-        short = self.handle.shortened(given)
+        with torch.no_grad():  # as generate itself
+            short = self.handle.shortened(given)
         if short is given:
             with self.handle._inside():
                 return self.original(**given)

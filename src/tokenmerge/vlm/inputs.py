@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
-from tokenmerge.vlm.encode import PIXELS, Encoded, Entry, encode
+from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode
 from tokenmerge.vlm.families import Family, find_family
 from tokenmerge.vlm.methods import Chooser, Visual, find
+from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
 
-__all__ = ["Compacted", "check_keep", "check_positions", "compact", "compacted"]
+__all__ = ["Compacted", "check_keep", "check_positions", "checked", "compact", "compacted"]
 
 POSITIONS = ("keep", "compact")
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "labels")
@@ -61,7 +63,13 @@ def compact(
     family, base = find_family(model)
     check_keep(keep)
     positions = check_positions(positions, family)
-    return compacted(base, family, inputs, keep, find(method), positions).inputs
+    chooser = find(method)
+    if chooser.inside:
+        raise UnsupportedError(
+            f"{chooser.name} leaves tokens out inside the language model, and shorter inputs know nothing of that. Use "
+            f"tokenmerge.vlm.patch(model, keep, method={chooser.name!r})."
+        )
+    return compacted(base, family, inputs, keep, chooser, positions).inputs
 
 
 def check_keep(keep: Any) -> None:
@@ -90,10 +98,16 @@ def check_positions(positions: str | None, family: Family) -> str:
 
 
 def compacted(
-    base: Any, family: Family, inputs: Mapping[str, Any], keep: float | int, method: Chooser, positions: str
+    base: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    keep: float | int,
+    method: Chooser,
+    positions: str,
+    tower: Handle | None = None,
 ) -> Compacted:
-    """Return what `compact` does, with a record of it."""
-    ids, mask = _checked(base, inputs)
+    """Return what `compact` does, with a record of it; `tower` is the handle of merging inside the vision tower."""
+    ids, mask = checked(inputs)
     special = {kind: int(getattr(base.config, f"{kind}_token_id")) for kind in PIXELS if _has(base, kind)}
     given = [kind for kind in PIXELS if inputs.get(PIXELS[kind]) is not None]
     if "video" in given and not family.has_videos:
@@ -103,16 +117,16 @@ def compacted(
     is_kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     words = _words(base, ids, mask, special)
     outputs: dict[str, Any] = {}
-    records: list[tuple[Entry, Tensor]] = []
+    records: list[tuple[Entry, Tensor]] = []  # what stays of each
     for kind in given:
-        found = encode(base, family, kind, inputs)
+        found = encode(base, family, kind, inputs, method, tower)
         is_place = ids == special[kind]
         owners = _owners(kind, is_place, found)
         chosen = [
             _choose(entry, keep, method, words[owner]) for entry, owner in zip(found.entries, owners, strict=True)
         ]
         outputs[kind] = found.take(chosen)
-        own = list(zip(found.entries, chosen, strict=True))
+        own = [(entry, stays.index) for entry, stays in zip(found.entries, chosen, strict=True)]
         stays = torch.cat([_flags(entry.features.shape[0], index) for entry, index in own])
         is_kept[is_place] &= stays.to(is_kept.device)
         records += own
@@ -132,8 +146,8 @@ def _has(base: Any, kind: str) -> bool:
     return hasattr(base, f"get_{kind}_features") and getattr(base.config, f"{kind}_token_id", None) is not None
 
 
-def _checked(base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return `input_ids` and the mask; raises an error for inputs that cannot be shortened."""
+def checked(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return `input_ids` and the mask of a prompt with images; raises an error for one that cannot be shortened."""
     if inputs.get("inputs_embeds") is not None:
         raise UnsupportedError(
             "inputs_embeds are given: which of them are visual is not known. Give input_ids, or shorten the embeddings "
@@ -142,7 +156,7 @@ def _checked(base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | Non
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise DataError("there are images and no input_ids. Give what the model's processor returns for both.")
-    if inputs.get("mm_encoder_outputs"):
+    if inputs.get("mm_encoder_outputs") and any(inputs.get(name) is not None for name in PIXELS.values()):
         raise UnsupportedError(
             "images that are encoded already (mm_encoder_outputs) are given with pixels. Give one of them."
         )
@@ -153,6 +167,11 @@ def _checked(base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | Non
     if mask is not None and mask.shape != ids.shape:
         raise DataError(
             f"the attention mask is {tuple(mask.shape)}, the prompt {tuple(ids.shape)}: they must be equal."
+        )
+    if isinstance(inputs.get("logits_to_keep"), Tensor):
+        raise UnsupportedError(
+            "logits_to_keep names places in the prompt, which is shortened. Give how many of the last logits to keep, "
+            "a whole number, or choose from all of them by handle.places."
         )
     return ids, mask
 
@@ -187,18 +206,30 @@ def _words(base: Any, ids: Tensor, mask: Tensor | None, special: Mapping[str, in
         return [embed(row) for row in texts(ids, mask, special)]
 
 
-def _choose(entry: Entry, keep: float | int, method: Chooser, text: Tensor) -> Tensor:
-    """Return the indices of the tokens of an entry that stay, in order."""
+def _choose(entry: Entry, keep: float | int, method: Chooser, text: Tensor) -> Chosen:
+    """Return the tokens of an entry that stay."""
     free = (~entry.is_fixed).nonzero().squeeze(1)
     total = free.shape[0]
     if isinstance(keep, Integral) and keep > total:
         raise DataError(f"keep is {keep}, and an image has {total} tokens. Give a smaller number, or a share.")
     k = int(keep) if isinstance(keep, Integral) else max(1, round(float(keep) * total))
     if k == total:
-        return torch.arange(entry.features.shape[0], device=entry.features.device)
-    with torch.no_grad():
-        chosen = free[method.choose(Visual(entry.features[free], entry.frames, text), k)]
-    return torch.cat((chosen, entry.is_fixed.nonzero().squeeze(1))).sort().values
+        return Chosen(torch.arange(entry.features.shape[0], device=entry.features.device))
+    attention, keys, targets = (
+        None if values is None else values[free] for values in (entry.attention, entry.keys, entry.targets)
+    )
+    if targets is not None:  # none of them is fixed
+        targets = torch.searchsorted(free, targets)
+    visual = Visual(entry.features[free], entry.frames, text, attention, keys, targets)
+    index, weights = chosen_by(method, visual, k)
+    fixed = entry.is_fixed.nonzero().squeeze(1)
+    places, order = torch.cat((free[index], fixed)).sort()
+    if weights is None:
+        return Chosen(places)
+    whole = weights.new_zeros(places.shape[0], entry.features.shape[0])
+    whole[: index.shape[0], free] = weights
+    whole[torch.arange(index.shape[0], places.shape[0], device=places.device), fixed] = 1
+    return Chosen(places, whole[order])
 
 
 def _places(entry: Entry, index: Tensor) -> Tensor:

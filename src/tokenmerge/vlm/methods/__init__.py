@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from tokenmerge.errors import ConfigError, unknown_name
 from tokenmerge.fields import check_options, read_call
-from tokenmerge.vlm.methods.base import Chooser, Visual
+from tokenmerge.vlm.methods.base import Chooser, Merged, Visual
 from tokenmerge.vlm.methods.cdpruner import CDPruner, cdpruner
 from tokenmerge.vlm.methods.dart import Dart, dart
 from tokenmerge.vlm.methods.divprune import DivPrune, divprune
 from tokenmerge.vlm.methods.evs import EVS, evs
+from tokenmerge.vlm.methods.fastv import FastV, fastv
 from tokenmerge.vlm.methods.random import Random, random
+from tokenmerge.vlm.methods.tome import ToMe, tome
 from tokenmerge.vlm.methods.uniform import Uniform, uniform
 from tokenmerge.vlm.methods.vidcom2 import VidCom2, vidcom2
+from tokenmerge.vlm.methods.visionzip import VisionZip, visionzip
 
 __all__ = [
     "METHODS",
@@ -23,22 +26,29 @@ __all__ = [
     "Dart",
     "DivPrune",
     "EVS",
+    "FastV",
+    "Merged",
     "Random",
+    "ToMe",
     "Uniform",
     "VidCom2",
+    "VisionZip",
     "Visual",
     "cdpruner",
     "dart",
     "divprune",
     "evs",
+    "fastv",
     "find",
     "list_methods",
     "random",
+    "tome",
     "uniform",
     "vidcom2",
+    "visionzip",
 ]
 
-METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2)
+METHODS: tuple[type[Chooser], ...] = (Random, Uniform, DivPrune, CDPruner, Dart, EVS, VidCom2, VisionZip, ToMe, FastV)
 
 
 def list_methods() -> list[str]:
