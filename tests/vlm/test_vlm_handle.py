@@ -447,6 +447,17 @@ def _says_so(model: Any, inputs: dict[str, Any], method: str) -> None:
 
 
 @torch.no_grad()
+def test_images_that_were_encoded_before_are_left_as_they_are_and_it_is_said(tiny: Any) -> None:
+    model, inputs = tiny.make(), tiny.prompts([1])
+    short = compact(model, inputs, keep=0.5)
+    expected = model(**short).logits
+    with patch(model, 0.25) as handle:
+        with pytest.warns(UserWarning, match="the images of this call were encoded before"):
+            assert model(**short).logits.equal(expected)
+        assert "encoded before (mm_encoder_outputs)" in str(handle.report())
+
+
+@torch.no_grad()
 def test_compacting_changes_neither_the_model_nor_the_inputs(tiny: Any) -> None:
     model, inputs = tiny.make(), tiny.prompts([1, 2])
     before = {name: x.clone() for name, x in inputs.items()}
