@@ -67,6 +67,24 @@ def test_fewer_tokens_of_videos_are_the_model_on_spliced_embeddings(family: str,
         assert tokens[row, length:].tolist() == new
 
 
+@torch.no_grad()
+def test_frames_are_merged_in_the_tower_as_images_are() -> None:
+    model, inputs = FAMILIES["llava_onevision"].make(torch.float64), prompt("llava_onevision")
+    frames = inputs["pixel_values_videos"].flatten(0, 1)
+    with patch(model, 1.0, r=2):
+        video = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        alone = [model.model.vision_tower(frame[None], output_hidden_states=True) for frame in frames]
+    layer, pooled = model.config.vision_feature_layer, []
+    for output in alone:
+        projected = model.model.multi_modal_projector(output.hidden_states[layer])
+        pooled.append(model.model.apply_pooling(projected))
+    without_newline = video[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(without_newline, torch.cat(pooled).flatten(0, 1), rtol=0, atol=1e-9)
+    with patch(model, 0.5, r=2) as handle:
+        assert generate(model, inputs, new=2).shape[1] == inputs["input_ids"].shape[1] + 2
+        assert len(handle.visual_tokens) == 3
+
+
 def _vidcom2() -> Any:
     from tokenmerge.vlm.methods import VidCom2
 

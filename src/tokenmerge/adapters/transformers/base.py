@@ -77,6 +77,7 @@ _UNCHANGED: dict[str, follow.Follow] = {
     "output_hidden_states": no_change,
     "use_cache": no_change,
     "num_items_in_batch": no_change,  # set by its Trainer, for the loss
+    "vision_aspect_ratio": no_change,  # LLaVA-OneVision's, handed down to the blocks of its tower, which ignore it
 }
 
 
