@@ -77,6 +77,10 @@ def patches() -> dict[str, Any]:
     return {"pixel_values": torch.randn(3, 16, 192).double(), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+def patch_pairs() -> dict[str, Any]:
+    return {**pairs(), **patches()}
+
+
 def logits(out: Any) -> Tensor:
     return out.logits
 
@@ -173,6 +177,10 @@ CASES = {
     "siglip2-classifier": Case(
         "Siglip2ForImageClassification", "Siglip2Config", {"vision_config": _SIGLIP2}, patches, logits
     ),
+    "siglip2": Case(
+        "Siglip2Model", "Siglip2Config", {**_towers(), "vision_config": _SIGLIP2}, patch_pairs, image_embeds
+    ),
+    "clipseg-model": Case("CLIPSegModel", "CLIPSegConfig", _towers(), pairs, image_embeds),
     "owlvit-vision": Case("OwlViTVisionModel", "OwlViTVisionConfig", VISION, images, pooled),
     "owlvit": Case("OwlViTModel", "OwlViTConfig", _towers(), pairs, image_embeds),
     "owlvit-detection": Case(
