@@ -47,6 +47,8 @@ _FAMILIES = (
     "transformers.plain.HFDinov2",
     "transformers.plain.HFInternVL",
     "transformers.plain.HFAimv2",
+    "transformers.packed.HFQwenVision",
+    "transformers.packed.HFPixtral",
     "transformers.timm_wrapper.HFTimm",
     "transformers.yolos.HFYolos",
     "torch_encoder.TorchEncoder",

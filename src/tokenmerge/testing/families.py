@@ -166,6 +166,8 @@ def layout(case: FamilyCase) -> None:
 
     def watched(x: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = x.detach() if said.batch_first else x.detach().transpose(0, 1)
+        if said.is_packed:
+            tokens = tokens.reshape(case.inputs[0].shape[0], -1, tokens.shape[-1])
         entered.append(tokens.flatten(1, -2))  # of a block that takes a grid too
         return own(x, *args, **kwargs)
 
