@@ -280,6 +280,21 @@ if hasattr(transformers, "PixioModel"):  # transformers 5
     CASES["pixio"] = Case(
         "PixioModel", "PixioConfig", {**VISION, "n_cls_tokens": 2, "drop_path_rate": 0.3}, images, pooled
     )
+    CASES["radio"] = Case(
+        "RadioModel",
+        "RadioConfig",
+        {
+            **VISION,
+            "mlp_ratio": 2.0,
+            "max_img_size": 64,
+            "num_cls_tokens": 2,
+            "num_registers": 1,
+            "layerscale_value": 0.5,
+        },
+        images,
+        lambda out: out.summary,
+    )
+    CASES["mlcd"] = Case("MLCDVisionModel", "MLCDVisionConfig", {**VISION, "num_key_value_groups": 1}, images, pooled)
     CASES["tipsv2"] = Case(
         "Tipsv2VisionModel", "Tipsv2VisionConfig", {**DINO, "num_register_tokens": 2}, images, pooled
     )

@@ -62,7 +62,8 @@ class _Packed(HFAdapter):
         return TokenLayout(0, None, None, None, is_packed=True)
 
     def tap(self, block: Any) -> PackedTap:
-        return PackedTap(block, self.spec(block))  # type: ignore[arg-type]
+        spec: Any = self.spec(block)
+        return PackedTap(block, spec.attn, spec.tables, spec.ends, spec.is_batch)
 
     def surroundings(self, model: Any) -> Surroundings:
         around = super().surroundings(model)
@@ -196,11 +197,14 @@ class _Counted(Override):
 
 
 class PackedTap(InterfaceTap):
-    """Attends within each image: the attention gets one sequence, as always, and its interface makes a batch of it."""
+    """Attends within each image: the attention gets one sequence, and its interface function makes a batch of it.
 
-    def __init__(self, block: nn.Module, spec: PackedSpec) -> None:
-        super().__init__(block, spec.attn)
-        self.spec = spec
+    For attentions that take rotary tables of one sequence only. `tables`, `ends` and `is_batch` are as in `PackedSpec`.
+    """
+
+    def __init__(self, block: nn.Module, path: str, tables: str, ends: str = "", is_batch: bool = True) -> None:
+        super().__init__(block, path)
+        self.tables, self.ends, self.is_batch = tables, ends, is_batch
 
     def seams(self, needs: frozenset[str]) -> list[Binding]:
         found = [binding for binding in super().seams(needs) if binding.attribute != "config"]
@@ -209,11 +213,11 @@ class PackedTap(InterfaceTap):
     def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         B, M, C = x.shape
         self.turn.put({"images": B})
-        tables = tuple(table.expand(B, -1, -1).flatten(0, 1) for table in given[self.spec.tables])
-        more: dict[str, Any] = {self.spec.tables: tables}
-        if self.spec.is_batch:
+        tables = tuple(table.expand(B, -1, -1).flatten(0, 1) for table in given[self.tables])
+        more: dict[str, Any] = {self.tables: tables}
+        if self.is_batch:
             return first_of(attention(x.reshape(1, B * M, C), **more)).view(B, M, C)
-        more[self.spec.ends] = torch.tensor([0, B * M], dtype=torch.int32, device=x.device)
+        more[self.ends] = torch.tensor([0, B * M], dtype=torch.int32, device=x.device)
         return first_of(attention(x.reshape(B * M, C), **more)).view(B, M, C)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from tokenmerge.adapters.base import BlockSpec, Surroundings, TokenLayout
-from tokenmerge.adapters.transformers.base import TINY, HFAdapter, hf_names
+from tokenmerge.adapters.transformers.base import HF, TINY, HFAdapter, hf_names
 
-__all__ = ["HFCLIP", "HFAimv2", "HFDinov2", "HFInternVL", "HFViT"]
+__all__ = ["HFCLIP", "HFAimv2", "HFDinov2", "HFInternVL", "HFRadio", "HFViT"]
 
 _BY_CLASS_TOKEN = ("CLIP", "AltCLIP", "ChineseCLIP", "MetaClip2", "OwlViT", "Owlv2")
 _BY_ALL_TOKENS = (
@@ -21,6 +21,11 @@ _CLIPS = _BY_CLASS_TOKEN + _BY_ALL_TOKENS
 _PARTS = ("Model", "Transformer")  # the model runs its blocks itself, or an inner transformer does
 _DINOS = ("Dinov2", "Dinov2WithRegisters", "Tipsv2Vision")
 _VITS = ("ViT", "DeiT", "ViTMAE", "ViTMSN", "IJepa", "DPT", "Pixio")
+
+
+def _grid_of_radio(cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+    side = cutter.patch_size
+    return (image.shape[-2] // side, image.shape[-1] // side) if image.dim() == 4 else None
 
 
 class HFViT(HFAdapter):
@@ -106,6 +111,24 @@ class HFDinov2(HFAdapter):
         ),
     )
     token_models = frozenset(f"{host}Model" for host in _DINOS)
+
+
+class HFRadio(HFAdapter):
+    name = "hf_radio"
+    families = "transformers C-RADIO"
+    landmarks = ("input_conditioner", "embeddings", "encoder", "norm1", "attention", "layer_scale1", "norm2")
+    example = "RadioModel"
+    sizes: ClassVar = TINY | {"mlp_ratio": 2.0, "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 1}
+    towers: ClassVar = {"RadioModel": ("encoder.layer",)}
+    specs = HFDinov2.specs
+    host = dataclasses.replace(HF, grid_of=_grid_of_radio)
+    token_models = frozenset(("RadioModel",))
+
+    def prefix(self, tower: Any) -> int:
+        return int(tower.config.num_summary_tokens)
+
+    def surroundings(self, model: Any) -> Surroundings:
+        return dataclasses.replace(super().surroundings(model), cutter=self.tower(model)[1].embeddings)
 
 
 class HFInternVL(HFAdapter):

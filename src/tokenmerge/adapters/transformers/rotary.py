@@ -1,4 +1,4 @@
-"""transformers' towers with rotary attention: DINOv3 ViT, V-JEPA 2."""
+"""transformers' towers with rotary attention: DINOv3 ViT, V-JEPA 2, MLCD, Gemma 4."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tokenmerge._intercept import follow
 from tokenmerge.adapters.base import PROBED, Binding, BlockSpec, Override, TokenLayout
 from tokenmerge.adapters.transformers.base import HF, TINY, HFAdapter, InterfaceTap, no_change
+from tokenmerge.adapters.transformers.packed import PackedTap
 from tokenmerge.adapters.transformers.video import clip_layout
 
-__all__ = ["HFDINOv3", "HFVJEPA2"]
+__all__ = ["HFMLCD", "HFDINOv3", "HFGemma4", "HFVJEPA2"]
 
 Move = Callable[[Any, Tensor], Any]  # (argument of the attention, kept) -> argument for the remaining tokens
 
@@ -83,6 +84,119 @@ class HFVJEPA2(HFAdapter):
 
     def tap(self, block: Any) -> InterfaceTap:
         return _PlacedTap(block, "attention", "position_mask", _places)
+
+
+class HFMLCD(HFAdapter):
+    name = "hf_mlcd"
+    families = "transformers MLCD"
+    landmarks = ("embeddings", "pre_layrnorm", "encoder", "vision_rotary_embedding", "layer_norm1", "self_attn")
+    example = "MLCDVisionModel"
+    towers: ClassVar = {"MLCDVisionModel": ("encoder.layers",)}
+    specs = (BlockSpec(attention=("layer_norm1", "self_attn"), attn="self_attn", mlp=("layer_norm2", "mlp")),)
+    # the tap gathers the tables; masks are refused: the attention gets all images as one sequence
+    host = replace(
+        HF,
+        followers={
+            **{name: no_change for name in HF.followers if "mask" not in name},
+            "position_embeddings": no_change,
+        },
+        padding={},
+        is_positional=True,
+    )
+    token_models = frozenset(("MLCDVisionModel",))
+
+    def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        weight, width, n = block.layer_norm1.weight, block.self_attn.head_dim, layout.prefix + PROBED
+        angles = torch.arange(n * width, device=weight.device, dtype=weight.dtype).view(n, width)
+        return n, {"position_embeddings": (angles.cos(), angles.sin())}
+
+    def tap(self, block: Any) -> InterfaceTap:
+        return _OneSequenceTap(block, "self_attn", "position_embeddings")
+
+
+class HFGemma4(HFAdapter):
+    name = "hf_gemma4"
+    families = "transformers Gemma 4 (the vision tower)"
+    landmarks = ("patch_embedder", "encoder", "pooler", "input_layernorm", "self_attn", "pre_feedforward_layernorm")
+    towers: ClassVar = {"Gemma4VisionModel": ("encoder.layers",)}
+    specs = (
+        BlockSpec(
+            attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
+            attn="self_attn",
+            mlp=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+        ),
+    )
+    host = replace(
+        HF,
+        followers={
+            **HF.followers,
+            "position_embeddings": lambda tables, kept: tuple(follow.rows(table, kept) for table in tables),
+            "position_ids": follow.rows,
+        },
+        is_positional=True,
+    )
+
+    def layout(self, model: Any) -> TokenLayout:
+        return TokenLayout(0, None, None, None)  # images of any shape, padded to the longest
+
+    def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        weight, width = block.input_layernorm.weight, block.self_attn.head_dim
+        angles = torch.arange(2 * PROBED * width, device=weight.device, dtype=weight.dtype).view(2, PROBED, width)
+        places = torch.zeros(2, PROBED, 2, dtype=torch.long, device=weight.device)
+        return PROBED, {"position_embeddings": (angles.cos(), angles.sin()), "position_ids": places}
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import Gemma4VisionConfig, Gemma4VisionModel
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+        sizes |= {"intermediate_size": 64, "head_dim": 8, "patch_size": 8, "pooling_kernel_size": 2}
+        config: Any = Gemma4VisionConfig(**sizes, position_embedding_size=16)
+        return _Patched(Gemma4VisionModel(config)).eval(), torch.randn(2, 3, 32, 32)
+
+
+class _Patched(nn.Module):
+    """Cuts images into patches as the processor of Gemma 4 does; returns its tokens as a batch."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.vision_tower = tower
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, height, width] -> [B, N / 4, C]
+        side, B = self.vision_tower.config.patch_size, images.shape[0]
+        rows, columns = images.shape[-2] // side, images.shape[-1] // side
+        x = images.view(B, 3, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1).reshape(B, rows * columns, -1)
+        at = torch.arange(rows * columns, device=x.device)
+        places = torch.stack((at % columns, at // columns), dim=-1).expand(B, -1, -1)
+        out: Tensor = self.vision_tower(x, places).last_hidden_state
+        return out.view(B, -1, out.shape[-1])
+
+
+class _OneSequenceTap(PackedTap):
+    """Gathers tables `[N, D]` that all images share, for an attention that takes one such table."""
+
+    def placed(self, places: Tensor) -> list[Binding]:
+        return [Binding(self.attn, "forward", _EachImage(self.attn, self.tables, places))]
+
+    def __call__(self, x: Tensor, bias: Tensor | None, kept: Tensor | None = None, **given: Any) -> Tensor:
+        if kept is not None:
+            given[self.tables] = tuple(table[kept] for table in given[self.tables])  # [B, M, D]
+        return super().__call__(x, bias, kept, **given)
+
+
+class _EachImage(Override):
+    """An attention that is called for each image, with tables of the places `[B, N]` of its tokens."""
+
+    def __init__(self, attn: nn.Module, tables: str, places: Tensor) -> None:
+        super().__init__(attn)
+        self.tables, self.places = tables, places
+
+    def __call__(self, hidden_states: Tensor, **given: Any) -> Any:
+        tables = given.pop(self.tables)
+        outs = [
+            self.original(x[None], **given, **{self.tables: [table[places] for table in tables]})[0]
+            for x, places in zip(hidden_states, self.places, strict=True)
+        ]
+        return torch.cat(outs), None
 
 
 class _Tables:
