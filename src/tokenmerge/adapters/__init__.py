@@ -46,6 +46,7 @@ _FAMILIES = (
     "transformers.plain.HFCLIP",
     "transformers.plain.HFDinov2",
     "transformers.plain.HFRadio",
+    "transformers.plain.HFVitPose",
     "transformers.plain.HFInternVL",
     "transformers.plain.HFAimv2",
     "transformers.rotary.HFMLCD",

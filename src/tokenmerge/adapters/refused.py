@@ -70,12 +70,14 @@ REFUSED = {
     "Qwen2_5_Vision": _QWEN_WINDOWS,
     "Hiera": _MASK_UNITS,
     "Timesformer": _DIVIDED,
+    "VideoPrism": "a first list of blocks sees the patches of one frame and a second one the frames of one place: "
+    "tokens must stand at every place of every frame between the two",
     "Vilt": "text and patches go through its blocks as one sequence, and places of both are read from it: patches "
     "cannot be merged among themselves alone",
-    "VitPose": "its heatmaps are read from a full grid of tokens by convolutions, and its blocks choose among several "
-    "MLPs by the data set: neither is described yet",
     "VitDet": f"its blocks cut a feature map into windows, with convolutions between them: {_FEATURE_MAP}",
     "Sam2": f"its image encoder is a Hiera: {_MASK_UNITS}",
+    "Sam3": "most blocks of its image encoder attend inside windows, and in every block its tokens stand as a full "
+    "grid, [B, rows, columns, C], that the windows are cut from; merged tokens are no grid",
     "Sam": _SAM,
     "ImageEncoderViT": _SAM,
     "MultiScaleVit": _REDUCED_KEYS,
