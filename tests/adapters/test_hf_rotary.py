@@ -1,7 +1,8 @@
-"""transformers' Gemma 4, MLCD and C-RADIO: padding, tables that all images share, and images in one sequence."""
+"""transformers' Gemma 4, Llama 4, MLCD and C-RADIO: padding, tables that all images share, images in one sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,6 +68,47 @@ def test_padding_of_gemma_4() -> None:
         assert torch.equal(_tokens(model(**given)), own)
     assert_close(merged, _tokens(tokenmerge.simulate(model, groups, positions=positions, **given)), 1e-6)
     assert (merged - own).abs().max() > 1e-3
+
+
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+LLAMA |= {"image_size": 32, "patch_size": 8, "projector_input_dim": 16, "projector_output_dim": 16}
+LLAMA |= {"vision_output_dim": 16}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_llama_4(implementation: str) -> None:
+    config = transformers.Llama4VisionConfig(**LLAMA, attn_implementation=implementation)
+    model, x = randomised(transformers.Llama4VisionModel(config)).eval().double(), torch.randn(3, 3, 32, 32).double()
+    with torch.no_grad():
+        own = _tokens(model(x))
+        for restore in (None, "merged", "dense"):
+            with tokenmerge.patched(model, r=0, restore=restore) as handle:
+                assert torch.equal(_tokens(model(x)), own)
+                assert (handle.prefix, handle.protected, handle.grid) == (0, 1, (4, 4))
+                handle.r = 3
+                assert _tokens(model(x)).shape == own.shape  # pixel shuffle sees every place
+                assert (handle.sizes[:, -1] == 1).all()  # the class token stands behind the patches
+    # 16 patches and the class token
+    assert check_promises(model, x, output=_tokens, r=3) == [14, 11, 8, 5]
+
+
+def test_llama_4_as_a_whole() -> None:
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    text |= {"intermediate_size": 64, "intermediate_size_mlp": 64, "vocab_size": 64, "head_dim": 8}
+    text |= {"num_local_experts": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Llama4Config(vision_config=LLAMA, text_config=text, image_token_index=63)
+    model = randomised(transformers.Llama4ForConditionalGeneration(config)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    # the forward of the whole model ends in an error of the host's (transformers 5.24)
+    features: Callable[[], Tensor] = lambda: model.get_image_features(x).last_hidden_state  # noqa: E731
+    with torch.no_grad():
+        own = features()
+        with tokenmerge.patched(model, r=3, restore="dense") as handle:
+            merged = features()
+            assert handle.report().untouched == ["language_model"] and merged.shape == own.shape
+        with tokenmerge.patched(model.vision_model, r=3, restore="dense"):
+            assert torch.equal(features(), merged)
+        assert torch.equal(features(), own) and (merged - own).abs().max() > 1e-4
 
 
 @torch.no_grad()

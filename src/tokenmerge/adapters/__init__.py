@@ -50,6 +50,7 @@ _FAMILIES = (
     "transformers.plain.HFInternVL",
     "transformers.plain.HFAimv2",
     "transformers.rotary.HFMLCD",
+    "transformers.rotary.HFLlama4",
     "transformers.rotary.HFGemma4",
     "transformers.packed.HFQwenVision",
     "transformers.packed.HFPixtral",

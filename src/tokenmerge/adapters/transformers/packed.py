@@ -213,8 +213,11 @@ class PackedTap(InterfaceTap):
     def call(self, attention: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         B, M, C = x.shape
         self.turn.put({"images": B})
-        tables = tuple(table.expand(B, -1, -1).flatten(0, 1) for table in given[self.tables])
-        more: dict[str, Any] = {self.tables: tables}
+        by_image = given[self.tables]  # [B, M, ...] each, or one such table
+        is_one = isinstance(by_image, Tensor)
+        more: dict[str, Any] = {
+            self.tables: by_image.flatten(0, 1) if is_one else tuple(table.flatten(0, 1) for table in by_image)
+        }
         if self.is_batch:
             return first_of(attention(x.reshape(1, B * M, C), **more)).view(B, M, C)
         more[self.ends] = torch.tensor([0, B * M], dtype=torch.int32, device=x.device)
