@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 QWEN2 = {"depth": 4, "embed_dim": 32, "hidden_size": 24, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
 QWEN3 = {"depth": 4, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "intermediate_size": 64, "out_hidden_size": 24}
 QWEN3 |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+PLAIN = {name: value for name, value in QWEN3.items() if name != "deepstack_visual_indexes"}
 GLM = {"depth": 4, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "intermediate_size": 64, "out_hidden_size": 24}
 GLM |= {"image_size": 32}
 PIXTRAL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -48,11 +49,15 @@ TOWERS = {
     "qwen3_vl": Tower("qwen3_vl", "Qwen3VLVisionModel", QWEN3),
     "qwen3_vl_plain": Tower("qwen3_vl", "Qwen3VLVisionModel", {**QWEN3, "deepstack_visual_indexes": []}),
     "qwen3_vl_moe": Tower("qwen3_vl_moe", "Qwen3VLMoeVisionModel", QWEN3),
+    "qwen3_5": Tower("qwen3_5", "Qwen3_5VisionModel", PLAIN),
+    "qwen3_5_moe": Tower("qwen3_5_moe", "Qwen3_5MoeVisionModel", PLAIN),
+    "qwen3_omni": Tower("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoder", QWEN3),
+    "glm_ocr": Tower("glm_ocr", "GlmOcrVisionModel", GLM),
     "glm4v": Tower("glm4v", "Glm4vVisionModel", GLM),
     "glm4v_moe": Tower("glm4v_moe", "Glm4vMoeVisionModel", GLM),
     "pixtral": Tower("pixtral", "PixtralVisionModel", PIXTRAL),
 }
-DEEP = ("qwen3_vl", "qwen3_vl_moe")
+DEEP = ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni")
 every_tower = pytest.mark.parametrize("name", TOWERS)
 Grids = list[tuple[int, int, int]]
 GRIDS: Grids = [(1, 4, 6), (1, 6, 4), (2, 4, 6)]  # 24 patches in each of four images or frames

@@ -41,7 +41,10 @@ _NO_ATTENTION = (
 _QWEN_WINDOWS = (
     "most blocks of its vision tower attend inside windows of the full grid, of other sizes at its edges; with tokens "
     "merged there is not one at every place of a window, and one token would stand in several windows. Qwen2-VL and "
-    "Qwen3-VL have none. tokenmerge.vlm.patch(model, keep=0.25), without r, gives its language model fewer tokens"
+    "Qwen3-VL have none"
+)
+_QWEN_KEEP = (
+    f"{_QWEN_WINDOWS}. tokenmerge.vlm.patch(model, keep=0.25), without r, gives its language model fewer tokens"
 )
 
 # start of the class name -> reason; names differ between timm, transformers, torchvision and the authors' code
@@ -66,8 +69,10 @@ REFUSED = {
     "interaction is a convolution that needs the full grid",
     "EdgeNeXt": "its attention is between channels, so that no token has a key or a score of its own, and its blocks "
     "are convolutions on a feature map",
-    "Qwen2_5_VL": _QWEN_WINDOWS,
-    "Qwen2_5_Vision": _QWEN_WINDOWS,
+    "Qwen2_5_VL": _QWEN_KEEP,
+    "Qwen2_5_Vision": _QWEN_KEEP,
+    "Qwen2_5OmniThinker": _QWEN_WINDOWS,
+    "Qwen2_5OmniVision": _QWEN_WINDOWS,
     "Hiera": _MASK_UNITS,
     "Timesformer": _DIVIDED,
     "VideoPrism": "a first list of blocks sees the patches of one frame and a second one the frames of one place: "

@@ -1,4 +1,4 @@
-"""transformers' towers that take all images as one sequence of tokens: Qwen2-VL, Qwen3-VL, GLM-4V, Pixtral.
+"""transformers' towers that take all images as one sequence of tokens: Qwen's, GLM's, Pixtral.
 
 Shapes: B images, N tokens of each, M tokens left, C channels, H heads, D head width.
 """
@@ -85,12 +85,13 @@ class _Packed(HFAdapter):
 
 class HFQwenVision(_Packed):
     name = "hf_qwen_vision"
-    families = "transformers Qwen2-VL, Qwen3-VL (MoE too), GLM-4V: the vision tower"
+    families = "transformers Qwen2-VL, Qwen3-VL, Qwen3.5, Qwen3-Omni, GLM-4V, GLM-OCR: the vision tower"
     landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "merger", "rotary_pos_emb")
     towers = dict.fromkeys(
         (
             *("Qwen2VisionTransformerPretrainedModel", "Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"),
-            *("Glm4vVisionModel", "Glm4vMoeVisionModel"),
+            *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Qwen3OmniMoeVisionEncoder"),
+            *("Glm4vVisionModel", "Glm4vMoeVisionModel", "GlmOcrVisionModel"),
         ),
         ("blocks",),
     )
