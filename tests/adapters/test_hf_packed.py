@@ -134,6 +134,28 @@ def test_images_of_different_sizes_are_refused(name: str, restore: str | None) -
 
 
 @every_tower
+def test_switched_on_between_two_blocks(name: str) -> None:
+    """Lengths that add up to a multiple of the number of images are no way in."""
+    model, given = TOWERS[name].make(), _given(name, [(1, 4, 6), (1, 4, 4)])
+    equal = _given(name, GRIDS[:2])
+    with tokenmerge.patched(model, r=0) as handle:
+
+        def switch_on(module: nn.Module, args: Any, kwargs: Any) -> None:
+            handle.r = 3
+
+        hook = handle.runners[2].block.register_forward_pre_hook(switch_on, with_kwargs=True)
+        with pytest.raises(UnsupportedError, match="images of one size|which says where each image ends"):
+            _run(model, given)
+        handle.r = 0
+        if name == "pixtral":  # its blocks are told where images end by the tower, which did not know
+            return
+        got = _run(model, equal)
+        hook.remove()
+        handle.r = [0, 0, 3, 3]
+        assert_close(got, _run(model, equal), 1e-9)
+
+
+@every_tower
 def test_every_token_comes_back(name: str) -> None:
     model, given = TOWERS[name].make(), _given(name, GRIDS)
     shape, outs = _run(model, given).shape, []

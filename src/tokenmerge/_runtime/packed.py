@@ -57,7 +57,7 @@ class PackedRunner(ResidualRunner):
                 "tokens are merged: those of different images would be merged with each other. Call the tower itself, "
                 "or set handle.r = 0."
             )
-        if self.layer == 0 and not _are_equal(ends):
+        if not _are_equal(ends):  # at every layer: merging may be switched on between two
             lengths = torch.as_tensor(ends).diff().tolist()
             raise UnsupportedError(
                 f"images (or frames) of {', '.join(map(str, lengths))} tokens stand in one sequence, and tokens are "
