@@ -144,7 +144,7 @@ def test_switched_on_between_two_blocks(name: str) -> None:
             handle.r = 3
 
         hook = handle.runners[2].block.register_forward_pre_hook(switch_on, with_kwargs=True)
-        with pytest.raises(UnsupportedError, match="images of one size|which says where each image ends"):
+        with pytest.raises(UnsupportedError, match=r"images of one size|which says where each image ends"):
             _run(model, given)
         handle.r = 0
         if name == "pixtral":  # its blocks are told where images end by the tower, which did not know
