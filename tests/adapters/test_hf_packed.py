@@ -276,6 +276,20 @@ def test_blocks_that_are_not_told_where_images_end_do_not_merge() -> None:
         assert torch.equal(model.transformer(**inside).last_hidden_state, own)
 
 
+@every_tower
+def test_ends_that_do_not_add_up_to_the_sequence_are_refused(name: str) -> None:
+    model, given = TOWERS[name].make(), _given(name, GRIDS)
+    own = _run(model, given)
+    ends = torch.tensor([0, 24, 48], dtype=torch.int32)
+    # Pixtral leaves out sizes for which there is no image
+    wrong = {"image_sizes": given["image_sizes"].repeat(2, 1)} if name == "pixtral" else {"cu_seqlens": ends}
+    with tokenmerge.patched(model, r=3) as handle:
+        with pytest.raises(UnsupportedError, match=r"told of \d images \(or frames\) .* the sequence has 96"):
+            _run(model, {**given, **wrong})
+        handle.r = 0
+        assert torch.equal(_run(model, given), own)
+
+
 def test_windows_of_qwen_are_refused() -> None:
     cls = transformers.Qwen2_5_VLForConditionalGeneration
     with torch.device("meta"):

@@ -57,25 +57,31 @@ class PackedRunner(ResidualRunner):
                 "tokens are merged: those of different images would be merged with each other. Call the tower itself, "
                 "or set handle.r = 0."
             )
-        if not _are_equal(ends):  # at every layer: merging may be switched on between two
+        images = (ends.shape[0] if isinstance(ends, Tensor) else len(ends)) - 1
+        total = given[self.spec.tables][0].shape[0]
+        if not _share(ends, images, total):  # at every layer: merging may be switched on between two
             lengths = torch.as_tensor(ends).diff().tolist()
             raise UnsupportedError(
                 f"images (or frames) of {', '.join(map(str, lengths))} tokens stand in one sequence, and tokens are "
                 "merged (r is not 0): as many are merged in each, which needs images of one size. Give those of one "
                 "size in one call and others in another, resize them alike, or set handle.r = 0."
+                if len(set(lengths)) > 1
+                else f"block {self.layer} was told of {images} images (or frames) with {', '.join(map(str, lengths))} "
+                f"tokens, and the sequence has {total}: which token is of which image is not known. Give one size for "
+                "each image, or set handle.r = 0."
             )
-        return (ends.shape[0] if isinstance(ends, Tensor) else len(ends)) - 1
+        return images
 
     def _by_image(self, given: dict[str, Any], images: int) -> dict[str, Any]:
         tables = tuple(table.unflatten(0, (images, -1)) for table in given[self.spec.tables])
         return {**given, self.spec.tables: tables}
 
 
-def _are_equal(ends: Tensor | Sequence[int]) -> bool:
+def _share(ends: Tensor | Sequence[int], images: int, total: int) -> bool:
+    """Return whether so many images share all the tokens equally."""
     if isinstance(ends, Tensor):
-        lengths = ends.diff()
-        return bool((lengths == lengths[0]).all())
-    return all(end - start == ends[1] for start, end in pairwise(ends))
+        return bool((ends.diff() * images == total).all())
+    return all((end - start) * images == total for start, end in pairwise(ends))
 
 
 def _batch(x: Tensor, images: int) -> Tensor:
