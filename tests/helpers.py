@@ -45,15 +45,20 @@ def shortened(model: nn.Module, adapter: Any) -> nn.Module:
 
 # the first version of a host that has a family, where it is newer than the oldest supported one
 _SINCE = {"timm_vlm": "1.0.30"}
+_SINCE |= dict.fromkeys(
+    ("hf_radio", "hf_mlcd", "hf_llama4", "hf_gemma4", "hf_qwen_vision", "hf_pixtral", "hf_vitpose"), "5.24"
+)
 
 
 def tiny_of(adapter: Any) -> tuple[nn.Module, Tensor]:
     """A family's own small model and an input for it; skips where its host is missing or older than the family."""
+    if adapter.name in _SINCE:
+        pytest.importorskip(adapter.host.package, _SINCE[adapter.name])
     try:
         return adapter.tiny()  # type: ignore[no-any-return]
     except ModuleNotFoundError:
         if adapter.host.package:
-            pytest.importorskip(adapter.host.package, _SINCE.get(adapter.name))
+            pytest.importorskip(adapter.host.package)
         raise
 
 

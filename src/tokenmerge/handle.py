@@ -209,6 +209,7 @@ class Handle:
             parity=self._attachment.parity,
             limits=[*self._attachment.limits, *([_LOOSE] if self._state.ran_loose else []), *self.remarks],
             choice=self._choice,
+            untouched=adapters.untouched(self.model, [name for name, _ in self._adapter.blocks(self.model)]),
         )
 
     @contextmanager

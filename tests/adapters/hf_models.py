@@ -77,6 +77,10 @@ def patches() -> dict[str, Any]:
     return {"pixel_values": torch.randn(3, 16, 192).double(), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+def patch_pairs() -> dict[str, Any]:
+    return {**pairs(), **patches()}
+
+
 def logits(out: Any) -> Tensor:
     return out.logits
 
@@ -173,6 +177,10 @@ CASES = {
     "siglip2-classifier": Case(
         "Siglip2ForImageClassification", "Siglip2Config", {"vision_config": _SIGLIP2}, patches, logits
     ),
+    "siglip2": Case(
+        "Siglip2Model", "Siglip2Config", {**_towers(), "vision_config": _SIGLIP2}, patch_pairs, image_embeds
+    ),
+    "clipseg-model": Case("CLIPSegModel", "CLIPSegConfig", _towers(), pairs, image_embeds),
     "owlvit-vision": Case("OwlViTVisionModel", "OwlViTVisionConfig", VISION, images, pooled),
     "owlvit": Case("OwlViTModel", "OwlViTConfig", _towers(), pairs, image_embeds),
     "owlvit-detection": Case(
@@ -272,6 +280,21 @@ if hasattr(transformers, "PixioModel"):  # transformers 5
     CASES["pixio"] = Case(
         "PixioModel", "PixioConfig", {**VISION, "n_cls_tokens": 2, "drop_path_rate": 0.3}, images, pooled
     )
+    CASES["radio"] = Case(
+        "RadioModel",
+        "RadioConfig",
+        {
+            **VISION,
+            "mlp_ratio": 2.0,
+            "max_img_size": 64,
+            "num_cls_tokens": 2,
+            "num_registers": 1,
+            "layerscale_value": 0.5,
+        },
+        images,
+        lambda out: out.summary,
+    )
+    CASES["mlcd"] = Case("MLCDVisionModel", "MLCDVisionConfig", {**VISION, "num_key_value_groups": 1}, images, pooled)
     CASES["tipsv2"] = Case(
         "Tipsv2VisionModel", "Tipsv2VisionConfig", {**DINO, "num_register_tokens": 2}, images, pooled
     )

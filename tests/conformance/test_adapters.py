@@ -73,8 +73,19 @@ VARIANTS: dict[str, Make] = {
 }
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
 WINDOWED = "it merges inside windows: blocks end with all tokens"
+LENGTHS = "its own attention reads how many tokens each image has off a tensor: no graph holds that"
+IMAGES = (
+    "its own forward goes image by image: a graph of it is for one number of them (tests/adapters/test_hf_packed.py)"
+)
+ENDS = "its blocks are told where images end only while they merge; each is proved when it is patched"
+TABLES = "its rotary tables ask for gradients, and the host gives them by name, which no reentrant checkpoint can take"
+HOOKS = "a backbone that has run holds hooks of the host's that no pickle takes, patched or not"
 # what cannot be promised of a family, with the reason
 WITHOUT = {
+    "hf_vitpose": {"copies": HOOKS},
+    "hf_mlcd": {"checkpointing": TABLES},  # the other kind is checked in tests/adapters/test_hf_rotary.py
+    "hf_qwen_vision": {"one_graph": LENGTHS, "export": LENGTHS},
+    "hf_pixtral": {"one_graph": IMAGES, "export": IMAGES, "recomposed": ENDS},
     "timm_sam": {"group_mean": WINDOWED, "recomposed": WINDOWED},
 }
 

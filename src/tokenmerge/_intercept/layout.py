@@ -15,7 +15,8 @@ class TokenLayout:
     """Token layout: `prefix` protected tokens, the patches as `grid` (rows, columns), `suffix` protected tokens.
 
     `tokens` is the total. `tokens`, `grid` and `input_size` (without the batch; channels first for images) are None if
-    the model does not define them.
+    the model does not define them. Packed tokens are those of all images behind each other, `[B * N, C]` or
+    `[1, B * N, C]`.
     """
 
     prefix: int
@@ -25,6 +26,7 @@ class TokenLayout:
     batch_first: bool = True
     has_class: bool | None = None  # the first token is a class token; None: it is one if there is a prefix
     suffix: int = 0
+    is_packed: bool = False
 
     @property
     def protected(self) -> int:

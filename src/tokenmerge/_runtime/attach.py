@@ -17,17 +17,16 @@ from tokenmerge._intercept.prove import Parity, Probe, called_children, check_pa
 from tokenmerge._intercept.taps import AttentionTap, SeamTap
 from tokenmerge._runtime.grids import Grids, Listener
 from tokenmerge._runtime.guards import entries, settle
-from tokenmerge._runtime.hooked import HookedRunner
 from tokenmerge._runtime.local import LocalRunner
 from tokenmerge._runtime.outputs import decide
 from tokenmerge._runtime.residual import ResidualRunner
+from tokenmerge._runtime.runners import RUNNERS
 from tokenmerge._runtime.state import ForwardState
 from tokenmerge.adapters.base import (
     Adapter,
     Binding,
     BlockSpec,
     Context,
-    HookSpec,
     Spec,
     Surroundings,
     TokenLayout,
@@ -45,11 +44,6 @@ _DOUBT = (
     "proportional attention is on, as for MAE models trained with merging; an off-the-shelf MAE checkpoint is better "
     "with prop_attn=False (arXiv:2210.09461, table 1f), and the weights do not tell"
 )
-_RUNNERS: dict[type, type[ResidualRunner]] = {
-    BlockSpec: ResidualRunner,
-    HookSpec: HookedRunner,
-    WindowSpec: LocalRunner,
-}
 
 
 class Bindings:
@@ -121,7 +115,7 @@ def attach(
     try:
         attachment.bind(*adapter.wiring(model))
         runners = attachment.runners = [
-            _RUNNERS[type(spec)](block, layer, spec, tap, adapter, method, state, layout, is_proportional)
+            RUNNERS[type(spec)](block, layer, spec, tap, adapter, method, state, layout, is_proportional)
             for layer, ((_, block), spec, tap) in enumerate(zip(blocks, specs, taps, strict=True))
         ]
         attachment.limits += sorted({runner.remark for runner in runners if runner.remark})

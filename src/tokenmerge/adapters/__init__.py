@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from tokenmerge.adapters.base import Adapter
 from tokenmerge.adapters.refused import refusal
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedModelError
 
-__all__ = ["ADAPTERS", "find", "known", "list_adapters", "register", "unregister"]
+__all__ = ["ADAPTERS", "find", "known", "list_adapters", "register", "unregister", "untouched"]
 
 # tried in this order; the first adapter that matches is used
 _FAMILIES = (
@@ -44,8 +45,15 @@ _FAMILIES = (
     "transformers.plain.HFViT",
     "transformers.plain.HFCLIP",
     "transformers.plain.HFDinov2",
+    "transformers.plain.HFRadio",
+    "transformers.plain.HFVitPose",
     "transformers.plain.HFInternVL",
     "transformers.plain.HFAimv2",
+    "transformers.rotary.HFMLCD",
+    "transformers.rotary.HFLlama4",
+    "transformers.rotary.HFGemma4",
+    "transformers.packed.HFQwenVision",
+    "transformers.packed.HFPixtral",
     "transformers.timm_wrapper.HFTimm",
     "transformers.yolos.HFYolos",
     "torch_encoder.TorchEncoder",
@@ -213,6 +221,22 @@ def _describes(part: nn.Module) -> bool:
             except UnsupportedModelError:
                 return False
     return False
+
+
+def untouched(model: nn.Module, blocks: Collection[str]) -> list[str]:
+    """Return the parts of a model with attention of their own that hold none of these blocks, such as a text tower."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        holds = any(f"{name}.".startswith(f"{path}." if path else "") for name in blocks)
+        inside = any(path.startswith(f"{outer}.") for outer in (*found, *blocks))
+        if not (holds or inside or path in blocks) and _runs_layers(module):
+            found.append(path)
+    return found
+
+
+def _runs_layers(module: nn.Module) -> bool:
+    lists = (inner for inner in module.modules() if isinstance(inner, (nn.ModuleList, nn.Sequential)))
+    return any(len(found) > 0 and _attends(found) for found in lists)
 
 
 def _attends(model: nn.Module) -> bool:

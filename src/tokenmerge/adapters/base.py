@@ -31,6 +31,7 @@ __all__ = [
     "HookSpec",
     "Host",
     "Override",
+    "PackedSpec",
     "Sizes",
     "Spec",
     "Surroundings",
@@ -67,6 +68,21 @@ class BlockSpec:
     def children(self) -> tuple[str, ...]:
         """The names of all children that are used."""
         return (*self.attention, *self.mlp, *filter(None, (self.closes,)))
+
+
+@dataclass(frozen=True)
+class PackedSpec(BlockSpec):
+    """A residual block whose input holds the tokens of all images behind each other, `[B * N, C]` or `[1, B * N, C]`.
+
+    Args:
+        ends: the argument of the block that says where images end, 0 first, as `cu_seqlens` `[B + 1]` or a tuple.
+        tables: the argument with rotary tables, two or more of `[B * N, D]`.
+        is_batch: the sequence stands in a batch of one, `[1, B * N, C]`.
+    """
+
+    ends: str = ""
+    tables: str = ""
+    is_batch: bool = False
 
 
 @dataclass(frozen=True)

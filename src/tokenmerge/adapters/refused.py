@@ -38,6 +38,15 @@ _NO_ATTENTION = (
     "token cannot count as the tokens it stands for"
 )
 
+_QWEN_WINDOWS = (
+    "most blocks of its vision tower attend inside windows of the full grid, of other sizes at its edges; with tokens "
+    "merged there is not one at every place of a window, and one token would stand in several windows. Qwen2-VL and "
+    "Qwen3-VL have none"
+)
+_QWEN_KEEP = (
+    f"{_QWEN_WINDOWS}. tokenmerge.vlm.patch(model, keep=0.25), without r, gives its language model fewer tokens"
+)
+
 # start of the class name -> reason; names differ between timm, transformers, torchvision and the authors' code
 REFUSED = {
     "Swin": _WINDOWS,
@@ -60,16 +69,20 @@ REFUSED = {
     "interaction is a convolution that needs the full grid",
     "EdgeNeXt": "its attention is between channels, so that no token has a key or a score of its own, and its blocks "
     "are convolutions on a feature map",
+    "Qwen2_5_VL": _QWEN_KEEP,
+    "Qwen2_5_Vision": _QWEN_KEEP,
+    "Qwen2_5OmniThinker": _QWEN_WINDOWS,
+    "Qwen2_5OmniVision": _QWEN_WINDOWS,
     "Hiera": _MASK_UNITS,
     "Timesformer": _DIVIDED,
+    "VideoPrism": "a first list of blocks sees the patches of one frame and a second one the frames of one place: "
+    "tokens must stand at every place of every frame between the two",
     "Vilt": "text and patches go through its blocks as one sequence, and places of both are read from it: patches "
     "cannot be merged among themselves alone",
-    "VitPose": "its heatmaps are read from a full grid of tokens by convolutions, and its blocks choose among several "
-    "MLPs by the data set: neither is described yet",
     "VitDet": f"its blocks cut a feature map into windows, with convolutions between them: {_FEATURE_MAP}",
-    "Pixtral": "several images of any size stand in one sequence, kept apart by a mask that is made once for all "
-    "places",
     "Sam2": f"its image encoder is a Hiera: {_MASK_UNITS}",
+    "Sam3": "most blocks of its image encoder attend inside windows, and in every block its tokens stand as a full "
+    "grid, [B, rows, columns, C], that the windows are cut from; merged tokens are no grid",
     "Sam": _SAM,
     "ImageEncoderViT": _SAM,
     "MultiScaleVit": _REDUCED_KEYS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import adapters
-from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, WindowSpec
+from tokenmerge.adapters.base import Adapter, BlockSpec, HookSpec, TokenLayout, WindowSpec
 from tokenmerge.errors import AlreadyPatchedError, UnsupportedError
 from tokenmerge.handle import handle_of
 
@@ -38,7 +38,7 @@ def simulate(
     if any(bool((assign < 0).any()) for assign in groups):
         raise UnsupportedError("a method that drops tokens has no group-mean simulation.")
     adapter = adapter or adapters.find(model)
-    batch_first = adapter.layout(model).batch_first
+    layout = adapter.layout(model)
     hooks: list[Any] = []
     bound: list[tuple[nn.Module, str]] = []
     try:
@@ -46,7 +46,7 @@ def simulate(
             owner.__dict__[attribute] = value
             bound.append((owner, attribute))
         for layer, (_, block) in enumerate(adapter.blocks(model)):
-            mean = _GroupMean(groups[layer], batch_first)
+            mean = _GroupMean(groups[layer], layout)
             spec = adapter.spec(block)
             if isinstance(spec, WindowSpec):
                 raise UnsupportedError(
@@ -81,14 +81,19 @@ def _before_mlp(block: nn.Module, spec: BlockSpec | HookSpec) -> list[nn.Module]
 
 
 class _GroupMean:
-    def __init__(self, assign: Tensor, batch_first: bool) -> None:
-        self.assign, self.batch_first = assign, batch_first
+    def __init__(self, assign: Tensor, layout: TokenLayout) -> None:
+        self.assign, self.layout = assign, layout
 
     def __call__(self, x: Tensor) -> Tensor:
-        tokens = x if self.batch_first else x.transpose(0, 1)  # [B, N, C]
+        if self.layout.is_packed:
+            tokens = x.reshape(*self.assign.shape, -1)  # [B, N, C]
+        else:
+            tokens = x if self.layout.batch_first else x.transpose(0, 1)
         same = (self.assign[:, :, None] == self.assign[:, None, :]).to(tokens.dtype)  # [B, N, N]
         mean = (same @ tokens) / same.sum(dim=-1, keepdim=True)
-        return mean if self.batch_first else mean.transpose(0, 1)
+        return (
+            mean.view(x.shape) if self.layout.is_packed else mean if self.layout.batch_first else mean.transpose(0, 1)
+        )
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self(args[0]), *args[1:])

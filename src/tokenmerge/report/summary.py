@@ -32,6 +32,7 @@ class Report:
     parity: float  # largest difference of a re-composed block from its own forward, when patching; NaN: not checked
     limits: list[str]  # limitations
     choice: str = ""  # what "auto" chose and why
+    untouched: list[str] = field(default_factory=list)  # parts with attention that nothing is merged in: a text tower
 
     def _rows(self) -> list[tuple[str, str]]:
         unseen = "known after a forward" if self.planned else "none: nothing was merged"
@@ -53,8 +54,10 @@ class Report:
             ),
             ("limitations", "; ".join(self.limits) or "none"),
         ]
+        if self.untouched:
+            rows.insert(2, ("left alone", ", ".join(self.untouched)))
         if self.choice:
-            rows.insert(3, ("chosen", self.choice))
+            rows.insert(next(i for i, (name, _) in enumerate(rows) if name == "r"), ("chosen", self.choice))
         return rows
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from tokenmerge.handle import handle_of
 from tokenmerge.measure.outputs import answer
 from tokenmerge.report import Report
 from tokenmerge.testing.comparing import assert_close, assert_equal, expect, keep_promises, traces
-from tokenmerge.testing.lives import checkpointing, copies, export, one_graph, threads
+from tokenmerge.testing.lives import by_position, checkpointing, copies, export, one_graph, threads
 from tokenmerge.testing.merging import FamilyCase, group_mean
 from tokenmerge.testing.models.drawn import randomised
 
@@ -164,10 +164,13 @@ def layout(case: FamilyCase) -> None:
     first, entered = handle.runners[0], []
     own = first.block.__dict__["forward"]
 
-    def watched(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        x = next(iter((*args, *kwargs.values())))  # a host may give them by name
         tokens = x.detach() if said.batch_first else x.detach().transpose(0, 1)
+        if said.is_packed:
+            tokens = tokens.reshape(case.inputs[0].shape[0], -1, tokens.shape[-1])
         entered.append(tokens.flatten(1, -2))  # of a block that takes a grid too
-        return own(x, *args, **kwargs)
+        return own(*args, **kwargs)
 
     def cut(part: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         cuts.append(adapter.host.grid_of(part, next(iter(args), None), out))
@@ -239,7 +242,7 @@ def recomposed(case: FamilyCase) -> None:
     own, handle = case.run(model), patch_model(model, r=0, **case.patch)
     for runner, name in zip(handle.runners, case.blocks(model), strict=True):
         bound = runner.block.__dict__["forward"]
-        runner.block.__dict__["forward"] = runner.parity
+        runner.block.__dict__["forward"] = by_position(runner.block, runner.parity)
         assert_close(case.run(model), own, 1e-6 if own.dtype != torch.float64 else 1e-12, f"block {name}")
         runner.block.__dict__["forward"] = bound
 

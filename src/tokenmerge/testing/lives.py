@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import threading
 import warnings
@@ -21,7 +22,7 @@ from tokenmerge.handle import Handle, handle_of
 from tokenmerge.testing.comparing import assert_close, assert_equal, expect, traces
 from tokenmerge.testing.merging import FamilyCase
 
-__all__ = ["checkpointing", "copies", "export", "one_graph", "run_in_threads", "threads"]
+__all__ = ["by_position", "checkpointing", "copies", "export", "one_graph", "run_in_threads", "threads"]
 
 
 def checkpointing(case: FamilyCase) -> None:
@@ -46,9 +47,15 @@ def _checkpointed(handle: Handle, reentrant: bool) -> list[tuple[nn.Module, Any]
     bound = []
     for runner in handle.runners:
         inner = runner.block.__dict__["forward"]
-        runner.block.__dict__["forward"] = _Checkpointed(inner, reentrant)
+        runner.block.__dict__["forward"] = by_position(runner.block, _Checkpointed(inner, reentrant))
         bound.append((runner.block, inner))
     return bound
+
+
+def by_position(block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward of the block that calls `run` with the tokens first, also where the host gives them by name."""
+    name = list(inspect.signature(type(block).forward).parameters)[1]
+    return lambda *args, **kwargs: run(*args, **kwargs) if args else run(kwargs.pop(name), **kwargs)
 
 
 class _Checkpointed:

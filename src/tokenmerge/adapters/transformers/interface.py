@@ -20,9 +20,10 @@ from tokenmerge._intercept.taps import AttentionTap, SeamTap
 from tokenmerge.adapters.base import Binding
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 
-__all__ = ["InterfaceTap", "MaskedTap", "hf_tap"]
+__all__ = ["FLASH", "NAME", "InterfaceTap", "MaskedTap", "hf_tap"]
 
-_NAME = "tokenmerge"  # name of our function among transformers' attention implementations
+NAME = "tokenmerge"  # name of our function among transformers' attention implementations
+FLASH = "tokenmerge_flash"  # the same, for attentions that ask whether there is "flash" in the name
 _TAP = "_tokenmerge_tap"
 _BIASED = ("eager", "sdpa", "flex_attention")  # implementations that add a mask to the scores
 
@@ -60,7 +61,7 @@ class InterfaceTap(AttentionTap):
     def seams(self, needs: frozenset[str]) -> list[Binding]:
         # other models may share the configuration: give this module its own copy
         config: Any = copy.copy(self.config)
-        config._attn_implementation_internal = _NAME
+        config._attn_implementation_internal = NAME
         return [Binding(self.core, "config", config), Binding(self.core, _TAP, self)]
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:
@@ -141,7 +142,8 @@ def _attend(
 def _register() -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(_NAME, _attend)
+    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(FLASH, _attend)
 
 
 def _asking(attn: nn.Module) -> nn.Module | None:

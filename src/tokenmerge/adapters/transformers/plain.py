@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tokenmerge.adapters.base import BlockSpec, Surroundings, TokenLayout
-from tokenmerge.adapters.transformers.base import TINY, HFAdapter, hf_names
+from tokenmerge.adapters.base import PROBED, BlockSpec, HookSpec, Spec, Surroundings, TokenLayout
+from tokenmerge.adapters.transformers.base import HF, TINY, HFAdapter, hf_names, no_change
 
-__all__ = ["HFCLIP", "HFAimv2", "HFDinov2", "HFInternVL", "HFViT"]
+__all__ = ["HFCLIP", "HFAimv2", "HFDinov2", "HFInternVL", "HFRadio", "HFViT", "HFVitPose"]
 
 _BY_CLASS_TOKEN = ("CLIP", "AltCLIP", "ChineseCLIP", "MetaClip2", "OwlViT", "Owlv2")
 _BY_ALL_TOKENS = (
@@ -21,6 +22,11 @@ _CLIPS = _BY_CLASS_TOKEN + _BY_ALL_TOKENS
 _PARTS = ("Model", "Transformer")  # the model runs its blocks itself, or an inner transformer does
 _DINOS = ("Dinov2", "Dinov2WithRegisters", "Tipsv2Vision")
 _VITS = ("ViT", "DeiT", "ViTMAE", "ViTMSN", "IJepa", "DPT", "Pixio")
+
+
+def _grid_of_radio(cutter: Any, image: Any, out: Any) -> tuple[int, int] | None:
+    side = cutter.patch_size
+    return (image.shape[-2] // side, image.shape[-1] // side) if image.dim() == 4 else None
 
 
 class HFViT(HFAdapter):
@@ -106,6 +112,49 @@ class HFDinov2(HFAdapter):
         ),
     )
     token_models = frozenset(f"{host}Model" for host in _DINOS)
+
+
+class HFRadio(HFAdapter):
+    name = "hf_radio"
+    families = "transformers C-RADIO"
+    landmarks = ("input_conditioner", "embeddings", "encoder", "norm1", "attention", "layer_scale1", "norm2")
+    example = "RadioModel"
+    sizes: ClassVar = TINY | {"mlp_ratio": 2.0, "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 1}
+    towers: ClassVar = {"RadioModel": ("encoder.layer",)}
+    specs = HFDinov2.specs
+    host = dataclasses.replace(HF, grid_of=_grid_of_radio)
+    token_models = frozenset(("RadioModel",))
+
+    def prefix(self, tower: Any) -> int:
+        return int(tower.config.num_summary_tokens)
+
+    def surroundings(self, model: Any) -> Surroundings:
+        return dataclasses.replace(super().surroundings(model), cutter=self.tower(model)[1].embeddings)
+
+
+class HFVitPose(HFAdapter):
+    name = "hf_vitpose"
+    families = "transformers ViTPose (with experts too)"
+    landmarks = ("backbone", "embeddings", "encoder", "layernorm_before", "attention", "layernorm_after", "head")
+    towers: ClassVar = {"VitPoseBackbone": ("encoder.layer",)}
+    host = dataclasses.replace(HF, followers={**HF.followers, "dataset_index": no_change})  # one for each image
+
+    def spec(self, block: Any) -> Spec:
+        if block.num_experts > 1:  # its MLP takes an argument of the block
+            return HookSpec(attn="attention", norm="layernorm_after", mlp="mlp")
+        return BlockSpec(attention=("layernorm_before", "attention"), attn="attention", mlp=("layernorm_after", "mlp"))
+
+    def sample(self, model: nn.Module, block: Any, layout: TokenLayout) -> tuple[int, dict[str, Any]]:
+        device = block.layernorm_before.weight.device
+        experts = torch.arange(2, device=device).view(2, 1, 1) if block.num_experts > 1 else None
+        return PROBED, {"dataset_index": experts}
+
+    def tiny(self) -> tuple[nn.Module, Tensor]:
+        from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+        backbone = VitPoseBackboneConfig(**{**TINY, "image_size": [32, 32], "patch_size": [8, 8]}, mlp_ratio=2)
+        config: Any = VitPoseConfig(backbone_config=backbone, num_labels=5)
+        return VitPoseForPoseEstimation(config).eval(), torch.randn(self.shape)
 
 
 class HFInternVL(HFAdapter):
