@@ -415,3 +415,16 @@ def test_a_stem_of_the_users_own_is_taken(pool: str) -> None:
     with pytest.raises(e.TokenMergeError, match=r"grid|rows and columns"), torch.no_grad():
         tokenmerge.patch(model, "tome2d", r=8)
         model(x)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS[:6], ids=lambda adapter: adapter.name)
+@torch.no_grad()
+def test_patching_under_autocast_is_patching_outside_of_it(adapter: Any) -> None:
+    model, x = tiny_of(adapter)
+    randomised(model)
+    with tokenmerge.patched(model, r=2) as handle:
+        expected, prop_attn = model(x), handle.report().prop_attn
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        handle = tokenmerge.patch(model, r=2)
+    assert_close(model(x), expected)
+    assert handle.report().prop_attn == prop_attn

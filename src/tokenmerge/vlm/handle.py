@@ -233,11 +233,8 @@ class VLMHandle:
     def _keep_record(self, record: Compacted) -> None:
         self._last = record
         if all(before == after for before, after in record.tokens):
-            self._say(f"nothing was left out: {self.method.name} kept all tokens of every image")
-
-    def _say(self, remark: str) -> None:
-        self._remarks.append(remark)
-        warnings.warn(f"{remark}.", stacklevel=6)
+            self._remarks.append(f"nothing was left out: {self.method.name} kept all tokens of every image")
+            warnings.warn(f"{self._remarks[-1]}.", stacklevel=5)
 
     def _run_inside(self, original: Any, given: dict[str, Any]) -> Any:
         """Call a model that leaves tokens out inside its language model."""
@@ -261,7 +258,8 @@ class VLMHandle:
         if ids is None or given.get("mm_encoder_outputs") or not any(places):
             self._last = None
             if given.get("mm_encoder_outputs"):
-                self._say("nothing was left out: the images of this call were encoded before (mm_encoder_outputs)")
+                # no warning: this is what an assistant model gets from `generate`
+                self._remarks.append("nothing was left out: the images were encoded before (mm_encoder_outputs)")
             return given
         last = noted(given)
         if last is None or not ids[:, : last.ids.shape[1]].equal(last.ids):
