@@ -197,7 +197,7 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
             torch.cuda.default_generators[device.index].manual_seed(0)
 
     # products in half precision would hide or make differences
-    exact = torch.autocast(tensor.device.type if tensor is not None else "cpu", enabled=False)
+    exact = torch.autocast("cpu" if tensor is None or tensor.is_meta else tensor.device.type, enabled=False)
     with torch.random.fork_rng(devices=devices), torch.no_grad(), exact:
         try:
             for shared, _ in hooks:
