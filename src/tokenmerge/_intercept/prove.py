@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -196,8 +196,9 @@ def undisturbed(block: nn.Module) -> Iterator[Run]:
         for device in devices:
             torch.cuda.default_generators[device.index].manual_seed(0)
 
-    # products in half precision would hide or make differences
-    exact = torch.autocast("cpu" if tensor is None or tensor.is_meta else tensor.device.type, enabled=False)
+    kind = tensor.device.type if tensor is not None else "cpu"
+    # products in half precision would hide or make differences; meta tensors have no autocast
+    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with torch.random.fork_rng(devices=devices), torch.no_grad(), exact:
         try:
             for shared, _ in hooks:
