@@ -19,7 +19,7 @@ from tokenmerge.vlm.merging import check_call, targets_of
 from tokenmerge.vlm.methods import Chooser
 from tokenmerge.vlm.tower import watched
 
-__all__ = ["PIXELS", "Chosen", "Encoded", "Entry", "encode"]
+__all__ = ["PIXELS", "Chosen", "Encoded", "Entry", "encode", "has_pixels"]
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the argument with each kind of input
 
@@ -78,6 +78,11 @@ class Encoded:
             parts.append(torch.cat([chosen.of(part) for part, chosen in zip(split, kept[start:], strict=False)]))
             start += count
         return torch.stack(parts) if isinstance(features, Tensor) else parts
+
+
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether images or videos that are not encoded yet are among the arguments of a call."""
+    return any(inputs.get(name) is not None for name in PIXELS.values())
 
 
 def encode(

@@ -28,7 +28,7 @@ from tokenmerge.errors import (
 )
 from tokenmerge.schedule import R
 from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limits_of, note, noted, whole_prompt
-from tokenmerge.vlm.encode import PIXELS
+from tokenmerge.vlm.encode import PIXELS, has_pixels
 from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
@@ -217,7 +217,7 @@ class VLMHandle:
         if self._is_whole:
             self._last = None
             return given
-        if all(given.get(name) is None for name in PIXELS.values()):
+        if not has_pixels(given):
             return self._continued(given)
         with self._timed("choose"):
             found = compacted(self._base, self._family, given, self._keep, self.method, self.positions, self.tower)
@@ -271,7 +271,7 @@ class VLMHandle:
 
     def continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the model itself that goes on with a cache."""
-        if not self._is_whole and any(given.get(name) is not None for name in PIXELS.values()):
+        if not self._is_whole and has_pixels(given):
             raise UnsupportedError(
                 "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
                 "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
-from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode
+from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode, has_pixels
 from tokenmerge.vlm.families import Family, find_family
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
@@ -156,7 +156,7 @@ def checked(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise DataError("there are images and no input_ids. Give what the model's processor returns for both.")
-    if inputs.get("mm_encoder_outputs") and any(inputs.get(name) is not None for name in PIXELS.values()):
+    if inputs.get("mm_encoder_outputs") and has_pixels(inputs):
         raise UnsupportedError(
             "images that are encoded already (mm_encoder_outputs) are given with pixels. Give one of them."
         )

@@ -25,7 +25,7 @@ from tokenmerge._intercept.bindings import bind, is_bound
 from tokenmerge._intercept.override import Binding, Override
 from tokenmerge.errors import AlreadyPatchedError, ConfigError, UnsupportedError
 from tokenmerge.vlm.after import Noted, cache_of, cached_length, note, noted, tokens_of
-from tokenmerge.vlm.encode import PIXELS
+from tokenmerge.vlm.encode import PIXELS, has_pixels
 from tokenmerge.vlm.inputs import Compacted, checked
 from tokenmerge.vlm.methods import Chooser, Visual
 from tokenmerge.vlm.methods.base import chosen_by
@@ -213,7 +213,7 @@ class _Layer(Override):
 
 
 def _has_images(given: Mapping[str, Any]) -> bool:
-    return bool(given.get("mm_encoder_outputs")) or any(given.get(name) is not None for name in PIXELS.values())
+    return bool(given.get("mm_encoder_outputs")) or has_pixels(given)
 
 
 def _language(base: Any) -> Any:
