@@ -45,7 +45,7 @@ auto: .venv/ready
 	$(BIN)/python benchmarks/auto.py
 
 tune: .venv/ready
-	for part in small speed drop killed; do $(BIN)/python benchmarks/tune.py $$part || exit 1; done
+	for part in small speed drop killed cost; do $(BIN)/python benchmarks/tune.py $$part || exit 1; done
 
 zoo: .venv/ready
 	$(BIN)/python benchmarks/zoo.py

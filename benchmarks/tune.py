@@ -5,6 +5,7 @@ clip     the same on a CLIP tower (a file of weights for timm) and photographs i
 speed    targets of speed on two models, measured again in fresh processes
 drop     drop=0.5 with ten seeds: the accuracy lost on the images of the report
 killed   a search that is killed five times and goes on, beside one that is not
+cost     what a search takes: the seconds foretold and seen, those of a second target, and the peak of the memory
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ OLDER = HERE / "models" / "auto-0.5.0.json"  # what "auto" of 0.5.0 chose on 64 
 def main() -> None:
     """Run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("small", "clip", "speed", "drop", "killed"))
+    parser.add_argument("part", choices=("small", "clip", "speed", "drop", "killed", "cost"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=512, help="to tune on (%(default)s)")
     parser.add_argument("--limit", type=int, default=10_000, help="images to report on (%(default)s)")
@@ -339,6 +340,68 @@ def killed(arguments: argparse.Namespace) -> None:
     _write("tune-killed", "A search that is killed, beside one that is not", rows, [], notes)
 
 
+_COST = """
+import json, resource, sys, time, torch, tokenmerge
+sys.path.insert(0, {here!r})
+from tune import costed
+model, images, batch = costed({name!r}, {count})
+figures, start = {{}}, time.perf_counter()
+def expect(seconds):
+    figures.update({{"foretold s": round(seconds), "foretold after s": round(time.perf_counter() - start, 1)}})
+if {is_tuned}:
+    for part, target in (("seconds", "macs=0.5"), ("second target s", "macs=0.7")):
+        start = time.perf_counter()
+        tokenmerge.tune(model, images, target, batch_size=batch, budget={budget}, journal={journal!r},
+                        expect=expect if part == "seconds" else None)
+        figures[part] = round(time.perf_counter() - start, 1)
+else:
+    with torch.inference_mode():
+        for part in images.split(batch):
+            model(part)
+print(json.dumps({{**figures, "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}}))
+"""
+
+
+def costed(name: str, count: int) -> tuple[nn.Module, Tensor, int]:
+    """Return a model, images for it and a batch size; random weights and images of noise where it is a ViT-B/16."""
+    if name in MODELS:
+        return load(name), normalise(assets.fashion_mnist("train")[0][:count]), 32
+    import timm
+
+    return timm.create_model(name, pretrained=False).eval(), torch.randn(64, 3, 224, 224), 16
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    """Tune two models in fresh processes, and run them plainly in others."""
+    rows = []
+    for name in ("reference", "vit_base_patch16_224"):
+        figures = {}
+        for is_tuned in (False, True):
+            code = _COST.format(
+                here=str(HERE),
+                name=name,
+                count=arguments.images,
+                is_tuned=is_tuned,
+                budget=arguments.budget,
+                journal=str(arguments.journals / f"cost-{name}.json"),
+            )
+            seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            figures[is_tuned] = json.loads(seen)
+        tuned, plain = figures[True], figures[False]["MiB"]
+        ratios = {
+            "seconds / foretold": round(tuned["seconds"] / tuned["foretold s"], 2),
+            "MiB plain": plain,
+            "MiB over plain": round(tuned["MiB"] / plain, 3),
+        }
+        rows.append({"model": name, "images": arguments.images if name in MODELS else 64, **tuned, **ratios})
+        print(rows[-1], flush=True)
+    notes = [
+        f"macs=0.5, then macs=0.7 from the same journal, budget {arguments.budget}, in a fresh process. MiB: the peak "
+        "of resident memory; plain: of one that runs the unmerged model over the images. Batches of 32 and 16."
+    ]
+    _write("tune-cost", "What a search takes", rows, [], notes)
+
+
 def _write(name: str, title: str, rows: list[dict[str, Any]], tried: list[dict[str, Any]], notes: list[str]) -> None:
     about = environment(torch.device("cpu"))
     ratio = [row["tuned / tome"] for row in rows if "tuned / tome" in row]
@@ -349,7 +412,7 @@ def _write(name: str, title: str, rows: list[dict[str, Any]], tried: list[dict[s
         (RESULTS / f"{name}-tried.csv").write_text(as_csv(tried))
 
 
-_PARTS = {"small": small, "clip": clip, "speed": speed, "drop": drop, "killed": killed}
+_PARTS = {"small": small, "clip": clip, "speed": speed, "drop": drop, "killed": killed, "cost": cost}
 
 if __name__ == "__main__":
     main()
