@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tokenmerge.data.labelled import Batches
 from tokenmerge.errors import DataError
@@ -91,10 +92,18 @@ def test_labels_that_come_with_images_and_do_not_fit_are_left_out_with_a_note() 
         (torch.randn(64, 3, 32, 32), torch.zeros(63, dtype=torch.long), r"labels are \(63,\)"),
         (torch.randn(64, 3, 32, 32), torch.full((64,), 10), "labels go from 10 to 10, and the model answers with 10"),
         (torch.randn(64, 3, 32, 32), torch.zeros(64), "torch.float32; give the class of each of 64 images"),
+        (torch.randn(64, 3, 32, 32), ["cat"] * 64, r"labels are \['cat'.*give the class of each image"),
+        ([torch.randn(64, 3, 32, 32)], None, "images are of type list; give the model's inputs as one tensor"),
+        (None, None, "images are of type NoneType; give"),
+        (
+            DataLoader(TensorDataset(torch.randn(64, 3, 32, 32))),
+            None,
+            r"images are of type DataLoader.*Batches\(loader",
+        ),
         (torch.randn(64, 3, 20, 20), None, "the model does not take images of"),
     ],
 )
-def test_what_cannot_be_used_is_refused(images: Tensor, labels: Tensor | None, message: str) -> None:
+def test_what_cannot_be_used_is_refused(images: Any, labels: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         _split(images, labels)
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.measure.timing import NOISY, environment, interleave, peak_memory
-from tokenmerge.tuning.subject import Subject
+from tokenmerge.tuning.subject import Subject, is_figure
 
 __all__ = ["Clock", "Timed"]
 
 _ENOUGH = 0.01  # noise of the speed-up, as a share, that needs no more rounds
 _ROUNDS = (9, 18, 36)  # what is tried until the noise is that low
+_SHORTEST = 1e-9  # seconds, or times as fast, that anything takes
 _SECONDS = 0.05  # shortest round; shorter forwards run several times in one
 
 
@@ -51,7 +52,7 @@ class Clock:
 
     def time(self, config: MergeConfig) -> Timed:
         """Return the speed-up over the unmerged model: the median ratio of interleaved rounds."""
-        timed: Timed = self._kept(f"time {config!r}", partial(self._time, config))
+        timed = Timed(*self._kept(f"time {config!r}", partial(self._time, config), _is_timed))
         self._saved.append((1 - self.subject.share(config.r), 1 - 1 / timed.speed_up))
         return timed
 
@@ -63,13 +64,14 @@ class Clock:
 
     def memory(self, config: MergeConfig) -> float:
         """Return the peak memory of a forward as a share of the unmerged model's."""
-        found: float = self._kept(f"memory {config!r}", partial(self._memory, config))
+        found: float = self._kept(
+            f"memory {config!r}", partial(self._memory, config), lambda share: is_figure(share, 0.0)
+        )
         return found
 
-    def _kept(self, what: str, measure: Callable[[], Any]) -> Any:
+    def _kept(self, what: str, measure: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
         """Return a measurement of this machine from the journal, or make it."""
-        found = self.subject.kept(f"{what} on {self._where}", measure)
-        return Timed(*found) if isinstance(found, (list, tuple)) else found
+        return self.subject.kept(f"{what} on {self._where}", measure, holds)
 
     def _time(self, config: MergeConfig) -> Timed:
         if self._unmerged is None:
@@ -94,6 +96,14 @@ class Clock:
     def _memory(self, config: MergeConfig) -> float:
         model = self.subject.trial("search").model
         return peak_memory(self.subject.trial("search").reduced(config), self.batch) / peak_memory(model, self.batch)
+
+
+def _is_timed(value: Any) -> bool:
+    """Whether a value from a journal can be a `Timed`: no speed or time is 0."""
+    if not isinstance(value, list) or len(value) != len(Timed._fields):
+        return False
+    *times, noise = value
+    return all(is_figure(time, _SHORTEST) for time in times) and is_figure(noise, 0.0)
 
 
 def _short(r: Any) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from tokenmerge.tuning.parts import Parts, split
 from tokenmerge.tuning.result import Tuning
 from tokenmerge.tuning.search import Search
 from tokenmerge.tuning.shapes import fit
-from tokenmerge.tuning.space import starts
+from tokenmerge.tuning.space import read_methods, starts
 from tokenmerge.tuning.subject import Subject
 from tokenmerge.tuning.summary import FRONT, summarise
 from tokenmerge.tuning.target import Target, read_targets
@@ -51,7 +52,7 @@ def tune(
     target: str | Target | Sequence[str | Target] = "2x",
     *,
     labels: Tensor | Sequence[int] | None = None,
-    methods: Sequence[str | Reduction] = (LeastLoss.name,),
+    methods: str | Reduction | Sequence[str | Reduction] = (LeastLoss.name,),
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     batch_size: int = 32,
@@ -93,8 +94,10 @@ def tune(
     `ConfigError` for targets that are none or need labels; `UnsupportedModelError` where no method fits.
     """
     targets = read_targets(target)
-    if budget < 1 or batch_size < 1:
-        raise ConfigError(f"budget and batch_size must be at least 1; got {budget} and {batch_size}.")
+    for name, value, low in (("budget", budget, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if not isinstance(value, Integral) or not low <= value < 2**63:
+            raise ConfigError(f"{name} is {value!r}; it takes a whole number of at least {low}.")
+    chosen = read_methods(methods)
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if "r" in settings:
         raise ConfigError("tune finds r itself: leave it out, and give a target.")
@@ -108,9 +111,11 @@ def tune(
         fingerprint = Fingerprint.of(model, handle._adapter)
     kept = None if journal is None else _journal(Path(journal), fingerprint, own, parts, seed, settings)
     subject = Subject(own, parts, where, settings, kept)
-    usable = starts(subject, methods)
+    refused = {method.name: why for method in starts(subject, chosen) if (why := subject.refusal(method))}
+    usable = [method for method in starts(subject, chosen) if subject.accepts(method)]
     if not usable:
-        raise UnsupportedModelError(f"none of the methods {', '.join(map(str, methods))} can run in this model.")
+        reasons = " ".join(f"{name}: {why}" for name, why in refused.items())
+        raise UnsupportedModelError(f"none of the methods {', '.join(refused)} can run in this model. {reasons}")
     lowest = subject.share(fit(subject, (1.0,) * subject.depth, 0.0))
     search = Search(subject, usable, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
     clock = Clock(subject, batch_size, compile)
@@ -118,7 +123,8 @@ def tune(
     decision = decide(Goals(subject, clock, search), targets)
     found = summarise(subject, clock, search, targets, decision)
     config = replace(found.config, fingerprint=fingerprint, measured=found.figures)
-    return replace(found, config=config, corrupt=list(parts.corrupt))
+    remarks = [f"{name} was left out: {why}" for name, why in refused.items()]
+    return replace(found, config=config, corrupt=list(parts.corrupt), remarks=[*found.remarks, *remarks])
 
 
 def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
