@@ -309,6 +309,14 @@ def test_a_speed_is_met_by_the_clock(model: nn.Module, images: Tensor) -> None:
     assert found.reached and found.figures["ms"] <= 7.0 and found.figures["speed-up"] <= 1.5
 
 
+def test_a_share_of_the_macs_holds_beside_a_speed_that_needs_less(model: nn.Module, images: Tensor) -> None:
+    for targets in ("1.1x macs=0.6", "macs=0.6 1.1x 9.5ms"):
+        found = tune(model, images, targets, **QUICK)
+        assert found.reached and found.figures["speed-up"] >= 1.1 and found.figures["MACs share"] <= 0.6
+    other = tune(model, images, "1.6x macs=0.9", **QUICK)  # here the speed needs more
+    assert other.reached and other.figures["speed-up"] >= 1.6
+
+
 def test_an_impossible_speed_gives_the_nearest(model: nn.Module, images: Tensor) -> None:
     found = tune(model, images, "50x", **QUICK)
     assert not found.reached and found.report.startswith("NOT REACHED: 50x. The nearest: ")
@@ -394,6 +402,7 @@ def test_bad_input_is_refused_before_any_work(model: nn.Module, images: Tensor) 
         ({"methods": ()}, r"methods is \(\); give one or more names"),
         ({"methods": None}, "methods is None; give one or more names"),
         ({"methods": ("tome", 3)}, r"methods is \('tome', 3\); give one or more names"),
+        ({"journl": "a.json"}, r"no keyword of tune 'journl'\. Did you mean 'journal'"),
         ({"methods": "tomee"}, r"no method 'tomee'\. Did you mean 'tome'"),
     ]
     for settings, message in wrong:

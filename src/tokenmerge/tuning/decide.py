@@ -70,7 +70,9 @@ def _timed(
     goals: Goals, costs: Sequence[Target], chosen: Candidate, share: float, missed: tuple[str, ...], *, is_met: bool
 ) -> Decision:
     clocked = [t for t in costs if t.kind in ("speed", "ms")] if is_met else []
-    share, timed = goals.met(clocked, chosen, share)
+    others = [goals.most(t, goals.search.start) for t in costs if t not in clocked] if is_met else []
+    cap = min((goals.lowest if s is None else s for s in others), default=1.0)  # a speed that is met early ends here
+    share, timed = goals.met(clocked, chosen, share, cap)
     found = Decision(chosen, share, timed, not missed, missed)
     short = _short(goals, costs, found) if is_met else ()
     return Decision(chosen, share, timed, not (missed or short), missed + short)

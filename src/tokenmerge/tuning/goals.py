@@ -79,8 +79,8 @@ class Goals:
         after = [self.search.outcome(candidate, share, part) for part in _PARTS]
         return loss_of(target.kind, before, after, len(self.subject.parts.report))
 
-    def met(self, targets: Sequence[Target], candidate: Candidate, share: float) -> tuple[float, Timed]:
-        """Return the share near this one at which the speeds asked are measured, and that measurement."""
+    def met(self, targets: Sequence[Target], candidate: Candidate, share: float, cap: float) -> tuple[float, Timed]:
+        """Return the share near this one, at most `cap`, at which the speeds asked are measured, and its timing."""
         wanted = max((self.speed(one, candidate) for one in targets), default=0.0)
         seen: dict[float, Timed] = {}
         for _ in range(_TRIES if wanted else 1):
@@ -89,7 +89,7 @@ class Goals:
             if not wanted or wanted <= speed <= _OVER * wanted:
                 return share, seen[share]
             _, slope = self._cost_of_macs(candidate)
-            share = min(1.0, max(self.lowest, share + (1 / (_AIM * wanted) - 1 / speed) / slope))
+            share = min(cap, max(self.lowest, share + (1 / (_AIM * wanted) - 1 / speed) / slope))
             if share in seen:
                 break
         enough = [one for one, timed in seen.items() if timed.speed_up >= wanted]

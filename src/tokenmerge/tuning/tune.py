@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.labelled import Labelled
-from tokenmerge.errors import ConfigError, UnsupportedModelError
+from tokenmerge.errors import ConfigError, UnsupportedModelError, unknown_name
 from tokenmerge.handle import attached, require_free
 from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
 from tokenmerge.methods import LeastLoss, Reduction
@@ -94,14 +95,10 @@ def tune(
     `ConfigError` for targets that are none or need labels; `UnsupportedModelError` where no method fits.
     """
     targets = read_targets(target)
-    for name, value, low in (("budget", budget, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or not low <= value < 2**63:
-            raise ConfigError(f"{name} is {value!r}; it takes a whole number of at least {low}.")
+    _check_numbers(budget=budget, batch_size=batch_size, seed=seed)
     chosen = read_methods(methods)
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if "r" in settings:
-        raise ConfigError("tune finds r itself: leave it out, and give a target.")
-    shared = MergeConfig(**settings)
+    shared = _shared(settings)
     require_free(model)
     where = find_device(device)
     own = _copied(model, where, None if dtype is None else find_dtype(dtype))
@@ -125,6 +122,26 @@ def tune(
     config = replace(found.config, fingerprint=fingerprint, measured=found.figures)
     remarks = [f"{name} was left out: {why}" for name, why in refused.items()]
     return replace(found, config=config, corrupt=list(parts.corrupt), remarks=[*found.remarks, *remarks])
+
+
+_KEYWORDS = [name for name, one in inspect.signature(tune).parameters.items() if one.kind is one.KEYWORD_ONLY]
+
+
+def _check_numbers(**values: Any) -> None:
+    for name, value in values.items():
+        low = 0 if name == "seed" else 1
+        if not isinstance(value, Integral) or not low <= int(value) < 2**63:
+            raise ConfigError(f"{name} is {value!r}; it takes a whole number of at least {low}.")
+
+
+def _shared(options: Mapping[str, Any]) -> MergeConfig:
+    """Return the configuration that all candidates share; raises `TokenMergeError` for options that are none."""
+    if "r" in options:
+        raise ConfigError("tune finds r itself: leave it out, and give a target.")
+    known = [one.name for one in fields(MergeConfig) if one.compare and one.name not in ("method", "r")]
+    for name in options.keys() - {*known}:
+        raise unknown_name("keyword of tune", name, [*_KEYWORDS, *known])
+    return MergeConfig(**options)
 
 
 def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
