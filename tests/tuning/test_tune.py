@@ -94,7 +94,7 @@ def test_the_configuration_has_the_macs_asked_and_hurts_less_than_constant_r(
                 break
         r += 1
     assert _damage(model, images, found.config) < _damage(model, images, tokenmerge.MergeConfig("tome", r=r))
-    assert f"constant r = {r} would give" in found.report
+    assert f"constant r = {r} of tome would give an agreement of" in found.report
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert tokenmerge.handle_of(model, None) is None
 

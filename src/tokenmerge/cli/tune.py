@@ -103,10 +103,12 @@ def _show(found: Any, written: list[str], arguments: argparse.Namespace) -> None
         content = {name: getattr(found, name) for name in ("report", "reached", "figures", "remarks")}
         print(json.dumps({**content, "front": found.front.rows, "files": written}, indent=2))
         return
-    # methods and schedules are long, and in the files
-    long = () if arguments.wide else ("method", "r")
-    rows = [{name: value for name, value in row.items() if name not in long} for row in found.front.rows]
-    show(rows, found.report, wide=arguments.wide)
+    front = found.front.rows
+    names = [name for name in front[0] if any(row[name] is not None for row in front)]
+    if not arguments.wide:  # what each row is must fit beside its figures; the files have the rest
+        less = ("method", "r", "tokens", "speed-up", *(("agreement %",) if "top-1 %" in names else ()))
+        names = [name for name in names if name not in less]
+    show([{name: row[name] for name in names} for row in front], found.report, wide=arguments.wide)
     chosen = f"Chosen: {found.config.method!r}, r = {found.config.r}"
     print("\n".join(["", chosen, *found.remarks, f"Written: {', '.join(written)}"]))
 

@@ -90,23 +90,24 @@ def _figures(
 def _sentence(figures: dict[str, Any], decision: Decision, r: int, targets: Sequence[Target]) -> str:
     speed = figures["speed-up"]
     word = f"{speed:.2f}x faster" if speed >= 1 else f"SLOWER, {speed:.2f}x"
-    parts = [f"{word} ({figures['ms']:.4g} ms for {figures['unmerged ms']:.4g})"]
+    times = f"{figures['ms']:.4g} ms instead of {figures['unmerged ms']:.4g}, batch {figures['batch size']}"
+    parts = [f"{word} ({times})"]
     plain = ""
     if "agreement %" in figures:
         ends = f"{figures['agreement % from']:.1f} to {figures['agreement % to']:.1f}"
         parts.append(f"agreement {figures['agreement %']:.1f} % ({ends})")
         if "agreement % of constant r" in figures:
-            plain = f"{figures['agreement % of constant r']:.1f} %"
+            plain = f"an agreement of {figures['agreement % of constant r']:.1f} %"
     else:
         parts.append(f"answers differ by {100 * figures['damage']:.3g} % (squared)")
         if "damage of constant r" in figures:
-            plain = f"{100 * figures['damage of constant r']:.3g} %"
+            plain = f"a difference of {100 * figures['damage of constant r']:.3g} %"
     if "top-1 %" in figures:
         parts.append(f"top-1 {figures['top-1 %']:.1f} % (unmerged {figures['unmerged top-1 %']:.1f} %)")
     parts.append(f"{100 * figures['MACs share']:.0f} % of the MACs")
     asked = " ".join(map(str, targets))
     opening = "" if decision.reached else f"NOT REACHED: {asked}. The nearest: "
-    return opening + ", ".join(parts) + (f"; constant r = {r} would give {plain}" if plain else "") + "."
+    return opening + ", ".join(parts) + (f"; constant r = {r} of tome would give {plain}" if plain else "") + "."
 
 
 def _remarks(subject: Subject, found: Outcome, none: Outcome) -> list[str]:
