@@ -317,6 +317,20 @@ def test_a_share_of_the_macs_holds_beside_a_speed_that_needs_less(model: nn.Modu
     assert other.reached and other.figures["speed-up"] >= 1.6
 
 
+def test_a_busy_machine_is_said_once_and_again_from_the_journal(
+    model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(self: Clock, config: Any) -> Timed:
+        seconds = 0.01 * (0.1 + 0.9 * self.subject.share(config.r))
+        return Timed(0.01 / seconds, seconds, 0.01, 0.3)
+
+    monkeypatch.setattr(Clock, "_time", noisy)
+    for _ in range(2):
+        found = tune(model, images, "1.4x", **QUICK, journal=tmp_path / "journal.json")
+        (remark,) = [one for one in found.remarks if "busy" in one]
+        assert "speed-ups measured varied by up to 30 %" in remark and found.figures["noise %"] == 30.0
+
+
 def test_an_impossible_speed_gives_the_nearest(model: nn.Module, images: Tensor) -> None:
     found = tune(model, images, "50x", **QUICK)
     assert not found.reached and found.report.startswith("NOT REACHED: 50x. The nearest: ")

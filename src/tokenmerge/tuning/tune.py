@@ -155,7 +155,7 @@ def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
 def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
     for target in targets:
         if target.kind == "drop" and not parts.has_labels:
-            why = f" ({parts.note})" if parts.note else ""
+            why = f" ({parts.note.rstrip('.')})" if parts.note else ""
             raise ConfigError(
                 f"the target {target} is accuracy lost, which needs labels of the images{why}. Give labels, or ask "
                 "for what needs none: agreement=99."
