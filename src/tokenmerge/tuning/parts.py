@@ -101,7 +101,7 @@ def split(
     batch_size: int,
     seed: int,
 ) -> Parts:
-    """Read images once and deal them out by the seed, the images of each class evenly.
+    """Read images once and deal them out by the seed, whatever their labels.
 
     Raises `DataError` for fewer than 64 images, labels that do not fit the images or the model, more than a tenth of
     unreadable images, and images that are not finite.
@@ -131,7 +131,8 @@ def split(
         given, note = _labels(given, store.count, outputs, has_none=has_none, is_asked=labels is not None)
     if given is None and not _is_classifier(model, outputs):
         outputs = -1  # no model has so many: answers are compared as vectors alone
-    order = _dealt(given, store.count, seed)
+    # by the seed alone: labels that a target does not read must not change what is found
+    order = torch.randperm(store.count, generator=torch.Generator().manual_seed(seed)).tolist()
     first, second = (int(sum(_SHARES[:n]) * store.count) for n in (1, 2))
     places = {"search": order[:first], "select": order[first:second], "report": order[second:]}
     parts = {name: Part(store, given, at, batch_size, outputs, name) for name, at in places.items()}
@@ -230,18 +231,3 @@ def _labels(
     if low == high:
         return labels, f"all images are of class {low}: accuracy and agreement on them say little about others."
     return labels, ""
-
-
-def _dealt(labels: Tensor | None, count: int, seed: int) -> list[int]:
-    """Return an order of the images in which any stretch holds the classes as evenly as the whole."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    if labels is None:
-        return order.tolist()
-    # the k-th of a class with n images goes to (k + 1/2) / n, ties by the drawn order
-    own = labels[order]
-    place = torch.zeros(count, dtype=torch.float64)
-    for label in own.unique():
-        at = (own == label).nonzero()[:, 0]
-        place[at] = (torch.arange(len(at)) + 0.5).double() / len(at)
-    return order[place.argsort(stable=True)].tolist()

@@ -175,7 +175,8 @@ def _journal(
         "model": fingerprint.architecture,
         "weights": fingerprint.weights,
         "images": parts.digest,
-        "labels": hashlib.sha256(str(parts.search.labels.tolist()).encode()).hexdigest()[:16]
+        # other than in 0.9.0, which dealt labelled images by class: its journals are of other parts
+        "labels": hashlib.sha256(f"by seed {parts.search.labels.tolist()}".encode()).hexdigest()[:16]
         if parts.has_labels
         else "none",
         "batch size": parts.search.batch_size,
