@@ -766,3 +766,18 @@ def test_policies_and_statistics_that_do_not_fit() -> None:
         train_transform(Augment(auto="rand-m9"), "clip", (3, 4, 28, 28))
     with pytest.raises(ConfigError, match="do not fit 3 channels"):
         eval_transform("image", (3, 28, 28), mean=(0.5,), std=(0.5,))
+
+
+def test_sixteen_bits_are_scaled_and_deeper_values_refused(tmp_path: Path) -> None:
+    small = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    (tmp_path / "a").mkdir()
+    Image.fromarray(small).save(tmp_path / "a" / "0.png")
+    Image.fromarray(small.astype(np.uint16) * 257).save(tmp_path / "a" / "1.png")
+    Image.fromarray(small.astype(np.int32) * 1000).save(tmp_path / "a" / "2.tif")
+    Image.fromarray(small.astype(np.float32)).save(tmp_path / "a" / "3.tif")
+    source = open_source(f"files:{tmp_path}", "test", Data())
+    assert isinstance(source, Source)
+    eight, sixteen, floats = (np.asarray(source.read(i)[0].convert("L")) for i in (0, 1, 3))
+    assert (eight == small).all() and (sixteen == small).all() and (floats == small).all()
+    with pytest.raises(OSError, match=r"2\.tif: values from 0 to 220000 \(mode I\): save it with 8 or 16 bits"):
+        source.read(2)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import tokenmerge
 from tokenmerge.cli import main
+from tokenmerge.errors import DataError
 from tokenmerge.testing import tiny_vit
 from tokenmerge.tuning.clock import Clock, Timed
 
@@ -44,6 +47,9 @@ def _run(*more: str) -> int:
 def test_it_writes_what_patch_and_people_take(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert _run("--target", "macs=0.6") == 0
     out, err = capsys.readouterr()
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert max(map(len, table)) <= 80 and "MACs share" in table[0] and "note" in table[0]
+    assert any("chosen" in line for line in table) and "top-1" not in out  # without labels
     assert "60 % of the MACs" in out and "Chosen: " in out and "This will take about" in err
     names = {path.name for path in here.glob("merge*")}
     assert names >= {"merge.json", "merge.html", "merge.csv", "merge-tried.csv", "merge.journal.json"}
@@ -56,6 +62,20 @@ def test_it_writes_what_patch_and_people_take(capsys: pytest.CaptureFixture[str]
     content = json.loads(out)
     assert content["reached"] and content["figures"]["MACs share"] <= 0.6 and "merge.json" in content["files"]
     assert "images: 64" not in err  # all of it was in the journal
+
+
+def test_a_loss_reads_as_many_images_as_it_needs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def stopped(source: str, model: nn.Module, *, limit: int, **options: Any) -> None:
+        asked.append(limit)
+        raise DataError("stopped here")
+
+    monkeypatch.setattr("tokenmerge.data.labelled.sample_data", stopped)
+    for more in (["macs=0.5"], ["drop=0.5"], ["2x", "agreement=99.9"], ["drop=0"], ["drop=0.5", "--limit", "70"]):
+        assert _run("--target", *more) == 2
+    assert asked == [512, 1240, 6200, 512, 70]
+    assert _run("--target", "macs=0.5", "--limit", "0") == 2
 
 
 def test_a_target_that_is_missed_ends_with_1_and_the_nearest(capsys: pytest.CaptureFixture[str], here: Path) -> None:

@@ -23,6 +23,8 @@ from tokenmerge.tuning.target import Target, read_targets
         ("memory=0.7", "memory", 0.7),
         ("drop=0", "drop", 0.0),
         ("drop=0.5%", "drop", 0.5),
+        ("2X", "speed", 2.0),
+        ("MACs=0.5", "macs", 0.5),
         ("agreement=99", "agreement", 99.0),
     ],
 )
@@ -42,15 +44,21 @@ def test_several_targets_are_one_text_or_a_list() -> None:
     ("text", "message"),
     [
         ("fast", "'fast' is no target; give 2x"),
-        ("", "give one target"),
-        ("2x 3x", "several of different kinds"),
+        ("", "target is ''; give 2x"),
+        (None, "'None' is no target; give 2x"),
+        (2, "'2' is no target; give 2x"),
+        ("2x,drop=1", "Several with spaces between"),
+        ("2x 3x", "2x and 3x ask for the same thing twice: keep one"),
+        ("drop=1 2x drop=0.5", "drop=1 and drop=0.5 ask for the same thing twice"),
         ("1x", "'1x': the number must be more than 1"),
         ("macs=1.5", "more than 0, at most 1"),
         ("macs=50%", "more than 0, at most 1"),
         ("0ms", "more than 0"),
         ("speed=2", "'speed=2' is no target|the number"),
         ("agreement=101", "at most 100"),
-        ("-2x", "is no target"),
+        ("-2x", "'-2x': the number must be more than 1, at most 100"),
+        ("-1ms", "'-1ms': the number must be more than 0"),
+        ("drop=-1", "'drop=-1': the number must be at least 0, at most 100"),
     ],
 )
 def test_what_is_no_target_is_refused_with_the_forms(text: str, message: str) -> None:

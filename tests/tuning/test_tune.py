@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import tune
-from tokenmerge.errors import AlreadyPatchedError, ConfigError, DataError, UnsupportedError, UnsupportedModelError
+from tokenmerge.data.labelled import Batches
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    DataError,
+    UnknownNameError,
+    UnsupportedError,
+    UnsupportedModelError,
+)
 from tokenmerge.testing import tiny_vit
 from tokenmerge.testing.models.plain import PlainStandIn
 from tokenmerge.tuning import clock as clock_module
@@ -86,7 +94,7 @@ def test_the_configuration_has_the_macs_asked_and_hurts_less_than_constant_r(
                 break
         r += 1
     assert _damage(model, images, found.config) < _damage(model, images, tokenmerge.MergeConfig("tome", r=r))
-    assert f"constant r = {r} would give" in found.report
+    assert f"constant r = {r} of tome would give an agreement of" in found.report
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert tokenmerge.handle_of(model, None) is None
 
@@ -212,6 +220,87 @@ def test_a_journal_of_something_else_is_refused_with_the_differences(
         tune(model, images, "macs=0.7", **QUICK, journal=journal)
 
 
+def test_too_few_images_for_a_loss_are_counted(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    found = tune(model, images, "drop=0.5", labels=labels, **QUICK)
+    text = "drop=0.5 is kept by the unmerged model alone: it needs at least 620 images, and there are 128"
+    assert not found.reached and any(remark.startswith(text) for remark in found.remarks)
+    assert not any("together" in remark for remark in found.remarks)  # one target alone
+    found = tune(model, images, "agreement=100", **QUICK)
+    assert not found.reached and any("no number of images proves" in remark for remark in found.remarks)
+
+
+def test_labels_that_are_numbered_otherwise_are_said(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    text = "no better than chance: are its classes numbered as the labels are?"
+    for given, is_said in ((labels, False), ((labels + 1) % 10, True)):
+        found = tune(model, images, "macs=0.7", labels=given, **QUICK)
+        assert any(text in remark for remark in found.remarks) is is_said
+
+
+def test_copies_among_the_images_are_said(model: nn.Module, images: Tensor, found: Tuning) -> None:
+    twice = torch.cat([images[:100], images[:28]])
+    (remark,) = [one for one in tune(model, twice, "macs=0.7", **QUICK).remarks if "copies" in one]
+    assert remark.startswith("28 images are copies of others")
+    assert not any("copies" in one for one in found.remarks)
+
+
+_BROKEN: dict[str, Any] = {
+    "an image less": lambda measured: {**measured, "damage": measured["damage"][1:]},
+    "an answer less": lambda measured: {**measured, "same": measured["same"][1:]},
+    "a text": lambda measured: {**measured, "damage": ["0", *measured["damage"][1:]]},
+    "below zero": lambda measured: {**measured, "damage": [-1.0, *measured["damage"][1:]]},
+    "not a number": lambda measured: {**measured, "damage": [float("nan"), *measured["damage"][1:]]},
+    "no flag": lambda measured: {**measured, "hits": [2, *measured["hits"][1:]]},
+    "a key less": lambda measured: {"damage": measured["damage"]},
+    "nothing": lambda measured: None,
+}
+
+
+@pytest.fixture(scope="module")
+def written(quick: None, model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("journal") / "journal.json"
+    tune(model, images, "1.4x memory=0.95", **QUICK, journal=path)
+    return path.read_text()
+
+
+def _edited(written: str, path: Path, kind: str, change: Any) -> Path:
+    content = json.loads(written)
+    row = next(row for row in content["rows"] if row["key"].startswith(kind))
+    row["measured"] = change(row["measured"])
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("change", _BROKEN)
+def test_a_journal_that_was_edited_is_refused_with_the_row(
+    model: nn.Module, images: Tensor, written: str, tmp_path: Path, change: str
+) -> None:
+    path = _edited(written, tmp_path / "journal.json", "search", _BROKEN[change])
+    before = path.read_text()
+    with pytest.raises(DataError, match=r"journal\.json cannot be used: row \d+ \(search MergeConfig.*delete this one"):
+        tune(model, images, "1.4x memory=0.95", **QUICK, journal=path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("time", [1.5, 0.0, 0.01, 0.0]),
+        ("time", [1.5, 0.01]),
+        ("time", 1.5),
+        ("memory", -0.5),
+        ("memory", "much"),
+        ("as alike", [1, 2]),
+        ("as alike", [1, 2, -3, 4]),
+    ],
+)
+def test_other_rows_of_a_journal_are_checked_too(
+    model: nn.Module, images: Tensor, written: str, tmp_path: Path, kind: str, value: Any
+) -> None:
+    path = _edited(written, tmp_path / "journal.json", kind, lambda measured: value)
+    with pytest.raises(DataError, match=rf"row \d+ \({kind} .* which nothing measures"):
+        tune(model, images, "1.4x memory=0.95", **QUICK, journal=path)
+
+
 def test_a_speed_is_met_by_the_clock(model: nn.Module, images: Tensor) -> None:
     found = tune(model, images, "1.5x", **QUICK)
     assert found.reached and 1.5 <= found.figures["speed-up"] <= 1.5 * 1.04
@@ -220,13 +309,40 @@ def test_a_speed_is_met_by_the_clock(model: nn.Module, images: Tensor) -> None:
     assert found.reached and found.figures["ms"] <= 7.0 and found.figures["speed-up"] <= 1.5
 
 
+def test_a_share_of_the_macs_holds_beside_a_speed_that_needs_less(model: nn.Module, images: Tensor) -> None:
+    for targets in ("1.1x macs=0.6", "macs=0.6 1.1x 9.5ms"):
+        found = tune(model, images, targets, **QUICK)
+        assert found.reached and found.figures["speed-up"] >= 1.1 and found.figures["MACs share"] <= 0.6
+    other = tune(model, images, "1.6x macs=0.9", **QUICK)  # here the speed needs more
+    assert other.reached and other.figures["speed-up"] >= 1.6
+
+
+def test_a_busy_machine_is_said_once_and_again_from_the_journal(
+    model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(self: Clock, config: Any) -> Timed:
+        seconds = 0.01 * (0.1 + 0.9 * self.subject.share(config.r))
+        return Timed(0.01 / seconds, seconds, 0.01, 0.3)
+
+    monkeypatch.setattr(Clock, "_time", noisy)
+    for _ in range(2):
+        found = tune(model, images, "1.4x", **QUICK, journal=tmp_path / "journal.json")
+        (remark,) = [one for one in found.remarks if "busy" in one]
+        assert "speed-ups measured varied by up to 30 %" in remark and found.figures["noise %"] == 30.0
+
+
 def test_an_impossible_speed_gives_the_nearest(model: nn.Module, images: Tensor) -> None:
     found = tune(model, images, "50x", **QUICK)
     assert not found.reached and found.report.startswith("NOT REACHED: 50x. The nearest: ")
-    assert any("50x cannot be reached" in remark for remark in found.remarks)
+    (said,) = [remark for remark in found.remarks if "50x cannot be reached" in remark]  # once, with the figure
+    assert f"the fastest measured is {found.figures['speed-up']:.2f}x" in said
     assert found.figures["speed-up"] > 1.5
     lowest = tune(model, images, "macs=0.05", **QUICK)
-    assert not lowest.reached and any("macs=0.05 cannot be reached" in remark for remark in lowest.remarks)
+    assert not lowest.reached
+    (said,) = [remark for remark in lowest.remarks if "macs=0.05 cannot be reached" in remark]
+    least = float(said.rstrip(".").rpartition("macs=")[2])
+    assert 0 <= least - lowest.figures["MACs share"] < 0.002
+    assert tune(model, images, f"macs={least}", **QUICK).reached
 
 
 def test_a_loss_is_kept_with_room_for_other_images(model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -248,13 +364,13 @@ def test_two_targets_at_once_or_the_nearest_on_each_side(model: nn.Module, image
     assert "within drop=0.01 it is" in text and "for 1.6x" in text and "points of accuracy" in text
 
 
-def test_shuffled_labels_change_nothing_but_accuracies(
+def test_labels_shuffled_or_absent_change_nothing_but_accuracies(
     model: nn.Module, images: Tensor, labels: Tensor, found: Tuning
 ) -> None:
-    none = tune(model, images, "macs=0.6", budget=BUDGET, batch_size=64)
-    assert "top-1 %" not in none.figures and none.reached
-    whole = tokenmerge.MergeConfig("tome", r=[round(sum(found.config.r) / 4)] * 4)  # type: ignore[arg-type]
-    assert _damage(model, images, none.config) < _damage(model, images, whole)
+    for given in (None, labels.flip(0)):
+        other = tune(model, images, "macs=0.6", labels=given, budget=BUDGET, batch_size=64)
+        assert other.config == found.config and ("top-1 %" in other.figures) is (given is not None)
+        assert [row.damage for row in other.front.rows] == [row.damage for row in found.front.rows]
 
 
 def test_features_are_compared_as_vectors(images: Tensor) -> None:
@@ -263,6 +379,13 @@ def test_features_are_compared_as_vectors(images: Tensor) -> None:
     assert "answers differ by" in found.report and "agreement" not in found.report
     with pytest.raises(ConfigError, match="this model answers with none: its outputs are features"):
         tune(tower, images, "agreement=99")
+    with pytest.raises(DataError, match="there are labels, and the model answers with features"):
+        tune(tower, images, "drop=5", labels=torch.zeros(128, dtype=torch.long))
+    known = Batches([(images, torch.zeros(128, dtype=torch.long))], 10)
+    with pytest.raises(ConfigError, match=r"drop=5 .* needs labels of the images \(the model answers with features"):
+        tune(tower, known, "drop=5")
+    again = tune(tower, known, "macs=0.7", **QUICK)
+    assert again.config == found.config and any("labels are not used" in remark for remark in again.remarks)
 
 
 def test_a_model_without_a_class_token_is_tuned_too(images: Tensor) -> None:
@@ -284,11 +407,24 @@ def test_bad_input_is_refused_before_any_work(model: nn.Module, images: Tensor) 
         tune(model, images, "drop=0.5")
     with pytest.raises(ConfigError, match="is no target"):
         tune(model, images, "quick")
-    with pytest.raises(ConfigError, match="budget and batch_size must be at least 1; got 0 and 32"):
-        tune(model, images, budget=0)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"budget": 0}, "budget is 0; it takes a whole number of at least 1"),
+        ({"budget": "8"}, "budget is '8'; it takes a whole number"),
+        ({"batch_size": 1.5}, "batch_size is 1.5; it takes a whole number"),
+        ({"seed": None}, "seed is None; it takes a whole number of at least 0"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; it takes"),
+        ({"methods": ()}, r"methods is \(\); give one or more names"),
+        ({"methods": None}, "methods is None; give one or more names"),
+        ({"methods": ("tome", 3)}, r"methods is \('tome', 3\); give one or more names"),
+        ({"journl": "a.json"}, r"no keyword of tune 'journl'\. Did you mean 'journal'"),
+        ({"methods": "tomee"}, r"no method 'tomee'\. Did you mean 'tome'"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises((ConfigError, UnknownNameError), match=message):
+            tune(model, images[:1], **settings)  # before the images are looked at
     with pytest.raises(UnsupportedError, match="no dtype 'int8'"):
         tune(model, images, dtype="int8")
-    with pytest.raises(UnsupportedModelError, match="none of the methods evit"):
+    with pytest.raises(UnsupportedModelError, match=r"none of the methods evit can run in this model\. evit: .*class"):
         tune(tiny_vit(class_token=False, global_pool="avg"), images, "macs=0.7", methods=("evit",))
     with tokenmerge.patched(model, r=1), pytest.raises(AlreadyPatchedError):
         tune(model, images)
@@ -302,7 +438,7 @@ def test_nan_with_a_candidate_is_named(model: nn.Module, images: Tensor, monkeyp
         return merged * float("nan"), sizes
 
     monkeypatch.setattr(tokenmerge.methods.LeastLoss, "merge", broken)
-    with pytest.raises(DataError, match=r"64 images are NaN or infinity with LeastLoss"):
+    with pytest.raises(DataError, match=r"64 images are NaN or infinity, with LeastLoss"):
         tune(model, images, "macs=0.7", budget=1)
 
 
@@ -321,6 +457,14 @@ def test_the_macs_of_any_method_are_those_that_were_counted(model: nn.Module, im
         share = tokenmerge.flops(model, (3, 32, 32)) / tokenmerge.flops(tiny_vit(), (3, 32, 32))
     assert found.figures["MACs share"] == pytest.approx(share, abs=1e-4) and share <= 0.5
     assert {row.method.partition("(")[0] for row in found.tried.rows} >= {"ToMe"}
+
+
+def test_a_method_that_the_model_cannot_run_is_left_out_and_said(images: Tensor) -> None:
+    pooled = tiny_vit(class_token=False, global_pool="avg")
+    found = tune(pooled, images, "macs=0.7", **{**QUICK, "methods": ("evit", "tome")})
+    assert found.reached and any(remark.startswith("evit was left out: ") for remark in found.remarks)
+    alone = tune(pooled, images, "macs=0.7", **{**QUICK, "methods": "tome"})  # one method needs no list
+    assert alone.config == found.config and not any("left out" in remark for remark in alone.remarks)
 
 
 def test_adaptive_methods_have_no_macs_to_plan(model: nn.Module, images: Tensor) -> None:

@@ -69,15 +69,16 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", metavar="SOURCE", help=CALIBRATE_HELP)
 
 
-def data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the source of the labelled images, and how many to use."""
+def data_arguments(parser: argparse.ArgumentParser, limit: str = "all") -> None:
+    """Add the source of the labelled images, and how many to use; `limit` says how many without `--limit`."""
     parser.add_argument("--data", required=True, help=_DATA_HELP)
-    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument("-b", "--batch-size", type=int, default=64, help="images in a batch (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (%(default)s)")
     parser.add_argument(
         "--limit",
         type=int,
-        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist and streams the first",
+        help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist and streams the first "
+        f"({limit})",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
     preparing_arguments(parser)

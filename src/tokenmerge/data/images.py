@@ -117,9 +117,23 @@ def _picture(name: str, content: Callable[[], Any]) -> Raw:
     try:
         with Image.open(content()) as image:
             image.load()
-            return image
+            return _in_eight_bits(image)
     except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
         raise OSError(f"{name}: {error}") from error
+
+
+def _in_eight_bits(image: Any) -> Raw:
+    """Return an image of 16 bits in 8: PIL would make every value above 255 white. Refuse deeper ones of any scale."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if low < 0 or high > 255:
+            raise OSError(f"values from {low:g} to {high:g} (mode {image.mode}): save it with 8 or 16 bits")
+    return image
 
 
 class HuggingFace(Source):

@@ -64,6 +64,12 @@ class Journal:
             raise DataError(f"{self.path} holds a {self._kind} with other settings ({different}). {self._hint}")
         self.facts, self.rows = facts, rows
 
+    def broken(self, key: str, reason: str) -> DataError:
+        """Return the error of a row that does not hold what it must."""
+        place = [*self.rows].index(key) + 1
+        shown = key if len(key) <= 60 else f"{key[:57]}..."
+        return DataError(f"{self.path} cannot be used: row {place} ({shown}) {reason}. {self._hint}")
+
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row; it replaces a row with the same key."""
         self.rows[key] = {"key": key, **row}

@@ -47,7 +47,13 @@ def as_alike(subject: Subject, method: Reduction, share: float) -> list[int] | N
     settings = {name: getattr(method, name) for name in ("metric", "heads") if hasattr(method, name)}
     if not subject.accepts(ToMe(**settings)):
         return None
-    found: list[int] | None = subject.kept(f"as alike {settings} {share}", lambda: _counted(subject, settings, share))
+
+    def holds(found: Any) -> bool:
+        is_list = isinstance(found, list) and len(found) == subject.depth
+        return found is None or (is_list and all(type(amount) is int and amount >= 0 for amount in found))
+
+    key = f"as alike {settings} {share}"
+    found: list[int] | None = subject.kept(key, lambda: _counted(subject, settings, share), holds)
     return found
 
 

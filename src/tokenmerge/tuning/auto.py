@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, r: R, images: Tensor, options: Mapping[str, Any]
 
     given = MergeConfig(ToMe(), r=r, **options)
     add(given.method, "given", r, subject.outcome(given, "screen").mean)
-    usable = starts(subject, [LeastLoss.name])
+    usable = [method for method in starts(subject, [LeastLoss.name]) if subject.accepts(method)]
     if usable and subject.share(r) < 1:
         search = Search(subject, usable, 0, subject.share(r), passes=1)
         _ = search.start

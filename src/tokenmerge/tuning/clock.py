@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,12 +12,13 @@ from torch import nn
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.measure.timing import NOISY, environment, interleave, peak_memory
-from tokenmerge.tuning.subject import Subject
+from tokenmerge.tuning.subject import Subject, is_figure
 
 __all__ = ["Clock", "Timed"]
 
 _ENOUGH = 0.01  # noise of the speed-up, as a share, that needs no more rounds
 _ROUNDS = (9, 18, 36)  # what is tried until the noise is that low
+_SHORTEST = 1e-9  # seconds, or times as fast, that anything takes
 _SECONDS = 0.05  # shortest round; shorter forwards run several times in one
 
 
@@ -31,10 +32,7 @@ class Timed(NamedTuple):
 
 
 class Clock:
-    """Times configurations in turn with the unmerged model, on a batch of the images.
-
-    `remarks` say where the machine was too noisy to tell.
-    """
+    """Times configurations in turn with the unmerged model, on a batch of the images."""
 
     def __init__(self, subject: Subject, batch_size: int, is_compiled: bool) -> None:
         self.subject, self.batch_size, self.is_compiled = subject, batch_size, is_compiled
@@ -45,15 +43,27 @@ class Clock:
         self.environment, self.dtype = environment(subject.device), str(self.batch.dtype).removeprefix("torch.")
         where = {**self.environment, "batch size": batch_size, "compiled": is_compiled}
         self._where = json.dumps({key: str(value) for key, value in where.items()})
-        self.remarks: list[str] = []
+        self._noise: dict[str, float] = {}  # by configuration, as a share
         self._saved: list[tuple[float, float]] = []  # of the MACs, of the time, as shares of the unmerged model's
         self._unmerged: Any = None
 
     def time(self, config: MergeConfig) -> Timed:
         """Return the speed-up over the unmerged model: the median ratio of interleaved rounds."""
-        timed: Timed = self._kept(f"time {config!r}", partial(self._time, config))
+        timed = Timed(*self._kept(f"time {config!r}", partial(self._time, config), _is_timed))
+        self._noise[repr(config)] = timed.noise
         self._saved.append((1 - self.subject.share(config.r), 1 - 1 / timed.speed_up))
         return timed
+
+    @property
+    def remarks(self) -> list[str]:
+        """Where the machine was too noisy to tell, also when a time in the journal was measured."""
+        noisy = [noise for noise in self._noise.values() if noise >= NOISY]
+        if not noisy:
+            return []
+        return [
+            f"The machine was busy: {len(noisy)} of the {len(self._noise)} speed-ups measured varied by up to "
+            f"{100 * max(noisy):.0f} % between rounds, even in {_ROUNDS[-1]} of them. Tune on a quiet machine."
+        ]
 
     def estimated(self, share: float) -> float:
         """Return the speed-up at a share of the MACs: a straight line from the unmerged model through those timed."""
@@ -63,13 +73,14 @@ class Clock:
 
     def memory(self, config: MergeConfig) -> float:
         """Return the peak memory of a forward as a share of the unmerged model's."""
-        found: float = self._kept(f"memory {config!r}", partial(self._memory, config))
+        found: float = self._kept(
+            f"memory {config!r}", partial(self._memory, config), lambda share: is_figure(share, 0.0)
+        )
         return found
 
-    def _kept(self, what: str, measure: Callable[[], Any]) -> Any:
+    def _kept(self, what: str, measure: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
         """Return a measurement of this machine from the journal, or make it."""
-        found = self.subject.kept(f"{what} on {self._where}", measure)
-        return Timed(*found) if isinstance(found, (list, tuple)) else found
+        return self.subject.kept(f"{what} on {self._where}", measure, holds)
 
     def _time(self, config: MergeConfig) -> Timed:
         if self._unmerged is None:
@@ -83,11 +94,6 @@ class Clock:
             noise = timings["unmerged"].noise(timings["merged"]) or 0.0
             if noise / rounds**0.5 <= _ENOUGH:
                 break
-        if noise >= NOISY:
-            self.remarks.append(
-                f"The machine was busy: the speed-up of {_short(config.r)} varied by {100 * noise:.0f} % between "
-                f"rounds, after {rounds} of them. Tune on a quiet machine."
-            )
         merged, unmerged = timings["merged"], timings["unmerged"]
         return Timed(unmerged.over(merged), merged.median, unmerged.median, noise)
 
@@ -96,5 +102,9 @@ class Clock:
         return peak_memory(self.subject.trial("search").reduced(config), self.batch) / peak_memory(model, self.batch)
 
 
-def _short(r: Any) -> str:
-    return f"r = [{', '.join(map(str, r))}]" if isinstance(r, Sequence) else f"r = {r}"
+def _is_timed(value: Any) -> bool:
+    """Whether a value from a journal can be a `Timed`: no speed or time is 0."""
+    if not isinstance(value, list) or len(value) != len(Timed._fields):
+        return False
+    *times, noise = value
+    return all(is_figure(time, _SHORTEST) for time in times) and is_figure(noise, 0.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenmerge.methods import ToMe
 from tokenmerge.tuning.clock import Timed
 from tokenmerge.tuning.goals import Goals
+from tokenmerge.tuning.losses import least_images
 from tokenmerge.tuning.search import Candidate
 from tokenmerge.tuning.shapes import CONSTANT
 from tokenmerge.tuning.target import Target
@@ -33,12 +35,13 @@ def decide(goals: Goals, targets: Sequence[Target]) -> Decision:
     start = goals.search.start
     costs, losses = [t for t in targets if t.is_cost], [t for t in targets if not t.is_cost]
     most = {t: goals.most(t, start) for t in costs}
-    missed = tuple(f"{t} cannot be reached" for t, share in most.items() if share is None)
+    missed = tuple(f"{t} cannot be reached{goals.nearest(t, start)}" for t, share in most.items() if share is None)
     share = min((goals.lowest if s is None else s for s in most.values()), default=1.0)
     if not losses:
         return _at(goals, costs, share, missed)
     least = {t: goals.least(t, start) for t in losses}
-    missed += tuple(f"{t} is kept by the unmerged model alone" for t, s in least.items() if s is None)
+    alone = "is kept by the unmerged model alone"
+    missed += tuple(f"{t} {alone}{_too_few(goals, t)}" for t, s in least.items() if s is None)
     floor = max(1.0 if s is None else s for s in least.values())
     chosen = _chosen(goals, floor)
     if chosen != start:  # a better one may lose more tokens
@@ -46,7 +49,8 @@ def decide(goals: Goals, targets: Sequence[Target]) -> Decision:
         floor = min(floor, max(1.0 if s is None else s for s in again))
     if floor <= share:
         found = _timed(goals, costs, chosen, floor, missed, is_met=False)
-        return found if found.reached and not _short(goals, costs, found) else _both(goals, costs, losses, found, share)
+        is_met = found.reached and not _short(goals, costs, found)
+        return found if is_met or not costs else _both(goals, costs, losses, found, share)
     return _both(goals, costs, losses, _timed(goals, [], chosen, floor, missed, is_met=False), share)
 
 
@@ -66,7 +70,9 @@ def _timed(
     goals: Goals, costs: Sequence[Target], chosen: Candidate, share: float, missed: tuple[str, ...], *, is_met: bool
 ) -> Decision:
     clocked = [t for t in costs if t.kind in ("speed", "ms")] if is_met else []
-    share, timed = goals.met(clocked, chosen, share)
+    others = [goals.most(t, goals.search.start) for t in costs if t not in clocked] if is_met else []
+    cap = min((goals.lowest if s is None else s for s in others), default=1.0)  # a speed that is met early ends here
+    share, timed = goals.met(clocked, chosen, share, cap)
     found = Decision(chosen, share, timed, not missed, missed)
     short = _short(goals, costs, found) if is_met else ()
     return Decision(chosen, share, timed, not (missed or short), missed + short)
@@ -81,6 +87,17 @@ def _short(goals: Goals, costs: Sequence[Target], found: Decision) -> tuple[str,
         for t, speed in wanted.items()
         if found.timed.speed_up < speed
     )
+
+
+def _too_few(goals: Goals, loss: Target) -> str:
+    """Say how many images a loss needs, if there are fewer."""
+    parts, needed = goals.subject.parts, least_images(loss.points)
+    there = sum(len(part) for part in (parts.search, parts.select, parts.report))
+    if needed == math.inf:
+        return ": no number of images proves that nothing is lost, so ask for a little"
+    if there >= needed:
+        return ""
+    return f": it needs at least {needed} images, and there are {there}, too few even where no answer changes"
 
 
 def _both(goals: Goals, costs: Sequence[Target], losses: Sequence[Target], safe: Decision, share: float) -> Decision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from tokenmerge.config import MergeConfig
@@ -51,16 +52,25 @@ class Goals:
     def least(self, target: Target, candidate: Candidate) -> float | None:
         """Return the smallest share of the MACs that keeps a loss; None if only the unmerged model does."""
         low, high = self.lowest, 1.0
-        if self.loss(target, candidate, low).most <= _limit(target):
+        if self.loss(target, candidate, low).most <= target.points:
             return low
         found = None
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            if self.loss(target, candidate, middle).most <= _limit(target):
+            if self.loss(target, candidate, middle).most <= target.points:
                 high = found = middle
             else:
                 low = middle
         return found
+
+    def nearest(self, target: Target, candidate: Candidate) -> str:
+        """Say how near the schedule that removes most comes to a cost that cannot be had; times are said elsewhere."""
+        if target.kind == "macs":
+            return f": the least that can be left is macs={math.ceil(1000 * self.lowest) / 1000:g}"
+        if target.kind == "memory":
+            least = self.clock.memory(self._config(candidate, self.lowest))
+            return f": the least that was measured is memory={least:.3f}"
+        return ""
 
     def loss(self, target: Target, candidate: Candidate, share: float) -> Loss:
         """Return the loss of a candidate on the images to search and to select on, for those of the report."""
@@ -69,8 +79,8 @@ class Goals:
         after = [self.search.outcome(candidate, share, part) for part in _PARTS]
         return loss_of(target.kind, before, after, len(self.subject.parts.report))
 
-    def met(self, targets: Sequence[Target], candidate: Candidate, share: float) -> tuple[float, Timed]:
-        """Return the share near this one at which the speeds asked are measured, and that measurement."""
+    def met(self, targets: Sequence[Target], candidate: Candidate, share: float, cap: float) -> tuple[float, Timed]:
+        """Return the share near this one, at most `cap`, at which the speeds asked are measured, and its timing."""
         wanted = max((self.speed(one, candidate) for one in targets), default=0.0)
         seen: dict[float, Timed] = {}
         for _ in range(_TRIES if wanted else 1):
@@ -79,7 +89,7 @@ class Goals:
             if not wanted or wanted <= speed <= _OVER * wanted:
                 return share, seen[share]
             _, slope = self._cost_of_macs(candidate)
-            share = min(1.0, max(self.lowest, share + (1 / (_AIM * wanted) - 1 / speed) / slope))
+            share = min(cap, max(self.lowest, share + (1 / (_AIM * wanted) - 1 / speed) / slope))
             if share in seen:
                 break
         enough = [one for one, timed in seen.items() if timed.speed_up >= wanted]
@@ -115,7 +125,3 @@ class Goals:
             middle = (low + high) / 2
             low, high = (middle, high) if holds(middle) else (low, middle)
         return low
-
-
-def _limit(target: Target) -> float:
-    return target.value if target.kind == "drop" else 100 - target.value

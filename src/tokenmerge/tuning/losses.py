@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from tokenmerge.tuning.subject import Outcome
 
-__all__ = ["Loss", "interval", "loss_of"]
+__all__ = ["Loss", "interval", "least_images", "loss_of"]
 
 _SURE = 1.645  # standard errors: 19 of 20, one-sided
+_IMAGES = 310  # times 1 / points: what `loss_of` needs of `tune`'s parts where no change is seen
 _BOTH = 1.96  # of an interval of 95 %
 
 
@@ -42,6 +43,15 @@ def loss_of(kind: str, before: Sequence[Outcome], after: Sequence[Outcome], othe
     n = len(changes)
     rate = (sum(map(abs, changes)) + 0.5) / (n + 1)
     return Loss(100 * sum(changes) / n, 100 * math.sqrt(rate * (1 / n + 1 / others)))
+
+
+def least_images(points: float) -> float:
+    """Return how many images `tune` needs to keep a loss of so many points: with fewer, none seen proves too little.
+
+    >>> least_images(0.5), least_images(0.0)
+    (620, inf)
+    """
+    return math.ceil(round(_IMAGES / points, 6)) if points else math.inf
 
 
 def interval(hits: int, seen: int) -> tuple[float, float]:

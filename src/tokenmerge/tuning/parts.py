@@ -6,13 +6,13 @@ import hashlib
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenmerge.data.answers import declared_classes, run_images
-from tokenmerge.data.labelled import Labelled, sample_data
+from tokenmerge.data.labelled import Labelled, check_labelled, sample_data
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError
 
@@ -31,16 +31,20 @@ class _Store:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed with the store
         weakref.finalize(self, self._file.close)
         self.shape: tuple[int, ...] = ()
-        self.count = 0
+        self.count = self.copies = 0  # images, and those that are the same as an earlier one
         self.digest = hashlib.sha256()
+        self._known: set[bytes] = set()
 
     def add(self, images: Tensor) -> None:
         if self.count and tuple(images.shape[1:]) != self.shape:
             raise DataError(f"the images have several sizes: {self.shape} and {tuple(images.shape[1:])}.")
         self.shape, self.count = tuple(images.shape[1:]), self.count + len(images)
-        content = images.detach().cpu().float().contiguous().numpy().tobytes()
-        self.digest.update(content)
-        self._file.write(content)
+        for image in images.detach().cpu().float():
+            content = image.contiguous().numpy().tobytes()
+            self.digest.update(content)
+            self._known.add(hashlib.sha256(content).digest())
+            self._file.write(content)
+        self.copies = self.count - len(self._known)
 
     def take(self, places: Sequence[int]) -> Tensor:
         out = torch.empty(len(places), *self.shape)
@@ -85,7 +89,8 @@ class Parts(NamedTuple):
     corrupt: tuple[str, ...]
     digest: str
     has_labels: bool
-    note: str  # what is to be said about the images
+    note: str  # what is to be said about the labels
+    copies: int = 0  # images that are the same as another one
 
 
 def split(
@@ -96,7 +101,7 @@ def split(
     batch_size: int,
     seed: int,
 ) -> Parts:
-    """Read images once and deal them out by the seed, the images of each class evenly.
+    """Read images once and deal them out by the seed, whatever their labels.
 
     Raises `DataError` for fewer than 64 images, labels that do not fit the images or the model, more than a tenth of
     unreadable images, and images that are not finite.
@@ -108,31 +113,33 @@ def split(
                 f"images are {tuple(images.shape)} of {images.dtype}; give the model's inputs [N, ...] as floats."
             )
         _fill(store, [images])
-        given = None if labels is None else torch.as_tensor(labels)
     else:
+        if not isinstance(images, str):
+            _check_kind(images)
         data = sample_data(images, model, batch_size=batch_size) if isinstance(images, str) else images
         for batch, own in data:
             _fill(store, [batch])
             found.append(own)
-        given = torch.cat(found) if found and labels is None else None if labels is None else torch.as_tensor(labels)
+    given = _tensor(labels) if labels is not None else torch.cat(found) if found else None
     corrupt = () if data is None else tuple(data.corrupt)
     _check_count(store.count, corrupt, data)
     outputs = _outputs(model, store)
-    if data is not None and given is not None and bool((given < 0).any()):
+    if data is not None and labels is None and given is not None and bool((given < 0).any()):
         given, note = None, " ".join(data.notes)
     else:
-        given, note = _labels(given, store.count, outputs, is_asked=labels is not None)
+        has_none = getattr(model, "num_classes", None) == 0  # as timm says it
+        given, note = _labels(given, store.count, outputs, has_none=has_none, is_asked=labels is not None)
     if given is None and not _is_classifier(model, outputs):
         outputs = -1  # no model has so many: answers are compared as vectors alone
-    order = _dealt(given, store.count, seed)
+    # by the seed alone: labels that a target does not read must not change what is found
+    order = torch.randperm(store.count, generator=torch.Generator().manual_seed(seed)).tolist()
     first, second = (int(sum(_SHARES[:n]) * store.count) for n in (1, 2))
     places = {"search": order[:first], "select": order[first:second], "report": order[second:]}
     parts = {name: Part(store, given, at, batch_size, outputs, name) for name, at in places.items()}
     screened = order[: min(first, max(first // _SCREENED[0], _SCREENED[1]))]
     screen = Part(store, given, screened, batch_size, outputs, "screen")
-    return Parts(
-        screen, **parts, corrupt=corrupt, digest=store.digest.hexdigest()[:16], has_labels=given is not None, note=note
-    )
+    about = (corrupt, store.digest.hexdigest()[:16], given is not None, note, store.copies)
+    return Parts(screen, parts["search"], parts["select"], parts["report"], *about)
 
 
 def whole(images: Tensor, batch_size: int) -> Parts:
@@ -141,6 +148,24 @@ def whole(images: Tensor, batch_size: int) -> Parts:
     store.add(images)
     part = Part(store, None, range(store.count), batch_size, -1, "calibrate")
     return Parts(part, part, part, part, (), store.digest.hexdigest()[:16], has_labels=False, note="")
+
+
+def _check_kind(images: Any) -> None:
+    """Raise `DataError` for what is neither a tensor nor data that can be read again and again."""
+    try:
+        check_labelled(images)
+    except DataError as error:
+        raise DataError(
+            f"images are of type {type(images).__qualname__}; give the model's inputs as one tensor [N, ...], the name "
+            "of a folder, or labelled data: Batches(loader, classes) of tokenmerge.data.labelled."
+        ) from error
+
+
+def _tensor(labels: Tensor | Sequence[int]) -> Tensor:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels are {str(labels)[:60]}; give the class of each image as a whole number.") from error
 
 
 def _fill(store: _Store, batches: Sequence[Tensor]) -> None:
@@ -182,7 +207,9 @@ def _is_classifier(model: nn.Module, outputs: int) -> bool:
     return declared_classes(model) == outputs and (last is None or last.bias is not None)
 
 
-def _labels(labels: Tensor | None, count: int, outputs: int, *, is_asked: bool) -> tuple[Tensor | None, str]:
+def _labels(
+    labels: Tensor | None, count: int, outputs: int, *, has_none: bool, is_asked: bool
+) -> tuple[Tensor | None, str]:
     """Return the labels if they are classes of the model's answers, and a note where they are not."""
     if labels is None:
         return None, ""
@@ -190,6 +217,11 @@ def _labels(labels: Tensor | None, count: int, outputs: int, *, is_asked: bool) 
         raise DataError(
             f"labels are {tuple(labels.shape)} of {labels.dtype}; give the class of each of {count} images."
         )
+    if has_none:
+        text = "the model answers with features, it has no classes (num_classes = 0)"
+        if is_asked:
+            raise DataError(f"there are labels, and {text}: give no labels, or the model with its classifier.")
+        return None, f"{text}: labels are not used."
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < outputs:
         text = f"labels go from {low} to {high}, and the model answers with {max(0, outputs)} classes"
@@ -199,18 +231,3 @@ def _labels(labels: Tensor | None, count: int, outputs: int, *, is_asked: bool) 
     if low == high:
         return labels, f"all images are of class {low}: accuracy and agreement on them say little about others."
     return labels, ""
-
-
-def _dealt(labels: Tensor | None, count: int, seed: int) -> list[int]:
-    """Return an order of the images in which any stretch holds the classes as evenly as the whole."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    if labels is None:
-        return order.tolist()
-    # the k-th of a class with n images goes to (k + 1/2) / n, ties by the drawn order
-    own = labels[order]
-    place = torch.zeros(count, dtype=torch.float64)
-    for label in own.unique():
-        at = (own == label).nonzero()[:, 0]
-        place[at] = (torch.arange(len(at)) + 0.5).double() / len(at)
-    return order[place.argsort(stable=True)].tolist()

@@ -13,7 +13,7 @@ from tokenmerge.methods import LeastLoss, Reduction, ToFu, ToMe
 from tokenmerge.methods.base import CAPTURED
 from tokenmerge.tuning.subject import Subject
 
-__all__ = ["neighbours", "starts"]
+__all__ = ["neighbours", "read_methods", "starts"]
 
 Values = Mapping[str, Sequence[Any]]
 
@@ -39,25 +39,37 @@ _OPTIONS: dict[type[Reduction], Values] = {
 
 
 def starts(subject: Subject, given: Sequence[str | Reduction]) -> list[Reduction]:
-    """Return the methods to start from that the model can run; raises `ConfigError` for adaptive methods.
+    """Return the methods to start from, of those that `read_methods` gave; the model may be unable to run some.
 
     `least_loss` by name starts twice: as it is, and with the options that make it ToMe.
     """
     found: list[Reduction] = []
     for one in given:
-        if one == LeastLoss.name:
+        if isinstance(one, str):
             score = "class" if subject.has_class else "shift"
             as_tome = LeastLoss(early=0.0, combine="weighted", size=0.0, importance=0.0, score=score)
             found += [LeastLoss(score=score), as_tome]
         else:
-            found.append(known.parse(one) if isinstance(one, str) else one)
-    adaptive = [method.name for method in found if method.is_adaptive]
+            found.append(one)
+    return found
+
+
+def read_methods(given: str | Reduction | Sequence[str | Reduction]) -> list[str | Reduction]:
+    """Return one method or several as objects, `least_loss` by its name.
+
+    Raises `UnknownNameError`, and `ConfigError` for no method and for adaptive ones.
+    """
+    listed = [given] if isinstance(given, str | Reduction) else given
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(one, str | Reduction) for one in listed):
+        raise ConfigError(f"methods is {given!r}; give one or more names or objects, e.g. ('least_loss', 'tofu').")
+    found = [known.parse(one) if isinstance(one, str) and one != LeastLoss.name else one for one in listed]
+    adaptive = [method.name for method in found if isinstance(method, Reduction) and method.is_adaptive]
     if adaptive:
         raise ConfigError(
             f"{', '.join(adaptive)}: how many tokens go depends on the images, so no share of the MACs can be planned. "
             "Give methods that remove exactly r (docs/methods.md)."
         )
-    return [method for method in found if subject.accepts(method)]
+    return found
 
 
 def neighbours(method: Reduction) -> Iterator[Callable[[Reduction], list[Reduction]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from tokenmerge.report.journal import Journal
 from tokenmerge.schedule import R
 from tokenmerge.tuning.parts import Parts
 
-__all__ = ["Outcome", "Subject"]
+__all__ = ["Outcome", "Subject", "is_figure"]
 
 _TWINS = 4  # patched copies that are kept
 
@@ -59,7 +60,7 @@ class Subject:
         self.on_outcome: Callable[[str, int], None] | None = None  # part, images; after each that was computed
         self._trials: dict[str, Trial] = {}
         self._twins: dict[str, nn.Module] = {}  # patched copies by settings, the last few
-        self._accepted: dict[str, bool] = {}
+        self._refusals: dict[str, str] = {}  # by method; "" where it can run
         self.outcomes: dict[str, Outcome] = {}  # by part and configuration
         self._kept: dict[str, Any] = {}
         size = self.trial("screen").size
@@ -96,18 +97,27 @@ class Subject:
 
     def accepts(self, method: Reduction) -> bool:
         """Whether the model has what a method needs."""
-        if repr(method) not in self._accepted:
+        return not self.refusal(method)
+
+    def refusal(self, method: Reduction) -> str:
+        """Return why a method cannot run in the model, "" if it can."""
+        if repr(method) not in self._refusals:
             try:
                 with attached(self.model, self.config(method, [1] * self.depth)):
-                    self._accepted[repr(method)] = True
-            except TokenMergeError:
-                self._accepted[repr(method)] = False
-        return self._accepted[repr(method)]
+                    self._refusals[repr(method)] = ""
+            except TokenMergeError as error:
+                self._refusals[repr(method)] = str(error)
+        return self._refusals[repr(method)]
 
-    def kept(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return a measurement from the journal, or make it and keep it there."""
+    def kept(self, key: str, measure: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
+        """Return a measurement from the journal, or make it and keep it there.
+
+        `holds` says whether a value can be such a measurement; raises `DataError` for one in the journal that cannot.
+        """
         if key not in self._kept:
             row = None if self.journal is None else self.journal.rows.get(key)
+            if self.journal is not None and row is not None and not holds(row["measured"]):
+                raise self.journal.broken(key, f"holds {str(row['measured'])[:60]}, which nothing measures")
             if row is None:
                 row = {"measured": measure()}
                 if self.journal is not None:
@@ -127,7 +137,8 @@ class Subject:
         key = f"{part} {config!r}"
         if key not in self.outcomes:
             is_known = self.journal is not None and key in self.journal.rows
-            row = self.kept(key, partial(self._computed, config, part))
+            holds = partial(_is_outcome, len(getattr(self.parts, part)))
+            row = self.kept(key, partial(self._computed, config, part), holds)
             if self.on_outcome is not None and not is_known:
                 self.on_outcome(part, len(row["damage"]))
             damage = torch.tensor(row["damage"], dtype=torch.float64)
@@ -149,7 +160,24 @@ class Subject:
         damage = seen.judge.damage
         if not damage.isfinite().all():
             raise DataError(
-                f"the answers to {int((~damage.isfinite()).sum())} of {len(damage)} images are NaN or infinity with "
-                f"{config.method!r}: nothing can be compared. Does the model compute in too low a precision?"
+                f"the answers to {int((~damage.isfinite()).sum())} of {len(damage)} images are NaN or infinity, with "
+                f"{config.method!r} or unmerged: nothing can be compared. Is the model's precision too low?"
             )
         return {"damage": damage.tolist(), "same": seen.judge.same, "hits": seen.judge.hits}
+
+
+def _is_outcome(images: int, value: Any) -> bool:
+    """Whether a value from a journal can be what was measured on so many images."""
+    if not isinstance(value, dict) or {*value} != {"damage", "same", "hits"}:
+        return False
+    damage, *answers = value["damage"], value["same"], value["hits"]
+    if not isinstance(damage, list) or len(damage) != images or not all(is_figure(one, 0.0) for one in damage):
+        return False
+    return all(isinstance(flags, list) and len(flags) in (0, images) for flags in answers) and all(
+        type(flag) is bool for flags in answers for flag in flags
+    )
+
+
+def is_figure(value: Any, least: float) -> bool:
+    """Whether a value from a journal is a finite number of at least this."""
+    return type(value) in (int, float) and least <= value < math.inf

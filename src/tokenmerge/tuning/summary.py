@@ -27,7 +27,10 @@ def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[
     r, constant = _constant(subject, subject.share(found.config.r))
     none = subject.outcome(subject.config(chosen.method, [0] * subject.depth), "report")
     figures = _figures(subject, clock, decision, found, constant, none)
-    remarks = [*decision.missed, *_remarks(subject, found), *clock.remarks]
+    # what cannot be reached is said once, with the figure where one was measured
+    missed = [one for one in decision.missed if not any(o != one and o.startswith(one) for o in decision.missed)]
+    known = [*_remarks(subject, found, none), *clock.remarks]
+    remarks = [*(f"{one}." for one in dict.fromkeys(missed)), *dict.fromkeys(known)]
     rows = _front(subject, clock, search, decision)
     tried = [_tried(subject, key, outcome) for key, outcome in subject.outcomes.items()]
     report = _sentence(figures, decision, r, targets)
@@ -87,31 +90,41 @@ def _figures(
 def _sentence(figures: dict[str, Any], decision: Decision, r: int, targets: Sequence[Target]) -> str:
     speed = figures["speed-up"]
     word = f"{speed:.2f}x faster" if speed >= 1 else f"SLOWER, {speed:.2f}x"
-    parts = [f"{word} ({figures['ms']:.4g} ms for {figures['unmerged ms']:.4g})"]
+    times = f"{figures['ms']:.4g} ms instead of {figures['unmerged ms']:.4g}, batch {figures['batch size']}"
+    parts = [f"{word} ({times})"]
     plain = ""
     if "agreement %" in figures:
         ends = f"{figures['agreement % from']:.1f} to {figures['agreement % to']:.1f}"
         parts.append(f"agreement {figures['agreement %']:.1f} % ({ends})")
         if "agreement % of constant r" in figures:
-            plain = f"{figures['agreement % of constant r']:.1f} %"
+            plain = f"an agreement of {figures['agreement % of constant r']:.1f} %"
     else:
         parts.append(f"answers differ by {100 * figures['damage']:.3g} % (squared)")
         if "damage of constant r" in figures:
-            plain = f"{100 * figures['damage of constant r']:.3g} %"
+            plain = f"a difference of {100 * figures['damage of constant r']:.3g} %"
     if "top-1 %" in figures:
         parts.append(f"top-1 {figures['top-1 %']:.1f} % (unmerged {figures['unmerged top-1 %']:.1f} %)")
     parts.append(f"{100 * figures['MACs share']:.0f} % of the MACs")
     asked = " ".join(map(str, targets))
     opening = "" if decision.reached else f"NOT REACHED: {asked}. The nearest: "
-    return opening + ", ".join(parts) + (f"; constant r = {r} would give {plain}" if plain else "") + "."
+    return opening + ", ".join(parts) + (f"; constant r = {r} of tome would give {plain}" if plain else "") + "."
 
 
-def _remarks(subject: Subject, found: Outcome) -> list[str]:
+def _remarks(subject: Subject, found: Outcome, none: Outcome) -> list[str]:
     """Return what to know of the figures: how sure they are, what was left out."""
     remarks = [subject.parts.note] if subject.parts.note else []
     if subject.parts.corrupt:
         lost = subject.parts.corrupt
         remarks.append(f"{len(lost)} images could not be read and were left out, the first: {lost[0]}.")
+    if subject.parts.has_labels and sum(none.hits) * subject.parts.report.outputs <= len(none.hits):
+        remarks.append(
+            f"The unmerged model is right on {sum(none.hits)} of {len(none.hits)} images, no better than chance: are "
+            "its classes numbered as the labels are? Until then accuracies and a drop say nothing."
+        )
+    if subject.parts.copies:
+        remarks.append(
+            f"{subject.parts.copies} images are copies of others: the report may count on images that were searched on."
+        )
     n = len(found.damage)
     error = found.damage.std().item() / n**0.5
     if error > 0.1 * found.mean:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.labelled import Labelled
-from tokenmerge.errors import ConfigError, UnsupportedModelError
+from tokenmerge.errors import ConfigError, UnsupportedModelError, unknown_name
 from tokenmerge.handle import attached, require_free
 from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
 from tokenmerge.methods import LeastLoss, Reduction
@@ -28,7 +30,7 @@ from tokenmerge.tuning.parts import Parts, split
 from tokenmerge.tuning.result import Tuning
 from tokenmerge.tuning.search import Search
 from tokenmerge.tuning.shapes import fit
-from tokenmerge.tuning.space import starts
+from tokenmerge.tuning.space import read_methods, starts
 from tokenmerge.tuning.subject import Subject
 from tokenmerge.tuning.summary import FRONT, summarise
 from tokenmerge.tuning.target import Target, read_targets
@@ -51,7 +53,7 @@ def tune(
     target: str | Target | Sequence[str | Target] = "2x",
     *,
     labels: Tensor | Sequence[int] | None = None,
-    methods: Sequence[str | Reduction] = (LeastLoss.name,),
+    methods: str | Reduction | Sequence[str | Reduction] = (LeastLoss.name,),
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     batch_size: int = 32,
@@ -93,12 +95,10 @@ def tune(
     `ConfigError` for targets that are none or need labels; `UnsupportedModelError` where no method fits.
     """
     targets = read_targets(target)
-    if budget < 1 or batch_size < 1:
-        raise ConfigError(f"budget and batch_size must be at least 1; got {budget} and {batch_size}.")
+    _check_numbers(budget=budget, batch_size=batch_size, seed=seed)
+    chosen = read_methods(methods)
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if "r" in settings:
-        raise ConfigError("tune finds r itself: leave it out, and give a target.")
-    shared = MergeConfig(**settings)
+    shared = _shared(settings)
     require_free(model)
     where = find_device(device)
     own = _copied(model, where, None if dtype is None else find_dtype(dtype))
@@ -108,9 +108,11 @@ def tune(
         fingerprint = Fingerprint.of(model, handle._adapter)
     kept = None if journal is None else _journal(Path(journal), fingerprint, own, parts, seed, settings)
     subject = Subject(own, parts, where, settings, kept)
-    usable = starts(subject, methods)
+    refused = {method.name: why for method in starts(subject, chosen) if (why := subject.refusal(method))}
+    usable = [method for method in starts(subject, chosen) if subject.accepts(method)]
     if not usable:
-        raise UnsupportedModelError(f"none of the methods {', '.join(map(str, methods))} can run in this model.")
+        reasons = " ".join(f"{name}: {why}" for name, why in refused.items())
+        raise UnsupportedModelError(f"none of the methods {', '.join(refused)} can run in this model. {reasons}")
     lowest = subject.share(fit(subject, (1.0,) * subject.depth, 0.0))
     search = Search(subject, usable, budget, max(_REFERENCE, min(1.0, 1.2 * lowest)))
     clock = Clock(subject, batch_size, compile)
@@ -118,7 +120,28 @@ def tune(
     decision = decide(Goals(subject, clock, search), targets)
     found = summarise(subject, clock, search, targets, decision)
     config = replace(found.config, fingerprint=fingerprint, measured=found.figures)
-    return replace(found, config=config, corrupt=list(parts.corrupt))
+    remarks = [f"{name} was left out: {why}" for name, why in refused.items()]
+    return replace(found, config=config, corrupt=list(parts.corrupt), remarks=[*found.remarks, *remarks])
+
+
+_KEYWORDS = [name for name, one in inspect.signature(tune).parameters.items() if one.kind is one.KEYWORD_ONLY]
+
+
+def _check_numbers(**values: Any) -> None:
+    for name, value in values.items():
+        low = 0 if name == "seed" else 1
+        if not isinstance(value, Integral) or not low <= int(value) < 2**63:
+            raise ConfigError(f"{name} is {value!r}; it takes a whole number of at least {low}.")
+
+
+def _shared(options: Mapping[str, Any]) -> MergeConfig:
+    """Return the configuration that all candidates share; raises `TokenMergeError` for options that are none."""
+    if "r" in options:
+        raise ConfigError("tune finds r itself: leave it out, and give a target.")
+    known = [one.name for one in fields(MergeConfig) if one.compare and one.name not in ("method", "r")]
+    for name in options.keys() - {*known}:
+        raise unknown_name("keyword of tune", name, [*_KEYWORDS, *known])
+    return MergeConfig(**options)
 
 
 def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -132,7 +155,7 @@ def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
 def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
     for target in targets:
         if target.kind == "drop" and not parts.has_labels:
-            why = f" ({parts.note})" if parts.note else ""
+            why = f" ({parts.note.rstrip('.')})" if parts.note else ""
             raise ConfigError(
                 f"the target {target} is accuracy lost, which needs labels of the images{why}. Give labels, or ask "
                 "for what needs none: agreement=99."
@@ -152,7 +175,8 @@ def _journal(
         "model": fingerprint.architecture,
         "weights": fingerprint.weights,
         "images": parts.digest,
-        "labels": hashlib.sha256(str(parts.search.labels.tolist()).encode()).hexdigest()[:16]
+        # other than in 0.9.0, which dealt labelled images by class: its journals are of other parts
+        "labels": hashlib.sha256(f"by seed {parts.search.labels.tolist()}".encode()).hexdigest()[:16]
         if parts.has_labels
         else "none",
         "batch size": parts.search.batch_size,
