@@ -29,7 +29,7 @@ from tokenmerge.errors import (
 from tokenmerge.schedule import R
 from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limits_of, note, noted, whole_prompt
 from tokenmerge.vlm.encode import PIXELS, has_pixels
-from tokenmerge.vlm.families import find_family
+from tokenmerge.vlm.families import find_family, unwrapped
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
@@ -54,7 +54,7 @@ def patch(
     `generate` returns starts with the whole prompt. Calls without images are the original ones.
 
     Args:
-        model: a vision-language model of transformers, see `list_families`.
+        model: a vision-language model of transformers, see `list_families`; also one that PEFT wrapped.
         keep: a share of the visual tokens in (0, 1], or how many of each image, a whole number.
         method: how they are chosen: a name of `list_methods`, or a `Chooser`.
         r: tokens that each block of the vision tower merges, in any form that `tokenmerge.patch` takes; with "tome" it
@@ -66,7 +66,7 @@ def patch(
     `keep` or options that exclude each other, `UnsupportedError` for a method that this model cannot have, and the
     errors of `tokenmerge.patch` for `r`.
     """
-    return VLMHandle(model, keep, find(method), r, positions)
+    return VLMHandle(unwrapped(model), keep, find(method), r, positions)
 
 
 class VLMHandle:

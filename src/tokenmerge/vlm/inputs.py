@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode, has_pixels
-from tokenmerge.vlm.families import Family, find_family
+from tokenmerge.vlm.families import Family, find_family, unwrapped
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
@@ -60,7 +60,7 @@ def compact(
     What `generate` returns then starts with the shortened prompt. Raises `UnsupportedModelError` for other models,
     `DataError` for inputs whose placeholders and images do not match, `ConfigError` for a wrong `keep`.
     """
-    family, base = find_family(model)
+    family, base = find_family(unwrapped(model))
     check_keep(keep)
     positions = check_positions(positions, family)
     chooser = find(method)
