@@ -253,9 +253,9 @@ class VLMHandle:
     def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Shorten a prompt that goes on after the last one, whose images are in the cache."""
         ids = given.get("input_ids")
-        special = [getattr(self._base.config, f"{kind}_token_id", None) for kind in PIXELS]
-        places = [] if ids is None else [bool((ids == token).any()) for token in special if token is not None]
-        if ids is None or given.get("mm_encoder_outputs") or not any(places):
+        tokens = [getattr(self._base.config, f"{kind}_token_id", None) for kind in PIXELS]
+        special = torch.tensor([token for token in tokens if token is not None])
+        if ids is None or given.get("mm_encoder_outputs") or not bool(torch.isin(ids, special.to(ids.device)).any()):
             self._last = None
             if given.get("mm_encoder_outputs"):
                 # no warning: this is what an assistant model gets from `generate`
@@ -267,7 +267,7 @@ class VLMHandle:
                 "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
                 "them, or go on with the cache of a call whose prompt this one starts with."
             )
-        return appended(given, last.record)
+        return appended(given, last.record, special)
 
     def continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the model itself that goes on with a cache."""
