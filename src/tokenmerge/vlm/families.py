@@ -25,6 +25,7 @@ class Family:
 
     name: str  # `config.model_type`
     has_videos: bool = False  # whether its videos are shortened too
+    is_shared: bool = False  # whether videos have the placeholders of images
     has_places: bool = False  # whether its language model gives tokens positions on the image's grid (M-RoPE)
     newline: bool = False  # whether features hold `image_newline` at the end of each row
     has_units: bool = False  # whether a visual token is made of several of the tower's
@@ -44,7 +45,7 @@ FAMILIES = {
         Family("qwen2_vl", has_videos=True, has_places=True, has_units=True),
         Family("qwen2_5_vl", has_videos=True, has_places=True, has_units=True),
         Family("qwen3_vl", has_videos=True, has_places=True, has_units=True),
-        Family("glm4v", has_places=True, has_units=True),
+        Family("glm4v", has_videos=True, is_shared=True, has_places=True, has_units=True),
         Family("internvl", has_units=True),
         Family("idefics3", has_units=True, crop=_crop),
         Family("smolvlm", has_units=True, crop=_crop),

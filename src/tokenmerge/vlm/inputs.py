@@ -114,6 +114,13 @@ def compacted(
         raise UnsupportedError(
             f"videos of {family.name} models are not shortened yet. Give images, or unpatch the model."
         )
+    if len(given) == 2 and family.is_shared:
+        raise UnsupportedError(
+            f"images and videos are given in one call: a {family.name} model has the same placeholders for both, and "
+            "takes one of them. Give them in calls of their own."
+        )
+    if family.is_shared:
+        special["video"] = special["image"]
     is_kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     words = _words(base, ids, mask, special)
     outputs: dict[str, Any] = {}
