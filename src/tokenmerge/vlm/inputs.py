@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode, has_pixels
-from tokenmerge.vlm.families import Family, find_family
+from tokenmerge.vlm.families import Family, find_family, unwrapped
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
@@ -60,7 +60,7 @@ def compact(
     What `generate` returns then starts with the shortened prompt. Raises `UnsupportedModelError` for other models,
     `DataError` for inputs whose placeholders and images do not match, `ConfigError` for a wrong `keep`.
     """
-    family, base = find_family(model)
+    family, base = find_family(unwrapped(model))
     check_keep(keep)
     positions = check_positions(positions, family)
     chooser = find(method)
@@ -114,6 +114,13 @@ def compacted(
         raise UnsupportedError(
             f"videos of {family.name} models are not shortened yet. Give images, or unpatch the model."
         )
+    if len(given) == 2 and family.is_shared:
+        raise UnsupportedError(
+            f"images and videos are given in one call: a {family.name} model has the same placeholders for both, and "
+            "takes one of them. Give them in calls of their own."
+        )
+    if family.is_shared:
+        special["video"] = special["image"]
     is_kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     words = _words(base, ids, mask, special)
     outputs: dict[str, Any] = {}
