@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from test_vlm_families import by_hand, generate
-from tiny_vlms import END, FAMILIES, IMAGE, START, VIDEO
+from tiny_vlms import END, FAMILIES, IMAGE, IS_OLD, START, VIDEO, encoded
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.vlm import patch
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 FRAMES = 3
 
@@ -45,7 +45,7 @@ def prompt(family: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     longest = max(map(len, rows))
     ids = torch.tensor([(longest - len(row)) * [0] + row for row in rows])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **more}
-    if family != "llava_onevision":
+    if family != "llava_onevision" and not IS_OLD:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     return inputs
 
@@ -72,7 +72,7 @@ def test_frames_are_merged_in_the_tower_as_images_are() -> None:
     model, inputs = FAMILIES["llava_onevision"].make(torch.float64), prompt("llava_onevision")
     frames = inputs["pixel_values_videos"].flatten(0, 1)
     with patch(model, 1.0, r=2):
-        video = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        video = encoded(model, "video", pixel_values_videos=inputs["pixel_values_videos"])
         alone = [model.model.vision_tower(frame[None], output_hidden_states=True) for frame in frames]
     layer, pooled = model.config.vision_feature_layer, []
     for output in alone:
