@@ -94,7 +94,7 @@ def test_a_pipeline_of_a_patched_model(folder: Path, photo: Path) -> None:
 
     pipe = transformers.pipeline("image-text-to-text", str(folder))
     given: dict[str, Any] = {"images": Image.open(photo), "text": "<image> what is on this photo ?"}
-    given |= {"generate_kwargs": {"max_new_tokens": 4, "do_sample": False}}
+    given |= {"generate_kwargs": {"max_new_tokens": 12, "do_sample": False}}
     (plain,) = pipe(**given)
     with patch(pipe.model, 0.5) as handle:
         (short,) = pipe(**given)

@@ -33,6 +33,7 @@ _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
 _PIECES = ("prefill_chunk_size", "assistant_model", "assistant_early_exit")
 _NO_TEXT_ROW = ("glm4v",)  # whose language model takes the three positions on the grid, and none in the text
+_SHARED = ("glm4v",)  # whose videos have the placeholders of images
 
 
 def base_of(model: Any) -> Any:
@@ -125,7 +126,8 @@ class _Carried:
 
     def features(self, base: Any, kind: str, rows: int) -> Any:
         """Return the encoded images of R rows, as the model's own method returns them."""
-        counts = (self.ids == getattr(base.config, f"{kind}_token_id")).sum(dim=1).tolist()
+        name = "image" if base.config.model_type in _SHARED else kind
+        counts = (self.ids == getattr(base.config, f"{name}_token_id")).sum(dim=1).tolist()
         times = rows // len(counts)
 
         def spread(features: Tensor) -> Tensor:
