@@ -167,6 +167,11 @@ def test_a_second_turn_goes_on_with_the_cache(tiny: Any) -> None:
         pixels = {name: inputs[name] for name in inputs if name not in given and name != "mm_token_type_ids"}
         again = generate(model, {**given, **pixels}, new=4)
         assert len(handle.visual_tokens) == 3
+        # the same after a call of the model itself, and one of more rows between them
+        cache = model(**inputs, use_cache=True)[CACHE]
+        generate(model, tiny.prompts([1, 1, 1]), new=2)
+        straight = generate(model, given, new=4, **{CACHE: cache})
+    assert straight.equal(second)
     assert second[:, : whole.shape[1]].equal(whole)
     assert second.equal(again)
 

@@ -74,7 +74,7 @@ def compact(
             f"tokenmerge.vlm.patch(model, keep, method={chooser.name!r})."
         )
     way_out = "Use tokenmerge.vlm.patch(model, keep), and call the model as before."
-    check_newer(model, "a model that takes encoded images (mm_encoder_outputs) without being patched", way_out)
+    check_newer(base, "a model that takes encoded images (mm_encoder_outputs) without being patched", way_out)
     return compacted(base, family, inputs, keep, chooser, positions).inputs
 
 

@@ -240,6 +240,9 @@ class _Generate(_Seamed):
         for name in (f"get_{kind}_features" for kind in _PIXELS):
             visual |= set(inspect.signature(getattr(base, name)).parameters) if hasattr(base, name) else set()
         given = {name: value for name, value in given.items() if name not in visual}
+        if hasattr(base, "rope_deltas"):
+            # those of another call, or None, which `prepare_inputs_for_generation` cannot take: `forward` places tokens
+            base.rope_deltas = positions.new_zeros(given["input_ids"].shape[0], 1)
         with self.seam.having(carried=_Carried(given["input_ids"], outputs or {}, positions)):
             return self.original(**given)
 
