@@ -157,7 +157,7 @@ def test_every_plug_in_file_is_listed() -> None:
     listed = {type(adapter).__name__ for adapter in adapters.ADAPTERS}
     families = {stem for name, stem in _classes("adapters").items() if name in listed}
     files = {path.stem for path in (SRC / "adapters").rglob("*.py")}
-    machinery = {"__init__", "_older", "base", "refused", "generic", "within", "interface", "options"}
+    machinery = {"__init__", "_older", "base", "by_size", "refused", "generic", "within", "interface", "options"}
     assert files - families == machinery
     names = {methods.find(name).__name__ for name in methods.list_methods()}
     files = {stem for name, stem in _classes("methods").items() if name in names}

@@ -117,16 +117,27 @@ def test_images_do_not_see_each_other(name: str) -> None:
             assert torch.equal(handle.groups[-1][0], groups[at])
 
 
+def _alone(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each image or video of a call as a call of its own."""
+    if name == "pixtral":
+        return [{key: value[i : i + 1] for key, value in given.items()} for i in range(len(given["pixel_values"]))]
+    grids = given["grid_thw"]
+    parts = given["hidden_states"].split(grids.prod(dim=1).tolist())
+    return [{"hidden_states": part, "grid_thw": grid[None]} for part, grid in zip(parts, grids, strict=True)]
+
+
 @every_tower
 @pytest.mark.parametrize("restore", [None, "merged", "dense"])
-def test_images_of_different_sizes_are_refused(name: str, restore: str | None) -> None:
-    model, given = TOWERS[name].make(), _given(name, [(1, 4, 6), (1, 4, 4)])
-    own, one = _run(model, given), _given(name, [(1, 4, 4)])
-    with tokenmerge.patched(model, r=2, restore=restore) as handle:
-        with pytest.raises(UnsupportedError, match=r"of 24, 16 tokens stand in one sequence, .* images of one size"):
-            _run(model, given)
-        _run(model, one)
-        assert handle.tokens == [14, 12, 10, 8]
+@pytest.mark.parametrize("r", [5, 0.3, [0, 4, 0, 4]])
+def test_images_of_different_sizes_are_merged_as_each_alone(name: str, restore: str | None, r: Any) -> None:
+    """In any order, and a video of several frames among them."""
+    grids = [(1, 4, 6), (1, 2, 4), (2, 4, 4), (1, 6, 4), (1, 4, 8), (1, 4, 2)]
+    model, given = TOWERS[name].make(), _given(name, grids)
+    own, alone = _run(model, given), _alone(name, given)
+    with tokenmerge.patched(model, r=r, restore=restore) as handle:
+        merged = _run(model, given)
+        assert merged.shape == own.shape and (merged - own).abs().max() > 1e-4
+        assert_close(merged, torch.cat([_run(model, one) for one in alone], dim=-2), 1e-9)
         handle.r = 0
         assert torch.equal(_run(model, given), own)
         with handle.disabled():

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vlms import FAMILIES, NEWER
+from test_vlm_families import by_hand, generate
+from tiny_vlms import END, FAMILIES, IMAGE, NEWER, START
 
 import tokenmerge
 from helpers import assert_close
@@ -72,16 +73,57 @@ def test_frames_of_a_video_are_merged_one_by_one() -> None:
         assert_close(torch.cat([frame.pooler_output[0] for frame in frames]), video, 1e-5)
 
 
+def _two_sizes(name: str) -> dict[str, Any]:
+    """A prompt with an image of 12 visual tokens, and one with an image of 6 and one of 12."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(8, 6), (4, 6), (6, 8)]
+    images = [[START, *[IMAGE] * (rows * columns // 4), END, 7 + rows] for rows, columns in sizes]
+    rows = [[5, 6, *images[0]], [8, *images[1], *images[2]]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if name == "mistral3":
+        pixels = torch.randn(3, 3, 64, 64, generator=generator).double()
+        return {**inputs, "pixel_values": pixels, "image_sizes": torch.tensor([[8 * r, 8 * c] for r, c in sizes])}
+    grids = torch.tensor([[1, *size] for size in sizes])
+    pixels = torch.randn(int(grids.prod(dim=1).sum()), 96, generator=generator).double()
+    inputs |= {"mm_token_type_ids": (ids == IMAGE).long()}
+    return {**inputs, "pixel_values": pixels, "image_grid_thw": grids}
+
+
+@every_family
 @torch.no_grad()
-def test_images_of_two_sizes_are_refused_with_the_way_out() -> None:
+def test_images_of_two_sizes_in_one_call(name: str) -> None:
+    """The tower merges each by itself, and of its tokens the language model is given fewer."""
+    model, inputs = FAMILIES[name].make(torch.float64), _two_sizes(name)
+    own = model(**inputs).logits
+    with patch(model, 1.0, r=4) as handle:
+        merged = model(**inputs).logits
+        assert (merged - own).abs().max() > 1e-4
+        handle.keep = 0.5
+        logits, places = model(**inputs).logits, handle.places
+        assert handle.visual_tokens == [(12, 6), (6, 3), (12, 6)]
+        tokens = generate(model, inputs, new=3)
+    with tokenmerge.patched(model, r=4, restore="dense"):
+        assert_close(model(**inputs).logits, merged, 1e-9)
+        for row, (expected, new) in enumerate(by_hand(model, inputs, places, new=3)):
+            assert_close(logits[row][places[row] >= 0], expected, 1e-5)
+            assert tokens[row, inputs["input_ids"].shape[1] :].tolist() == new
+    assert model(**inputs).logits.equal(own)
+
+
+@torch.no_grad()
+def test_images_of_two_sizes_are_refused_where_their_rows_are_not_known() -> None:
+    """Tables made before, for all images: they cannot be parted."""
     model = FAMILIES["qwen2_vl"].make()
     pixels, grid = torch.randn(48 + 24, 3 * 2 * 4 * 4), torch.tensor([[1, 8, 6], [1, 4, 6]])
-    own = model.model.get_image_features(pixels, grid).pooler_output
+    ends = torch.tensor([0, 48, 72], dtype=torch.int32)
+    own = model.model.visual(pixels, grid, cu_seqlens=ends).pooler_output
     with tokenmerge.patched(model, r=4, restore="dense") as handle:
         with pytest.raises(UnsupportedError, match=r"of 48, 24 tokens .* one size in one call and others in another"):
-            model.model.get_image_features(pixels, grid)
+            model.model.visual(pixels, grid, cu_seqlens=ends)
         handle.r = 0
-        assert all(map(torch.equal, model.model.get_image_features(pixels, grid).pooler_output, own))
+        assert torch.equal(model.model.visual(pixels, grid, cu_seqlens=ends).pooler_output, own)
 
 
 def test_windows_are_refused_and_keep_still_works() -> None:

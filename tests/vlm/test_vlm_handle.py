@@ -222,8 +222,10 @@ def test_caches_that_are_copied_emptied_or_repeated(method: str) -> None:
         expected = model(**turn, **{CACHE: cache}).logits
         assert model(**turn, **{CACHE: copied}).logits.equal(expected)
         repeated.batch_repeat_interleave(2)
-        with pytest.raises(UnsupportedError, match="the cache begins with 2 shortened prompts, and 4 rows go on"):
-            model(**{name: x.repeat_interleave(2, dim=0) for name, x in turn.items()}, **{CACHE: repeated})
+        with pytest.raises(UnsupportedError, match="the cache begins with 4 shortened prompts, and 2 rows go on"):
+            model(**turn, **{CACHE: repeated})
+        logits = model(**{name: x.repeat_interleave(2, dim=0) for name, x in turn.items()}, **{CACHE: repeated}).logits
+        torch.testing.assert_close(logits, expected.repeat_interleave(2, dim=0))
         for layer in emptied.layers:
             layer.crop(-layer.get_seq_length())
         plain = model(**words, use_cache=True)[CACHE]

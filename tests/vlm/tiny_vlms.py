@@ -215,6 +215,8 @@ FAMILIES = {
             "video_token_id": VIDEO,
             "image_start_token_id": START,
             "image_end_token_id": END,
+            "video_start_token_id": 74,
+            "video_end_token_id": 75,
         },
         12,
         flat,

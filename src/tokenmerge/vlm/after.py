@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +27,35 @@ class Noted:
     ids: Tensor  # [B, L], of the whole prompt
     record: Compacted
     layers: int  # after how many layers of the language model it was shortened
+    mark: Tensor | None = None  # [B, H, N], by which each row of the cache is known again; None: it cannot be
+
+    @property
+    def length(self) -> int:
+        """How many tokens of the cache's first layers are the prompt."""
+        return self.ids.shape[1] if self.layers else self.record.prompt.places.shape[1]
+
+    @property
+    def has_equal_rows(self) -> bool:
+        """Whether all rows have their padding, and the position of what follows, alike."""
+        pads, inputs = self.record.prompt.places < 0, self.record.inputs
+        last = inputs["position_ids"].amax(dim=-1).reshape(-1, pads.shape[0]) if inputs else pads.sum(dim=1)[None]
+        return bool((pads == pads[:1]).all() and (last == last[:, :1]).all())
+
+    def rows(self, index: Tensor) -> Noted:
+        """Return the note with these rows `[B']`, in this order."""
+        own = self.record
+        inputs = {name: value.index_select(-2, index.to(value.device)) for name, value in own.inputs.items()}
+        prompt = replace(own.prompt, places=own.prompt.places[index.to(own.prompt.places.device)])
+        mark = None if self.mark is None else self.mark[index.to(self.mark.device)]
+        record = replace(own, inputs=inputs, prompt=prompt)
+        return replace(self, ids=self.ids[index.to(self.ids.device)], record=record, mark=mark)
 
 
 def note(prompt: Noted | None, *holders: Any) -> None:
     """Note the prompt of the caches in the arguments or the answer of a call; None: it was not shortened."""
     for cache in map(cache_of, holders):
         if cache is not None and prompt is not getattr(cache, _NOTE, None):
-            setattr(cache, _NOTE, prompt)
+            setattr(cache, _NOTE, prompt if prompt is None else _marked(prompt, cache))
 
 
 def noted(given: Mapping[str, Any], layers: int = 0) -> Noted | None:
@@ -49,12 +71,63 @@ def noted(given: Mapping[str, Any], layers: int = 0) -> Noted | None:
             f"the cache holds a prompt that was shortened after {prompt.layers} layers of the language model, and the "
             f"method shortens it after {layers}. Go on with the method that the cache was made with, or start again."
         )
+    prompt = _followed(prompt, cache_of(given))
     tokens = tokens_of(given)
     if tokens is not None and tokens.shape[0] != prompt.ids.shape[0]:
         raise UnsupportedError(
             f"the cache begins with {prompt.ids.shape[0]} shortened prompts, and {tokens.shape[0]} rows go on after "
             "them. Give one row for each, or start again with as many prompts."
         )
+    return prompt
+
+
+def _marked(prompt: Noted, cache: Any) -> Noted:
+    """Return the note with the mark of each row of the cache, which has several per prompt after beams or samples."""
+    mark, rows = _mark(cache, prompt.length), prompt.ids.shape[0]
+    if mark is not None and mark.shape[0] != rows:
+        each = torch.arange(rows, device=mark.device).repeat_interleave(mark.shape[0] // rows)
+        prompt = prompt.rows(each)
+    return replace(prompt, mark=mark)
+
+
+def _mark(cache: Any, length: int) -> Tensor | None:
+    """Return one channel of the keys of so many tokens in the first layer, without those that left its window."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+    layers.sort(key=lambda layer: bool(layer.is_sliding))
+    keys = layers[0].keys if layers else None
+    if keys is None or keys.dim() != 4:
+        return None
+    gone = max(0, int(layers[0].get_seq_length()) - keys.shape[2])
+    return keys[:, :, : length - gone, 0].detach().clone() if length > gone else None
+
+
+def _followed(prompt: Noted, cache: Any) -> Noted:
+    """Return the note in the order that the rows of the cache have now.
+
+    Raises `UnsupportedError` if a row is none of those that were noted.
+    """
+    end = min(prompt.length, int(cache.get_seq_length()))
+    now, own = _mark(cache, end), prompt.mark
+    if now is None or own is None:
+        if prompt.has_equal_rows:
+            return prompt
+        raise UnsupportedError(
+            "the cache begins with shortened prompts of different lengths, and holds no keys of them by which its rows "
+            "are known: it is quantised, or its window is over. Use the default cache, prompts of one length, or a "
+            "cache for each."
+        )
+    first = end - now.shape[2] - (prompt.length - own.shape[2])
+    own = own[:, :, first : first + now.shape[2]].to(now.device)
+    if now.equal(own):
+        return prompt
+    is_row = (now[:, None] == own[None]).flatten(2).all(dim=2)  # [B', B]
+    if not bool(is_row.any(dim=1).all()):
+        raise UnsupportedError(
+            "the cache begins with a shortened prompt, and its keys are others than after that call: which row is "
+            "which is not known. Reorder its rows only, or start again with the prompts."
+        )
+    prompt = prompt.rows(is_row.long().argmax(dim=1))
+    setattr(cache, _NOTE, prompt)
     return prompt
 
 
@@ -92,8 +165,17 @@ def limits_of(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]
     return limits
 
 
-def appended(given: dict[str, Any], last: Compacted) -> dict[str, Any]:
-    """Return a call whose prompt starts with the last one: that part shortened as it was, the rest as it is."""
+def appended(given: dict[str, Any], last: Compacted, special: Tensor) -> dict[str, Any]:
+    """Return a call whose prompt starts with the last one: that part shortened as it was, the rest as it is.
+
+    Raises `UnsupportedError` if placeholders (ids `special`) were cut off its cache.
+    """
+    held, own = cached_length(given), last.inputs["input_ids"]
+    if bool(torch.isin(own[:, held:], special.to(own.device)).any()):
+        raise UnsupportedError(
+            f"the cache was cut inside the images: it holds {held} tokens of a shortened prompt of {own.shape[1]}. "
+            "Give the prompt with its images, and no cache."
+        )
     short, length = dict(given), last.prompt.length
     rest = given["input_ids"].shape[1] - length
     for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
@@ -118,14 +200,15 @@ def decoding(prompt: Noted | None, given: dict[str, Any]) -> dict[str, Any]:
     if prompt is None or ids is None:
         return given
     last = prompt.record
-    after = cached_length(given) - last.prompt.places.shape[1]  # tokens in the cache behind the prompt
+    held, M = cached_length(given), last.prompt.places.shape[1]
+    after = max(0, held - M)  # tokens in the cache behind the prompt, whose end may have been cut off
     short = dict(given)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + after + ids.shape[1]:
-        own = last.inputs["attention_mask"]
-        short["attention_mask"] = torch.cat((own, mask[:, last.prompt.length :]), dim=1)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + held - M + ids.shape[1]:
+        own = last.inputs["attention_mask"][:, :held]
+        short["attention_mask"] = torch.cat((own, mask[:, mask.shape[1] - after - ids.shape[1] :]), dim=1)
     if given.get("position_ids") is None:
         steps = torch.arange(after + 1, after + 1 + ids.shape[1], device=ids.device)
-        short["position_ids"] = last.inputs["position_ids"].amax(dim=-1, keepdim=True) + steps
+        short["position_ids"] = last.inputs["position_ids"][..., :held].amax(dim=-1, keepdim=True) + steps
     else:
         raise UnsupportedError(
             "position_ids are given for tokens after a shortened prompt. Leave them out: they follow from the prompt."

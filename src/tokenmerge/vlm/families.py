@@ -6,16 +6,17 @@ Every family encodes images by `get_image_features` of its base model, and takes
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 from tokenmerge.vlm.releases import base_of
 
-__all__ = ["FAMILIES", "Family", "find_family", "list_families"]
+__all__ = ["FAMILIES", "Family", "find_family", "list_families", "unwrapped"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Family:
 
     name: str  # `config.model_type`
     has_videos: bool = False  # whether its videos are shortened too
+    is_shared: bool = False  # whether videos have the placeholders of images
     has_places: bool = False  # whether its language model gives tokens positions on the image's grid (M-RoPE)
     newline: bool = False  # whether features hold `image_newline` at the end of each row
     has_units: bool = False  # whether a visual token is made of several of the tower's
@@ -43,7 +45,7 @@ FAMILIES = {
         Family("qwen2_vl", has_videos=True, has_places=True, has_units=True),
         Family("qwen2_5_vl", has_videos=True, has_places=True, has_units=True),
         Family("qwen3_vl", has_videos=True, has_places=True, has_units=True),
-        Family("glm4v", has_places=True, has_units=True),
+        Family("glm4v", has_videos=True, is_shared=True, has_places=True, has_units=True),
         Family("internvl", has_units=True),
         Family("idefics3", has_units=True, crop=_crop),
         Family("smolvlm", has_units=True, crop=_crop),
@@ -65,6 +67,25 @@ _REFUSED = {
 def list_families() -> list[str]:
     """Return the names of the families, as in `model.config.model_type`."""
     return list(FAMILIES)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside PEFT's wrapper or that of `torch.compile`, whose calls run it; else the model itself.
+
+    Raises `UnsupportedError` for prompts that PEFT learns (prompt tuning and its kind).
+    """
+    peft = sys.modules.get("peft")  # a model of it cannot be without it
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return unwrapped(model._orig_mod)
+    if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
+        return model
+    learned = [name for name, own in model.peft_config.items() if own.is_prompt_learning]
+    if learned:
+        raise UnsupportedError(
+            f"the adapter {learned[0]!r} puts learned tokens in front of the embeddings of a prompt, and a prompt is "
+            "shortened by its ids. Use an adapter that changes weights, such as LoRA."
+        )
+    return model.get_base_model()
 
 
 def find_family(model: nn.Module) -> tuple[Family, Any]:

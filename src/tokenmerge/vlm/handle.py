@@ -29,7 +29,7 @@ from tokenmerge.errors import (
 from tokenmerge.schedule import R
 from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limits_of, note, noted, whole_prompt
 from tokenmerge.vlm.encode import PIXELS, has_pixels
-from tokenmerge.vlm.families import find_family
+from tokenmerge.vlm.families import find_family, unwrapped
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
@@ -55,7 +55,7 @@ def patch(
     `generate` returns starts with the whole prompt. Calls without images are the original ones.
 
     Args:
-        model: a vision-language model of transformers, see `list_families`.
+        model: a vision-language model of transformers, see `list_families`; also one that PEFT wrapped.
         keep: a share of the visual tokens in (0, 1], or how many of each image, a whole number.
         method: how they are chosen: a name of `list_methods`, or a `Chooser`.
         r: tokens that each block of the vision tower merges, in any form that `tokenmerge.patch` takes; with "tome" it
@@ -67,7 +67,7 @@ def patch(
     `keep` or options that exclude each other, `UnsupportedError` for a method that this model cannot have, and the
     errors of `tokenmerge.patch` for `r`.
     """
-    return VLMHandle(model, keep, find(method), r, positions)
+    return VLMHandle(unwrapped(model), keep, find(method), r, positions)
 
 
 class VLMHandle:
@@ -255,9 +255,9 @@ class VLMHandle:
     def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Shorten a prompt that goes on after the last one, whose images are in the cache."""
         ids = given.get("input_ids")
-        special = [getattr(self._base.config, f"{kind}_token_id", None) for kind in PIXELS]
-        places = [] if ids is None else [bool((ids == token).any()) for token in special if token is not None]
-        if ids is None or given.get("mm_encoder_outputs") or not any(places):
+        tokens = [getattr(self._base.config, f"{kind}_token_id", None) for kind in PIXELS]
+        special = torch.tensor([token for token in tokens if token is not None])
+        if ids is None or given.get("mm_encoder_outputs") or not bool(torch.isin(ids, special.to(ids.device)).any()):
             self._last = None
             if given.get("mm_encoder_outputs"):
                 # no warning: this is what an assistant model gets from `generate`
@@ -269,7 +269,7 @@ class VLMHandle:
                 "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
                 "them, or go on with the cache of a call whose prompt this one starts with."
             )
-        return appended(given, last.record)
+        return appended(given, last.record, special)
 
     def continued(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the model itself that goes on with a cache."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode, has_pixels
-from tokenmerge.vlm.families import Family, find_family
+from tokenmerge.vlm.families import Family, find_family, unwrapped
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
@@ -64,7 +64,7 @@ def compact(
     Raises `UnsupportedModelError` for other models, `UnsupportedError` on transformers 4.57,
     `DataError` for inputs whose placeholders and images do not match, `ConfigError` for a wrong `keep`.
     """
-    family, base = find_family(model)
+    family, base = find_family(unwrapped(model))
     check_keep(keep)
     positions = check_positions(positions, family)
     chooser = find(method)
@@ -120,6 +120,13 @@ def compacted(
         raise UnsupportedError(
             f"videos of {family.name} models are not shortened yet. Give images, or unpatch the model."
         )
+    if len(given) == 2 and family.is_shared:
+        raise UnsupportedError(
+            f"images and videos are given in one call: a {family.name} model has the same placeholders for both, and "
+            "takes one of them. Give them in calls of their own."
+        )
+    if family.is_shared:
+        special["video"] = special["image"]
     is_kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     words = _words(base, ids, mask, special)
     outputs: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from tokenmerge.adapters.base import (
     first_of,
 )
 from tokenmerge.adapters.transformers.base import HF, HFAdapter, InterfaceTap, no_change
+from tokenmerge.adapters.transformers.by_size import BySize
 from tokenmerge.adapters.transformers.interface import FLASH, NAME
 from tokenmerge.errors import UnsupportedModelError
 
@@ -119,6 +120,10 @@ class HFQwenVision(_Packed):
         has_deep = bool(getattr(tower, "deepstack_visual_indexes", None))
         return replace(around, every=around.every or (deep if has_deep else None))
 
+    def overrides(self, model: Any, context: Context) -> list[Binding]:
+        tower = self.tower(model)[1]
+        return [*super().overrides(model, context), Binding(tower, "forward", BySize(tower, context.is_merging))]
+
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import Qwen2VLVisionConfig
         from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -172,7 +177,8 @@ class HFPixtral(_Packed):
 
     def overrides(self, model: Any, context: Context) -> list[Binding]:
         tower = self.tower(model)[1]
-        return [*super().overrides(model, context), Binding(tower, "forward", _Counted(tower, context.is_merging))]
+        found = [_Counted(tower, context.is_merging), BySize(tower, context.is_merging, tower.patch_size)]
+        return [*super().overrides(model, context), *(Binding(tower, "forward", value) for value in found)]
 
 
 class _Counted(Override):
