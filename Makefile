@@ -72,7 +72,8 @@ OLD := .venv-hosts/bin
 	touch $@
 
 hosts: .venv-hosts/ready
-	$(OLD)/python -m pytest --numprocesses auto --dist worksteal tests/adapters tests/conformance/test_timm_registry.py
+	$(OLD)/python -m pytest --numprocesses auto --dist worksteal tests/adapters tests/vlm \
+	  tests/conformance/test_timm_registry.py
 
 # the whole suite on the newest of everything, in an environment of its own: what the next constraints.txt has to pass
 NEW := .venv-latest/bin

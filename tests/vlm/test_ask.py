@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vlms import FAMILIES, IMAGE
+from tiny_vlms import FAMILIES, IMAGE, IS_OLD
 
 from tokenmerge.cli import main
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 WORDS = ("what", "is", "on", "this", "photo", "a", "cat", "dog", "?")
 
 
@@ -34,9 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
-    pictures = transformers.CLIPImageProcessorPil(
+    own = "CLIPImageProcessor" if IS_OLD else "CLIPImageProcessorPil"
+    pictures = getattr(transformers, own)(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True
     )
     processor = transformers.LlavaProcessor(
@@ -92,7 +94,7 @@ def test_a_pipeline_of_a_patched_model(folder: Path, photo: Path) -> None:
 
     pipe = transformers.pipeline("image-text-to-text", str(folder))
     given: dict[str, Any] = {"images": Image.open(photo), "text": "<image> what is on this photo ?"}
-    given |= {"generate_kwargs": {"max_new_tokens": 4, "do_sample": False}}
+    given |= {"generate_kwargs": {"max_new_tokens": 12, "do_sample": False}}
     (plain,) = pipe(**given)
     with patch(pipe.model, 0.5) as handle:
         (short,) = pipe(**given)

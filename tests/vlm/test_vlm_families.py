@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from tiny_vlms import FAMILIES, IMAGE, VIDEO
+from tiny_vlms import FAMILIES, IMAGE, IS_OLD, VIDEO, base_of
 from torch import Tensor
 
 import tokenmerge
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -32,7 +33,7 @@ def by_hand(
     The embeddings are those that the plain model hands to its language model, where columns are cut out. A `mix`
     `[B, L, L]` says of which tokens each one is the sum before.
     """
-    base, seen = model.base_model, {}
+    base, seen = base_of(model), {}
     language = getattr(base, "language_model", None) or base.text_model
     hook = language.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model(**inputs)
@@ -79,9 +80,13 @@ def _logits(model: Any, language: Any, embeds: Tensor, positions: Tensor, more: 
     given = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False, **more}
     if positions.dim() == 3:
         text = torch.arange(embeds.shape[1])[None, None]
-        hidden = language(**given, position_ids=torch.cat((text, positions)))[0]
+        rows = (positions,) if IS_OLD and type(language).__name__.startswith("Glm") else (text, positions)
+        hidden = language(**given, position_ids=torch.cat(rows))[0]
         logits: Tensor = model.lm_head(hidden)[0]
         return logits
+    if IS_OLD and type(language).__name__ == "GemmaModel":  # each token would see those behind it
+        is_seen = (more["token_type_ids"] == 0) | torch.ones(embeds.shape[1], embeds.shape[1]).tril().bool()
+        given["attention_mask"] = embeds.new_zeros(is_seen.shape).masked_fill(~is_seen, -torch.inf)[None, None]
     return model(**given, position_ids=positions).logits[0]  # type: ignore[no-any-return]
 
 
@@ -111,6 +116,26 @@ def test_keeping_everything_is_the_plain_model(family: str) -> None:
         assert model(**inputs).logits.shape[1] < plain.shape[1]
     assert "generate" not in vars(model) and "forward" not in vars(model)
     assert model(**inputs).logits.equal(plain) and generate(model, inputs).equal(tokens)
+
+
+@torch.no_grad()
+def test_shortening_by_nothing_is_the_plain_model(family: str) -> None:
+    """All tokens are chosen, and what works on a shortened prompt works on the same one."""
+    tiny = FAMILIES[family]
+    model, inputs = tiny.make(), tiny.prompts([1, 1])
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}]
+    plain, expected = model(**inputs).logits, []
+    for way in ways:
+        torch.manual_seed(1)
+        expected.append(generate(model, inputs, new=4, **way))
+    with tokenmerge.vlm.patch(model, keep=0.9999), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing was left out
+        short = model(**inputs).logits
+        own = inputs["attention_mask"].bool()
+        torch.testing.assert_close(short[own], plain[own], rtol=0, atol=2e-4)
+        for way, tokens in zip(ways, expected, strict=True):
+            torch.manual_seed(1)
+            assert generate(model, inputs, new=4, **way).equal(tokens), way
 
 
 @pytest.mark.parametrize("method", ["divprune", "random"])

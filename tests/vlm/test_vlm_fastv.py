@@ -11,15 +11,16 @@ import pytest
 import torch
 from test_videos import prompt as video_prompt
 from test_vlm_families import _logits, _longer, generate
-from tiny_vlms import FAMILIES, IMAGE, VIDEO
+from tiny_vlms import FAMILIES, IMAGE, NEWER, VIDEO
 from torch import Tensor
 
 import tokenmerge
 from tokenmerge.errors import AlreadyPatchedError, ConfigError, UnsupportedError
 from tokenmerge.vlm import compact, patch
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
+pytestmark = NEWER
 REFUSED = ("qwen3_vl", "gemma3", "aya_vision", "cohere2_vision")
 # norms and eager attention are in single precision; PaliGemma's plain logits of a row and of a batch differ as much
 ATOL = {"paligemma": 5e-4}

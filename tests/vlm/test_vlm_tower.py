@@ -13,17 +13,16 @@ import torch
 from test_choosers import slow_visionzip
 from test_videos import prompt as video_prompt
 from test_vlm_families import by_hand, generate
-from tiny_vlms import CLIP, FAMILIES, IMAGE, SIGLIP, VISION
+from tiny_vlms import CLIP, FAMILIES, IMAGE, IS_OLD, SIGLIP, VISION, base_of, encoded, family_of
 from torch import Tensor
 
 import tokenmerge
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.vlm import compact, patch
 from tokenmerge.vlm.encode import encode
-from tokenmerge.vlm.families import find_family
 from tokenmerge.vlm.methods import VisionZip
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 VISIONZIP = VisionZip()
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -52,13 +51,15 @@ def read_slowly(
     """
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
-    base = model.base_model
+    base = base_of(model)
     tower = next(getattr(base, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(base, name))
     name, attention = [(n, x) for n, x in tower.named_modules() if hasattr(x, "qkv") or hasattr(x, "q_proj")][layer]
     source, maps, seen = sys.modules[type(attention).__module__], [], {}
     plain = source.eager_attention_forward
 
     def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if "output_attentions" in kwargs:  # CLIP of 4.57
+            kwargs["output_attentions"] = True
         out = plain(module, *args, **kwargs)
         if module is attention:
             maps.append(out[1].detach())
@@ -71,7 +72,7 @@ def read_slowly(
     block.register_forward_hook(lambda _, args, out: seen.update(block=out[0] if isinstance(out, tuple) else out))
     given = {key: x for key, x in inputs.items() if key not in PER_TOKEN}
     with torch.enable_grad():
-        visual = getattr(base, f"get_{kind}_features")(**given, return_dict=True).pooler_output
+        visual = encoded(model, kind, **given)
         visual = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in visual])
         probe = torch.randn(visual.shape[1], dtype=visual.dtype)
         rows = []
@@ -113,7 +114,7 @@ def mixing(model: Any, inputs: dict[str, Any], keep: float, attention: Tensor, k
 @torch.no_grad()
 def test_what_is_read_of_the_tower_is_its_attention_map(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = FAMILIES[family].make(), FAMILIES[family].prompts([1, 2])
-    kind, base = find_family(model)
+    kind, base = family_of(model)
     expected = read_slowly(model, inputs, LAYER.get(family, -1), monkeypatch)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
@@ -154,7 +155,7 @@ def check_reading(
     model: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, layer: int = -1, kind: str = "image"
 ) -> list[Any]:
     """Compare what is read with the whole map; return the entries."""
-    family, base = find_family(model)
+    family, base = family_of(model)
     expected = read_slowly(model, inputs, layer, monkeypatch, kind)
     entries = encode(base, family, kind, inputs, VISIONZIP).entries
     for name, values in zip(("attention", "keys"), expected, strict=True):
@@ -208,7 +209,7 @@ def test_reading_other_towers_and_layers_of_llava(monkeypatch: pytest.MonkeyPatc
 @torch.no_grad()
 def test_the_class_token_stays_where_it_is_a_visual_token() -> None:
     model = of_settings("llava", CLIP, vision_feature_select_strategy="full")
-    family, base = find_family(model)
+    family, base = family_of(model)
     entry = encode(base, family, "image", FAMILIES["llava"].prompts([1]), VISIONZIP).entries[0]
     assert len(entry.attention) == 17 and entry.attention.argmax() == 0
 
@@ -224,7 +225,7 @@ def test_reading_images_of_different_sizes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_padding_in_a_crop_neither_speaks_nor_listens() -> None:
     model, inputs = FAMILIES["smolvlm"].make(), FAMILIES["smolvlm"].prompts([1, 2])
     inputs["pixel_attention_mask"][:, :, 16:] = False
-    family, base = find_family(model)
+    family, base = family_of(model)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         for entry in encode(base, family, "image", inputs, VISIONZIP).entries:
@@ -255,9 +256,10 @@ def test_in_half_precision_without_a_state_and_in_threads() -> None:
     with patch(model, 0.25, method="visionzip(merge='mean')") as handle:
         expected = generate(model, inputs, new=3)[:, -3:]
         assert handle.visual_tokens == [(16, 4)] * 3
-    short = compact(model, inputs, keep=0.25, method="visionzip(merge='mean')")
-    assert generate(model, short, new=3)[:, -3:].equal(expected)
-    family, base = find_family(model)
+    if not IS_OLD:
+        short = compact(model, inputs, keep=0.25, method="visionzip(merge='mean')")
+        assert generate(model, short, new=3)[:, -3:].equal(expected)
+    family, base = family_of(model)
     prompts = [tiny.prompts([1]), tiny.prompts([2]), tiny.prompts([3])]
     for prompt in prompts:
         prompt["pixel_values"] = prompt["pixel_values"].bfloat16()
@@ -282,8 +284,9 @@ def test_what_reads_the_tower_is_refused_where_tokens_merge_in_it() -> None:
     assert vars(model) == before
     with patch(model, 0.5, r=3) as handle, pytest.raises(ConfigError, match="Give r=0"):
         handle.method = "visionzip"
-    with tokenmerge.patched(model, r=3, restore="dense"), pytest.raises(UnsupportedError, match="merges tokens"):
-        compact(model, inputs, keep=0.5, method="visionzip")
+    if not IS_OLD:
+        with tokenmerge.patched(model, r=3, restore="dense"), pytest.raises(UnsupportedError, match="merges tokens"):
+            compact(model, inputs, keep=0.5, method="visionzip")
     assert vars(model) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -21,7 +22,38 @@ SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": Fals
 IMAGE, VIDEO, START, END = 70, 71, 72, 73  # token ids
 SPECIAL = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-QWEN = {**TEXT, "rope_parameters": MROPE}
+IS_OLD = int(transformers.__version__.split(".")[0]) < 5  # 4.57, the oldest
+NEWER = pytest.mark.skipif(IS_OLD, reason="needs transformers 5.24, and 4.57 is refused")
+CACHE = "past_key_values" if IS_OLD else "cache"  # the name of the argument and of the output
+QWEN = {**TEXT, ("rope_scaling" if IS_OLD else "rope_parameters"): MROPE}
+
+
+def base_of(model: Any) -> Any:
+    """The model that encodes images: 4.57 has no name for some of them."""
+    return getattr(model.base_model, "model", model.base_model)
+
+
+def family_of(model: Any) -> Any:
+    """Its family and its base model, for functions that take them: with the interface of 5.24 on 4.57 too."""
+    from tokenmerge.vlm.families import find_family
+    from tokenmerge.vlm.releases import adapt
+
+    found = find_family(model)
+    if "forward" not in vars(model):
+        adapt(model, found[1])
+    return found
+
+
+def encoded(model: Any, kind: str = "image", **given: Any) -> Any:
+    """The visual tokens of each image, from the plain model or with what is bound on it, also on 4.57."""
+    base = base_of(model)
+    name = f"get_{kind}_features"
+    function = getattr(base, name)
+    if IS_OLD and name not in vars(base):
+        from tokenmerge.vlm.releases import _Features, _Seam
+
+        function = _Features(base, _Seam(base), kind)
+    return function(**given, return_dict=True).pooler_output
 
 
 class Tiny(NamedTuple):
@@ -37,6 +69,8 @@ class Tiny(NamedTuple):
         """Build it in eval mode, with parameters that hide nothing."""
         config = getattr(transformers, self.config)(**self.settings)
         model: Any = randomised(getattr(transformers, self.cls)(config)).eval().to(dtype)
+        if hasattr(base_of(model), "text_config_dtype"):
+            model.model.text_config_dtype = dtype  # PaliGemma of 4.57 makes its mask in the type that it was made in
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         # random weights would say them
@@ -62,7 +96,7 @@ class Tiny(NamedTuple):
             inputs["token_type_ids"] = torch.zeros_like(ids)
         if self.cls.startswith("Gemma3"):
             inputs["token_type_ids"] = (ids == IMAGE).long()
-        if self.cls.startswith(("Qwen", "Glm")):
+        if self.cls.startswith(("Qwen", "Glm")) and not IS_OLD:
             inputs["mm_token_type_ids"] = (ids == IMAGE).long()
         return inputs
 
@@ -181,6 +215,8 @@ FAMILIES = {
             "video_token_id": VIDEO,
             "image_start_token_id": START,
             "image_end_token_id": END,
+            "video_start_token_id": 74,
+            "video_end_token_id": 75,
         },
         12,
         flat,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.vlm.inputs import Compacted
+
+if TYPE_CHECKING:
+    from tokenmerge.vlm.inputs import Compacted
 
 __all__ = ["Noted", "appended", "cached_length", "decoding", "limits_of", "note", "noted", "tokens_of", "whole_prompt"]
 

@@ -1,12 +1,11 @@
 """The families of vision-language models: what differs between them, as data.
 
 Every family encodes images by `get_image_features` of its base model, and takes the result in place of the pixels
-(`mm_encoder_outputs`, transformers 5.2x). A new family is one line.
+(`mm_encoder_outputs` of transformers 5.24; `releases` does the same for 4.57). A new family is one line.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
+from tokenmerge.vlm.releases import base_of
 
 __all__ = ["FAMILIES", "Family", "find_family", "list_families", "unwrapped"]
 
@@ -102,12 +102,4 @@ def find_family(model: nn.Module) -> tuple[Family, Any]:
             f"this {type(model).__qualname__} (config.model_type {kind!r}) is no vision-language model of a known "
             f"family. {known}"
         )
-    base: Any = model.base_model
-    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
-        import transformers
-
-        raise UnsupportedModelError(
-            f"{type(model).__qualname__} of transformers {transformers.__version__} takes no encoded images "
-            "(mm_encoder_outputs). That needs transformers 5.24 or newer: pip install --upgrade transformers."
-        )
-    return FAMILIES[kind], base
+    return FAMILIES[kind], base_of(model)

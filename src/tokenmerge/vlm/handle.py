@@ -34,6 +34,7 @@ from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compac
 from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
+from tokenmerge.vlm.releases import adapt
 from tokenmerge.vlm.report import PARTS, VLMReport
 from tokenmerge.vlm.tower import check_tower
 
@@ -96,6 +97,7 @@ class VLMHandle:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._local = threading.local()
         self._is_removed = False
+        adapt(model, self._base)
         bind(Binding(model, "forward", _Forward(model, self, "forward")))
         if hasattr(model, "generate"):
             bind(Binding(model, "generate", _Generate(model, self, "generate")))

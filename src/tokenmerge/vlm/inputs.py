@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -17,6 +18,7 @@ from tokenmerge.vlm.families import Family, find_family, unwrapped
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
+from tokenmerge.vlm.releases import check_newer
 
 __all__ = ["Compacted", "check_keep", "check_positions", "checked", "compact", "compacted"]
 
@@ -57,7 +59,9 @@ def compact(
         positions: "keep" leaves every token its position in the whole prompt, "compact" numbers them anew. Default:
             "keep" for models that give tokens positions on the image (M-RoPE), "compact" for others.
 
-    What `generate` returns then starts with the shortened prompt. Raises `UnsupportedModelError` for other models,
+    What `generate` returns then starts with the shortened prompt. This needs transformers 5.24, `patch` does not.
+
+    Raises `UnsupportedModelError` for other models, `UnsupportedError` on transformers 4.57,
     `DataError` for inputs whose placeholders and images do not match, `ConfigError` for a wrong `keep`.
     """
     family, base = find_family(unwrapped(model))
@@ -69,6 +73,8 @@ def compact(
             f"{chooser.name} leaves tokens out inside the language model, and shorter inputs know nothing of that. Use "
             f"tokenmerge.vlm.patch(model, keep, method={chooser.name!r})."
         )
+    way_out = "Use tokenmerge.vlm.patch(model, keep), and call the model as before."
+    check_newer(base, "a model that takes encoded images (mm_encoder_outputs) without being patched", way_out)
     return compacted(base, family, inputs, keep, chooser, positions).inputs
 
 
@@ -283,19 +289,12 @@ def _per_token(
 
 def _placed(base: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Return the positions of the whole prompt on the image's grids, `[3, B, L]`."""
-    if inputs.get("mm_token_type_ids") is None:
+    names = inspect.signature(base.get_rope_index).parameters
+    if "mm_token_type_ids" in names and inputs.get("mm_token_type_ids") is None:
         raise DataError(
             "mm_token_type_ids are missing: without them the places of visual tokens are not known. The processor "
             "returns them beside input_ids."
         )
-    names = (
-        "input_ids",
-        "attention_mask",
-        "mm_token_type_ids",
-        "image_grid_thw",
-        "video_grid_thw",
-        "second_per_grid_ts",
-    )
     given = {name: inputs[name] for name in names if inputs.get(name) is not None}
     positions: Tensor = base.get_rope_index(**given)[0]
     return positions

@@ -30,6 +30,7 @@ from tokenmerge.vlm.inputs import Compacted, checked
 from tokenmerge.vlm.methods import Chooser, Visual
 from tokenmerge.vlm.methods.base import chosen_by
 from tokenmerge.vlm.prompt import pads_on_the_right, shorten
+from tokenmerge.vlm.releases import check_newer
 
 __all__ = ["Inside", "check_free", "check_generate", "check_inside"]
 
@@ -222,6 +223,7 @@ def _language(base: Any) -> Any:
 
 def check_inside(base: Any, method: Chooser, keep: float | int, positions: str | None = None) -> None:
     """Raise an error for a language model in which tokens cannot be left out, or for options that are for others."""
+    check_newer(base, f"{method.name}, which works inside the language model,", _WAY_OUT)
     language = _language(base)
     layers, depth = list(language.layers), method.inside
     if isinstance(keep, Integral):

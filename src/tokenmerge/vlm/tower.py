@@ -25,6 +25,7 @@ from tokenmerge import importance
 from tokenmerge._intercept.bindings import is_bound
 from tokenmerge.errors import ConfigError, UnsupportedError
 from tokenmerge.vlm.methods import Chooser
+from tokenmerge.vlm.releases import window_order
 
 __all__ = ["Layout", "check_tower", "watched"]
 
@@ -278,7 +279,5 @@ def _units_of_sequence(tower: Any, values: Tensor, grids: Tensor) -> Tensor:
     units: Tensor = values.unflatten(0, (-1, tower.spatial_merge_size**2)).mean(dim=1)
     if not hasattr(tower, "window_size"):
         return units
-    order, _ = sys.modules[type(tower).__module__].get_vision_window_index(
-        grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
-    )
+    order = window_order(tower, grids)
     return units[order.to(units.device).argsort()]
