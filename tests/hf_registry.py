@@ -1,4 +1,4 @@
-"""transformers' registry as a list of small models: every configuration class whose models take images, sound, video."""
+"""transformers' registry as a list of small models: every configuration whose models see or hear."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def takes_media(cls: type) -> bool:
 
 
 def build(name: str, device: str = "cpu") -> nn.Module | None:
-    """Return a small model of this type in eval mode, or None; raises what transformers raises where it cannot be built.
+    """Return a small model of this type in eval mode, or None; raises what transformers raises for it.
 
     Its parameters hold anything: they are to be drawn. What does not fit together in small is built in its own size.
     """
@@ -116,7 +116,8 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note": {"vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32},
     "omniasr_audio": {"layerdrop": 0.0},
-    **dict.fromkeys(("omniasr", "omniasr_ctc"), {"audio_config.layerdrop": 0.0}),
+    "omniasr": {"audio_config.layerdrop": 0.0},
+    "omniasr_ctc": {"audio_config.layerdrop": 0.0},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [64, 64], "text_config.moe_num_experts": 2},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "gemma4": {"vision_config": "Gemma4VisionConfig"},
@@ -199,12 +200,15 @@ def _tensors(out: Any) -> list[Tensor]:
 def inputs(part: Any, size: tuple[int, ...] | None) -> dict[str, Any]:
     """Return two different inputs of this size, or of some patches or a piece of sound where the size is free."""
     config, arguments = part.config, inspect.signature(type(part).forward).parameters
-    first = next(name for name in arguments if MEDIA.fullmatch(name) and name != "grid_thw" or name == "hidden_states")
+    media = re.compile(rf"(?!grid_thw)(?:{MEDIA.pattern}|hidden_states)")
+    first = next(name for name in arguments if media.fullmatch(name))
     if "grid_thw" in arguments:  # patches of all images behind each other
         width = getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
         pixels = torch.randn(48, width).double()
         if "Kimi" in type(part).__name__:
             pixels = pixels.view(48, 3, config.patch_size, config.patch_size)
+        if "PaddleOCR" in type(part).__name__:
+            pixels = pixels.view(1, 48, 3, config.patch_size, config.patch_size)
         given = {first: pixels, "grid_thw": torch.tensor([[1, 4, 6], [1, 6, 4]])}
         return given | ({"merge_sizes": torch.ones(2, dtype=torch.long)} if "merge_sizes" in arguments else {})
     if "spatial_shapes" in arguments:

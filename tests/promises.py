@@ -30,6 +30,8 @@ class Row(NamedTuple):
     remark: str
 
 
+# the heading of transformers' registry
+MODEL_TYPES = "transformers by model type"
 # what this run of the tests has found, for the page
 FOUND: dict[Family, Row] = {}
 
@@ -56,7 +58,8 @@ def check_promises(
     """Check the promise of merging on a model in eval mode whose parameters are randomised, and note it for the page.
 
     Returns the tokens after each block. The arguments are those of `check_adapter`; `options` are the model's, `family`
-    is the model's place on the page of what is supported, `entry` the part that they are for. Use float64 models where the tolerance should mean something.
+    is the model's place on the page of what is supported, `entry` the part that the inputs are for. Use float64 models
+    where the tolerance should mean something.
     """
     report = check_adapter(
         model,

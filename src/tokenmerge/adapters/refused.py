@@ -39,17 +39,17 @@ _NO_ATTENTION = (
 )
 
 _POST_NORM = (
-    "its blocks are post-norm: each sum is normalised, so that no residual stream passes between attention and MLP, where "
-    "tokens are merged. Its variants with do_stable_layer_norm=True are pre-norm, and those of wav2vec 2.0, HuBERT, "
-    "UniSpeech and UniSpeech-SAT are supported"
+    "its blocks are post-norm: each sum is normalised, so that no residual stream passes between attention and MLP, "
+    "where tokens are merged. Its variants with do_stable_layer_norm=True are pre-norm, and those of wav2vec 2.0, "
+    "HuBERT, UniSpeech and UniSpeech-SAT are supported"
 )
 _PLAIN_POST_NORM = (
-    "its blocks are post-norm: each sum is normalised, so that no residual stream passes between attention and MLP, where "
-    "tokens are merged"
+    "its blocks are post-norm: each sum is normalised, so that no residual stream passes between attention and MLP, "
+    "where tokens are merged"
 )
 _CONFORMER = (
-    "its blocks convolve over neighbouring frames beside the attention (Conformer): with frames merged, neighbours are no "
-    "longer next to each other, and a merged frame counts once in the convolution"
+    "its blocks convolve over neighbouring frames beside the attention (Conformer): with frames merged, neighbours are "
+    "no longer next to each other, and a merged frame counts once in the convolution"
 )
 _STREAMING = (
     "each frame attends to a window of the frames before it (causal attention, for streaming): which those are is "
@@ -68,8 +68,8 @@ _QUERIES = (
     "mask: both are told apart by place, and a merged patch would be inside and outside of a mask"
 )
 _NO_ENCODER = (
-    "it has no encoder for images or sound: pieces of them enter its language model directly, among the words, in causal "
-    "order. tokenmerge.vlm.patch(model, keep=...) is for language models, in the families that it names"
+    "it has no encoder for images or sound: pieces of them enter its language model directly, among the words, in "
+    "causal order. tokenmerge.vlm.patch(model, keep=...) is for language models, in the families that it names"
 )
 _TEXT_TOO = (
     "text and patches go through its blocks as one sequence, with positions of both in every attention: patches cannot "
@@ -83,9 +83,13 @@ _DETR_WINDOWS = (
     "most blocks of its image encoder attend inside windows of the full grid, and a detector reads the feature maps of "
     "several blocks: with tokens merged there is not one at every place of a window"
 )
+_WINDOWS_OF_TOWERS = (
+    "most blocks of its vision tower attend inside windows of the full grid, of other sizes at its edges; with tokens "
+    "merged there is not one at every place of a window"
+)
 _CODEC = (
-    "it turns sound into codes and back by convolutions, one code for each step of time: a step that is merged away has "
-    "no code"
+    "it turns sound into codes and back by convolutions, one code for each step of time: a step that is merged away "
+    "has no code"
 )
 
 _QWEN_WINDOWS = (
@@ -173,9 +177,10 @@ REFUSED = {
     **dict.fromkeys(("RfDetrDinov2", "LwDetrViT"), _DETR_WINDOWS),
     **dict.fromkeys(("GotOcr2Vision", "DeepseekOcr2SamVision", "UnlimitedOcrSamVision", "SLANeXtVision"), _SAM),
     "PPFormulaNetVision": _SAM,
-    "Exaone4_5_Vision": _QWEN_WINDOWS,
+    "Exaone4_5_Vision": _WINDOWS_OF_TOWERS,
     **dict.fromkeys(
-        ("Wav2Vec2Encoder", "HubertEncoder", "UniSpeechEncoder", "UniSpeechSatEncoder", "Data2VecAudioEncoder"), _POST_NORM
+        ("Wav2Vec2Encoder", "HubertEncoder", "UniSpeechEncoder", "UniSpeechSatEncoder", "Data2VecAudioEncoder"),
+        _POST_NORM,
     ),
     **dict.fromkeys(("SEWEncoder", "SpeechT5Encoder"), _PLAIN_POST_NORM),
     "SEWDTransformer": f"{_PLAIN_POST_NORM}; its attention is disentangled (DeBERTa), with a score for distances, too",
@@ -195,7 +200,16 @@ REFUSED = {
     **dict.fromkeys(("Qwen2_5OmniAudio", "Qwen3OmniMoeAudio", "Qwen3ASREncoder"), _CHUNKS),
     **dict.fromkeys(
         (
-            *("Detr", "ConditionalDetr", "DabDetr", "DeformableDetr", "TableTransformer", "RTDetr", "RTDetrV2", "DFine"),
+            *(
+                "Detr",
+                "ConditionalDetr",
+                "DabDetr",
+                "DeformableDetr",
+                "TableTransformer",
+                "RTDetr",
+                "RTDetrV2",
+                "DFine",
+            ),
             *("Deimv2", "PPDocLayoutV2", "PPDocLayoutV3", "PPDocLayoutV4", "OmDetTurbo", "LwDetr", "RfDetr"),
         ),
         _DETR,
@@ -213,18 +227,23 @@ REFUSED = {
         ),
         _CODEC,
     ),
-    "Perceiver": "its blocks work on a fixed number of latents that read the input by cross-attention: no block has one "
-    "token for each patch",
-    "GroupViT": "its stages group patches into segments by themselves and hand out which patch belongs to which: patches "
-    "that are merged before would have no group of their own",
-    "XCLIPVision": "frames of a clip stand behind each other in the batch, and every block lets one message token of each "
-    "frame attend to those of the others, by their number",
+    "Perceiver": "its blocks work on a fixed number of latents that read the input by cross-attention: no block has "
+    "one token for each patch",
+    "GroupViT": "its stages group patches into segments by themselves and hand out which patch belongs to which: "
+    "patches that are merged before would have no group of their own",
+    "XCLIPVision": "frames of a clip stand behind each other in the batch, and every block lets one message token of "
+    "each frame attend to those of the others, by their number",
     "SegGpt": "an image and its prompt go through the first blocks as one tall image each, are averaged after a fixed "
     "block and read by place, with relative positions by row and column",
     "SuperPoint": "it is convolutional: a point of interest is a place on its feature map, and it has no attention",
+    "Align": "its image tower is convolutional (an EfficientNet): it has feature maps, and no tokens",
+    "MobileNetV5": f"it is convolutional, with attention to keys that are pooled from its map: {_FEATURE_MAP}",
+    **dict.fromkeys(("MuseSparkVision", "MuseGlimmerVision"), _WINDOWS_OF_TOWERS),
+    "Phi4MultimodalVision": "its attention is causal where no mask is given (is_causal in transformers 5.24): a "
+    "merged token would be hidden from the tokens before its place",
     "RegNet": "it is convolutional; what is called attention in it weighs channels, not tokens",
-    "FeatureListNet": "it is timm's features_only wrapper, which runs a network stage by stage and hands out the feature "
-    "map of each: tokens must stand at every place of every map",
+    "FeatureListNet": "it is timm's features_only wrapper, which runs a network stage by stage and hands out the "
+    "feature map of each: tokens must stand at every place of every map",
 }
 
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokenmerge._intercept.taps import AttentionTap
-
 from tokenmerge.adapters.base import BlockSpec, HookSpec, Spec, Surroundings, TokenLayout
 from tokenmerge.adapters.transformers.base import HF, SIZES, HFAdapter, InterfaceTap, hf_names
 from tokenmerge.adapters.transformers.plain import HFViT
@@ -101,7 +100,7 @@ def _check_layerdrop(tower: Any, layerdrop: float, where: str) -> None:
 
 
 class HFWav2Vec2(HFAdapter):
-    """The variants with `do_stable_layer_norm=True`, whose blocks are pre-norm. Frames are handed out, or read by a head."""
+    """The variants with `do_stable_layer_norm=True`, whose blocks are pre-norm. Heads read every frame."""
 
     name = "hf_wav2vec2"
     families = "transformers wav2vec 2.0, HuBERT, UniSpeech, UniSpeech-SAT with do_stable_layer_norm; OmniASR"

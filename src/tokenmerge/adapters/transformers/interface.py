@@ -188,8 +188,5 @@ def _adds_mask(eager: Callable[..., Any], core: nn.Module) -> bool:
     q, k = torch.zeros(1, groups, 1, 2), torch.zeros(1, 1, 2, 2)
     v = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
     with torch.no_grad():
-        try:
-            out = eager(core, q, k, v, torch.tensor([0.0, -1e4]).view(1, 1, 1, 2), scaling=1.0, dropout=0.0)[0]
-        except AttributeError:  # an attention that cannot run eager itself (Phi-4 multimodal in transformers 5.24)
-            return False
+        out = eager(core, q, k, v, torch.tensor([0.0, -1e4]).view(1, 1, 1, 2), scaling=1.0, dropout=0.0)[0]
     return bool((out - 1).abs().max() < 1e-3)

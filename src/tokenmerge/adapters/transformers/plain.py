@@ -16,7 +16,7 @@ __all__ = ["HFCLIP", "HFAimv2", "HFDinov2", "HFInternVL", "HFRadio", "HFViT", "H
 _BY_CLASS_TOKEN = ("CLIP", "AltCLIP", "ChineseCLIP", "MetaClip2", "OwlViT", "Owlv2")
 _BY_ALL_TOKENS = (
     *("Siglip", "Siglip2", "Blip", "Blip2", "InstructBlip", "InstructBlipVideo", "CLIPSeg", "Git", "Janus"),
-    *("Kosmos2", "Idefics", "Idefics2", "Idefics3", "SmolVLM", "Phi4Multimodal", "GraniteDocling"),
+    *("Kosmos2", "Idefics", "Idefics2", "Idefics3", "SmolVLM", "GraniteDocling"),
 )
 _CLIPS = _BY_CLASS_TOKEN + _BY_ALL_TOKENS
 _PARTS = ("Model", "Transformer")  # the model runs its blocks itself, or an inner transformer does
@@ -81,8 +81,8 @@ class HFCLIP(HFAdapter):
     name = "hf_clip"
     families = (
         "transformers CLIP, MetaCLIP-2, AltCLIP, Chinese-CLIP, SigLIP, SigLIP2, OWL-ViT, OWLv2, BLIP, BLIP-2, "
-        "InstructBLIP, CLIPSeg, GIT, Janus, Kosmos-2, Idefics, SmolVLM, Phi-4 multimodal, Granite Docling: alone or inside "
-        "a larger model"
+        "InstructBLIP, CLIPSeg, GIT, Janus, Kosmos-2, Idefics, SmolVLM, Granite Docling: alone or "
+        "inside a larger model"
     )
     landmarks = ("vision_model", "embeddings", "encoder", "self_attn", "layer_norm1", "layer_norm2", "post_layernorm")
     example = "CLIPVisionModelWithProjection"

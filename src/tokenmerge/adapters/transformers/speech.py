@@ -1,9 +1,9 @@
-"""transformers' speech encoders with rotary positions: GLM-ASR, Moonshine, Nemotron 3, dots3."""
+"""transformers' speech encoders with rotary positions: GLM-ASR, Moonshine, Nemotron 3."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,16 @@ class HFSpeech(HFAdapter):
     """Frames are handed out in order, or read by a head or a language model, so all are put back."""
 
     name = "hf_speech"
-    families = "transformers GLM-ASR, Moonshine, Nemotron 3 (diarization, transcription), dots3: the speech encoder"
+    families = "transformers GLM-ASR, Moonshine, Nemotron 3 (diarization, transcription): the speech encoder"
     landmarks = ("rotary_emb", "layers", "input_layernorm", "self_attn", "post_attention_layernorm", "conv1")
     towers = dict.fromkeys(
         (
-            *("GlmAsrEncoder", "MoonshineEncoder", "Dots3NoteAudioModel", "Nemotron3DiarizationAudioModel"),
-            "Nemotron3_5TranscribeAsrAudioModel",
+            *("GlmAsrEncoder", "MoonshineEncoder"),
+            *("Nemotron3DiarizationAudioModel", "Nemotron3_5TranscribeAsrAudioModel"),
         ),
         ("layers",),
     )
     specs = (
-        # dots3
-        BlockSpec(
-            attention=("input_layernorm", "self_attn", "resid_attn_dropout"),
-            attn="self_attn",
-            mlp=("post_attention_layernorm", "mlp", "resid_mlp_dropout"),
-        ),
         BlockSpec(
             attention=("input_layernorm", "self_attn"), attn="self_attn", mlp=("post_attention_layernorm", "mlp")
         ),
