@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from registry import undrawn
+from tokenmerge import adapters
+from tokenmerge.errors import UnsupportedModelError
 
 # arguments of a forward that takes images, sound or video; the last is the grid of patches in one sequence
 MEDIA = re.compile(
@@ -173,11 +175,19 @@ _CHANNELS = {"OmniASRAudioModel": (1,)}  # of sound
 
 
 def entry(model: nn.Module, block: str) -> str:
-    """Return the path of the smallest part around a block that takes images, sound or video: no language model runs."""
+    """Return the path of the smallest tower around a block that takes images, sound or video: no language model runs."""
     parts = block.split(".")
     around = [".".join(parts[:depth]) for depth in reversed(range(len(parts)))]
     kinds = {path: type(model.get_submodule(path)) for path in around}
-    return next(path for path, kind in kinds.items() if takes_media(kind) and not _takes_tokens(kind))
+    taking = [path for path, kind in kinds.items() if takes_media(kind) and not _takes_tokens(kind)]
+    return next(path for path in taking if _is_described(model.get_submodule(path)))
+
+
+def _is_described(part: nn.Module) -> bool:
+    try:
+        return bool(adapters.find(part))
+    except UnsupportedModelError:
+        return False  # a part of a tower
 
 
 def _takes_tokens(cls: Any) -> bool:

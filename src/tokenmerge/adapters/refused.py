@@ -235,6 +235,7 @@ REFUSED = {
     "each frame attend to those of the others, by their number",
     "SegGpt": "an image and its prompt go through the first blocks as one tall image each, are averaged after a fixed "
     "block and read by place, with relative positions by row and column",
+    "SLANet": "its image encoder is convolutional, and its attention is in the decoder of tables, which has no patches",
     "SuperPoint": "it is convolutional: a point of interest is a place on its feature map, and it has no attention",
     "Align": "its image tower is convolutional (an EfficientNet): it has feature maps, and no tokens",
     "MobileNetV5": f"it is convolutional, with attention to keys that are pooled from its map: {_FEATURE_MAP}",
