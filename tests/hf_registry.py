@@ -110,9 +110,14 @@ def build(name: str, device: str = "cpu") -> nn.Module | None:
 
 
 # what a configuration needs to be built at all, or to be small
+_LLAMA4 = {"hidden_size": 16, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
 _STABLE = {"do_stable_layer_norm": True, "layerdrop": 0.0}
 _NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("wav2vec2", "hubert", "unispeech", "unispeech-sat"), _STABLE),
+    "timm_wrapper": {"architecture": "vit_tiny_patch16_224"},
+    "vit_mae": {"mask_ratio": 0.25},
+    "llama4_vision_model": _LLAMA4,
+    "llama4": {f"vision_config.{key}": value for key, value in _LLAMA4.items()},
     "timm_backbone": {"backbone": "resnet18"},
     "yolos": {"use_mid_position_embeddings": False},
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
@@ -148,7 +153,7 @@ def _shrink(config: Any) -> None:
         if stages and len(stages) > 3 and getattr(part, "num_hidden_layers", None) == 2:
             part.stage_names = stages[:3]
             part.set_output_features_output_indices(out_indices=[1, 2], out_features=None)
-        if hasattr(part, "architecture") and "timm" in part.model_type:
+        if str(getattr(part, "architecture", "")).startswith("vit"):  # a ViT of timm's
             part.architecture, part.model_args = "vit_tiny_patch16_224", {"depth": 2, "img_size": 64}
         patch, image = getattr(part, "patch_size", None), getattr(part, "image_size", None)
         if isinstance(patch, int) and isinstance(image, int):
@@ -175,7 +180,7 @@ _CHANNELS = {"OmniASRAudioModel": (1,)}  # of sound
 
 
 def entry(model: nn.Module, block: str) -> str:
-    """Return the path of the smallest tower around a block that takes images, sound or video: no language model runs."""
+    """Return the path of the smallest tower around a block that takes images, sound or video."""
     parts = block.split(".")
     around = [".".join(parts[:depth]) for depth in reversed(range(len(parts)))]
     kinds = {path: type(model.get_submodule(path)) for path in around}
@@ -243,6 +248,8 @@ def inputs(part: Any, size: tuple[int, ...] | None) -> dict[str, Any]:
         side = 4 * config.patch_size if isinstance(getattr(config, "patch_size", None), int) else 32
         size = (3, side, side)
     given = {first: torch.randn(2, *size).double()}
+    if "noise" in arguments:  # which patches are masked
+        given["noise"] = torch.rand(2, 16)
     if "input_features_mask" in arguments:
         given["input_features_mask"] = torch.ones(2, size[-1], dtype=torch.long)
     return given

@@ -142,9 +142,10 @@ class HFWav2Vec2(HFAdapter):
                 f"{type(block).__qualname__} has a third branch, an adapter for a language (adapter_attn_dim): its "
                 "blocks are described with two, attention and MLP. Take a model without adapters."
             )
-        spec: Any = super().spec(block)
-        is_omni = "OmniASREncoderLayer" in hf_names(block)
-        return replace(spec, mlp=(*spec.mlp, "dropout")) if is_omni else spec
+        spec = super().spec(block)
+        if isinstance(spec, BlockSpec) and "OmniASREncoderLayer" in hf_names(block):
+            return replace(spec, mlp=(*spec.mlp, "dropout"))
+        return spec
 
     def is_plain(self, model: Any) -> bool:
         return False  # heads read every frame
