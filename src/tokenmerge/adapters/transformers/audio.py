@@ -110,6 +110,7 @@ class HFWav2Vec2(HFAdapter):
         **SIZES,
         "do_stable_layer_norm": True,
         "layerdrop": 0.0,
+        "apply_spec_augment": False,
         "conv_dim": [16] * 7,
         "num_conv_pos_embeddings": 16,
         "num_conv_pos_embedding_groups": 4,
@@ -154,5 +155,10 @@ class HFWav2Vec2(HFAdapter):
         return replace(super().surroundings(model), handed_out=None)
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
+        from torch.nn.utils.parametrize import remove_parametrizations
+
         model, x = super().tiny()
-        return model, 0.1 * x
+        host: Any = model
+        host.wav2vec2.feature_extractor._requires_grad = False  # it would ask the input for gradients in training
+        remove_parametrizations(host.wav2vec2.encoder.pos_conv_embed.conv, "weight")  # which no pickle takes
+        return model, x
