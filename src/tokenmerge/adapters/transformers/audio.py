@@ -160,5 +160,8 @@ class HFWav2Vec2(HFAdapter):
         model, x = super().tiny()
         host: Any = model
         host.wav2vec2.feature_extractor._requires_grad = False  # it would ask the input for gradients in training
-        remove_parametrizations(host.wav2vec2.encoder.pos_conv_embed.conv, "weight")  # which no pickle takes
+        # no pickle takes weight norm, nor the hook that it leaves
+        conv = host.wav2vec2.encoder.pos_conv_embed.conv
+        remove_parametrizations(conv, "weight")
+        conv._load_state_dict_pre_hooks.clear()
         return model, x
