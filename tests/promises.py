@@ -30,6 +30,8 @@ class Row(NamedTuple):
     remark: str
 
 
+# the heading of transformers' registry
+MODEL_TYPES = "transformers by model type"
 # what this run of the tests has found, for the page
 FOUND: dict[Family, Row] = {}
 
@@ -50,12 +52,14 @@ def check_promises(
     patch: dict[str, Any] | None = None,
     adapter: Any = None,
     family: Family | None = None,
+    entry: str = "",
     **options: Any,
 ) -> list[int]:
     """Check the promise of merging on a model in eval mode whose parameters are randomised, and note it for the page.
 
     Returns the tokens after each block. The arguments are those of `check_adapter`; `options` are the model's, `family`
-    is the model's place on the page of what is supported. Use float64 models where the tolerance should mean something.
+    is the model's place on the page of what is supported, `entry` the part that the inputs are for. Use float64 models
+    where the tolerance should mean something.
     """
     report = check_adapter(
         model,
@@ -67,6 +71,7 @@ def check_promises(
         described_by=adapter,
         tolerance=tolerance,
         is_simulated=is_simulated,
+        entry=entry,
         only=["group_mean"],
     )
     assert report is not None

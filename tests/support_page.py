@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from promises import FOUND, Family, Row
+from promises import FOUND, MODEL_TYPES, Family, Row
 from tokenmerge.adapters.refused import REFUSED
 
 HOSTS = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "vit-pytorch")
@@ -15,7 +15,8 @@ def page() -> str:
     # timm's classes stand there by their registered names, classes that a test defines for itself nowhere
     found = {family: row for family, row in FOUND.items() if family.heading != "timm" and "<locals>" not in family.name}
     timm = {family: row for family, row in found.items() if family.heading.startswith("timm ")}
-    others = {family: row for family, row in found.items() if family not in timm}
+    types = {family: row for family, row in found.items() if family.heading == MODEL_TYPES}
+    others = {family: row for family, row in found.items() if family not in timm and family not in types}
     lines = [
         "# What is supported",
         "",
@@ -26,10 +27,13 @@ def page() -> str:
         "Versions: " + ", ".join(f"{host} {version(host)}" for host in HOSTS) + ".",
         "",
         f"timm: {_count(timm)} registered names of its ViT modules are supported.",
+        f"transformers: {_count(types)} model types that take images, sound or video are supported; the others are",
+        "refused by name, each with its reason, or not yet looked at.",
         f"Elsewhere: {_count(others)} classes and variants.",
         "",
     ]
-    for heading in sorted({family.heading for family in timm}) + sorted({family.heading for family in others}):
+    headings = [sorted({family.heading for family in part}) for part in (timm, types, others)]
+    for heading in [name for part in headings for name in part]:
         rows = {family.name: row for family, row in found.items() if family.heading == heading}
         lines += [f"## {heading}", "", f"{_count(rows)} supported.", "", *_table(rows), ""]
     lines += ["## Refused by name", "", "| class | why |", "| --- | --- |"]

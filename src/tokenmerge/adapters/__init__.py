@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenmerge.adapters import _older
 from tokenmerge.adapters.base import Adapter
-from tokenmerge.adapters.refused import refusal
+from tokenmerge.adapters.refused import refusal, refused_part
 from tokenmerge.errors import ConfigError, UnknownNameError, UnsupportedModelError
 
 __all__ = ["ADAPTERS", "find", "known", "list_adapters", "register", "unregister", "untouched"]
@@ -42,6 +42,8 @@ _FAMILIES = (
     "transformers.rotary.HFVJEPA2",
     "transformers.audio.HFAST",
     "transformers.audio.HFWhisper",
+    "transformers.audio.HFWav2Vec2",
+    "transformers.speech.HFSpeech",
     "transformers.plain.HFViT",
     "transformers.plain.HFCLIP",
     "transformers.plain.HFDinov2",
@@ -180,6 +182,15 @@ def find(model: nn.Module) -> Adapter:
         raise UnsupportedModelError(
             f"patch(model.{path}, ...) instead: that {type(model.get_submodule(path)).__qualname__} inside this "
             f"{type(model).__module__}.{type(model).__qualname__} can be patched."
+        )
+    refused = refused_part(model)
+    if refused is not None:
+        path, reason = refused
+        raise UnsupportedModelError(
+            f"tokens cannot be merged in {type(model).__module__}.{type(model).__qualname__}: of its {path}, a "
+            f"{type(model.get_submodule(path)).__qualname__}: {reason}. Take a model that keeps one plain sequence of "
+            "tokens through its blocks; another part that does can be patched by names, patch(model, blocks=..., "
+            "attn=..., norm=..., mlp=...)."
         )
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
     nearest = max(

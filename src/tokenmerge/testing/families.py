@@ -60,6 +60,7 @@ def check_adapter(
     described_by: Adapter | None = None,
     tolerance: float = 1e-5,
     is_simulated: bool = True,
+    entry: str = "",
     only: Iterable[str] = (),
     skip: Mapping[str, str] | None = None,
 ) -> Report | None:
@@ -76,6 +77,8 @@ def check_adapter(
         described_by: the adapter of a model that `patch` finds by such names.
         tolerance: how far merging may be from the group-mean simulation, relative to the largest value.
         is_simulated: False for a model that the simulation does not know, such as one that merges inside windows.
+        entry: path of the part that the inputs enter, such as the vision tower of a model that is patched as a whole;
+            only for the promise `group_mean`.
         only: the names of some of `PROMISES`; all by default.
         skip: promises that mean nothing for this model, each with the reason.
 
@@ -103,6 +106,7 @@ def check_adapter(
         is_simulated,
         adapter if isinstance(adapter, Adapter) else described_by,
         is_named=isinstance(adapter, Adapter),
+        entry=entry,
     )
     promises = {name: check for name, check in PROMISES.items() if case.is_named or check is not found}
     with _listed(adapter):

@@ -39,6 +39,7 @@ class FamilyCase:
     is_simulated: bool
     adapter: Adapter | None
     is_named: bool = False  # the adapter was given, not the model
+    entry: str = ""  # path of the part that the inputs enter, of a model that is patched as a whole
     reports: list[Report] = field(default_factory=list)  # of models that merged as they should
 
     def fresh(self) -> nn.Module:
@@ -52,7 +53,13 @@ class FamilyCase:
         return model
 
     def call(self, model: nn.Module) -> Any:
-        return model(*self.inputs, **self.options)
+        return model.get_submodule(self.entry)(*self.inputs, **self.options)
+
+    def simulated(self, groups: Sequence[Tensor], positions: Sequence[Tensor]) -> Any:
+        """Return what the unpatched model makes of the means of groups."""
+        part = self.model.get_submodule(self.entry)
+        given = {"positions": positions, "adapter": self.described(), **self.options}
+        return simulate(part, groups, *self.inputs, **given)
 
     def run(self, model: nn.Module) -> Tensor:
         """Return the answer to the inputs without gradients, the same random numbers every time."""
@@ -151,9 +158,7 @@ def group_mean(case: FamilyCase) -> None:
     case.reports.append(report)
     if not case.is_simulated:
         return
-    simulated = case.output(
-        simulate(model, groups, *case.inputs, positions=positions, adapter=case.described(), **case.options)
-    )
+    simulated = case.output(case.simulated(groups, positions))
     try:
         assert_close(restored, simulated, tolerance, "restored and simulated")
         if merged.shape == simulated.shape:
@@ -199,8 +204,7 @@ def _first_wrong(case: FamilyCase, groups: Sequence[Tensor], positions: Sequence
 
     with patched(model, r=case.r, **{**case.patch, "restore": "dense"}):
         merged = watched(lambda: case.run(model))
-    more = {"positions": positions, "adapter": case.described(), **case.options}
-    simulated = watched(lambda: simulate(model, groups, *case.inputs, **more))
+    simulated = watched(lambda: case.simulated(groups, positions))
     for name in names:
         one, other = merged[name], simulated[name]
         if one.shape != other.shape:

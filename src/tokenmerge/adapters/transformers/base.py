@@ -76,6 +76,7 @@ def no_change(value: Any, kept: Tensor) -> Any:
 _UNCHANGED: dict[str, follow.Follow] = {
     "output_hidden_states": no_change,
     "use_cache": no_change,
+    "return_dict": no_change,
     "num_items_in_batch": no_change,  # set by its Trainer, for the loss
     "vision_aspect_ratio": no_change,  # LLaVA-OneVision's, handed down to the blocks of its tower, which ignore it
 }
@@ -243,6 +244,8 @@ def _why_every(module: Any) -> str | None:
     config, name = getattr(module, "config", None), type(module).__qualname__
     if is_backbone(module) or any(name.endswith(_DENSE) for name in hf_names(module)):
         return f"{name} reads the tokens of several blocks"
+    if getattr(config, "deepstack_visual_indexes", None):
+        return f"{name} reads the tokens of several blocks (DeepStack)"
     if getattr(config, "use_weighted_layer_sum", False):
         return f"{name} takes a weighted sum over what leaves its blocks (use_weighted_layer_sum)"
     layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))

@@ -36,6 +36,11 @@ __all__ = ["HFPixtral", "HFQwenVision", "PackedTap"]
 _CUT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # where flash attention cuts a sequence
 
 
+def _ends(*places: int, like: Tensor) -> Tensor:
+    """Return where images end, 0 first, as `[B + 1]`; hosts read it off, which a meta tensor does not allow."""
+    return torch.tensor((0, *places), dtype=torch.int32, device="cpu" if like.is_meta else like.device)
+
+
 def _tables(tables: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
     """Gather rotary tables `[B, N, D]` at `kept` `[B, M]`, or tables `[B * N, D]` of the whole sequence."""
     if tables[0].dim() == 3:
@@ -76,7 +81,7 @@ class _Packed(HFAdapter):
         weight = next(p for p in block.parameters() if p.dim() > 1)
         angles = torch.arange(2 * PROBED * attn.head_dim, device=weight.device, dtype=weight.dtype)
         angles = angles.view(2, PROBED, attn.head_dim)
-        ends = torch.tensor([0, PROBED, 2 * PROBED], dtype=torch.int32, device=weight.device)
+        ends = _ends(PROBED, 2 * PROBED, like=weight)
         return PROBED, {spec.tables: (angles.cos(), angles.sin()), **self.apart(ends, block)}
 
     def apart(self, ends: Tensor, block: Any) -> dict[str, Any]:
@@ -86,16 +91,24 @@ class _Packed(HFAdapter):
 
 class HFQwenVision(_Packed):
     name = "hf_qwen_vision"
-    families = "transformers Qwen2-VL, Qwen3-VL, Qwen3.5, Qwen3-Omni, GLM-4V, GLM-OCR: the vision tower"
-    landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "merger", "rotary_pos_emb")
-    towers = dict.fromkeys(
-        (
-            *("Qwen2VisionTransformerPretrainedModel", "Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"),
-            *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Qwen3OmniMoeVisionEncoder"),
-            *("Glm4vVisionModel", "Glm4vMoeVisionModel", "GlmOcrVisionModel"),
-        ),
-        ("blocks",),
+    families = (
+        "transformers Qwen2-VL, Qwen3-VL, Qwen3.5, Qwen3-Omni, Qwen4, GLM-4V, GLM-OCR, GLM-5, ERNIE 4.5 VL, Kimi K2.5, "
+        "Cohere Compass, dots3, VideoLLaMA 3, PaddleOCR-VL: the vision tower"
     )
+    landmarks = ("patch_embed", "blocks", "norm1", "attn", "norm2", "mlp", "merger", "rotary_pos_emb")
+    towers: ClassVar = {
+        **dict.fromkeys(
+            (
+                *("Qwen2VisionTransformerPretrainedModel", "Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"),
+                *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Qwen3OmniMoeVisionEncoder", "Qwen4ExpVisionModel"),
+                *("Glm4vVisionModel", "Glm4vMoeVisionModel", "GlmOcrVisionModel", "Glm5NextVisionModel"),
+                *("Ernie4_5_VLMoeVisionTransformerPretrainedModel", "CohereCompassVisionModel", "Dots3NoteVisionModel"),
+            ),
+            ("blocks",),
+        ),
+        "Kimi_K25VisionModel": ("layers",),
+        **dict.fromkeys(("VideoLlama3VisionModel", "PaddleOCRVisionTransformer"), ("encoder.layers",)),
+    }
     host = replace(
         HF,
         followers={**HF.followers, "position_embeddings": _tables, "cu_seqlens": no_change, "max_seqlen": no_change},
@@ -107,6 +120,13 @@ class HFQwenVision(_Packed):
             attention=("norm1", "attn"),
             attn="attn",
             mlp=("norm2", "mlp"),
+            ends="cu_seqlens",
+            tables="position_embeddings",
+        ),
+        PackedSpec(
+            attention=("layer_norm1", "self_attn"),
+            attn="self_attn",
+            mlp=("layer_norm2", "mlp"),
             ends="cu_seqlens",
             tables="position_embeddings",
         ),
@@ -227,7 +247,7 @@ class PackedTap(InterfaceTap):
         }
         if self.is_batch:
             return first_of(attention(x.reshape(1, B * M, C), **more)).view(B, M, C)
-        more[self.ends] = torch.tensor([0, B * M], dtype=torch.int32, device=x.device)
+        more[self.ends] = _ends(B * M, like=x)
         return first_of(attention(x.reshape(B * M, C), **more)).view(B, M, C)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ __all__ = ["HFCLIP", "HFAimv2", "HFDinov2", "HFInternVL", "HFRadio", "HFViT", "H
 _BY_CLASS_TOKEN = ("CLIP", "AltCLIP", "ChineseCLIP", "MetaClip2", "OwlViT", "Owlv2")
 _BY_ALL_TOKENS = (
     *("Siglip", "Siglip2", "Blip", "Blip2", "InstructBlip", "InstructBlipVideo", "CLIPSeg", "Git", "Janus"),
-    *("Kosmos2", "Idefics2", "Idefics3", "SmolVLM"),
+    *("Kosmos2", "Idefics", "Idefics2", "Idefics3", "SmolVLM", "GraniteDocling"),
 )
 _CLIPS = _BY_CLASS_TOKEN + _BY_ALL_TOKENS
 _PARTS = ("Model", "Transformer")  # the model runs its blocks itself, or an inner transformer does
@@ -81,7 +81,8 @@ class HFCLIP(HFAdapter):
     name = "hf_clip"
     families = (
         "transformers CLIP, MetaCLIP-2, AltCLIP, Chinese-CLIP, SigLIP, SigLIP2, OWL-ViT, OWLv2, BLIP, BLIP-2, "
-        "InstructBLIP, CLIPSeg, GIT, Janus, Kosmos-2, Idefics 2 and 3, SmolVLM: alone or inside a larger model"
+        "InstructBLIP, CLIPSeg, GIT, Janus, Kosmos-2, Idefics, SmolVLM, Granite Docling: alone or "
+        "inside a larger model"
     )
     landmarks = ("vision_model", "embeddings", "encoder", "self_attn", "layer_norm1", "layer_norm2", "post_layernorm")
     example = "CLIPVisionModelWithProjection"
@@ -159,18 +160,24 @@ class HFVitPose(HFAdapter):
 
 class HFInternVL(HFAdapter):
     name = "hf_internvl"
-    families = "transformers InternVL (the vision tower)"
+    families = "transformers InternVL, Qianfan-OCR (the vision tower)"
     landmarks = ("vision_tower", "embeddings", "encoder", "layernorm_before", "attention", "layernorm_after")
     example = "InternVLVisionModel"
-    towers = dict.fromkeys(("InternVLVisionModel",), ("encoder.layer",))
+    towers: ClassVar = {"InternVLVisionModel": ("encoder.layer",), "QianfanOCRVisionModel": ("layers",)}
     specs = (
+        # Qianfan-OCR
+        BlockSpec(
+            attention=("layernorm_before", "attention", "lambda_1", "drop_path1"),
+            attn="attention",
+            mlp=("layernorm_after", "mlp", "dropout", "lambda_2", "drop_path2"),
+        ),
         BlockSpec(
             attention=("layernorm_before", "attention", "lambda_1"),
             attn="attention",
             mlp=("layernorm_after", "mlp", "dropout", "lambda_2"),
         ),
     )
-    token_models = frozenset(("InternVLVisionModel",))
+    token_models = frozenset(("InternVLVisionModel", "QianfanOCRVisionModel"))
 
 
 class HFAimv2(HFAdapter):
