@@ -144,8 +144,6 @@ def clip(arguments: argparse.Namespace) -> None:
     model.load_state_dict(load_file(arguments.weights))
     model.eval()
     (train, of_train), (val, of_val) = (_photographs(arguments.photographs / split) for split in ("train", "val"))
-    half = torch.arange(len(of_val)) % 3 == 0  # two of the six photographs of each class
-    val, of_val = val[half], of_val[half]
     features = _features(model, val)
     probe = _probe(_features(model, train[::2]), of_train[::2])
     rows, tried = [], []

@@ -62,7 +62,10 @@ def undrawn() -> AbstractContextManager[Any]:
 class _Undrawn(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = args[0] if args else (kwargs or {}).get("tensor")
-        return drawn if getattr(func, "__name__", "") in _DRAWS else func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _DRAWS:
+            return func(*args, **(kwargs or {}))
+        with torch.no_grad():  # what the memory held may be outside the bounds, for which torch draws again and again
+            return drawn.zero_()
 
 
 class _Once(nn.Module):

@@ -53,7 +53,6 @@ NOT_YET = {
         "a speech encoder that no family describes yet",
     ),
     **dict.fromkeys(("radio", "nemotron_h_omni"), "merges in tests/adapters; its patches are not built small here yet"),
-    "janus_vqgan": "convolutions with attention between them",
 }
 # what a refusal begins with that names no cause
 _NO_CAUSE = ("no adapter for", "cannot be run on random tokens", "are not described")

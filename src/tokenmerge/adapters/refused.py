@@ -100,6 +100,10 @@ _QWEN_WINDOWS = (
 _QWEN_KEEP = (
     f"{_QWEN_WINDOWS}. tokenmerge.vlm.patch(model, keep=0.25), without r, gives its language model fewer tokens"
 )
+_CODEBOOK = (
+    "its images become numbers of a codebook, one at every place of a map, by convolutions with attention between "
+    "them; merged tokens are no map"
+)
 
 # start of the class name -> reason; names differ between timm, transformers, torchvision and the authors' code
 REFUSED = {
@@ -235,6 +239,7 @@ REFUSED = {
     "each frame attend to those of the others, by their number",
     "SegGpt": "an image and its prompt go through the first blocks as one tall image each, are averaged after a fixed "
     "block and read by place, with relative positions by row and column",
+    **dict.fromkeys(("Chameleon", "JanusVQVAE"), _CODEBOOK),
     "SLANet": "its image encoder is convolutional, and its attention is in the decoder of tables, which has no patches",
     "SuperPoint": "it is convolutional: a point of interest is a place on its feature map, and it has no attention",
     "Align": "its image tower is convolutional (an EfficientNet): it has feature maps, and no tokens",
