@@ -150,3 +150,25 @@ def test_what_positions_are(name: str) -> None:
             largest = largest.amax(dim=0, keepdim=True)
         assert following.equal((largest + 1).expand_as(following))
     hook.remove()
+
+
+@torch.no_grad()
+def test_what_follows_an_image_that_ends_the_prompt() -> None:
+    """It stands behind all of the image, as in the plain model: behind the largest of time, row and column."""
+    model, inputs = FAMILIES["qwen2_5_vl"].make(torch.float64), FAMILIES["qwen2_5_vl"].prompts([1])
+    end = int((inputs["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
+    of_text = ("input_ids", "attention_mask", "mm_token_type_ids")
+    inputs = {key: value[:, :end] if key in of_text else value for key, value in inputs.items()}
+    seen: list[torch.Tensor] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"][-3:]), with_kwargs=True
+    )
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with patch(model, 0.5) as handle:
+        out = model(**inputs, use_cache=True)
+        prompt = seen[-1]
+        assert len(set(prompt.amax(dim=(1, 2)).tolist())) > 1  # an axis ends before another
+        model(input_ids=torch.tensor([[7]]), attention_mask=mask, cache=out.cache)
+        assert handle.visual_tokens == [(12, 6)]
+    hook.remove()
+    assert (seen[-1] == prompt.max() + 1).all() and seen[-1].shape == (3, 1, 1)

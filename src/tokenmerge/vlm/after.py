@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError
+from tokenmerge.vlm.prompt import positions_after
 
 if TYPE_CHECKING:
     from tokenmerge.vlm.inputs import Compacted
@@ -190,7 +191,7 @@ def appended(given: dict[str, Any], last: Compacted, special: Tensor) -> dict[st
     short["attention_mask"] = torch.cat((mask, new), dim=1)
     before = last.inputs["position_ids"]
     steps = torch.arange(1, rest + 1, device=before.device)
-    short["position_ids"] = torch.cat((before, before.amax(dim=-1, keepdim=True) + steps), dim=-1)
+    short["position_ids"] = torch.cat((before, positions_after(before, steps)), dim=-1)
     return short
 
 
@@ -208,7 +209,7 @@ def decoding(prompt: Noted | None, given: dict[str, Any]) -> dict[str, Any]:
         short["attention_mask"] = torch.cat((own, mask[:, mask.shape[1] - after - ids.shape[1] :]), dim=1)
     if given.get("position_ids") is None:
         steps = torch.arange(after + 1, after + 1 + ids.shape[1], device=ids.device)
-        short["position_ids"] = last.inputs["position_ids"][..., :held].amax(dim=-1, keepdim=True) + steps
+        short["position_ids"] = positions_after(last.inputs["position_ids"][..., :held], steps)
     else:
         raise UnsupportedError(
             "position_ids are given for tokens after a shortened prompt. Leave them out: they follow from the prompt."

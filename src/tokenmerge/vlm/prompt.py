@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Shortened", "positions_of", "shorten"]
+__all__ = ["Shortened", "pads_on_the_right", "positions_after", "positions_of", "shorten", "texts"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,18 @@ def pads_on_the_right(mask: Tensor | None) -> bool:
 def positions_of(mask: Tensor) -> Tensor:
     """Return the positions that tokens have in a prompt with this mask `[B, L]`: 0, 1, ... without the padding."""
     return (mask.long().cumsum(dim=-1) - 1).clamp_min(0)
+
+
+def positions_after(positions: Tensor, steps: Tensor) -> Tensor:
+    """Return the positions of tokens so many steps (1, 2, ..., `[n]`) behind a prompt.
+
+    `positions` are the prompt's, `[B, L]`, or `[3, B, L]` on the image's grid, `[4, B, L]` with those of text in front.
+    What follows an image stands behind all of it: behind the largest of time, row and column.
+    """
+    last = positions.amax(dim=-1, keepdim=True)
+    if positions.dim() == 3:
+        last = torch.cat((last[:-3], last[-3:].amax(dim=0, keepdim=True).expand(3, -1, -1)))
+    return last + steps
 
 
 def texts(ids: Tensor, mask: Tensor | None, special: Mapping[str, int]) -> list[Tensor]:

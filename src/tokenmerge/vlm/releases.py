@@ -25,6 +25,7 @@ from tokenmerge._intercept.bindings import bind
 from tokenmerge._intercept.override import Binding, Override
 from tokenmerge.errors import UnsupportedError, UnsupportedModelError
 from tokenmerge.vlm.after import cached_length, noted
+from tokenmerge.vlm.prompt import positions_after
 
 __all__ = ["adapt", "base_of", "check_newer", "window_order"]
 
@@ -139,11 +140,8 @@ class _Carried:
     def placed(self, start: int, tokens: int, rows: int) -> Tensor:
         """Return the positions of so many tokens behind the first `start`, of R rows."""
         own = self.positions
-        last = own.amax(dim=-1, keepdim=True)
-        if own.dim() == 3:  # what follows an image stands behind all of it
-            last = torch.cat((last[:1], last[1:].amax(dim=0, keepdim=True).expand_as(last[1:])))
         steps = torch.arange(1, 1 + max(0, start + tokens - own.shape[-1]), device=own.device)
-        own = torch.cat((own, last + steps), dim=-1)[..., start : start + tokens]
+        own = torch.cat((own, positions_after(own, steps)), dim=-1)[..., start : start + tokens]
         return own.repeat_interleave(rows // own.shape[-2], dim=-2)
 
 
