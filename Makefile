@@ -60,7 +60,7 @@ training: .venv/ready
 
 # the page of supported models, from the results of the tests that support them
 support: .venv/ready
-	$(BIN)/python -m pytest tests/adapters tests/vlm/test_packed_towers.py \
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/adapters tests/vlm/test_packed_towers.py \
 	  tests/conformance/test_timm_registry.py tests/conformance/test_transformers_registry.py --support docs/support.md
 
 # the same promises on the oldest host versions that are supported, in an environment of their own

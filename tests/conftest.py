@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--support")
-    if path and exitstatus == 0:
-        from support_page import page
+    if not path:
+        return
+    from promises import FOUND
+    from support_page import page
 
+    if hasattr(session.config, "workeroutput"):  # a process of several: the first one writes the page
+        session.config.workeroutput["found"] = [(*family, *row) for family, row in FOUND.items()]
+    elif exitstatus == 0:
         Path(path).write_text(page())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    from promises import Family, note
+
+    for heading, name, state, adapter, remark in getattr(node, "workeroutput", {}).get("found", ()):
+        note(Family(heading, name), state, remark, adapter)
 
 
 def pytest_collection_finish() -> None:
