@@ -62,7 +62,8 @@ class HFSpeech(HFAdapter):
         weight = next(p for p in block.parameters() if p.dim() > 1)
         numbers = torch.arange(PROBED, device=weight.device)[None]
         given = super().sample(model, block, layout)[1]
-        return PROBED, {**given, "position_embeddings": rotary(weight[None], numbers)}
+        # not by a call: hooks of the user stay out
+        return PROBED, {**given, "position_embeddings": rotary.forward(weight[None], numbers)}
 
     def tiny(self) -> tuple[nn.Module, Tensor]:
         from transformers import GlmAsrEncoder, GlmAsrEncoderConfig
