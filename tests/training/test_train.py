@@ -79,6 +79,19 @@ def test_a_run_leaves_a_model_that_merges(tmp_path: Path) -> None:
         assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_configuration_of_a_run_says_which_model_it_is_for(tmp_path: Path, ema: float) -> None:
+    train(tiny(ema=ema), tmp_path)
+    config = tokenmerge.MergeConfig.load(tmp_path / "merge.json")
+    model = load(tmp_path)
+    own = tokenmerge.handle_of(model).remarks
+    assert config.fingerprint is not None and config.fingerprint.depth == 2 and own == []
+    other = load(tmp_path, merged=False)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert "other weights" in tokenmerge.patch(other, config).remarks[0]
+
+
 def test_the_trained_folder_is_a_model_and_a_method_for_other_commands(tmp_path: Path, capsys: Any) -> None:
     train(tiny(), tmp_path / "run")
     found = load(tmp_path / "run", merged=False)

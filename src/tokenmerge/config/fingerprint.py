@@ -71,8 +71,12 @@ class Fingerprint:
         return cls(**content)
 
     @classmethod
-    def of(cls, model: nn.Module, adapter: Adapter | None = None, *, weights: bool = True) -> Fingerprint:
+    def of(
+        cls, model: nn.Module, adapter: Adapter | None = None, *, weights: bool | Mapping[str, Any] = True
+    ) -> Fingerprint:
         """Return the fingerprint of a model, patched or not; without an adapter its own is found.
+
+        `weights` says whether to take a digest; a state dict is taken in place of the model's own.
 
         Raises `UnsupportedModelError` for a model that no adapter describes.
         """
@@ -85,7 +89,7 @@ class Fingerprint:
             protected=layout.protected,
             width=token_width(blocks[0][1]) if blocks else None,
             input_size=layout.input_size,
-            weights=_digest(model) if weights else None,
+            weights=_digest(model.state_dict() if weights is True else weights) if weights else None,
         )
 
     def check(self, other: Fingerprint) -> list[str]:
@@ -126,13 +130,13 @@ def _sized(model: Fingerprint) -> str:
     return f", input {' x '.join(map(str, model.input_size))}" if model.input_size else ""
 
 
-def _digest(model: nn.Module) -> str | None:
+def _digest(weights: Mapping[str, Any]) -> str | None:
     """Return the dtype of the weights and a digest of samples of every tensor; None where they cannot be read.
 
     The names and the order of tensors do not matter: versions of a host give them others.
     """
     found, dtype = [], ""
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         if name.startswith(f"{MODULES}.") or not isinstance(value, Tensor):
             continue
         try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge import MergeConfig
+from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.preprocessing import Preprocessing, Processor
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
@@ -113,7 +114,8 @@ def write_model(
     modules = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
     with writing(folder):
         if network.handle is not None:
-            network.handle.config.save(folder / "merge.json", modules)
+            own = Fingerprint.of(network.core, network.handle._adapter, weights=weights)
+            dataclasses.replace(network.handle.config, fingerprint=own).save(folder / "merge.json", modules)
         about: dict[str, Any] = {"size": size, "classes": classes}
         if prepared is not None:
             about["preprocessing"] = {**prepared.as_dict(), "is_known": True}  # used in training, so known
