@@ -160,6 +160,7 @@ def clip(arguments: argparse.Namespace) -> None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: arguments.images]
         journal = arguments.journals / f"clip-{seed}.json"
         for share, plain in tome.items():
+            foretold: list[float] = []
             start = time.perf_counter()
             found = tokenmerge.tune(
                 model,
@@ -169,8 +170,9 @@ def clip(arguments: argparse.Namespace) -> None:
                 budget=arguments.budget,
                 batch_size=16,
                 journal=journal,
-                expect=lambda seconds: print(f"expected: {seconds:.0f} s", flush=True),
+                expect=foretold.append,
             )
+            seconds = time.perf_counter() - start
             tuned = _clip_figures(model, found.config, val, of_val, features, probe)
             rows.append(
                 {
@@ -182,7 +184,8 @@ def clip(arguments: argparse.Namespace) -> None:
                     "probe % unmerged": _accuracy(features, of_val, probe),
                     "probe % tome": plain["probe %"],
                     "probe % tuned": tuned["probe %"],
-                    "seconds": round(time.perf_counter() - start),
+                    "foretold s": round(foretold[0]),
+                    "seconds": round(seconds),
                     "method": repr(found.config.method),
                     "r": str(found.config.r),
                 }
