@@ -46,3 +46,8 @@ def test_every_model_type_of_transformers_is_on_the_page() -> None:
     section = PAGE.split(f"## {MODEL_TYPES}\n")[1].split("\n## ")[0]
     for name in ("clip", "whisper", "videomae", "swin", "resnet"):
         assert f"| `{name}` | " in section
+    states = re.findall(r"^\| `[^`]+` \| ([a-z ]+) \|", section, re.MULTILINE)
+    merging = states.count("supported")
+    assert f"transformers: {merging} of {len(states)} model types" in PAGE
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"all {len(states)} model types of transformers that take images, sound or video: {merging} merge" in readme
