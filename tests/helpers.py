@@ -46,7 +46,7 @@ def shortened(model: nn.Module, adapter: Any) -> nn.Module:
 # the first version of a host that has a family, where it is newer than the oldest supported one
 _SINCE = {"timm_vlm": "1.0.30"}
 _SINCE |= dict.fromkeys(
-    ("hf_radio", "hf_mlcd", "hf_llama4", "hf_gemma4", "hf_qwen_vision", "hf_pixtral", "hf_vitpose"), "5.24"
+    ("hf_radio", "hf_mlcd", "hf_llama4", "hf_gemma4", "hf_qwen_vision", "hf_pixtral", "hf_vitpose", "hf_speech"), "5.24"
 )
 
 

@@ -48,7 +48,7 @@ def test_every_metric_is_seen(metric: str) -> None:
 def test_a_model_without_its_class_stage_keeps_the_promises() -> None:
     model = _make()
     model.prune_intermediate_layers([0, 1, 2])
-    check_promises(model, X, tolerance=1e-6)
+    check_promises(model.eval(), X, tolerance=1e-6)  # older timm puts a new list of blocks there
 
 
 def test_feature_maps_are_dense_or_refused() -> None:

@@ -18,6 +18,14 @@ hf_models = pytest.importorskip("hf_models")
 NAMES = ("clip", "metaclip2", "altclip", "chinese-clip", "siglip", "siglip2", "owlvit", "clipseg-model", "aimv2")
 
 
+def _made(name: str) -> tuple[Any, dict[str, Any]]:
+    """Return a model with two towers and its inputs."""
+    if transformers.__version__ < "5" and name in ("clip", "metaclip2", "owlvit", "clipseg-model"):
+        pytest.skip("the causal mask of transformers 4 overflows in double")
+    case = hf_models.CASES[name]
+    return case.make(), case.inputs()
+
+
 def _features(model: Any, inputs: dict[str, Any]) -> Tensor:
     given = {
         name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if name in inputs
@@ -40,8 +48,7 @@ def _answers(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_call_patches_the_image_tower_alone(name: str) -> None:
-    case = hf_models.CASES[name]
-    model, inputs = case.make(), case.inputs()
+    model, inputs = _made(name)
     own = _answers(model, inputs)
     with tokenmerge.patched(model, r=0) as handle:
         for what, got in _answers(model, inputs).items():
@@ -65,8 +72,7 @@ def test_one_call_patches_the_image_tower_alone(name: str) -> None:
 
 
 def test_features_of_images_equal_the_group_mean() -> None:
-    case = hf_models.CASES["clip"]
-    model, inputs = case.make(), case.inputs()
+    model, inputs = _made("clip")
     with tokenmerge.patched(model, r=3, track=True, prop_attn=True) as handle, torch.no_grad():
         merged, groups, positions = _features(model, inputs), handle.groups, handle.positions
     simulated = tokenmerge.simulate(model, groups, positions=positions, **inputs)

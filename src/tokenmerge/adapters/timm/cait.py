@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenmerge._intercept.override import ChildOverride
 from tokenmerge._intercept.taps import AttentionTap, SeamTap, Slot
 from tokenmerge.adapters.base import Binding, BlockSpec, Surroundings, TokenLayout, class_names
-from tokenmerge.adapters.timm.base import TIMM, TimmAdapter
+from tokenmerge.adapters.timm.base import TIMM, TimmAdapter, stem_layout
 from tokenmerge.errors import UnsupportedModelError
 
 __all__ = ["TimmCait"]
@@ -42,10 +42,7 @@ class TimmCait(TimmAdapter):
         return _SPEC
 
     def layout(self, model: Any) -> TokenLayout:
-        # the class token comes after these blocks
-        whole = super().layout(model)
-        tokens = None if whole.tokens is None else whole.tokens - whole.prefix
-        return replace(whole, prefix=0, tokens=tokens)
+        return replace(stem_layout(model.patch_embed), has_class=True)  # the class token comes after these blocks
 
     def tap(self, block: Any) -> AttentionTap:
         return _TalkingTap(block, "attn")
