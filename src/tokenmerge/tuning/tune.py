@@ -108,8 +108,9 @@ def tune(
         fingerprint = Fingerprint.of(model, handle._adapter)
     kept = None if journal is None else _journal(Path(journal), fingerprint, own, parts, seed, settings)
     subject = Subject(own, parts, where, settings, kept)
-    refused = {method.name: why for method in starts(subject, chosen) if (why := subject.refusal(method))}
-    usable = [method for method in starts(subject, chosen) if subject.accepts(method)]
+    first = starts(subject, chosen)
+    refused = {method.name: why for method in first if (why := subject.refusal(method))}
+    usable = [method for method in first if subject.accepts(method)]
     if not usable:
         reasons = " ".join(f"{name}: {why}" for name, why in refused.items())
         raise UnsupportedModelError(f"none of the methods {', '.join(refused)} can run in this model. {reasons}")
