@@ -400,7 +400,7 @@ def a_block_alone(model: Model) -> None:
     try:
         with torch.no_grad():
             alone = answer(model.blocks[1](*copied, **kwargs))
-    except (TokenMergeError, RuntimeError):  # torch's own where tables are for more tokens than there are
+    except TokenMergeError:
         return
     assert alone.shape[1] >= answers[0].shape[1]
 

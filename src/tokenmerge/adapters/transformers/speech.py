@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge._intercept import follow
+from tokenmerge._intercept.taps import AttentionTap
 from tokenmerge.adapters.base import PROBED, BlockSpec, TokenLayout
-from tokenmerge.adapters.transformers.base import HF, HFAdapter, no_change
+from tokenmerge.adapters.transformers.base import HF, HFAdapter, InterfaceTap, no_change
+from tokenmerge.errors import UnsupportedError
 
 __all__ = ["HFSpeech"]
 
@@ -18,6 +20,20 @@ __all__ = ["HFSpeech"]
 def _numbers(given: Any, kept: Tensor) -> Any:
     """Gather the numbers of the frames, `[B or 1, N]`; None stays None."""
     return None if given is None else given.expand(kept.shape[0], -1).gather(1, kept)
+
+
+class _SpeechTap(InterfaceTap):
+    """Refuses tables for another number of tokens, as where a block is called by itself on merged ones."""
+
+    def call(self, attention: Any, x: Tensor, given: Any) -> Any:
+        places = given["position_embeddings"][0].shape[-2]
+        if places != x.shape[1]:
+            raise UnsupportedError(
+                f"a block was given {x.shape[1]} tokens and position_embeddings for {places}: if tokens are merged, "
+                "which places they have is not known. Run the blocks before it too, or `with handle.disabled():` for "
+                "it alone."
+            )
+        return super().call(attention, x, given)
 
 
 class HFSpeech(HFAdapter):
@@ -52,6 +68,9 @@ class HFSpeech(HFAdapter):
 
     def layout(self, model: Any) -> TokenLayout:
         return TokenLayout(0, None, None, None)  # sounds of any length
+
+    def tap(self, block: Any) -> AttentionTap:
+        return _SpeechTap(block, "self_attn")
 
     def is_plain(self, model: Any) -> bool:
         return False
