@@ -41,6 +41,10 @@ class Timing:
 
     seconds: tuple[float, ...]
 
+    def __add__(self, other: Timing) -> Timing:
+        """Return the rounds of both."""
+        return Timing(self.seconds + other.seconds)
+
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)

@@ -39,6 +39,7 @@ class Journal:
         self._kind, self._version, self._columns, self._hint = kind, version, {*columns}, hint
         self.facts: dict[str, Any] = dict(facts or {})
         self.rows: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, str] = {}  # rows as they are written: encoded once, not with each row that follows
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,6 +64,7 @@ class Journal:
             different = "; ".join(f"{name}: asked {self.settings.get(name)}, there {seen.get(name)}" for name in names)
             raise DataError(f"{self.path} holds a {self._kind} with other settings ({different}). {self._hint}")
         self.facts, self.rows = facts, rows
+        self._lines = {key: json.dumps(row) for key, row in rows.items()}
 
     def broken(self, key: str, reason: str) -> DataError:
         """Return the error of a row that does not hold what it must."""
@@ -73,8 +75,10 @@ class Journal:
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row; it replaces a row with the same key."""
         self.rows[key] = {"key": key, **row}
+        self._lines[key] = json.dumps(self.rows[key])
         if self.fresh and self.path.exists():
             self.path.replace(self.path.with_name(f"{self.path.name}.old"))
         self.fresh = False
-        content = {"version": self._version, "settings": self.settings, **self.facts, "rows": [*self.rows.values()]}
-        write_file(self.path, json.dumps(content, indent=2) + "\n")
+        head = json.dumps({"version": self._version, "settings": self.settings, **self.facts}, indent=2)
+        rows = ",\n".join(self._lines.values())
+        write_file(self.path, head[: -len("\n}")] + f',\n"rows": [\n{rows}\n]}}\n')

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.measure.timing import NOISY, environment, interleave, peak_memory
+from tokenmerge.measure.timing import NOISY, Timing, environment, interleave, peak_memory
 from tokenmerge.tuning.subject import Subject, is_figure
 
 __all__ = ["Clock", "Timed"]
 
 _ENOUGH = 0.01  # noise of the speed-up, as a share, that needs no more rounds
-_ROUNDS = (9, 18, 36)  # what is tried until the noise is that low
+_ROUNDS = (9, 9, 18)  # are added until the noise is that low
 _SHORTEST = 1e-9  # seconds, or times as fast, that anything takes
 _SECONDS = 0.05  # shortest round; shorter forwards run several times in one
 
@@ -54,6 +54,11 @@ class Clock:
         self._saved.append((1 - self.subject.share(config.r), 1 - 1 / timed.speed_up))
         return timed
 
+    @staticmethod
+    def expected(seconds: float) -> float:
+        """Return how long a timing is about to take on a quiet machine; `seconds` of both models on one batch."""
+        return 1.5 * _ROUNDS[0] * max(2 * _SECONDS, seconds)
+
     @property
     def remarks(self) -> list[str]:
         """Where the machine was too noisy to tell, also when a time in the journal was measured."""
@@ -62,7 +67,7 @@ class Clock:
             return []
         return [
             f"The machine was busy: {len(noisy)} of the {len(self._noise)} speed-ups measured varied by up to "
-            f"{100 * max(noisy):.0f} % between rounds, even in {_ROUNDS[-1]} of them. Tune on a quiet machine."
+            f"{100 * max(noisy):.0f} % between rounds, even in {sum(_ROUNDS)} of them. Tune on a quiet machine."
         ]
 
     def estimated(self, share: float) -> float:
@@ -89,12 +94,13 @@ class Clock:
         calls = {name: partial(model, self.batch) for name, model in models.items()}
         once = interleave(calls, self.subject.device, rounds=2, warmup=2)["merged"].median
         number = max(1, round(_SECONDS / once))
+        merged = unmerged = Timing(())
         for rounds in _ROUNDS:
             timings = interleave(calls, self.subject.device, rounds=rounds, warmup=1, number=number)
-            noise = timings["unmerged"].noise(timings["merged"]) or 0.0
-            if noise / rounds**0.5 <= _ENOUGH:
+            merged, unmerged = merged + timings["merged"], unmerged + timings["unmerged"]
+            noise = unmerged.noise(merged) or 0.0
+            if noise / len(merged.seconds) ** 0.5 <= _ENOUGH:
                 break
-        merged, unmerged = timings["merged"], timings["unmerged"]
         return Timed(unmerged.over(merged), merged.median, unmerged.median, noise)
 
     def _memory(self, config: MergeConfig) -> float:

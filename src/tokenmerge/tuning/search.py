@@ -24,6 +24,7 @@ _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
 _PASSES = 2  # over the options of a method
 _CERTAIN = 1.0  # standard errors by which another option must be better on the screening images
+_LEAST_GAIN = 0.02  # share of the damage; a round of probes that gains less is the last
 _FINALISTS = 4  # candidates that are compared on all images to search on: a few images may mislead
 
 
@@ -105,7 +106,7 @@ class Search:
             left -= self.subject.depth + len(moved)
             before, best = best, min(tried, key=lambda one: tried[one])
             shrink /= 2
-            if best == before and shrink < 0.25:
+            if tried[best] > (1 - _LEAST_GAIN) * tried[before]:
                 break
         return sorted(tried, key=lambda one: tried[one])
 

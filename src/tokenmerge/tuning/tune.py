@@ -44,6 +44,7 @@ __all__ = ["tune"]
 
 _VERSION = 2
 _HINT = "Give another journal (journal=, --journal), or delete this one to start over."
+_TIMINGS = 6  # of a target of speed or loss: to learn what MACs cost here, and until the speed is met
 _REFERENCE = 0.5  # the share of the MACs at which methods and blocks are measured for all targets
 
 
@@ -208,7 +209,8 @@ def _foresee(
         )
         merged, unmerged = (_seconds(model, clock.batch) for model in (reduced, trial.model))
         each = clock.batch.shape[0]
-        timed = 0 if all(target.kind == "macs" for target in targets) else 12 * 6 * (merged + unmerged)
+        timings = 1 if all(target.kind == "macs" for target in targets) else _TIMINGS
+        timed = timings * clock.expected(merged + unmerged)
         expect(total / each * merged + sum(sizes.values()) / each * unmerged + timed)
     done = 0
 
