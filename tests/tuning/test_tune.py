@@ -22,6 +22,7 @@ from tokenmerge.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
+from tokenmerge.methods import LeastLoss
 from tokenmerge.testing import tiny_vit
 from tokenmerge.testing.models.plain import PlainStandIn
 from tokenmerge.tuning import clock as clock_module
@@ -307,6 +308,24 @@ def test_a_speed_is_met_by_the_clock(model: nn.Module, images: Tensor) -> None:
     # a forward takes 10 ms unmerged: 7 ms are 1.43x
     found = tune(model, images, "7ms", **QUICK)
     assert found.reached and found.figures["ms"] <= 7.0 and found.figures["speed-up"] <= 1.5
+
+
+@pytest.mark.parametrize(("extra", "pairs"), [(0.0, "mutual"), (0.25, "bipartite")])
+def test_a_method_that_costs_more_than_its_macs_must_be_worth_the_time(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, extra: float, pairs: str
+) -> None:
+    def timed(self: Clock, config: Any) -> Timed:
+        is_dear = config.method.name == "least_loss" and config.method.pairs == "mutual"
+        time = 0.1 + 0.9 * self.subject.share(config.r) + extra * is_dear
+        return Timed(1 / time, time, 1.0, 0.0)
+
+    monkeypatch.setattr(clock_module.Clock, "_time", timed)
+    settings: dict[str, Any] = {**QUICK, "methods": (LeastLoss(pairs="mutual", score="shift"),)}
+    of_macs = tune(model, images, "macs=0.7", **settings).config.method
+    of_time = tune(model, images, "1.3x", **settings)
+    assert getattr(of_macs, "pairs", "") == "mutual"
+    assert of_time.reached and of_time.figures["speed-up"] >= 1.3
+    assert getattr(of_time.config.method, "pairs", "") == pairs
 
 
 def test_a_share_of_the_macs_holds_beside_a_speed_that_needs_less(model: nn.Module, images: Tensor) -> None:

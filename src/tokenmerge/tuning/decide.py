@@ -32,6 +32,8 @@ class Decision:
 
 def decide(goals: Goals, targets: Sequence[Target]) -> Decision:
     """Choose the candidate that meets the targets: the fastest within a loss, or the least damage at a cost."""
+    if any(t.kind not in ("macs", "memory") for t in targets):
+        goals.weigh_time()
     start = goals.search.start
     costs, losses = [t for t in targets if t.is_cost], [t for t in targets if not t.is_cost]
     most = {t: goals.most(t, start) for t in costs}

@@ -74,6 +74,10 @@ class Search:
             self._start = self._screened()
         return self._start
 
+    def prefer(self, start: Candidate) -> None:
+        """Start from another candidate than the one of least damage at equal MACs."""
+        self._start, self._slope = start, None
+
     @property
     def slope(self) -> Tensor:
         """The change of the damage, as a share of it, where a block removes more and the others less, `[depth]`."""

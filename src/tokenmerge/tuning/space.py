@@ -13,7 +13,7 @@ from tokenmerge.methods import LeastLoss, Reduction, ToFu, ToMe
 from tokenmerge.methods.base import CAPTURED
 from tokenmerge.tuning.subject import Subject
 
-__all__ = ["neighbours", "read_methods", "starts"]
+__all__ = ["cheaper", "neighbours", "read_methods", "starts"]
 
 Values = Mapping[str, Sequence[Any]]
 
@@ -70,6 +70,12 @@ def read_methods(given: str | Reduction | Sequence[str | Reduction]) -> list[str
             "Give methods that remove exactly r (docs/methods.md)."
         )
     return found
+
+
+def cheaper(method: Reduction) -> Reduction | None:
+    """Return the method without the option that costs time beside the MACs; None where there is none."""
+    has_all_pairs = isinstance(method, LeastLoss) and method.pairs == "mutual"
+    return dataclasses.replace(method, pairs="bipartite") if has_all_pairs else None  # type: ignore[type-var]
 
 
 def neighbours(method: Reduction) -> Iterator[Callable[[Reduction], list[Reduction]]]:
