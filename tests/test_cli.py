@@ -579,10 +579,10 @@ def test_compare_takes_amounts_or_shares(capsys: Capture, plain: list[str]) -> N
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("vit_tny_patch16_224", ["no timm model 'vit_tny_patch16_224'.", "Did you mean 'vit_tiny_patch16_224'?"]),
+        ("vit_tny_patch16_224", ["no model 'vit_tny_patch16_224'.", "Did you mean 'vit_tiny_patch16_224'?"]),
         (
             "missing.pt",
-            ["no file or folder missing.pt: give a timm name, 'reference', a file written by torch.save(model), or a"],
+            ["no file or folder missing.pt: give 'reference', a name with its host (timm:NAME, hf:ID, open_clip:"],
         ),
         ("state.pt", ["state.pt holds a OrderedDict, not a module."]),
         ("text.pt", ["text.pt cannot be read as a saved module: "]),

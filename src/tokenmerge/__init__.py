@@ -30,6 +30,7 @@ from tokenmerge.methods.drop import Drop
 from tokenmerge.schedule import Schedule
 
 if _typing.TYPE_CHECKING:
+    from tokenmerge.tools.models import load
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
     from tokenmerge.tuning.tune import tune
 
@@ -47,6 +48,7 @@ __all__ = [
     "handle_of",
     "list_adapters",
     "list_methods",
+    "load",
     "macs",
     "patch",
     "patched",
@@ -62,6 +64,7 @@ _find_moved()
 # imported on first use
 _LATER = {
     "from_pretrained": "tokenmerge.tools.pretrained",
+    "load": "tokenmerge.tools.models",
     "save_pretrained": "tokenmerge.tools.pretrained",
     "tune": "tokenmerge.tuning.tune",
 }

@@ -28,7 +28,7 @@ from tokenmerge.training.recipe import read_recipe
     [("vit_tny_patch16_224", "vit_tiny_patch16_224"), ("deit_smal_patch16_224", "deit_small_patch16_224")],
 )
 def test_unknown_timm_name_gives_the_nearest(name: str, hint: str) -> None:
-    with pytest.raises(UnknownNameError, match=rf"no timm model '{name}'\. Did you mean '{hint}'\?") as raised:
+    with pytest.raises(UnknownNameError, match=rf"no model '{name}'\. Did you mean '{hint}'\?") as raised:
         load_model(name)
     assert len(str(raised.value)) < 200, "the hint drowns in hundreds of names"
 
@@ -82,12 +82,12 @@ def test_names_timm_refuses_are_no_tracebacks(name: str) -> None:
 @pytest.mark.parametrize("name", [f"missing{suffix}" for suffix in (".pt", ".pth", ".bin")] + ["folder/model.pkl"])
 def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"no file or folder {name}: give a timm name, 'reference', a file"):
+    with pytest.raises(DataError, match=rf"no file or folder {name}: give 'reference', a name with its host"):
         load_model(name)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is a folder without config.json: give a timm name"):
+    with pytest.raises(DataError, match=r"is a folder without config.json: give 'reference', a name"):
         load_model(str(tmp_path), trust_pickle=True)
 
 

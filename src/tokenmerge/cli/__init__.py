@@ -129,7 +129,7 @@ def _export_parser(commands: Any) -> None:
     export.add_argument("-b", "--batch", type=int, help="the only batch size the file takes (without it: any)")
     export.add_argument("--matmul", action="store_true", help="merge by products, for engines that get scatter wrong")
     export.add_argument("--opset", type=int, help="of ONNX, 18 or later (without it: torch's choice)")
-    export.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+    export.add_argument("--no-pretrained", action="store_true", help="random weights for a name of a host")
     preparing_arguments(export)
 
 

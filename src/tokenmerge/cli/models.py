@@ -1,21 +1,21 @@
-"""Open a model from the command line: anything `load_model` takes, or the folder of a finished training run."""
+"""Open a model from the command line, and say which host was found for a name without one."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
 from typing import Any
 
 __all__ = ["open_model"]
 
 
 def open_model(name: str, *, pretrained: bool = False, trust_pickle: bool = False) -> Any:
-    """Return the unmerged model of this name, in eval mode; raise the errors of `tools.models.load_model`."""
-    from tokenmerge.files import is_file
+    """Return the unmerged model of this name, in eval mode; raise the errors of `tokenmerge.load`."""
+    from tokenmerge.tools.hosts import hosts_of
+    from tokenmerge.tools.models import load
 
-    if is_file(Path(name) / "recipe.json"):
-        from tokenmerge.training.run_folder import load
-
-        return load(name, merged=False, trust_pickle=trust_pickle)
-    from tokenmerge.tools.models import load_model
-
-    return load_model(name, pretrained=pretrained, trust_pickle=trust_pickle)
+    model = load(name, pretrained=pretrained, trust_pickle=trust_pickle)
+    found = [] if ":" in name else hosts_of(name)
+    if found and found != ["timm"]:
+        others = f"; there is also {' and '.join(f'{one}:{name}' for one in found[1:])}" if found[1:] else ""
+        print(f"Model: {found[0]}:{name}{others}.", file=sys.stderr)
+    return model

@@ -29,8 +29,8 @@ __all__ = [
 
 
 _MODEL_HELP = (
-    "a timm name, a folder of a Hugging Face model (save_pretrained), a file of torch.save(model) (with "
-    "--trust-pickle), a folder of `tokenmerge train`, or 'reference'"
+    "timm:NAME, hf:ID_OR_FOLDER, open_clip:ARCH/TAG, torchvision:NAME, or a name or folder alone; FILE.py:FUNCTION, "
+    "which returns it; a folder of `tokenmerge train`; a file of torch.save(model) (with --trust-pickle); 'reference'"
 )
 _TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
 _DATA_HELP = (
@@ -80,7 +80,7 @@ def data_arguments(parser: argparse.ArgumentParser, limit: str = "all") -> None:
         help="use only LIMIT images: of a folder spread over the classes, of fashion-mnist and streams the first "
         f"({limit})",
     )
-    parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights for a name of a host")
     preparing_arguments(parser)
 
 
@@ -152,11 +152,11 @@ def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:
 
 def said_of(arguments: argparse.Namespace, model: Any) -> list[str]:
     """Return notes for a command that downloads no weights: on random weights, and on the images of auto."""
-    from tokenmerge.tools.models import BUNDLED
+    from tokenmerge.tools.models import has_weights
 
     said = []
-    if arguments.model != BUNDLED and not Path(arguments.model).exists():
-        said.append("Random weights: a timm name is built without a download, which neither times nor exactness need.")
+    if not has_weights(arguments.model):
+        said.append("Random weights: a name is built without a download, which neither times nor exactness need.")
     if getattr(arguments, "calibrate", None) is not None:
         said += getattr(preparation_of(arguments, model), "notes", list)()
     return said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,8 @@ def _found(model: nn.Module, beside: str | Path | None) -> Preprocessing:
     for holder in (model, getattr(model, "timm_model", None)):
         if getattr(holder, "pretrained_cfg", None):
             return _of_timm(holder)
+    if weights := getattr(model, "torchvision_weights", None):  # as `tokenmerge.load` leaves them
+        return replace(_given(weights.transforms(), model), source=f"from torchvision's {weights}")
     return _of_open_clip(model) or _assumed(model)
 
 

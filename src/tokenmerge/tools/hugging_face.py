@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ from tokenmerge.files import is_file, write_file
 
 __all__ = [
     "CONFIG",
+    "READ",
+    "READ_CONFIG",
     "WEIGHTS",
     "build_folder",
+    "fetch",
     "host_of",
+    "import_hub",
     "is_folder",
     "load_folder",
     "load_timm_folder",
@@ -28,8 +32,42 @@ __all__ = [
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+READ = ("*.json", "*.safetensors")  # of a repository: nothing in these is executed
+READ_CONFIG = ("*.json",)
 _log = logging.getLogger(__name__)
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def fetch(repository: str, revision: str | None, patterns: Sequence[str] = READ) -> Path:
+    """Return the folder of a repository of the hub, downloaded or from the cache; raises `DataError`."""
+    hub = import_hub()
+    try:
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # of the hub, of its transport, of names it does not take
+        raise DataError(
+            f"there is no folder {repository}, and the Hugging Face hub gave none of this name: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} {_remedy(repository, type(error).__name__)}"
+        ) from error
+
+
+def _remedy(repository: str, error: str) -> str:
+    if error == "GatedRepoError":
+        return f"Accept its terms on https://huggingface.co/{repository}, and log in: hf auth login."
+    if error == "RepositoryNotFoundError":
+        return "Check the name; for a private model log in: hf auth login."
+    return (
+        f"Where a network is at hand, `hf download {repository} --local-dir FOLDER` fetches it; the folder is a model "
+        "here too."
+    )
+
+
+def import_hub() -> Any:
+    """Return the module huggingface_hub; raise `UnsupportedError` with the install command if it is missing."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UnsupportedError("the hub needs huggingface_hub: pip install huggingface_hub") from error
+    return huggingface_hub
 
 
 def is_folder(name: str | Path) -> bool:
@@ -37,10 +75,10 @@ def is_folder(name: str | Path) -> bool:
     return is_file(Path(name) / CONFIG)
 
 
-def load_timm_folder(folder: Path, num_classes: int | None = None) -> nn.Module | None:
+def load_timm_folder(folder: Path, num_classes: int | None = None, *, pretrained: bool = True) -> nn.Module | None:
     """Load a folder of a timm model, as timm's own `local-dir:` does, in eval mode; None if the folder is not one.
 
-    Raises `DataError` if the weights do not fit the configuration.
+    Without `pretrained` it gets new weights. Raises `DataError` if the weights do not fit the configuration.
     """
     try:
         about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -55,7 +93,7 @@ def load_timm_folder(folder: Path, num_classes: int | None = None) -> nn.Module 
         raise UnsupportedError(f'{folder} is a timm model: pip install "tokenmerge[timm]"') from error
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **options)
     except Exception as error:  # of whatever the configuration asks for
         raise DataError(
             f"{folder} cannot be read as a timm model: {_sentence(error)}. It needs a config.json and a "

@@ -1,8 +1,11 @@
-"""Turn user input into a model (bundled, timm, saved) or a reduction method."""
+"""Turn user input into a model (bundled, of a host, saved) or a reduction method."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
+import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +18,10 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge._moved import moved_names
-from tokenmerge.errors import DataError, UnsupportedError, unknown_name
+from tokenmerge.errors import ConfigError, DataError, unknown_name
 from tokenmerge.files import describe_differences, is_dir, is_file, read_tensors
 from tokenmerge.schedule import R
+from tokenmerge.tools.hosts import HOSTS, hosts_of, import_timm, known_names
 from tokenmerge.tools.hugging_face import is_folder, load_folder, load_timm_folder
 
 __all__ = [
@@ -27,8 +31,11 @@ __all__ = [
     "Method",
     "Trained",
     "apply_method",
+    "call_function",
     "choices_of",
+    "has_weights",
     "import_timm",
+    "load",
     "load_model",
     "own_r",
     "read_method",
@@ -38,6 +45,9 @@ __all__ = [
 BUNDLED = "reference"
 CONFIGURATION = "merge.json"  # in the folder of a merging model
 AUTO = "auto"
+# folders by a file in them, and what loads them; imported where one is met, as it stands on a higher floor
+_FOLDERS = {"recipe.json": ("tokenmerge.training.run_folder", "load")}
+_FILES = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".safetensors", ".onnx")  # names that mean files, there or not
 
 
 @dataclass(frozen=True)
@@ -132,17 +142,34 @@ def choices_of(reduced: Iterable[tuple[R, nn.Module]]) -> list[str]:
     return [f"r = {r}: {choice}" for r, choice in found if choice]
 
 
+def load(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> nn.Module:
+    """Return a model by its name, unmerged and in eval mode, ready for `patch`.
+
+    Args:
+        name: `timm:NAME`, `hf:ID_OR_FOLDER`, `open_clip:ARCH/TAG` or `torchvision:NAME`; a name alone that one of them
+            has, timm first; a folder of `save_pretrained` or of a run of `tokenmerge train`; `FILE.py:FUNCTION`, which
+            returns the model; a file of `torch.save(model)`, with `trust_pickle`; `"reference"`, the bundled one.
+        pretrained: take the weights of the host, which may download them; else new ones.
+        trust_pickle: load a pickle, which runs the code that it holds.
+
+    The model knows how its images are prepared: `tokenmerge.data.prepare.find_preprocessing(model)`. Raises
+    `UnknownNameError` (with the nearest name), `ConfigError` for a name that is a host's and a file's, `DataError` for
+    a file, a folder or a repository without a model, `UnsupportedError` for a host that is missing or cannot build it.
+    """
+    for mark, (module, function) in _FOLDERS.items():
+        if is_file(Path(name) / mark):
+            loads = getattr(importlib.import_module(module), function)
+            return loads(name, merged=False, trust_pickle=trust_pickle)  # type: ignore[no-any-return]
+    return load_model(name, pretrained=pretrained, trust_pickle=trust_pickle)
+
+
 def load_model(
     name: str, *, pretrained: bool = False, num_classes: int | None = None, trust_pickle: bool = False
 ) -> nn.Module:
-    """Return a model in eval mode: `"reference"` (bundled), a file, a folder, or a timm name.
+    """Return a model as `load` does, without folders of runs.
 
-    A file is one of `torch.save(model)`, a pickle: loading it runs the code in it, so it needs `trust_pickle`. A folder
-    is one of `save_pretrained`, of a Hugging Face model or of this library (config.json and safetensors; no code is
-    executed).
     `num_classes` applies to timm's and Hugging Face's classifiers: one with another number of classes gets a new last
-    layer. Raises `UnknownNameError` (with the nearest name) for an unknown timm name, `DataError` for a file without a
-    module, `UnsupportedError` if timm cannot build the model.
+    layer.
     """
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
@@ -150,35 +177,54 @@ def load_model(
         import_timm()
         model: nn.Module = reference_model()
         return model.eval()
+    prefix, _, rest = name.partition(":")
+    if prefix in HOSTS:
+        return HOSTS[prefix].build(rest, pretrained, num_classes).eval()
+    if prefix.endswith(".py") and rest:
+        return call_function(Path(prefix), rest).eval()
+    found = [] if ":" in name else hosts_of(name)
+    is_here = Path(name).exists() or Path(name).suffix in _FILES
+    if found and is_here:
+        raise ConfigError(f"{name} is here and a model of {found[0]}: say ./{name} or {found[0]}:{name}.")
+    if found:
+        return HOSTS[found[0]].build(name, pretrained, num_classes).eval()
     if is_folder(name):
         # what save_pretrained wrote of a timm model is that; transformers would put its wrapper around it
         timm_model = load_timm_folder(Path(name), num_classes) if is_file(Path(name) / CONFIGURATION) else None
         return timm_model or load_folder(Path(name), num_classes)
-    is_path = Path(name).suffix in (".pt", ".pth", ".bin") or Path(name).exists() or "/" in name
-    if is_path and ":" not in name:
+    if is_here or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return _load_file(Path(name), trust_pickle)
-    timm = import_timm()
-    if name not in timm.list_models() and name.split(".")[0] not in timm.list_models() and ":" not in name:
-        raise unknown_name("timm model", name, [BUNDLED, *timm.list_models("*vit*"), *timm.list_models("*deit*")])
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    try:
-        return timm.create_model(name, pretrained=pretrained, **options).eval()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
-        what = "pretrained weights of" if pretrained else "model"
-        instead = "take random weights (--no-pretrained), " if pretrained else ""
-        raise UnsupportedError(
-            f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, "
-            f"{instead}give a path to a saved module, or use the bundled model ({BUNDLED!r})."
-        ) from error
+    if ":" in name:  # a prefix of timm's own
+        return HOSTS["timm"].build(name, pretrained, num_classes).eval()
+    if "/" in name:
+        return HOSTS["hf"].build(name, pretrained, num_classes).eval()
+    import_timm()  # it may be one of timm's
+    raise unknown_name("model", name, [BUNDLED, *known_names()])
 
 
-def import_timm() -> Any:
-    """Return the timm module; raise `UnsupportedError` with the install command if it is missing."""
+def has_weights(name: str) -> bool:
+    """Return whether a name means a model with weights of its own, which `pretrained` does not change."""
+    prefix, _, rest = name.partition(":")
+    return name == BUNDLED or prefix.endswith(".py") or Path(rest if prefix == "hf" else name).exists()
+
+
+def call_function(path: Path, name: str) -> nn.Module:
+    """Return the model that a function without arguments returns, of a Python file; raises `DataError`."""
+    if not is_file(path):
+        raise DataError(f"no file {path}: give FILE.py:FUNCTION, a function without arguments that returns the model.")
+    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours, as for `python FILE.py`
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # so that classes of the file can be copied and saved
     try:
-        import timm
-    except ImportError as error:
-        raise UnsupportedError('this needs timm: pip install "tokenmerge[timm]"') from error
-    return timm
+        spec.loader.exec_module(module)
+        model = getattr(module, name)()
+    except Exception as error:  # of the user's own code
+        raise DataError(f"{path}:{name} gave no model: {type(error).__name__}: {error}.") from error
+    if not isinstance(model, nn.Module):
+        raise DataError(f"{path}:{name} returned a {type(model).__name__}, not a torch module.")
+    return model
 
 
 def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
@@ -186,8 +232,9 @@ def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
         hint = " A device or a pipe is none." if path.exists() and not path.is_dir() else ""
         what = f"{path} is a folder without config.json" if path.is_dir() else f"no file or folder {path}"
         raise DataError(
-            f"{what}: give a timm name, {BUNDLED!r}, a file written by torch.save(model), or a folder that "
-            f"`tokenmerge train` or a Hugging Face model's save_pretrained wrote.{hint}"
+            f"{what}: give {BUNDLED!r}, a name with its host (timm:NAME, hf:ID, open_clip:ARCH/TAG, torchvision:NAME), "
+            "FILE.py:FUNCTION, a file written by torch.save(model), or a folder that `tokenmerge train` or a Hugging "
+            f"Face model's save_pretrained wrote.{hint}"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)

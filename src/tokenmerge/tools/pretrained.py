@@ -18,7 +18,7 @@ from tokenmerge.config import Fingerprint
 from tokenmerge.errors import DataError, NotPatchedError, TokenMergeError, UnsupportedError
 from tokenmerge.files import filling, is_dir, is_file, write_file
 from tokenmerge.measure.outputs import answer, known_size, shared_copy
-from tokenmerge.tools.hugging_face import host_of, is_folder, load_timm_folder, write_folder
+from tokenmerge.tools.hugging_face import fetch, host_of, import_hub, is_folder, load_timm_folder, write_folder
 from tokenmerge.tools.model_card import model_card
 from tokenmerge.tools.models import CONFIGURATION, load_model
 
@@ -33,7 +33,6 @@ _OURS = (
     "model*.safetensors*",
     "README.md",
 )
-_READ = ("*.json", "*.safetensors")  # of a repository: nothing in these is executed
 _LEARNED = "tokenmerge_modules."
 
 
@@ -101,7 +100,7 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> nn.Modu
     name that is neither, a folder without `merge.json`, and weights that do not fit; `ConfigError` for a model that
     the configuration does not fit.
     """
-    handle = _opened(Path(name) if is_dir(name) else _fetched(str(name), revision), str(name))
+    handle = _opened(Path(name) if is_dir(name) else fetch(str(name), revision), str(name))
     for remark in handle.remarks:
         warnings.warn(f"{name}: {remark}.", stacklevel=2)
     return handle.model
@@ -115,7 +114,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
     """
     if not is_file(Path(folder) / CONFIGURATION):
         raise DataError(f"{folder} holds no {CONFIGURATION}: write it with tokenmerge.save_pretrained first.")
-    hub = _hub()
+    hub = import_hub()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=folder))
@@ -212,29 +211,10 @@ def _load_base(model: Fingerprint, base: str) -> nn.Module:
     """Load the model that weights are taken from: a folder, a hub id, or a name that `load_model` takes."""
     is_hub_id = base.count("/") == 1 and ":" not in base and not Path(base).is_absolute() and not Path(base).exists()
     try:
-        folder = str(_fetched(base, None)) if is_hub_id else base
+        folder = str(fetch(base, None)) if is_hub_id else base
         # transformers reads folders of timm's too, as models of its own
         is_wrapped = not is_folder(folder) or model.architecture.startswith("transformers.")
         found = None if is_wrapped else load_timm_folder(Path(folder))
         return load_model(folder, pretrained=True) if found is None else found
     except TokenMergeError as error:
         raise DataError(f"the base model {base!r} cannot be loaded: {error}") from error
-
-
-def _fetched(repository: str, revision: str | None) -> Path:
-    hub = _hub()
-    try:
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(_READ)))
-    except Exception as error:  # of the hub, of its transport, of names it does not take
-        raise DataError(
-            f"there is no folder {repository}, and the Hugging Face hub gave none of this name: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UnsupportedError("the hub needs huggingface_hub: pip install huggingface_hub") from error
-    return huggingface_hub

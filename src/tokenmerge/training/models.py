@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tokenmerge.data.classes import by_label
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import describe_differences, is_file, read_tensors
 from tokenmerge.measure.outputs import declared_classes, run_images
+from tokenmerge.tools.hosts import HOSTS
 from tokenmerge.tools.hugging_face import is_folder
 from tokenmerge.tools.models import BUNDLED, import_timm, load_model
 from tokenmerge.training.recipe import Model
@@ -238,11 +240,14 @@ _OURS = ("img_size", "in_chans", "num_classes", "embed_layer", "block_fn", "devi
 
 
 def _named(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool) -> nn.Module:
-    timm = import_timm()
-    if ":" not in model.name and not timm.is_model(model.name.split(".")[0]):
-        if model.options and Path(model.name).exists():
-            raise ConfigError(f"model.options {sorted(model.options)}: {model.name} is a saved model and has none.")
-        return load_model(model.name, num_classes=classes, trust_pickle=trust_pickle)
+    timm, prefix = import_timm(), model.name.partition(":")[0]
+    if prefix == "timm":
+        model = replace(model, name=model.name.removeprefix("timm:"))
+    elif prefix in HOSTS or (":" not in model.name and not timm.is_model(model.name.split(".")[0])):
+        if model.options:
+            what = f"{model.name} is a saved model, or another host's, and has none"
+            raise ConfigError(f"model.options {sorted(model.options)}: {what}.")
+        return load_model(model.name, pretrained=model.pretrained, num_classes=classes, trust_pickle=trust_pickle)
     try:
         fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)
         try:

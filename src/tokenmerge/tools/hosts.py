@@ -1,0 +1,170 @@
+"""Hosts of models by prefix: `timm:NAME`, `hf:ID_OR_FOLDER`, `open_clip:ARCH/TAG`, `torchvision:NAME`.
+
+A host is a class below and a line in `HOSTS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
+from tokenmerge.tools import hugging_face
+
+__all__ = ["HOSTS", "Host", "hosts_of", "import_timm", "known_names"]
+
+_FAILURES = (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError, AttributeError, ImportError)
+
+
+class Host(Protocol):
+    """Where models come from. `names` are those that it can build, found without a network; it may know more."""
+
+    def names(self) -> list[str]:
+        """Return the names of the models that it can build; none where it is not installed."""
+
+    def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+        """Return the model; with `num_classes` as a classifier of so many. Raises `TokenMergeError`."""
+
+
+class Timm:
+    """timm's models, and what its own prefixes name (`hf-hub:`, `local-dir:`)."""
+
+    def names(self) -> list[str]:
+        try:
+            import timm
+        except ImportError:
+            return []
+        return [*timm.list_models()]
+
+    def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+        timm = import_timm()
+        if ":" not in name and name.split(".")[0] not in (known := timm.list_models()):
+            raise unknown_name("timm model", name, [one for one in known if "vit" in one or "deit" in one])
+        options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)  # type: ignore[no-any-return]
+        except _FAILURES as error:
+            raise _failed(name, pretrained, error) from error
+
+
+class HuggingFace:
+    """Models of transformers: a folder of `save_pretrained`, or the id of a repository on the hub."""
+
+    def names(self) -> list[str]:
+        return []
+
+    def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+        if hugging_face.is_folder(name):
+            return hugging_face.load_folder(Path(name), num_classes)
+        if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+            raise DataError(f"{name} is no folder with a config.json, as model.save_pretrained(folder) writes it.")
+        patterns = hugging_face.READ if pretrained else hugging_face.READ_CONFIG
+        folder = hugging_face.fetch(name, None, patterns)
+        of_timm = hugging_face.load_timm_folder(folder, num_classes, pretrained=pretrained)
+        if of_timm is not None:
+            return of_timm
+        return hugging_face.load_folder(folder, num_classes) if pretrained else hugging_face.build_folder(folder)
+
+
+class OpenCLIP:
+    """Two-tower models of open_clip: an architecture, and the tag of its weights."""
+
+    def names(self) -> list[str]:
+        try:
+            import open_clip
+        except ImportError:
+            return []
+        return [*open_clip.list_models()]
+
+    def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise UnsupportedError("this needs open_clip: pip install open_clip_torch") from error
+        _no_classes("open_clip", name, num_classes)
+        architecture, _, tag = name.partition("/")
+        if architecture not in (known := self.names()):
+            raise unknown_name("open_clip model", architecture, known)
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if tag and tag not in tags and not Path(tag).is_file():
+            raise unknown_name(f"weights of {architecture} in open_clip", tag, tags)
+        if pretrained and not tag:
+            raise ConfigError(f"open_clip has several weights of {architecture}: give one of {', '.join(tags)}.")
+        try:
+            return open_clip.create_model(architecture, pretrained=tag if pretrained else None)  # type: ignore[no-any-return]
+        except _FAILURES as error:
+            raise _failed(name, pretrained, error) from error
+
+
+class Torchvision:
+    """torchvision's models, with the weights that it calls its default; their transforms stay with the model."""
+
+    def names(self) -> list[str]:
+        try:
+            from torchvision import models
+        except ImportError:
+            return []
+        return [*models.list_models()]
+
+    def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+        try:
+            from torchvision import models
+        except ImportError as error:
+            raise UnsupportedError("this needs torchvision: pip install torchvision") from error
+        _no_classes("torchvision", name, num_classes)
+        if name not in (known := self.names()):
+            raise unknown_name("torchvision model", name, known)
+        try:
+            weights = models.get_model_weights(name).DEFAULT
+            model: nn.Module = models.get_model(name, weights=weights if pretrained else None)
+        except _FAILURES as error:
+            raise _failed(name, pretrained, error) from error
+        model.torchvision_weights = weights  # an enum: the transforms are a module, which would become a child
+        return model
+
+
+HOSTS: dict[str, Host] = {
+    "timm": Timm(),
+    "hf": HuggingFace(),
+    "open_clip": OpenCLIP(),
+    "torchvision": Torchvision(),
+}
+
+
+def hosts_of(name: str) -> list[str]:
+    """Return the prefixes of the hosts that have a model of this name, tags aside."""
+    bare = {"timm": name.split(".")[0], "open_clip": name.partition("/")[0]}
+    return [prefix for prefix, host in HOSTS.items() if bare.get(prefix, name) in host.names()]
+
+
+def known_names() -> list[str]:
+    """Return the names of all hosts' models."""
+    return [name for host in HOSTS.values() for name in host.names()]
+
+
+def import_timm() -> Any:
+    """Return the timm module; raise `UnsupportedError` with the install command if it is missing."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UnsupportedError('this needs timm: pip install "tokenmerge[timm]"') from error
+    return timm
+
+
+def _no_classes(host: str, name: str, num_classes: int | None) -> None:
+    if num_classes is not None:
+        raise UnsupportedError(
+            f"a new classifier for {num_classes} classes was asked of {name}, and models of {host} are loaded as they "
+            "are. Take timm or Hugging Face, or change the model in Python and save it."
+        )
+
+
+def _failed(name: str, pretrained: bool, error: Exception) -> UnsupportedError:
+    what = "pretrained weights of" if pretrained else "model"
+    instead = "take random weights (--no-pretrained), " if pretrained else ""
+    return UnsupportedError(
+        f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, "
+        f"{instead}give a path to a saved module, or use the bundled model ('reference')."
+    )
