@@ -91,6 +91,54 @@ def test_new_tokens_alone_with_the_mask_of_all(tiny: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_new_image_behind_a_cache(tiny: Any) -> None:
+    """Behind images it is refused, also when it is kept whole; behind text that was read before it is shortened."""
+    model, inputs = tiny.make(), tiny.prompts([1])
+    pixels = {name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    for before, after in ((0.5, 0.5), (0.5, 1.0), (1.0, 0.5)):
+        with patch(model, before) as handle:
+            first = generate(model, inputs, new=4, return_dict_in_generate=True)
+            ids = torch.cat((first.sequences, inputs["input_ids"]), dim=1)
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+            if "mm_token_type_ids" in inputs:
+                given["mm_token_type_ids"] = (ids == IMAGE).long()
+            handle.keep = after
+            with pytest.raises(UnsupportedError, match=r"a cache that holds a prompt with images.* without the cache"):
+                generate(model, given, new=2, **{CACHE: first[CACHE]})
+    with patch(model, 0.5) as handle:
+        expected = generate(model, inputs, new=4)
+        cache = model(input_ids=inputs["input_ids"][:, :3], use_cache=True)[CACHE]
+        assert cache.get_seq_length() == 3
+        assert generate(model, inputs, new=4, **{CACHE: cache}).equal(expected)
+        assert handle.visual_tokens == [(tiny.tokens, tiny.tokens // 2)]
+
+
+@NEWER
+@torch.no_grad()
+def test_a_new_image_behind_a_cache_inside_the_model() -> None:
+    model, inputs = LLAVA.make(), LLAVA.prompts([1])
+    ids = inputs["input_ids"]
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(1, 3 + ids.shape[1]),
+        "pixel_values": inputs["pixel_values"],
+    }
+
+    def text() -> Any:
+        return model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)[CACHE]
+
+    expected = model(**given, **{CACHE: text()}).logits
+    with patch(model, 0.5, method="fastv(layer=1)") as handle:
+        with pytest.raises(UnsupportedError, match=r"would not be shortened.* or set handle\.keep = 1\.0"):
+            model(**given, **{CACHE: text()})
+        cache = model(**inputs, use_cache=True)[CACHE]
+        handle.keep = 1.0
+        assert model(**given, **{CACHE: text()}).logits.equal(expected)
+        with pytest.raises(UnsupportedError, match=r"would not be shortened.* all of its images\.$"):
+            model(**given, **{CACHE: cache})
+
+
+@torch.no_grad()
 def test_embeddings_behind_a_shortened_prompt(tiny: Any) -> None:
     """With the mask of the whole prompt, as ids."""
     model, inputs = tiny.make(), tiny.prompts([1, 2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import DataError, UnsupportedError
-from tokenmerge.vlm.prompt import positions_after
+from tokenmerge.vlm.prompt import PIXELS, has_pixels, positions_after
 
 if TYPE_CHECKING:
     from tokenmerge.vlm.inputs import Compacted
@@ -19,6 +19,7 @@ __all__ = [
     "Noted",
     "after_cache",
     "cached_length",
+    "check_images",
     "decoding",
     "inferred_mask",
     "limits_of",
@@ -200,8 +201,7 @@ def after_cache(base: Any, given: dict[str, Any], is_whole: bool) -> dict[str, A
     `noted` and `appended`.
     """
     ids, last = given.get("input_ids"), None if given.get("mm_encoder_outputs") else noted(given)
-    tokens = [getattr(base.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    special = torch.tensor([token for token in tokens if token is not None])
+    special = _special(base)
     if last is not None:
         return appended(given, last, special)
     embedded = given.get("inputs_embeds") is not None or given.get("mm_encoder_outputs")
@@ -211,6 +211,12 @@ def after_cache(base: Any, given: dict[str, Any], is_whole: bool) -> dict[str, A
         "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
         "them, or go on with the cache of a call whose prompt this one starts with."
     )
+
+
+def _special(base: Any) -> Tensor:
+    """Return the ids of placeholders."""
+    tokens = [getattr(base.config, f"{kind}_token_id", None) for kind in PIXELS]
+    return torch.tensor([token for token in tokens if token is not None])
 
 
 def appended(given: dict[str, Any], prompt: Noted, special: Tensor) -> dict[str, Any]:
@@ -250,8 +256,34 @@ def appended(given: dict[str, Any], prompt: Noted, special: Tensor) -> dict[str,
     return short
 
 
-def decoding(prompt: Noted | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return a call that goes on after a shortened prompt, with a mask and positions of the shortened one's length."""
+def check_images(base: Any, given: dict[str, Any], is_whole: bool) -> None:
+    """Raise `UnsupportedError` for images with a cache that holds images: which of them are new is not known.
+
+    `is_whole`: nothing is to be left out, and only a prompt that was shortened before is in the way.
+    """
+    held, ids = cached_length(given), given.get("input_ids")
+    if not held or ids is None:
+        return
+    if noted(given) is not None or (
+        not is_whole and bool(torch.isin(ids[:, :held], _special(base).to(ids.device)).any())
+    ):
+        raise UnsupportedError(
+            "images are given with a cache that holds a prompt with images. Call generate with the whole prompt and "
+            "all of its images, and without the cache."
+        )
+
+
+def decoding(given: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+    """Return a call that goes on after the shortened prompt in its cache, with a mask and positions of that length.
+
+    Raises `UnsupportedError` for images that are to be shortened (not `is_whole`), and for positions.
+    """
+    if not is_whole and has_pixels(given):
+        raise UnsupportedError(
+            "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
+            "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
+        )
+    prompt = noted(given)
     tokens, mask = tokens_of(given), given.get("attention_mask")
     if prompt is None or tokens is None:
         return given

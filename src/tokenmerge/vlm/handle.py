@@ -22,26 +22,25 @@ from tokenmerge.errors import (
     ConfigError,
     NotPatchedError,
     NotTrackedError,
-    UnsupportedError,
 )
 from tokenmerge.schedule import R
 from tokenmerge.vlm.after import (
     Noted,
     after_cache,
     cached_length,
+    check_images,
     decoding,
     inferred_mask,
     limits_of,
     note,
-    noted,
     whole_prompt,
 )
-from tokenmerge.vlm.encode import PIXELS, has_pixels
 from tokenmerge.vlm.families import find_family, unwrapped
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
+from tokenmerge.vlm.prompt import PIXELS, has_pixels
 from tokenmerge.vlm.releases import adapt
 from tokenmerge.vlm.report import PARTS, Clock, VLMReport
 from tokenmerge.vlm.tower import check_tower, merges
@@ -234,7 +233,7 @@ class VLMHandle:
 
     def _seen(self) -> Compacted:
         if self._last is None:
-            raise NotTrackedError("no call with images was shortened yet. Call generate or the model first.")
+            raise NotTrackedError("the last call shortened no images. Call generate or the model with images first.")
         return self._last
 
     @property
@@ -250,6 +249,7 @@ class VLMHandle:
                 self._last = None
                 self._say_encoded(given)
             return short
+        check_images(self._base, given, is_whole=self._is_whole)
         if self._is_whole:
             self._last = None
             return given
@@ -294,15 +294,6 @@ class VLMHandle:
         elif not goes_on:
             self._last = None
         return out
-
-    def continued(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call of the model itself that goes on with a cache."""
-        if not self._is_whole and has_pixels(given):
-            raise UnsupportedError(
-                "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
-                "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
-            )
-        return decoding(noted(given), given)
 
     def remember(self, whole: Tensor, *holders: Any) -> None:
         """Note the prompt of the last call for the caches in its arguments and its answer."""
@@ -352,7 +343,7 @@ class _Forward(_Call):
         given = short = self.by_name(args, kwargs)
         goes_on = cached_length(given) > 0  # asked now: the call fills the cache
         if not handle._is_inside:
-            short = handle.continued(given) if goes_on else handle.shortened(given)
+            short = decoding(given, is_whole=handle._is_whole) if goes_on else handle.shortened(given)
         with handle._timed("decode" if goes_on else "prefill"):
             out = self.original(**short)
         if short is not given and not goes_on:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
-from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode, has_pixels
+from tokenmerge.vlm.encode import Chosen, Encoded, Entry, encode
 from tokenmerge.vlm.families import Family, find_family, unwrapped
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
-from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
+from tokenmerge.vlm.prompt import PIXELS, Shortened, has_pixels, pads_on_the_right, positions_of, shorten, texts
 from tokenmerge.vlm.releases import check_newer
 
 __all__ = ["Compacted", "check_keep", "check_positions", "checked", "compact", "compacted"]

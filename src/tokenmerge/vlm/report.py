@@ -34,7 +34,7 @@ class VLMReport:
             f"{self.family}: {self.method}, keep {self.keep}, positions {self.positions}",
             f"visual tokens of the last call: {before} -> {after}, in {len(self.tokens)} images, crops or videos"
             if self.tokens
-            else "visual tokens of the last call: none",
+            else "visual tokens of the last call: none were left out",
         ]
         if self.seconds is not None:
             lines.append(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in self.seconds.items()))
