@@ -109,6 +109,10 @@ def test_a_new_image_behind_a_cache(tiny: Any) -> None:
         expected = generate(model, inputs, new=4)
         cache = model(input_ids=inputs["input_ids"][:, :3], use_cache=True)[CACHE]
         assert cache.get_seq_length() == 3
+        if IS_OLD:
+            with pytest.raises(UnsupportedError, match="images behind a cache of text needs transformers 5"):
+                generate(model, inputs, new=4, **{CACHE: cache})
+            return
         assert generate(model, inputs, new=4, **{CACHE: cache}).equal(expected)
         assert handle.visual_tokens == [(tiny.tokens, tiny.tokens // 2)]
 
@@ -259,11 +263,15 @@ def test_a_mask_that_is_no_tensor_and_a_prompt_given_twice() -> None:
             model.generate(inputs["input_ids"].clamp_max(60), **inputs, max_new_tokens=2)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @torch.no_grad()
 def test_limits_of_the_length_in_the_models_configuration() -> None:
     """They hold beside a configuration that says nothing of the length."""
     model, inputs = LLAVA.make(), LLAVA.prompts([1])
     length = inputs["input_ids"].shape[1]
+    plain = model.generate(**inputs, do_sample=False).shape[1]
+    with patch(model, 0.5):
+        assert model.generate(**inputs, do_sample=False).shape[1] == plain  # the default counts new tokens
     model.generation_config.max_length = length + 7
     config = transformers.GenerationConfig(do_sample=False)
     plain = model.generate(**inputs, generation_config=config).shape[1]
@@ -299,6 +307,11 @@ def test_both_ways_to_patch_and_to_unpatch() -> None:
     with patch(model, 0.5):
         with pytest.raises(AlreadyPatchedError, match=r"is patched by tokenmerge\.vlm\. .* merges in the tower too"):
             tokenmerge.patch(model, r=3)
+        for function in (tokenmerge.unpatch, tokenmerge.handle_of):
+            with pytest.raises(
+                NotPatchedError, match=r"patched by tokenmerge\.vlm: its handle is model\.forward\.handle"
+            ):
+                function(model)
         tokenmerge.supports(model)  # patches for a moment, and would take out both
         assert model(**inputs).logits.shape[1] < plain.shape[1]
     for take_out in (tokenmerge.unpatch, lambda model: tokenmerge.handle_of(model).remove()):

@@ -189,9 +189,11 @@ def inferred_mask(model: Any, given: Mapping[str, Any]) -> Tensor | None:
 
 
 def _setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of `generate`: of the call, else of its configuration, else of the model's."""
+    """Return a setting of `generate`: of the call, else of its configuration, else of the model's; None: a default."""
+    default = getattr(type(model.generation_config)(), name, None)  # of 4.57, which does not count as a setting
     own = (getattr(config, name, None) for config in (given.get("generation_config"), model.generation_config))
-    return next((value for value in (given.get(name), *own) if value is not None), None)
+    found = (given.get(name), *(value for value in own if value != default))
+    return next((value for value in found if value is not None), None)
 
 
 def after_cache(base: Any, given: dict[str, Any], is_whole: bool) -> dict[str, Any]:
