@@ -116,6 +116,27 @@ def test_one_token_merges_in_the_tower_as_any_number_does(folder: Path, photo: P
     assert given == [(1, 2), (1.0, 0)] and [row["visual tokens"] for row in rows] == [1, 16]
 
 
+def test_photos_of_sixteen_bits_and_of_cameras_that_were_turned(folder: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from tokenmerge.vlm.ask import load_vlm, prepare
+
+    _, processor = load_vlm(str(folder))
+    grey = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)
+
+    def pixels(name: str) -> Any:
+        return prepare(processor, [tmp_path / name], "a ?")["pixel_values"]
+
+    Image.fromarray(grey).save(tmp_path / "plain.png")
+    Image.fromarray(grey.astype(np.uint16) << 8).save(tmp_path / "deep.png")
+    assert pixels("deep.png").equal(pixels("plain.png"))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the top is on the right
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.png", exif=turned)
+    assert pixels("turned.png").equal(pixels("plain.png"))
+
+
 def test_a_template_that_writes_the_first_token(folder: Path, photo: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 

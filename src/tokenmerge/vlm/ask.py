@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenmerge.data.images import decode
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import is_dir
 from tokenmerge.measure.outputs import find_device, find_dtype
@@ -50,11 +52,12 @@ def load_vlm(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[An
 
 def prepare(processor: Any, images: Sequence[str | Path], prompt: str) -> dict[str, Any]:
     """Return the inputs of a prompt about image files; raises `DataError` for a file that is no image."""
-    from PIL import Image
+    from PIL import ImageOps
 
     try:
-        pictures = [Image.open(path).convert("RGB") for path in images]
-    except (OSError, ValueError) as error:
+        # turned as the camera says, like transformers does
+        pictures = [ImageOps.exif_transpose(decode(str(path), partial(str, path))).convert("RGB") for path in images]
+    except OSError as error:
         raise DataError(f"cannot read an image: {error}.") from error
     if getattr(processor, "chat_template", None):
         content: list[dict[str, Any]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
