@@ -103,5 +103,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if not names:
+        return UnknownNameError(f"no {kind} {name!r}: it has none.")
     known_names = f"Known: {', '.join(names)}." if len(names) <= 40 else f"{len(names)} names are known."
     return UnknownNameError(f"no {kind} {name!r}.{hint} {known_names}")

@@ -351,6 +351,11 @@ def handle_of(model: nn.Module, default: Any = _RAISE) -> Handle | None:
     handle = model.__dict__.get(ATTRIBUTE)
     if handle is None and default is not _RAISE:
         return None
+    if handle is None and hasattr(model.__dict__.get("forward"), "handle"):
+        raise NotPatchedError(
+            f"this {type(model).__qualname__} is patched by tokenmerge.vlm: its handle is model.forward.handle. Call "
+            "remove() of that."
+        )
     if handle is None:
         part = any(is_bound(module) for module in model.modules())
         raise NotPatchedError(

@@ -234,6 +234,10 @@ def test_options_in_a_text() -> None:
     assert methods.find("dart(pivots=2)") == methods.Dart(pivots=2)
     with pytest.raises(UnknownNameError, match=r"no option of dart 'pivot'. Did you mean 'pivots'"):
         methods.find("dart(pivot=2)")
+    with pytest.raises(UnknownNameError, match=r"no option of divprune 'pivots': it has none\."):
+        methods.find("divprune(pivots=2)")
+    with pytest.raises(ConfigError, match=r"method is the class Dart\. Give an object of it: Dart\(\)"):
+        methods.find(methods.Dart)  # type: ignore[arg-type]
     for text in ("dart(2)", "dart(pivots=2, pivots=3)", "dart(", "a b", None, 3):
         with pytest.raises(ConfigError, match="it takes a name"):
             methods.find(text)  # type: ignore[arg-type]

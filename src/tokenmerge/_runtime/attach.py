@@ -189,6 +189,11 @@ def _free_blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Modul
                 else "by way of a model around or inside it, or one that shares them; call unpatch on that one first."
             )
         )
+    if is_bound(model):
+        raise AlreadyPatchedError(
+            f"this {type(model).__qualname__} is patched by tokenmerge.vlm. Call remove() of its handle; "
+            "tokenmerge.vlm.patch(model, keep, r=...) merges in the tower too."
+        )
     _check_shared(model, blocks)
     return blocks
 

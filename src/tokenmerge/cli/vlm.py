@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from tokenmerge.cli.options import read_r
+from tokenmerge.errors import ConfigError
 from tokenmerge.schedule import TEXT_FORMS
 
 __all__ = ["add", "run"]
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenmerge.report.table import show
     from tokenmerge.vlm.ask import ask, load_vlm
 
-    keep: list[Any] = [int(value) for value in arguments.keep] if arguments.count else arguments.keep
+    keep = _read_keep(arguments.keep, arguments.count)
     model, processor = load_vlm(arguments.model, device=arguments.device, dtype=arguments.dtype)
     with Progress("rounds") as progress:
         rows = ask(
@@ -51,5 +51,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"rows": rows}, indent=2))
     else:
-        show(rows, f"{arguments.model}, {arguments.method}", wide=arguments.wide)
+        numbers = [{name: value for name, value in row.items() if name != "answer"} for row in rows]
+        show(numbers, f"{arguments.model}, {arguments.method}", wide=arguments.wide)
+        for row in rows:
+            print(f"\nkeep {row['keep']}: {row['answer'] or '(an empty answer)'}")
     return 0
+
+
+def _read_keep(values: list[float], are_counts: bool) -> list[float | int]:
+    """Return the values of --keep; raises `ConfigError` before a model is loaded."""
+    for value in values:
+        if are_counts and not (value.is_integer() and value >= 1):
+            raise ConfigError(
+                f"--keep is {value:g}, and --count reads numbers of tokens. Give whole ones of at least 1."
+            )
+        if not are_counts and not 0 < value <= 1:
+            raise ConfigError(
+                f"--keep is {value:g}. Give a share of the visual tokens, above 0 and up to 1, or numbers of tokens "
+                "with --count."
+            )
+    return [int(value) for value in values] if are_counts else list(values)

@@ -28,7 +28,7 @@ from tokenmerge.data.sources import (
 )
 from tokenmerge.errors import DataError, unknown_name
 
-__all__ = ["fashion_mnist", "files", "folder", "hf", "hf_stream", "wds"]
+__all__ = ["decode", "fashion_mnist", "files", "folder", "hf", "hf_stream", "wds"]
 
 T = TypeVar("T")
 HELD_OUT = 2_000  # the last training images are the validation split
@@ -85,7 +85,7 @@ class Folder(Source):
 
     def read(self, index: int) -> tuple[Raw, int]:
         path, label = self.samples[index]
-        return _picture(path, lambda: path), label
+        return decode(path, lambda: path), label
 
 
 class Files(Source):
@@ -107,10 +107,10 @@ class Files(Source):
 
     def read(self, index: int) -> tuple[Raw, int]:
         path = self.paths[index]
-        return _picture(path, lambda: path), 0
+        return decode(path, lambda: path), 0
 
 
-def _picture(name: str, content: Callable[[], Any]) -> Raw:
+def decode(name: str, content: Callable[[], Any]) -> Raw:
     """Decode the file or stream that `content` returns; raise OSError with its name on any failure."""
     from PIL import Image
 
@@ -231,7 +231,7 @@ def _cell(name: str, cell: dict[str, Any] | None) -> Raw:
     if cell is None:
         raise OSError(f"{name}: there is no image")
     if cell["bytes"] is not None:
-        return _picture(name, lambda: io.BytesIO(cell["bytes"]))
+        return decode(name, lambda: io.BytesIO(cell["bytes"]))
     try:
         return Image().decode_example(cell)
     except Exception as error:
@@ -280,7 +280,7 @@ class Shards(Stream):
             if picture is None or "cls" not in sample:
                 there = ", ".join(key for key in sample if not key.startswith("__"))
                 raise DataError(f"{name} has {there}; it needs an image (jpg, png, ...) and its class (cls).")
-            yield partial(_picture, name, partial(io.BytesIO, picture)), self._label(name, sample["cls"])
+            yield partial(decode, name, partial(io.BytesIO, picture)), self._label(name, sample["cls"])
 
     def _walk(self, urls: list[str]) -> Iterator[dict[str, Any]]:
         import webdataset

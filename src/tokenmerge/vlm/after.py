@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import UnsupportedError
-from tokenmerge.vlm.prompt import positions_after
+from tokenmerge.errors import DataError, UnsupportedError
+from tokenmerge.vlm.prompt import PIXELS, has_pixels, positions_after
 
 if TYPE_CHECKING:
     from tokenmerge.vlm.inputs import Compacted
 
-__all__ = ["Noted", "appended", "cached_length", "decoding", "limits_of", "note", "noted", "tokens_of", "whole_prompt"]
+__all__ = [
+    "Noted",
+    "after_cache",
+    "cached_length",
+    "check_images",
+    "decoding",
+    "inferred_mask",
+    "limits_of",
+    "note",
+    "noted",
+    "tokens_of",
+    "whole_prompt",
+]
 
 _CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
 _NOTE = "_tokenmerge_prompt"  # an attribute of caches, which their copies take along
@@ -155,60 +167,137 @@ def whole_prompt(sequences: Tensor, whole: Tensor, short: int) -> Tensor:
     return torch.cat((whole.repeat_interleave(len(sequences) // len(whole), dim=0), sequences[:, short:]), dim=1)
 
 
-def limits_of(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:
+def limits_of(model: Any, given: Mapping[str, Any], removed: int) -> dict[str, Any]:
     """Return limits of the length with the prompt, lowered by the tokens that the prompt has less."""
-    config = given.get("generation_config") or model.generation_config
     limits = {}
     for name in ("max_length", "min_length"):
-        value, new = (given.get(key) or getattr(config, key, None) for key in (name, f"{name[:3]}_new_tokens"))
+        value, new = _setting(model, given, name), _setting(model, given, f"{name[:3]}_new_tokens")
         if value and not new:  # new tokens are counted without the prompt
             limits[name] = max(0, value - removed)
     return limits
 
 
-def appended(given: dict[str, Any], last: Compacted, special: Tensor) -> dict[str, Any]:
-    """Return a call whose prompt starts with the last one: that part shortened as it was, the rest as it is.
+def inferred_mask(model: Any, given: Mapping[str, Any]) -> Tensor | None:
+    """Return the mask `[B, L]` that `generate` infers from padding where none is given; None: there is no padding."""
+    ids = given.get("input_ids")
+    pad, end = _setting(model, given, "pad_token_id"), _setting(model, given, "eos_token_id")
+    ends = torch.as_tensor([] if end is None else end).flatten().tolist()
+    if ids is None or pad is None or int(pad) in ends or not bool((ids == pad).any()):
+        return None
+    mask: Tensor = (ids != pad).long()
+    return mask
 
-    Raises `UnsupportedError` if placeholders (ids `special`) were cut off its cache.
+
+def _setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of `generate`: of the call, else of its configuration, else of the model's; None: a default."""
+    default = getattr(type(model.generation_config)(), name, None)  # of 4.57, which does not count as a setting
+    own = (getattr(config, name, None) for config in (given.get("generation_config"), model.generation_config))
+    found = (given.get(name), *(value for value in own if value != default))
+    return next((value for value in found if value is not None), None)
+
+
+def after_cache(base: Any, given: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+    """Return a call without pixels that goes on after the shortened prompt in its cache; the same one without any.
+
+    `is_whole`: nothing is to be left out. Raises `DataError` for placeholders without images, and the errors of
+    `noted` and `appended`.
     """
-    held, own = cached_length(given), last.inputs["input_ids"]
+    ids, last = given.get("input_ids"), None if given.get("mm_encoder_outputs") else noted(given)
+    special = _special(base)
+    if last is not None:
+        return appended(given, last, special)
+    embedded = given.get("inputs_embeds") is not None or given.get("mm_encoder_outputs")
+    if is_whole or ids is None or embedded or not bool(torch.isin(ids, special.to(ids.device)).any()):
+        return given
+    raise DataError(
+        "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
+        "them, or go on with the cache of a call whose prompt this one starts with."
+    )
+
+
+def _special(base: Any) -> Tensor:
+    """Return the ids of placeholders."""
+    tokens = [getattr(base.config, f"{kind}_token_id", None) for kind in PIXELS]
+    return torch.tensor([token for token in tokens if token is not None])
+
+
+def appended(given: dict[str, Any], prompt: Noted, special: Tensor) -> dict[str, Any]:
+    """Return a call whose prompt starts with the noted one: that part shortened as it was, the rest as it is.
+
+    As in transformers, it may also have only what is new, with the mask of all. Raises `DataError` for another prompt,
+    `UnsupportedError` if placeholders (ids `special`) were cut off its cache.
+    """
+    last, ids, mask = prompt.record, given.get("input_ids"), given.get("attention_mask")
+    held, own, length = cached_length(given), last.inputs["input_ids"], last.prompt.length
     if bool(torch.isin(own[:, held:], special.to(own.device)).any()):
         raise UnsupportedError(
             f"the cache was cut inside the images: it holds {held} tokens of a shortened prompt of {own.shape[1]}. "
             "Give the prompt with its images, and no cache."
         )
-    short, length = dict(given), last.prompt.length
-    rest = given["input_ids"].shape[1] - length
-    for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
-        if isinstance(given.get(name), Tensor):
-            short[name] = torch.cat((last.inputs[name], given[name][:, length:]), dim=1)
-    mask = last.inputs["attention_mask"]
-    new = (
-        given["attention_mask"][:, length:]
-        if given.get("attention_mask") is not None
-        else mask.new_ones(len(mask), rest)
-    )
-    short["attention_mask"] = torch.cat((mask, new), dim=1)
-    before = last.inputs["position_ids"]
+    behind = held - own.shape[1]  # tokens of the cache behind the prompt
+    starts = ids is not None and ids[:, :length].equal(prompt.ids)
+    is_new = mask is not None and ids is not None and 0 <= behind == mask.shape[1] - length - ids.shape[1]
+    if ids is None or not (starts or is_new):
+        raise DataError(
+            f"the cache begins with a shortened prompt of {length} tokens, and "
+            + ("inputs_embeds are" if ids is None else f"{list(ids.shape)} input_ids are")
+            + " given that do not start with it. Give the prompt with its placeholders and all that follows as "
+            "input_ids, or what is new alone with the attention mask of all."
+        )
+    short = dict(given)
+    if starts:
+        for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
+            if isinstance(given.get(name), Tensor):
+                short[name] = torch.cat((last.inputs[name], given[name][:, length:]), dim=1)
+    before, own_mask = last.inputs["position_ids"], last.inputs["attention_mask"]
+    rest = (ids if starts or mask is None else mask).shape[1] - length
+    new = own_mask.new_ones(own_mask.shape[0], rest) if mask is None else mask[:, length:]
+    short["attention_mask"] = torch.cat((own_mask, new), dim=1)
     steps = torch.arange(1, rest + 1, device=before.device)
     short["position_ids"] = torch.cat((before, positions_after(before, steps)), dim=-1)
     return short
 
 
-def decoding(prompt: Noted | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return a call that goes on after a shortened prompt, with a mask and positions of the shortened one's length."""
-    ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if prompt is None or ids is None:
+def check_images(base: Any, given: dict[str, Any], is_whole: bool) -> None:
+    """Raise `UnsupportedError` for images with a cache that holds images: which of them are new is not known.
+
+    `is_whole`: nothing is to be left out, and only a prompt that was shortened before is in the way.
+    """
+    held, ids = cached_length(given), given.get("input_ids")
+    if not held or ids is None:
+        return
+    if noted(given) is not None or (
+        not is_whole and bool(torch.isin(ids[:, :held], _special(base).to(ids.device)).any())
+    ):
+        raise UnsupportedError(
+            "images are given with a cache that holds a prompt with images. Call generate with the whole prompt and "
+            "all of its images, and without the cache."
+        )
+
+
+def decoding(given: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+    """Return a call that goes on after the shortened prompt in its cache, with a mask and positions of that length.
+
+    Raises `UnsupportedError` for images that are to be shortened (not `is_whole`), and for positions.
+    """
+    if not is_whole and has_pixels(given):
+        raise UnsupportedError(
+            "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
+            "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
+        )
+    prompt = noted(given)
+    tokens, mask = tokens_of(given), given.get("attention_mask")
+    if prompt is None or tokens is None:
         return given
-    last = prompt.record
+    last, new = prompt.record, tokens.shape[1]
     held, M = cached_length(given), last.prompt.places.shape[1]
     after = max(0, held - M)  # tokens in the cache behind the prompt, whose end may have been cut off
     short = dict(given)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + held - M + ids.shape[1]:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == last.prompt.length + held - M + new:
         own = last.inputs["attention_mask"][:, :held]
-        short["attention_mask"] = torch.cat((own, mask[:, mask.shape[1] - after - ids.shape[1] :]), dim=1)
+        short["attention_mask"] = torch.cat((own, mask[:, mask.shape[1] - after - new :]), dim=1)
     if given.get("position_ids") is None:
-        steps = torch.arange(after + 1, after + 1 + ids.shape[1], device=ids.device)
+        steps = torch.arange(after + 1, after + 1 + new, device=tokens.device)
         short["position_ids"] = positions_after(last.inputs["position_ids"][..., :held], steps)
     else:
         raise UnsupportedError(

@@ -17,11 +17,10 @@ from tokenmerge import Handle, kernels
 from tokenmerge.vlm.families import Family
 from tokenmerge.vlm.merging import check_call, targets_of
 from tokenmerge.vlm.methods import Chooser
+from tokenmerge.vlm.prompt import PIXELS
 from tokenmerge.vlm.tower import watched
 
-__all__ = ["PIXELS", "Chosen", "Encoded", "Entry", "encode", "has_pixels"]
-
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the argument with each kind of input
+__all__ = ["Chosen", "Encoded", "Entry", "encode"]
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ class Encoded:
             parts.append(torch.cat([chosen.of(part) for part, chosen in zip(split, kept[start:], strict=False)]))
             start += count
         return torch.stack(parts) if isinstance(features, Tensor) else parts
-
-
-def has_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether images or videos that are not encoded yet are among the arguments of a call."""
-    return any(inputs.get(name) is not None for name in PIXELS.values())
 
 
 def encode(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -21,22 +20,30 @@ from tokenmerge._intercept.override import Binding, Override
 from tokenmerge.errors import (
     AlreadyPatchedError,
     ConfigError,
-    DataError,
     NotPatchedError,
     NotTrackedError,
-    UnsupportedError,
 )
 from tokenmerge.schedule import R
-from tokenmerge.vlm.after import Noted, appended, cached_length, decoding, limits_of, note, noted, whole_prompt
-from tokenmerge.vlm.encode import PIXELS, has_pixels
+from tokenmerge.vlm.after import (
+    Noted,
+    after_cache,
+    cached_length,
+    check_images,
+    decoding,
+    inferred_mask,
+    limits_of,
+    note,
+    whole_prompt,
+)
 from tokenmerge.vlm.families import find_family, unwrapped
 from tokenmerge.vlm.inputs import Compacted, check_keep, check_positions, compacted
 from tokenmerge.vlm.inside import Inside, check_free, check_generate, check_inside
 from tokenmerge.vlm.merging import merge_tower, set_keep
 from tokenmerge.vlm.methods import Chooser, find
+from tokenmerge.vlm.prompt import PIXELS, has_pixels
 from tokenmerge.vlm.releases import adapt
-from tokenmerge.vlm.report import PARTS, VLMReport
-from tokenmerge.vlm.tower import check_tower
+from tokenmerge.vlm.report import PARTS, Clock, VLMReport
+from tokenmerge.vlm.tower import check_tower, merges
 
 __all__ = ["PARTS", "VLMHandle", "VLMReport", "patch"]
 
@@ -84,17 +91,19 @@ class VLMHandle:
             check_free(self._base)
             check_inside(self._base, method, keep, positions)
             self._positions = "keep"
-        check_tower(method, self._base, _merges(r))
+        check_tower(method, self._base, merges(r))
         self.tower: Handle | None = None
         if method.merges_tower:
             self.tower = merge_tower(model, self._base, self._family, keep, method.name)
-        elif _merges(r):
+        elif merges(r):
             self.tower = tokenmerge.patch(model, r=r, restore="dense")
+        if self.tower is not None:
+            self.tower.on_remove(self._undo)  # `tokenmerge.unpatch` takes out both
         self._language = Inside(self._base, method) if method.inside else None
         self._last: Compacted | None = None
         self._remarks: list[str] = []
         self.timed = False  # whether calls are timed, for `report(time=True)`: set it at any time
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._clock = Clock()
         self._local = threading.local()
         self._is_removed = False
         adapt(model, self._base)
@@ -151,6 +160,20 @@ class VLMHandle:
         self._method = method
 
     @property
+    def r(self) -> R:
+        """Tokens that each block of the vision tower merges. Set it at any time if `r` was given when patching."""
+        return 0 if self.tower is None else self.tower.r
+
+    @r.setter
+    def r(self, value: R) -> None:
+        if self.tower is None or self._method.merges_tower:
+            reason = (
+                "it follows from keep" if self.tower else "the tower was patched without it. Call remove(), and patch"
+            )
+            raise ConfigError(f"r cannot become {value!r}: {reason}.")
+        self.tower.r = value
+
+    @property
     def positions(self) -> str:
         """How tokens are numbered: "keep" or "compact"."""
         return self._positions
@@ -192,21 +215,25 @@ class VLMHandle:
             [] if self._last is None else self._last.tokens,
             list(self._remarks),
             None if self.tower is None else self.tower.report(),
-            dict(self._seconds) if time else None,
+            dict(self._clock.seconds) if time else None,
         )
 
     def remove(self) -> None:
         """Restore the model, bit for bit; raises `NotPatchedError` the second time."""
         if self._is_removed:
             raise NotPatchedError("this handle was removed before.")
-        undo({self.model, self._base, *(() if self._language is None else self._language.modules)})
-        if self.tower is not None:
+        if self.tower is None:
+            self._undo()
+        else:
             self.tower.remove()
+
+    def _undo(self) -> None:
+        undo({self.model, self._base, *(() if self._language is None else self._language.modules)})
         self._is_removed = True
 
     def _seen(self) -> Compacted:
         if self._last is None:
-            raise NotTrackedError("no call with images was shortened yet. Call generate or the model first.")
+            raise NotTrackedError("the last call shortened no images. Call generate or the model with images first.")
         return self._last
 
     @property
@@ -216,21 +243,37 @@ class VLMHandle:
     def shortened(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with fewer visual tokens, or the same ones where there is nothing to do."""
         self._begin(given)
+        if not has_pixels(given):  # a prompt that was shortened before goes on as it was, whatever `keep` is now
+            short = after_cache(self._base, given, is_whole=self._is_whole)
+            if short is given:
+                self._last = None
+                self._say_encoded(given)
+            return short
+        check_images(self._base, given, is_whole=self._is_whole)
         if self._is_whole:
             self._last = None
             return given
-        if not has_pixels(given):
-            return self._continued(given)
         with self._timed("choose"):
             found = compacted(self._base, self._family, given, self._keep, self.method, self.positions, self.tower)
-        self._keep_record(found.without_features())
+        self._local.record = found.without_features()  # of this thread, for its cache
+        self._keep_record(self._local.record)
         return found.inputs
 
     def _begin(self, given: dict[str, Any]) -> None:
         if not cached_length(given):
             note(None, given)  # what the cache held before was taken out of it
         self._remarks.clear()
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._clock = Clock()
+
+    def _say_encoded(self, given: dict[str, Any]) -> None:
+        if self._is_whole or not given.get("mm_encoder_outputs"):
+            return
+        self._remarks.append("nothing was left out: the images were encoded before (mm_encoder_outputs)")
+        # an assistant model gets them from `generate`; to a base model its whole model gave them
+        if not hasattr(self.model, "generate"):
+            warnings.warn(
+                f"{self._remarks[-1]}. To shorten what generate is given, patch the whole model.", stacklevel=5
+            )
 
     def _keep_record(self, record: Compacted) -> None:
         self._last = record
@@ -252,53 +295,12 @@ class VLMHandle:
             self._last = None
         return out
 
-    def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Shorten a prompt that goes on after the last one, whose images are in the cache."""
-        ids = given.get("input_ids")
-        tokens = [getattr(self._base.config, f"{kind}_token_id", None) for kind in PIXELS]
-        special = torch.tensor([token for token in tokens if token is not None])
-        if ids is None or given.get("mm_encoder_outputs") or not bool(torch.isin(ids, special.to(ids.device)).any()):
-            self._last = None
-            if given.get("mm_encoder_outputs"):
-                # no warning: this is what an assistant model gets from `generate`
-                self._remarks.append("nothing was left out: the images were encoded before (mm_encoder_outputs)")
-            return given
-        last = noted(given)
-        if last is None or not ids[:, : last.ids.shape[1]].equal(last.ids):
-            raise DataError(
-                "the prompt has placeholders of images, and no images are given. Give what the processor returned for "
-                "them, or go on with the cache of a call whose prompt this one starts with."
-            )
-        return appended(given, last.record, special)
-
-    def continued(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call of the model itself that goes on with a cache."""
-        if not self._is_whole and has_pixels(given):
-            raise UnsupportedError(
-                "images are given with a cache that holds a prompt: they would not be shortened. Call generate with "
-                "the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
-            )
-        return decoding(noted(given), given)
-
     def remember(self, whole: Tensor, *holders: Any) -> None:
         """Note the prompt of the last call for the caches in its arguments and its answer."""
-        if self._last is not None:
-            note(Noted(whole, self._last, layers=0), *holders)
+        note(Noted(whole, self._local.record, layers=0), *holders)
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        if not self.timed:
-            yield
-            return
-        device = next(self.model.parameters()).device
-        before, self._local.inner, start = getattr(self._local, "inner", 0.0), 0.0, _now(device)
-        try:
-            yield
-        finally:
-            seconds = _now(device) - start
-            # without the parts inside this one
-            self._seconds[part] += seconds - self._local.inner
-            self._local.inner = before + seconds
+    def _timed(self, part: str) -> AbstractContextManager[None]:
+        return self._clock.part(part, next(self.model.parameters()).device) if self.timed else nullcontext()
 
     @property
     def _is_inside(self) -> bool:
@@ -341,7 +343,7 @@ class _Forward(_Call):
         given = short = self.by_name(args, kwargs)
         goes_on = cached_length(given) > 0  # asked now: the call fills the cache
         if not handle._is_inside:
-            short = handle.continued(given) if goes_on else handle.shortened(given)
+            short = decoding(given, is_whole=handle._is_whole) if goes_on else handle.shortened(given)
         with handle._timed("decode" if goes_on else "prefill"):
             out = self.original(**short)
         if short is not given and not goes_on:
@@ -368,9 +370,10 @@ class _Generate(_Call):
             with self.handle._inside():
                 return self.original(*args, **kwargs)
         given = self.by_name(args, kwargs)
-        inputs = given.pop("inputs", None)
-        if inputs is not None:
-            given.setdefault("input_ids", inputs)
+        if given.get("input_ids") is None and given.get("inputs") is not None:
+            given["input_ids"] = given.pop("inputs")
+        if has_pixels(given) and given.get("attention_mask") is None:
+            given["attention_mask"] = inferred_mask(self.owner, given)
         with torch.no_grad():  # as generate itself
             short = self.handle.shortened(given)
         if short is given:
@@ -380,19 +383,9 @@ class _Generate(_Call):
         limits = limits_of(self.owner, given, whole.shape[1] - length)
         with self.handle._inside():
             out = self.original(**{**short, **limits})
-        if "mm_encoder_outputs" in short:
+        if short.get("mm_encoder_outputs"):
             self.handle.remember(whole, given, out)
         if isinstance(out, Tensor):
             return whole_prompt(out, whole, length)
         out.sequences = whole_prompt(out.sequences, whole, length)
         return out
-
-
-def _merges(r: R) -> bool:
-    return bool(callable(r) or not isinstance(r, (int, float)) or r)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

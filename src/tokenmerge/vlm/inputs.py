@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tokenmerge import Handle
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError
-from tokenmerge.vlm.encode import PIXELS, Chosen, Encoded, Entry, encode, has_pixels
+from tokenmerge.vlm.encode import Chosen, Encoded, Entry, encode
 from tokenmerge.vlm.families import Family, find_family, unwrapped
 from tokenmerge.vlm.methods import Chooser, Visual, find
 from tokenmerge.vlm.methods.base import chosen_by
-from tokenmerge.vlm.prompt import Shortened, pads_on_the_right, positions_of, shorten, texts
+from tokenmerge.vlm.prompt import PIXELS, Shortened, has_pixels, pads_on_the_right, positions_of, shorten, texts
 from tokenmerge.vlm.releases import check_newer
 
 __all__ = ["Compacted", "check_keep", "check_positions", "checked", "compact", "compacted"]
@@ -134,7 +134,7 @@ def compacted(
     for kind in given:
         found = encode(base, family, kind, inputs, method, tower)
         is_place = ids == special[kind]
-        owners = _owners(kind, is_place, found)
+        owners = _owners(kind, is_place, is_kept, found)
         chosen = [
             _choose(entry, keep, method, words[owner]) for entry, owner in zip(found.entries, owners, strict=True)
         ]
@@ -173,13 +173,17 @@ def checked(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         raise UnsupportedError(
             "images that are encoded already (mm_encoder_outputs) are given with pixels. Give one of them."
         )
-    if mask is not None and mask.dim() != 2:
-        raise UnsupportedError(
-            f"the attention mask has {mask.dim()} dimensions: only [batch, tokens] can be shortened."
-        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        found = f"has {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise UnsupportedError(f"the attention mask {found}: only a tensor [batch, tokens] can be shortened.")
     if mask is not None and mask.shape != ids.shape:
         raise DataError(
             f"the attention mask is {tuple(mask.shape)}, the prompt {tuple(ids.shape)}: they must be equal."
+        )
+    if bool((_steps(inputs) < 0).any()):
+        raise UnsupportedError(
+            "position_ids start again inside a row, as in packed sequences, and a shortened prompt is one sequence. "
+            "Give each sequence a row of its own."
         )
     if isinstance(inputs.get("logits_to_keep"), Tensor):
         raise UnsupportedError(
@@ -189,13 +193,18 @@ def checked(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     return ids, mask
 
 
-def _owners(kind: str, is_place: Tensor, found: Encoded) -> list[int]:
-    """Return the row of the prompt that each entry belongs to; raises `DataError` if the counts do not match."""
+def _owners(kind: str, is_place: Tensor, is_kept: Tensor, found: Encoded) -> list[int]:
+    """Return the row of the prompt that each entry belongs to; raises `DataError` if they do not match."""
     places, tokens = is_place.sum(dim=1).tolist(), [entry.features.shape[0] for entry in found.entries]
     if sum(places) != sum(tokens):
         raise DataError(
             f"the prompt has {sum(places)} placeholders for {kind}s, and the {len(tokens)} {kind}s that are given have "
             f"{sum(tokens)} tokens. Give the processor the same {kind}s as the model."
+        )
+    if not bool(is_kept[is_place].all()):
+        raise DataError(
+            f"the attention mask hides placeholders of {kind}s that are given. Leave out what is hidden, and its "
+            f"{kind}s."
         )
     owners, row, left = [], 0, places[0]
     for count in tokens:
@@ -273,6 +282,11 @@ def _per_token(
         if isinstance(inputs.get(name), Tensor):
             short[name] = prompt.take(inputs[name], fill)
     own = inputs.get("position_ids")
+    if positions == "compact" and bool((_steps(inputs) != 1).any()):
+        raise UnsupportedError(
+            "position_ids are given that are not 0, 1, 2, ..., and positions='compact' numbers tokens anew. Leave them "
+            "out, or give positions='keep'."
+        )
     text = positions_of(short["attention_mask"])
     if family.has_places:
         if own is None:
@@ -285,6 +299,16 @@ def _per_token(
     else:
         short["position_ids"] = text
     return short
+
+
+def _steps(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the steps between the given positions of tokens that are neighbours, padding left out, of all rows."""
+    ids, mask, own = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+    if own is None:
+        return torch.ones(0)
+    rows = (own[0] if own.dim() == 3 else own).expand(ids.shape)
+    is_real = torch.ones_like(rows) if mask is None else mask
+    return torch.cat([row[real.bool()].diff() for row, real in zip(rows, is_real, strict=True)])
 
 
 def _placed(base: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -25,11 +25,10 @@ from tokenmerge._intercept.bindings import bind, is_bound
 from tokenmerge._intercept.override import Binding, Override
 from tokenmerge.errors import AlreadyPatchedError, ConfigError, UnsupportedError
 from tokenmerge.vlm.after import Noted, cache_of, cached_length, note, noted, tokens_of
-from tokenmerge.vlm.encode import PIXELS, has_pixels
 from tokenmerge.vlm.inputs import Compacted, checked
 from tokenmerge.vlm.methods import Chooser, Visual
 from tokenmerge.vlm.methods.base import chosen_by
-from tokenmerge.vlm.prompt import pads_on_the_right, shorten
+from tokenmerge.vlm.prompt import PIXELS, has_pixels, pads_on_the_right, shorten
 from tokenmerge.vlm.releases import check_newer
 
 __all__ = ["Inside", "check_free", "check_generate", "check_inside"]
@@ -113,12 +112,13 @@ class Inside:
         pixels = _has_images(given)
         held = cached_length(given)
         if held:
-            if pixels:
+            prompt = noted(given, method.inside)
+            if pixels and (prompt is not None or keep != 1.0):
                 raise UnsupportedError(
                     "images are given with a cache that holds a prompt: they would not be shortened. Call generate "
-                    "with the whole prompt and all of its images, or set handle.keep = 1.0 for this call."
+                    "with the whole prompt and all of its images"
+                    + ("." if prompt is not None else ", or set handle.keep = 1.0 for this call.")
                 )
-            prompt = noted(given, method.inside)
             tokens = tokens_of(given)
             if prompt is None or tokens is None:
                 return None

@@ -7,11 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Shortened", "pads_on_the_right", "positions_after", "positions_of", "shorten", "texts"]
+__all__ = [
+    "PIXELS",
+    "Shortened",
+    "has_pixels",
+    "pads_on_the_right",
+    "positions_after",
+    "positions_of",
+    "shorten",
+    "texts",
+]
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the argument with each kind of input
+
+
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether images or videos that are not encoded yet are among the arguments of a call."""
+    return any(inputs.get(name) is not None for name in PIXELS.values())
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,8 @@ class _Generate(_Seamed):
         outputs, positions = given.pop("mm_encoder_outputs", None), given.get("position_ids")
         if positions is None or (outputs is None and noted(given) is None):
             return self.original(**given)
+        if outputs and cached_length(given):  # 4.57 takes images only where a prompt starts
+            check_newer(self.owner, "images behind a cache of text", "Call generate without the cache.")
         config = given.get("generation_config") or self.owner.generation_config
         for name in _PIECES:
             if given.get(name) or getattr(config, name, None):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PARTS", "VLMReport"]
+import torch
+
+__all__ = ["PARTS", "Clock", "VLMReport"]
 
 PARTS = ("tower", "choose", "prefill", "decode")  # of a call, as they are timed
 
@@ -29,9 +34,34 @@ class VLMReport:
             f"{self.family}: {self.method}, keep {self.keep}, positions {self.positions}",
             f"visual tokens of the last call: {before} -> {after}, in {len(self.tokens)} images, crops or videos"
             if self.tokens
-            else "visual tokens of the last call: none",
+            else "visual tokens of the last call: none were left out",
         ]
         if self.seconds is not None:
             lines.append(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in self.seconds.items()))
         lines += self.remarks
         return "\n".join(lines + ([] if self.tower is None else [f"in the tower: {self.tower}"]))
+
+
+class Clock:
+    """The seconds of each of `PARTS` of a call."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._inner = 0.0  # of the parts inside the one that runs now
+
+    @contextmanager
+    def part(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time what runs in the `with`, without the parts inside it."""
+        before, self._inner, start = self._inner, 0.0, _now(device)
+        try:
+            yield
+        finally:
+            seconds = _now(device) - start
+            self.seconds[name] += seconds - self._inner
+            self._inner = before + seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

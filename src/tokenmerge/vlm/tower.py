@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tokenmerge import importance
 from tokenmerge._intercept.bindings import is_bound
 from tokenmerge.errors import ConfigError, UnsupportedError
+from tokenmerge.schedule import R
 from tokenmerge.vlm.methods import Chooser
 from tokenmerge.vlm.releases import window_order
 
-__all__ = ["Layout", "check_tower", "watched"]
+__all__ = ["Layout", "check_tower", "merges", "watched"]
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
 _CLASS = ("class_embedding", "cls_token")  # parameters of towers with a class token
@@ -234,14 +235,19 @@ class Watch(Layout):
         return None if bool(valid.all()) else [(row, own.nonzero().squeeze(1)) for row, own in enumerate(valid)]
 
 
-def check_tower(method: Chooser, base: Any, merges: bool) -> None:
-    """Raise an error if what a method needs of the tower cannot be had; `merges`: by r."""
-    if merges and method.merges_tower:
+def merges(r: R) -> bool:
+    """Return whether an `r` merges tokens, now or later."""
+    return bool(callable(r) or not isinstance(r, (int, float)) or r)
+
+
+def check_tower(method: Chooser, base: Any, is_merged: bool) -> None:
+    """Raise an error if what a method needs of the tower cannot be had; `is_merged`: by r."""
+    if is_merged and method.merges_tower:
         raise ConfigError(
             f"{method.name} merges in the vision tower until keep of the tokens are left: r follows from keep. Leave r "
             "out, or choose a method that looks at the features, such as divprune."
         )
-    if merges and method.reads_tower:
+    if is_merged and method.reads_tower:
         raise ConfigError(
             f"{method.name} chooses by the attention of the vision tower, whose tokens r merges. Give r=0, or a method "
             "that looks at the features only, such as divprune."

@@ -63,6 +63,8 @@ def find(method: str | Chooser) -> Chooser:
     """
     if isinstance(method, Chooser):
         return method
+    if isinstance(method, type) and issubclass(method, Chooser):
+        raise ConfigError(f"method is the class {method.__name__}. Give an object of it: {method.__name__}().")
     try:
         name, options = read_call(method if "(" in method else f"{method}()")
     except (TypeError, ValueError) as error:

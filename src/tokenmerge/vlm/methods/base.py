@@ -92,13 +92,19 @@ def chosen_by(method: Chooser, visual: Visual, k: int) -> tuple[Tensor, Tensor |
         got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
     elif not index.numel() or not bool((index.diff() > 0).all()) or not 0 <= int(index[0]) <= int(index[-1]) < total:
         got = f"{index.tolist()}"
+    elif isinstance(found, Merged) and not isinstance(weights, Tensor):
+        got = f"weights in a {type(weights).__name__}"
     elif weights is not None and weights.shape != (index.shape[0], total):
         got = f"weights {list(weights.shape)} for {index.shape[0]} of {total} tokens"
+    elif weights is not None and not weights.is_floating_point():
+        got = f"weights of {weights.dtype}"
+    elif weights is not None and not bool(weights.isfinite().all()):
+        got = "weights that are not finite"
     else:
         return index, weights
     raise DataError(
         f"{method.name} was to choose {k} of {total} tokens, and returned {got}. Return their indices as int64 [k], "
-        "each once, in ascending order; or Merged(indices, weights [k, N])."
+        "each once, in ascending order; or Merged(indices, weights [k, N]), which are floats."
     )
 
 
