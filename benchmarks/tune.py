@@ -151,8 +151,8 @@ def clip(arguments: argparse.Namespace) -> None:
     probe = _probe(_features(model, train[::2]), of_train[::2])
     rows, tried = [], []
     notes = [
-        f"CLIP ViT-B/16, 8-bit weights, {arguments.dtype}. Tuned on {arguments.images} photographs without labels, budget "
-        f"{arguments.budget}; error (squared, relative) and a linear probe, fitted on unmerged features of "
+        f"CLIP ViT-B/16, 8-bit weights, {arguments.dtype}. Tuned on {arguments.images} photographs without labels, "
+        f"budget {arguments.budget}; error (squared, relative) and a linear probe, fitted on unmerged features of "
         f"{len(train[::2])}, on {len(val)} others. agree: photographs of which the probe says what it says unmerged; "
         f"of n that changed, the accuracy is known to sqrt(n) / {len(val)}."
     ]
