@@ -1,4 +1,4 @@
-"""Time of vision-language models with fewer visual tokens, over the free bound: write `results/vlm.*`.
+"""Time of vision-language models with fewer visual tokens, over the free bound: write `results/vlm.*` or a `--name`.
 
 Random weights in the shapes of SmolVLM-256M, and of LLaVA-1.5's tower with a small language model. Rows run in turn.
 The free bound is the same model given as many visual tokens at no cost: its tower, and its language model on a prompt
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=4, help="of SmolVLM's image (%(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--name", default="vlm", help="of the files in results (%(default)s)")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
@@ -89,14 +90,15 @@ def main() -> None:
                 "the same model given as many visual tokens at no cost."
             ]
             about = environment(torch.device(arguments.device))
-            write("vlm", "Vision-language models with fewer visual tokens", rows, about, notes)
+            write(arguments.name, "Vision-language models with fewer visual tokens", rows, about, notes)
 
 
 @torch.inference_mode()
 def _timed(name: str, model: Any, inputs: dict[str, Tensor], batch: int, arguments: Any) -> list[dict[str, Any]]:
     dtype = getattr(torch, arguments.dtype)
     inputs = {key: x.to(arguments.device, dtype if x.is_floating_point() else x.dtype) for key, x in inputs.items()}
-    cases = [(keep, r, method) for keep in arguments.keep for r in arguments.r for method in arguments.methods]
+    methods = {keep: arguments.methods if keep < 1 else arguments.methods[:1] for keep in arguments.keep}
+    cases = [(keep, r, method) for keep in arguments.keep for r in arguments.r for method in methods[keep]]
     options = {"max_new_tokens": arguments.new_tokens, "do_sample": False}
     handles = {case: patch(shared_copy(model), case[0], r=case[1], method=case[2]) for case in cases}
     plain = {r: patch(shared_copy(model), 1.0, r=r) for r in arguments.r}
