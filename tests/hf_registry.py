@@ -176,7 +176,7 @@ def _parts(config: Any) -> list[Any]:
     return [config, *(part for value in inside for part in _parts(value))]
 
 
-_CHANNELS = {"OmniASRAudioModel": (1,)}  # of sound
+_CHANNELS = dict.fromkeys(("OmniASRAudioModel", "PeAudioEncoder"), (1,))  # of sound
 
 
 def entry(model: nn.Module, block: str) -> str:

@@ -45,6 +45,27 @@ def test_padding_is_never_merged_with_sound() -> None:
     assert_close(merged[1, :real], simulated[1, :real], 1e-6)
 
 
+@torch.no_grad()
+def test_pe_audio_protects_its_class_token_and_never_merges_padding() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    codec = {"encoder_hidden_size": 8, "downsampling_ratios": [2, 2], "codebook_dim": 16}
+    config = transformers.PeAudioEncoderConfig(**sizes, dac_config=codec, num_key_value_heads=2, head_dim=8)
+    model, x = randomised(transformers.PeAudioEncoder(config)).eval().double(), torch.randn(2, 1, 128).double()
+    whole = check_promises(model, x, output=lambda out: torch.cat((out.pooler_output[:, None], out[0]), dim=1))
+    assert whole == [30, 27, 24, 21]
+    mask = torch.ones(2, 128, dtype=torch.long)
+    mask[1, 64:] = 0
+    for given in ({}, {"padding_mask": mask}):
+        with tokenmerge.patched(model, r=3, prop_attn=True, track=True) as handle:
+            merged, groups, positions = model(x, **given), handle.groups, handle.positions
+        assert handle.prefix == 1 and (groups[-1] == 0).sum(dim=1).tolist() == [1, 1]  # the class token stands alone
+        simulated = tokenmerge.simulate(model, groups, x, positions=positions, **given)
+        assert_close(merged.pooler_output, simulated.pooler_output, 1e-6)
+        assert_close(merged.last_hidden_state[0], simulated.last_hidden_state[0], 1e-6)
+    assert not set(groups[-1][1, :17].tolist()) & set(groups[-1][1, 17:].tolist())
+    assert_close(merged.last_hidden_state[1, :16], simulated.last_hidden_state[1, :16], 1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

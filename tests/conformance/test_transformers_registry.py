@@ -49,7 +49,7 @@ NOT_YET = {
         "a plain tower whose attention or inputs no family describes yet",
     ),
     **dict.fromkeys(
-        ("pe_audio", "pe_audio_encoder", "dots3_note_audio_encoder", "speech_to_text", "pop2piano", "clvp"),
+        ("dots3_note_audio_encoder", "speech_to_text", "pop2piano", "clvp"),
         "a speech encoder that no family describes yet",
     ),
     **dict.fromkeys(("radio", "nemotron_h_omni"), "merges in tests/adapters; its patches are not built small here yet"),

@@ -1,4 +1,4 @@
-"""transformers' speech encoders with rotary positions: GLM-ASR, Moonshine, Nemotron 3."""
+"""transformers' speech encoders with rotary positions: GLM-ASR, Moonshine, Nemotron 3, PE audio."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class HFSpeech(HFAdapter):
     """Frames are handed out in order, or read by a head or a language model, so all are put back."""
 
     name = "hf_speech"
-    families = "transformers GLM-ASR, Moonshine, Nemotron 3 (diarization, transcription): the speech encoder"
+    families = "transformers GLM-ASR, Moonshine, Nemotron 3 (diarization, transcription), PE audio: the encoder"
     landmarks = ("rotary_emb", "layers", "input_layernorm", "self_attn", "post_attention_layernorm", "conv1")
     towers = dict.fromkeys(
         (
-            *("GlmAsrEncoder", "MoonshineEncoder"),
+            *("GlmAsrEncoder", "MoonshineEncoder", "PeAudioEncoder"),
             *("Nemotron3DiarizationAudioModel", "Nemotron3_5TranscribeAsrAudioModel"),
         ),
         ("layers",),
@@ -67,7 +67,8 @@ class HFSpeech(HFAdapter):
     )
 
     def layout(self, model: Any) -> TokenLayout:
-        return TokenLayout(0, None, None, None)  # sounds of any length
+        # sounds of any length; the class token of PE audio stands first
+        return TokenLayout(int(hasattr(self.tower(model)[1], "patch_embedder")), None, None, None)
 
     def tap(self, block: Any) -> AttentionTap:
         return _SpeechTap(block, "self_attn")
