@@ -47,6 +47,7 @@ def test_torchvision_brings_its_transforms(name: str) -> None:
 @pytest.mark.hosts
 def test_open_clip_takes_an_architecture_and_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
     open_clip = pytest.importorskip("open_clip")
+    assert set(hosts.HOSTS["open_clip"].names()) == set(open_clip.list_models())
     asked: list[Any] = []
     monkeypatch.setattr(
         open_clip, "create_model", lambda *names, **options: asked.append((names, options)) or nn.ReLU()
