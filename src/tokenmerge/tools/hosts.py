@@ -75,8 +75,9 @@ class OpenCLIP:
     def names(self) -> list[str]:
         # by its files: importing it takes a second, and every name without a prefix is looked up here
         found = importlib.util.find_spec("open_clip")
-        folder = Path(found.origin).parent if found is not None and found.origin is not None else Path()
-        return sorted(path.stem for path in folder.glob("model_configs/*.json"))
+        if found is None or found.origin is None:
+            return []
+        return sorted(path.stem for path in Path(found.origin).parent.glob("model_configs/*.json"))
 
     def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
         try:
