@@ -55,8 +55,10 @@ def test_open_clip_takes_an_architecture_and_a_tag(monkeypatch: pytest.MonkeyPat
     tokenmerge.load("open_clip:ViT-B-32/openai")
     tokenmerge.load("ViT-B-32/openai", pretrained=False)
     assert asked == [(("ViT-B-32",), {"pretrained": "openai"}), (("ViT-B-32",), {"pretrained": None})]
-    with pytest.raises(ConfigError, match=r"several weights of ViT-B-32: give one of openai, "):
+    with pytest.raises(ConfigError, match=r"ViT-B-32 does not say which weights: give one of openai, .*ARCH/TAG"):
         tokenmerge.load("open_clip:ViT-B-32")
+    with pytest.raises(ConfigError, match=r"vit_medium_patch16_gap_256 does not say .*: give a file of yours"):
+        tokenmerge.load("open_clip:vit_medium_patch16_gap_256")
     with pytest.raises(UnknownNameError, match=r"no weights of ViT-B-32 in open_clip 'openay'\. Did you mean 'openai'"):
         tokenmerge.load("open_clip:ViT-B-32/openay")
     with pytest.raises(UnknownNameError, match=r"no open_clip model 'ViT-B-23'"):

@@ -92,7 +92,8 @@ class OpenCLIP:
         if tag and tag not in tags and not Path(tag).is_file():
             raise unknown_name(f"weights of {architecture} in open_clip", tag, tags)
         if pretrained and not tag:
-            raise ConfigError(f"open_clip has several weights of {architecture}: give one of {', '.join(tags)}.")
+            ways = f"give one of {', '.join(tags)}" if tags else "give a file of yours"
+            raise ConfigError(f"open_clip:{architecture} does not say which weights: {ways}, open_clip:ARCH/TAG.")
         try:
             return open_clip.create_model(architecture, pretrained=tag if pretrained else None)  # type: ignore[no-any-return]
         except _FAILURES as error:
