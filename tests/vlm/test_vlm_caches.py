@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_vlm_families import generate
-from test_vlm_handle import doubled
-from tiny_vlms import CACHE, FAMILIES, IMAGE, NEWER
+from tiny_vlms import CACHE, FAMILIES, IMAGE, NEWER, doubled
 from torch import Tensor
 
 from tokenmerge.errors import UnsupportedError

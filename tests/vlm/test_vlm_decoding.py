@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_vlm_families import generate
-from test_vlm_handle import doubled
-from tiny_vlms import FAMILIES, IMAGE
+from tiny_vlms import FAMILIES, IMAGE, doubled
 
 from tokenmerge.vlm import patch
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_videos import prompt as video_prompt
 from test_vlm_families import _logits, _longer, generate
-from tiny_vlms import FAMILIES, IMAGE, NEWER, VIDEO
+from tiny_vlms import FAMILIES, IMAGE, NEWER, VIDEO, doubled
 from torch import Tensor
 
 import tokenmerge
@@ -33,10 +33,6 @@ def deep(family: str, dtype: torch.dtype = torch.float32) -> Any:
     text = {**tiny.settings["text_config"], "num_hidden_layers": 4}
     text |= {"sliding_window": None} if family == "mistral3" else {}
     return tiny._replace(settings={**tiny.settings, "text_config": text}).make(dtype)
-
-
-def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 class Slow:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_vlm_families import by_hand, generate
-from tiny_vlms import CACHE, FAMILIES, IMAGE, IS_OLD, NEWER, VIDEO, encoded, squares
+from tiny_vlms import CACHE, FAMILIES, IMAGE, IS_OLD, NEWER, VIDEO, doubled, encoded, squares
 from torch import Tensor, nn
 
 import tokenmerge
@@ -35,10 +35,6 @@ LLAVA, QWEN = FAMILIES["llava"], FAMILIES["qwen2_5_vl"]
 @pytest.fixture(params=["llava", "qwen2_5_vl"])
 def tiny(request: pytest.FixtureRequest) -> Any:
     return FAMILIES[request.param]
-
-
-def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_vlm_families import by_hand, generate
-from tiny_vlms import CACHE, FAMILIES, IMAGE, IS_OLD, NEWER
+from tiny_vlms import CACHE, FAMILIES, IMAGE, IS_OLD, NEWER, doubled
 from torch import Tensor
 
 import tokenmerge
@@ -26,10 +26,6 @@ LLAVA, QWEN = FAMILIES["llava"], FAMILIES["qwen2_5_vl"]
 @pytest.fixture(params=["llava", "qwen2_5_vl"])
 def tiny(request: pytest.FixtureRequest) -> Any:
     return FAMILIES[request.param]
-
-
-def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def _first_turn(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

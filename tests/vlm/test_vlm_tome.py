@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_videos import prompt as video_prompt
 from test_vlm_families import by_hand, generate
-from tiny_vlms import FAMILIES, IS_OLD, encoded
+from tiny_vlms import FAMILIES, IS_OLD, doubled, encoded
 
 import tokenmerge
 from tokenmerge.errors import ConfigError, UnsupportedError
@@ -20,10 +20,6 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 
 WHOLE = ("llava", "llava_next", "llava_onevision", "paligemma", "ovis2")  # a visual token is one of the tower's
 LAYERS = {"llava": 2, "llava_next": 2}  # before the features, of three
-
-
-def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("family", WHOLE)

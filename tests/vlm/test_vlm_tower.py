@@ -13,7 +13,7 @@ import torch
 from test_choosers import slow_visionzip
 from test_videos import prompt as video_prompt
 from test_vlm_families import by_hand, generate
-from tiny_vlms import CLIP, FAMILIES, IMAGE, IS_OLD, SIGLIP, VISION, base_of, encoded, family_of
+from tiny_vlms import CLIP, FAMILIES, IMAGE, IS_OLD, SIGLIP, VISION, base_of, doubled, encoded, family_of
 from torch import Tensor
 
 import tokenmerge
@@ -32,10 +32,6 @@ LAYER = {"llava": -2, "llava_next": -2}  # the layer whose output the features a
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def hooks_of(base: Any) -> list[dict[int, Any]]:

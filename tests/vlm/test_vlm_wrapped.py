@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_vlm_families import by_hand, generate
-from test_vlm_handle import doubled
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, doubled
 from torch import nn
 
 import tokenmerge

@@ -334,3 +334,8 @@ FAMILIES = {
         squares,
     ),
 }
+
+
+def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs in float64, indices as they are."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
