@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick check asan bench ablation auto tune zoo train training support hosts latest clean
+.PHONY: demo test quick check asan bench ablation auto tune zoo train training support hosts latest docs wheel wheels clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -83,5 +83,25 @@ latest:
 	$(NEW)/python -m pip freeze --exclude-editable
 	$(NEW)/python -m pytest --numprocesses auto --dist worksteal
 
+# the site, into site/: made from the Markdown and the docstrings, without torch; only what the extra `docs` names is installed
+DOC := .venv-docs/bin
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOC)/python $(PIP) --constraint constraints.txt $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr , ' ')
+	touch $@
+
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(DOC)/python -m mkdocs build --strict
+
+# the wheel of this machine, into dist/, and that it works where there is no compiler
+wheel: .venv/ready
+	scripts/wheel
+
+# the wheels that are given away, by cibuildwheel, into dist/; on Linux it needs a container engine
+wheels:
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python $(PIP) cibuildwheel==4.3.5
+	.venv-wheel/bin/python -m cibuildwheel --output-dir dist
+
 clean:
-	rm -rf .venv .venv-hosts .venv-latest tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-hosts .venv-latest .venv-docs .venv-wheel site dist tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
