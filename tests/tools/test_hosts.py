@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -407,3 +408,44 @@ def test_every_command_on_a_model_of_two_towers(
 )
 def test_what_is_written_of_a_model_is_called_by_its_name_alone(name: str, expected: str) -> None:
     assert file_name(name) == expected
+
+
+def test_a_function_of_ones_own_is_trained_and_a_wrong_prefix_is_none_of_timms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    _photos(tmp_path / "photos", 8)
+    (tmp_path / "trained_models.py").write_text(
+        "import timm\ndef make(): return timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2)\n"
+    )
+    rest = [
+        "data.source=folder:photos",
+        "data.size=[3,32,32]",
+        "steps=1",
+        "batch_size=4",
+        "merge.r=1",
+        "optimizer.warmup=0",
+    ]
+    start = ["train", "finetune", "--out", "run", "--set"]
+    assert main([*start, "model.name=tim:vit_tiny_patch16_224", *rest]) == 2
+    assert "no host of models 'tim'. Did you mean 'timm'" in capsys.readouterr().err
+    assert main([*start, "model.name=trained_models.py:make", *rest]) == 0, capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.hosts
+def test_a_run_from_a_folder_with_its_prefix_needs_that_folder_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    _photos(tmp_path / "photos", 8)
+    config = transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)
+    transformers.ViTForImageClassification(config).save_pretrained("model")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("model")
+    rest = ["data.source=folder:photos", "steps=1", "batch_size=4", "merge.r=1", "optimizer.warmup=0"]
+    assert main(["train", "finetune", "--out", "run", "--set", "model.name=hf:model", *rest]) == 0
+    assert f"(from {Path('model') / 'preprocessor_config.json'})" in capsys.readouterr().err
+    shutil.rmtree("model")
+    assert main(["doctor", "run", "-r", "2"]) == 0, capsys.readouterr().err

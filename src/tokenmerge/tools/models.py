@@ -29,6 +29,7 @@ __all__ = [
     "AUTO",
     "BUNDLED",
     "CONFIGURATION",
+    "OF_TIMM",
     "Method",
     "Trained",
     "apply_method",
@@ -51,7 +52,7 @@ CONFIGURATION = "merge.json"  # in the folder of a merging model
 AUTO = "auto"
 # folders by a file in them, and what loads them; imported where one is met, as it stands on a higher floor
 _FOLDERS = {"recipe.json": ("tokenmerge.training.run_folder", "load")}
-_OF_TIMM = ("hf-hub", "hf_hub", "local-dir")  # prefixes of its own
+OF_TIMM = ("hf-hub", "hf_hub", "local-dir")  # prefixes of its own
 _FILES = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".safetensors", ".onnx")  # names that mean files, there or not
 
 
@@ -208,7 +209,7 @@ def load_model(
     if is_here or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return _load_file(Path(name), trust_pickle)
     if ":" in name:
-        if prefix not in _OF_TIMM:
+        if prefix not in OF_TIMM:
             raise unknown_name("host of models", prefix, HOSTS)
         return HOSTS["timm"].build(name, pretrained, num_classes).eval()
     if "/" in name:
