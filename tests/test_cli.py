@@ -582,7 +582,7 @@ def test_compare_takes_amounts_or_shares(capsys: Capture, plain: list[str]) -> N
         ("vit_tny_patch16_224", ["no model 'vit_tny_patch16_224'.", "Did you mean 'vit_tiny_patch16_224'?"]),
         (
             "missing.pt",
-            ["no file or folder missing.pt: give 'reference', a name with its host (timm:NAME, hf:ID, open_clip:"],
+            ["no file or folder missing.pt: give 'reference', a name with its host (timm:NAME, hf:ID_OR_FOLDER, "],
         ),
         ("state.pt", ["state.pt holds a OrderedDict, not a module."]),
         ("text.pt", ["text.pt cannot be read as a saved module: "]),

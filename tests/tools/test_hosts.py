@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import tokenmerge
+from helpers import randomised
+from tokenmerge.cli import main
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
 from tokenmerge.tools import hosts
-from tokenmerge.tools.models import load_model
+from tokenmerge.tools.models import file_name, load_model
+from tokenmerge.tuning import clock
 
 
 def _merges(model: nn.Module, size: tuple[int, ...] = (3, 224, 224)) -> bool:
@@ -55,11 +62,13 @@ def test_open_clip_takes_an_architecture_and_a_tag(monkeypatch: pytest.MonkeyPat
     tokenmerge.load("open_clip:ViT-B-32/openai")
     tokenmerge.load("ViT-B-32/openai", pretrained=False)
     assert asked == [(("ViT-B-32",), {"pretrained": "openai"}), (("ViT-B-32",), {"pretrained": None})]
-    with pytest.raises(ConfigError, match=r"ViT-B-32 does not say which weights: give one of openai, .*ARCH/TAG"):
+    with pytest.raises(ConfigError, match=r"several weights of ViT-B-32: give one of openai, .*ViT-B-32/FILE"):
         tokenmerge.load("open_clip:ViT-B-32")
-    with pytest.raises(ConfigError, match=r"vit_medium_patch16_gap_256 does not say .*: give a file of yours"):
+    with pytest.raises(ConfigError, match=r"no weights of vit_medium_patch16_gap_256: give a file as"):
         tokenmerge.load("open_clip:vit_medium_patch16_gap_256")
-    with pytest.raises(UnknownNameError, match=r"no weights of ViT-B-32 in open_clip 'openay'\. Did you mean 'openai'"):
+    with pytest.raises(
+        UnknownNameError, match=r"no file and no weights of ViT-B-32 in open_clip 'openay'\. Did you mean 'openai'"
+    ):
         tokenmerge.load("open_clip:ViT-B-32/openay")
     with pytest.raises(UnknownNameError, match=r"no open_clip model 'ViT-B-23'"):
         tokenmerge.load("open_clip:ViT-B-23/openai")
@@ -168,9 +177,25 @@ def test_a_name_of_two_hosts_is_timms_and_both_are_said(
         ("torchvision:vit_b_61", UnknownNameError, r"no torchvision model 'vit_b_61'. Did you mean"),
         ("timm:vit_tny_patch16_224", UnknownNameError, r"no timm model 'vit_tny_patch16_224'. Did you mean"),
         ("absent.py:make", DataError, r"no file absent.py: give FILE.py:FUNCTION"),
+        ("", DataError, r"the name of the model is empty: give 'reference', a name with its host \(timm:NAME, hf:ID"),
+        ("  ", DataError, r"the name of the model is empty"),
+        ("timm:", ConfigError, r"'timm:' names no model behind its host: give timm:NAME"),
+        ("hf:", ConfigError, r"'hf:' names no model behind its host: give hf:ID_OR_FOLDER"),
+        ("open_clip: ", ConfigError, r"'open_clip: ' names no model behind its host: give open_clip:ARCH/TAG"),
+        ("torchvision:", ConfigError, r"'torchvision:' names no model behind its host: give torchvision:NAME"),
+        (":", UnknownNameError, r"no host of models ''. Known: timm, hf, open_clip, torchvision"),
+        ("tim:vit_tiny_patch16_224", UnknownNameError, r"no host of models 'tim'. Did you mean 'timm'"),
+        ("own.py", ConfigError, r"own.py is a file alone: say which .* returns the model, own.py:FUNCTION"),
+        ("own.py:", ConfigError, r"own.py: is a file alone: say which .* own.py:FUNCTION"),
+        ("vit_größe 16", UnknownNameError, r"no model 'vit_größe 16'"),
+        ("timm:vit tiny", UnknownNameError, r"no timm model 'vit tiny'"),
     ],
 )
-def test_what_no_host_has(name: str, error: type[Exception], message: str) -> None:
+def test_what_no_host_has(
+    name: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")  # of a folder that nobody named
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         load_model(name)
 
@@ -193,11 +218,21 @@ def number():
 
 def broken():
     raise KeyError("weights")
+
+def leaving():
+    raise SystemExit(3)
+
+def several():
+    return make(), None
+
+def telling():
+    print("built")
+    return make()
 """
 
 
 def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.setattr("sys.path", [*sys.path])
     (tmp_path / "own_models.py").write_text(_FILE)
     (tmp_path / "beside_the_model.py").write_text("size = 64\n")
     model = tokenmerge.load(f"{tmp_path}/own_models.py:make")
@@ -208,8 +243,214 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     for function, message in (
         ("number", r"returned a int"),
+        ("several", r"returned a tuple, not a torch module: return the model alone"),
+        ("leaving", r"gave no model: SystemExit: 3"),
         ("broken", r"gave no model: KeyError"),
         ("no", r"gave no model: Att"),
     ):
         with pytest.raises(DataError, match=rf"own_models.py:{function} {message}"):
             tokenmerge.load(f"{tmp_path}/own_models.py:{function}")
+
+
+def test_a_file_that_failed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    file = tmp_path / "mended_models.py"
+    file.write_text("raise ValueError('not yet')\n")
+    with pytest.raises(DataError, match=r"mended_models.py:make gave no model: ValueError: not yet"):
+        tokenmerge.load(f"{file}:make")
+    assert "mended_models" not in sys.modules
+    file.write_text("import torch\nclass Own(torch.nn.Linear): pass\ndef make(): return Own(2, 2)\n")
+    assert type(tokenmerge.load(f"{file}:make")) is sys.modules["mended_models"].Own
+
+
+def test_what_a_function_prints_is_no_result_of_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "telling_models.py").write_text(_FILE)
+    (tmp_path / "beside_the_model.py").write_text("size = 64\n")
+    assert (
+        main(["bench", f"{tmp_path}/telling_models.py:telling", "-r", "2", "-b", "1", "--rounds", "1", "--json"]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"] and "built" in err and "Random weights" not in out
+
+
+def test_a_processor_beside_the_file_of_a_function_prepares_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    small = (
+        "hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8"
+    )
+    text = f"from transformers import ViTConfig, ViTModel\ndef make(): return ViTModel(ViTConfig({small}))\n"
+    (tmp_path / "prepared_models.py").write_text(text)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert main(["doctor", f"{tmp_path}/prepared_models.py:make", "-r", "2"]) == 0
+    assert f"(from {tmp_path}/preprocessor_config.json)" in capsys.readouterr().out
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def _text(transformers: Any) -> nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=64))  # type: ignore[no-any-return]
+
+
+def _text_and_images(transformers: Any) -> nn.Module:
+    towers = {"text_config": {**SMALL, "vocab_size": 64}, "vision_config": {**SMALL, "image_size": 32, "patch_size": 8}}
+    return transformers.CLIPModel(transformers.CLIPConfig(**towers))  # type: ignore[no-any-return]
+
+
+def _photos(folder: Path, count: int = 1) -> Path:
+    for name in ("ant", "bee", "cat"):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = torch.randint(0, 255, (40, 40, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("make", [_text, _text_and_images])
+def test_models_that_take_text_are_refused_by_commands(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(pytest.importorskip("transformers")).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    _photos(tmp_path / "photos")
+    kind = make.__name__.replace("_text_and_images", "CLIPModel").replace("_text", "BertModel")
+    commands = ["doctor model", "bench model", "export model --to torch-export -r 2"]
+    commands += [f"{name} model --data photos" for name in ("eval", "compare", "tune")]
+    if make is _text:  # of CLIP, train takes the image tower with a new classifier
+        commands += ["train finetune --set model.name=model data.source=folder:photos data.size=[3,32,32]"]
+    for command in commands:
+        assert main(command.split()) == 2, command
+        err = capsys.readouterr().err
+        assert f"tokenmerge: model is a {kind}: it takes text (input_ids)" in err, f"{command}: {err}"
+    assert isinstance(tokenmerge.load("model"), nn.Module)  # in Python it may be patched, and given both
+
+
+@pytest.mark.hosts
+def test_a_model_of_sounds_is_examined_and_takes_no_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ASTConfig(**SMALL, max_length=64, num_mel_bins=32)
+    transformers.ASTForAudioClassification(config).save_pretrained(tmp_path / "sound")
+    monkeypatch.chdir(tmp_path)
+    _photos(tmp_path / "photos")
+    assert main(["doctor", "sound", "-r", "2"]) == 0
+    assert "unknown" in capsys.readouterr().out
+    assert main(["eval", "sound", "--data", "photos", "-r", "2"]) == 2
+    assert "ASTForAudioClassification takes inputs of (64, 32), no images" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small two-tower model of open_clip and a file of its weights, as a name."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16}
+    text = {"context_length": 6, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    tiny = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-clip", tiny)
+    torch.save(randomised(open_clip.create_model("tiny-clip")).state_dict(), tmp_path / "clip.pt")
+    return f"open_clip:tiny-clip/{tmp_path}/clip.pt"
+
+
+@pytest.mark.hosts
+def test_weights_of_open_clip_in_a_file(tiny_clip: str) -> None:
+    one, other = (tokenmerge.load(tiny_clip, pretrained=pretrained) for pretrained in (True, False))
+    states = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(mine, its) for mine, its in states), "a file is no download"
+    with pytest.raises(
+        ConfigError, match=r"open_clip has no weights of tiny-clip: give a file as open_clip:tiny-clip/"
+    ):
+        tokenmerge.load("open_clip:tiny-clip")
+    with pytest.raises(UnknownNameError, match=r"no file and no weights of tiny-clip in open_clip 'none.pt'"):
+        tokenmerge.load("open_clip:tiny-clip/none.pt")
+
+
+@pytest.mark.hosts
+def test_every_command_on_a_model_of_two_towers(
+    tiny_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clock, "_ROUNDS", (2,))
+    _photos(tmp_path / "photos", 24)
+    data = ["--data", "photos", "--workers", "0"]
+
+    def run(name: str, *options: str) -> Any:
+        code = main([name, tiny_clip, *options, "--json"])
+        assert code == 0 or name == "doctor", capsys.readouterr().err  # which judges a speed too
+        return json.loads(capsys.readouterr().out)
+
+    tuned = run("tune", *data, "--target", "macs=0.7", "--budget", "1", "-o", "merge.json")
+    # 24 numbers are no classes, although the labels are smaller
+    assert not any("top-1" in name or "agreement" in name for name in tuned["figures"])
+    assert any("answers with 24 numbers, the data has 3 classes" in one for one in tuned["remarks"])
+    assert main(["tune", tiny_clip, *data, "--target", "drop=5", "-o", "other.json"]) == 2
+    assert "which needs labels of the images (the model answers with 24 numbers" in capsys.readouterr().err
+    unmerged, merged = run("eval", *data, "--method", "merge.json")["rows"]
+    assert unmerged["cosine"] == 1.0 and 0 < merged["error %"] < 100 and "top-1 %" not in merged
+    assert run("compare", *data, "-r", "2", "--methods", "tome", "--rounds", "1")["rows"][1]["cosine"]
+    assert run("bench", "-r", "2", "-b", "1", "--rounds", "1")["rows"][0]["tokens"] == 17 - 3 * 2
+    found = {name: (good, text) for name, good, text in run("doctor", "--config", "merge.json")["findings"]}
+    assert found["config"][0] and "weights" not in found, "the weights of the file"
+    exported = run("export", "--method", "merge.json", "--to", "torch-export")
+    assert exported["path"] == "clip.pt2" and exported["answers"] == [24]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("timm:vit_a.b", "vit_a.b"), ("hf:me/vit", "vit"), ("me/vit", "vit"), ("reference", "reference")],
+)
+def test_what_is_written_of_a_model_is_called_by_its_name_alone(name: str, expected: str) -> None:
+    assert file_name(name) == expected
+
+
+def test_a_function_of_ones_own_is_trained_and_a_wrong_prefix_is_none_of_timms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    _photos(tmp_path / "photos", 8)
+    (tmp_path / "trained_models.py").write_text(
+        "import timm\ndef make(): return timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2)\n"
+    )
+    rest = [
+        "data.source=folder:photos",
+        "data.size=[3,32,32]",
+        "steps=1",
+        "batch_size=4",
+        "merge.r=1",
+        "optimizer.warmup=0",
+    ]
+    start = ["train", "finetune", "--out", "run", "--set"]
+    assert main([*start, "model.name=tim:vit_tiny_patch16_224", *rest]) == 2
+    assert "no host of models 'tim'. Did you mean 'timm'" in capsys.readouterr().err
+    assert main([*start, "model.name=trained_models.py:make", *rest]) == 0, capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.hosts
+def test_a_run_from_a_folder_with_its_prefix_needs_that_folder_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    _photos(tmp_path / "photos", 8)
+    config = transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)
+    transformers.ViTForImageClassification(config).save_pretrained("model")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("model")
+    rest = ["data.source=folder:photos", "steps=1", "batch_size=4", "merge.r=1", "optimizer.warmup=0"]
+    assert main(["train", "finetune", "--out", "run", "--set", "model.name=hf:model", *rest]) == 0
+    assert f"(from {Path('model') / 'preprocessor_config.json'})" in capsys.readouterr().err
+    shutil.rmtree("model")
+    assert main(["doctor", "run", "-r", "2"]) == 0, capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
 from tokenmerge.cli import train, tune, vlm
+from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
 from tokenmerge.cli.options import (
@@ -94,7 +95,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=epilog(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
     if name not in ("doctor", "export", "list"):
@@ -287,12 +294,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from tokenmerge.report.table import check_writable
     from tokenmerge.tools.export import export, find_target
+    from tokenmerge.tools.models import file_name
 
     method, own = method_of(arguments)
     r = arguments.r if arguments.r is not None else 8 if own is None else own
     suffix = find_target(arguments.to).suffix
-    name = Path(arguments.model)
-    out = check_writable(arguments.out or (name.stem if name.is_file() else name.name) + suffix, (suffix,))
+    out = check_writable(arguments.out or file_name(arguments.model) + suffix, (suffix,))
     model = open_model(arguments.model, pretrained=not arguments.no_pretrained, trust_pickle=arguments.trust_pickle)
     if handle_of(model, None) and arguments.r is None and arguments.method == "tome":
         r = method = None  # the model is patched already

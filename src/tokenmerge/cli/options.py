@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from tokenmerge.cli.models import open_model
@@ -131,10 +130,11 @@ def calibration_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def preparing(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the preprocessing options as arguments of `find_preprocessing`."""
+    from tokenmerge.tools.models import place_of
+
     names = ("mean", "std", "resize", "crop_pct", "interpolation")
     given = {name: getattr(arguments, name, None) for name in names}
-    beside = arguments.model if Path(arguments.model).exists() else None
-    return {"beside": beside, **{name: value for name, value in given.items() if value is not None}}
+    return {"beside": place_of(arguments.model), **{name: value for name, value in given.items() if value is not None}}
 
 
 def preparation_of(arguments: argparse.Namespace, model: Any) -> Any:

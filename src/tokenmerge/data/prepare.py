@@ -37,7 +37,7 @@ def find_preprocessing(
 
 
 def choose_preprocessing(
-    model: nn.Module, kind: str, size: tuple[int, ...], *, beside: str | None, is_own: bool
+    model: nn.Module, kind: str, size: tuple[int, ...], *, beside: str | Path | None, is_own: bool
 ) -> Preprocessing | None:
     """Return the evaluation preprocessing of a model that is to be trained; None for clips and sounds.
 
@@ -255,7 +255,13 @@ def _assumed(model: nn.Module) -> Preprocessing:
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     except ImportError as error:
         raise UnsupportedError('images need timm and torchvision: pip install "tokenmerge[timm]"') from error
-    C, H, W = _input_size(model)
+    size = _input_size(model)
+    if len(size) != 3:
+        raise DataError(
+            f"{type(model).__qualname__} takes inputs of {size}, no images (channels, height, width). `tokenmerge "
+            "doctor` and `bench` need none; `tokenmerge train` evaluates on clips and sounds."
+        )
+    C, H, W = size
     both = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean, std = (tuple(part) if C == 3 else (sum(part) / 3,) * C for part in both)
     what = f"{type(model).__qualname__} has no pretrained_cfg and no preprocessor_config.json"

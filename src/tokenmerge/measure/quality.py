@@ -31,7 +31,9 @@ class Question:
 
     def _why(self, name: str, outputs: int) -> str:
         shown = " x ".join(map(str, self.shape)) or "1"
-        reason = f"{name} answers with {shown} numbers for an image, the data has {outputs} classes"
+        reason = (
+            f"{name} answers with {shown} numbers for an image, the data has {outputs} class{'es' * (outputs != 1)}"
+        )
         return (
             f"No accuracy: {reason}: these answers are no classes of these images. They are compared with the unmerged "
             "model's: error % is the distance relative to their length, cosine the mean similarity."

@@ -22,6 +22,8 @@ _FAILURES = (OSError, RuntimeError, ValueError, LookupError, TypeError, Assertio
 class Host(Protocol):
     """Where models come from. `names` are those that it can build, found without a network; it may know more."""
 
+    form: str  # how its models are named
+
     def names(self) -> list[str]:
         """Return the names of the models that it can build; none where it is not installed."""
 
@@ -31,6 +33,8 @@ class Host(Protocol):
 
 class Timm:
     """timm's models, and what its own prefixes name (`hf-hub:`, `local-dir:`)."""
+
+    form = "timm:NAME"
 
     def names(self) -> list[str]:
         try:
@@ -53,6 +57,8 @@ class Timm:
 class HuggingFace:
     """Models of transformers: a folder of `save_pretrained`, or the id of a repository on the hub."""
 
+    form = "hf:ID_OR_FOLDER"
+
     def names(self) -> list[str]:
         return []
 
@@ -72,6 +78,8 @@ class HuggingFace:
 class OpenCLIP:
     """Two-tower models of open_clip: an architecture, and the tag of its weights."""
 
+    form = "open_clip:ARCH/TAG"
+
     def names(self) -> list[str]:
         # by its files: importing it takes a second, and every name without a prefix is looked up here
         found = importlib.util.find_spec("open_clip")
@@ -86,22 +94,26 @@ class OpenCLIP:
             raise UnsupportedError("this needs open_clip: pip install open_clip_torch") from error
         _no_classes("open_clip", name, num_classes)
         architecture, _, tag = name.partition("/")
-        if architecture not in (known := open_clip.list_models()):
-            raise unknown_name("open_clip model", architecture, known)
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        if tag and tag not in tags and not Path(tag).is_file():
-            raise unknown_name(f"weights of {architecture} in open_clip", tag, tags)
+        if architecture not in (names := open_clip.list_models()):
+            raise unknown_name("open_clip model", architecture, names)
+        tags, is_file = open_clip.list_pretrained_tags_by_model(architecture), Path(tag).is_file()
+        if tag and tag not in tags and not is_file:
+            raise unknown_name(f"file and no weights of {architecture} in open_clip", tag, tags)
         if pretrained and not tag:
-            ways = f"give one of {', '.join(tags)}" if tags else "give a file of yours"
-            raise ConfigError(f"open_clip:{architecture} does not say which weights: {ways}, open_clip:ARCH/TAG.")
+            known, which = ("several", f"one of {', '.join(tags)}, or ") if tags else ("no", "")
+            file = f"a file as open_clip:{architecture}/FILE"
+            raise ConfigError(f"open_clip has {known} weights of {architecture}: give {which}{file}.")
         try:
-            return open_clip.create_model(architecture, pretrained=tag if pretrained else None)  # type: ignore[no-any-return]
+            weights = tag if pretrained or is_file else None  # a file is no download
+            return open_clip.create_model(architecture, pretrained=weights)  # type: ignore[no-any-return]
         except _FAILURES as error:
             raise _failed(name, pretrained, error) from error
 
 
 class Torchvision:
     """torchvision's models, with the weights that it calls its default; their transforms stay with the model."""
+
+    form = "torchvision:NAME"
 
     def names(self) -> list[str]:
         try:

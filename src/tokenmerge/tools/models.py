@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import tokenmerge
 from tokenmerge import Handle, MergeConfig, Reduction
 from tokenmerge._moved import moved_names
-from tokenmerge.errors import ConfigError, DataError, unknown_name
+from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import describe_differences, is_dir, is_file, read_tensors
 from tokenmerge.schedule import R
 from tokenmerge.tools.hosts import HOSTS, hosts_of, import_timm, known_names
@@ -28,16 +29,20 @@ __all__ = [
     "AUTO",
     "BUNDLED",
     "CONFIGURATION",
+    "OF_TIMM",
     "Method",
     "Trained",
     "apply_method",
     "call_function",
+    "check_takes_images",
     "choices_of",
+    "file_name",
     "has_weights",
     "import_timm",
     "load",
     "load_model",
     "own_r",
+    "place_of",
     "read_method",
     "short_name",
 ]
@@ -47,6 +52,7 @@ CONFIGURATION = "merge.json"  # in the folder of a merging model
 AUTO = "auto"
 # folders by a file in them, and what loads them; imported where one is met, as it stands on a higher floor
 _FOLDERS = {"recipe.json": ("tokenmerge.training.run_folder", "load")}
+OF_TIMM = ("hf-hub", "hf_hub", "local-dir")  # prefixes of its own
 _FILES = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".safetensors", ".onnx")  # names that mean files, there or not
 
 
@@ -157,7 +163,7 @@ def load(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> n
     a file, a folder or a repository without a model, `UnsupportedError` for a host that is missing or cannot build it.
     """
     for mark, (module, function) in _FOLDERS.items():
-        if is_file(Path(name) / mark):
+        if name and is_file(Path(name) / mark):
             loads = getattr(importlib.import_module(module), function)
             return loads(name, merged=False, trust_pickle=trust_pickle)  # type: ignore[no-any-return]
     return load_model(name, pretrained=pretrained, trust_pickle=trust_pickle)
@@ -171,6 +177,8 @@ def load_model(
     `num_classes` applies to timm's and Hugging Face's classifiers: one with another number of classes gets a new last
     layer.
     """
+    if not name.strip():
+        raise DataError(f"the name of the model is empty: give {_forms()}.")
     if name == BUNDLED:
         from tokenmerge.assets import reference_model
 
@@ -179,9 +187,15 @@ def load_model(
         return model.eval()
     prefix, _, rest = name.partition(":")
     if prefix in HOSTS:
+        if not rest.strip():
+            raise ConfigError(f"{name!r} names no model behind its host: give {HOSTS[prefix].form}.")
         return HOSTS[prefix].build(rest, pretrained, num_classes).eval()
-    if prefix.endswith(".py") and rest:
-        return call_function(Path(prefix), rest).eval()
+    file, _, function = name.rpartition(":")
+    if file.endswith(".py") and function:
+        return call_function(Path(file), function).eval()
+    if name.rstrip(":").endswith(".py"):
+        file = name.rstrip(":")
+        raise ConfigError(f"{name} is a file alone: say which of its functions returns the model, {file}:FUNCTION.")
     found = [] if ":" in name else hosts_of(name)
     is_here = Path(name).exists() or Path(name).suffix in _FILES
     if found and is_here:
@@ -194,7 +208,9 @@ def load_model(
         return timm_model or load_folder(Path(name), num_classes)
     if is_here or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return _load_file(Path(name), trust_pickle)
-    if ":" in name:  # a prefix of timm's own
+    if ":" in name:
+        if prefix not in OF_TIMM:
+            raise unknown_name("host of models", prefix, HOSTS)
         return HOSTS["timm"].build(name, pretrained, num_classes).eval()
     if "/" in name:
         return HOSTS["hf"].build(name, pretrained, num_classes).eval()
@@ -204,15 +220,48 @@ def load_model(
 
 def has_weights(name: str) -> bool:
     """Return whether a name means a model with weights of its own, which `pretrained` does not change."""
-    prefix, _, rest = name.partition(":")
-    return name == BUNDLED or prefix.endswith(".py") or Path(rest if prefix == "hf" else name).exists()
+    return name == BUNDLED or place_of(name) is not None
+
+
+def place_of(name: str) -> Path | None:
+    """Return the file or folder that a name means; None for a model of a host, and where nothing is there."""
+    file, _, rest = name.rpartition(":")
+    if file == "open_clip":
+        rest = rest.partition("/")[2]
+    path = Path(file if file.endswith(".py") else rest if file in ("hf", "open_clip") else name)
+    return path if path.parts and path.exists() else None
+
+
+def file_name(name: str) -> str:
+    """Return what a file that is written of a model is called, without a suffix.
+
+    >>> file_name("timm:vit_tiny_patch16_224"), file_name("open_clip:ViT-B-32/openai"), file_name("hf:me/vit")
+    ('vit_tiny_patch16_224', 'ViT-B-32', 'vit')
+    """
+    path = place_of(name)
+    if path is not None:
+        return path.stem if path.is_file() else path.resolve().name
+    host, _, rest = name.rpartition(":")
+    return rest.partition("/")[0] if host == "open_clip" else Path(rest).name
+
+
+def check_takes_images(model: nn.Module, name: str) -> None:
+    """Raise `UnsupportedError` for a model whose first input is text: what is given images alone cannot run it."""
+    first = next(iter(inspect.signature(model.forward).parameters), "")
+    if first == "input_ids":
+        raise UnsupportedError(
+            f"{name} is a {type(model).__qualname__}: it takes text (input_ids), and the commands give images alone. "
+            "Of a model of text and images take the image tower, as CLIPVisionModelWithProjection.from_pretrained(...)."
+            "save_pretrained(FOLDER); `tokenmerge vlm` asks vision-language models."
+        )
 
 
 def call_function(path: Path, name: str) -> nn.Module:
     """Return the model that a function without arguments returns, of a Python file; raises `DataError`."""
     if not is_file(path):
         raise DataError(f"no file {path}: give FILE.py:FUNCTION, a function without arguments that returns the model.")
-    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours, as for `python FILE.py`
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.insert(0, folder)  # its neighbours, as for `python FILE.py`
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -220,22 +269,28 @@ def call_function(path: Path, name: str) -> nn.Module:
     try:
         spec.loader.exec_module(module)
         model = getattr(module, name)()
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
+        if sys.modules.get(path.stem) is module:
+            del sys.modules[path.stem]  # what is mended is read again
         raise DataError(f"{path}:{name} gave no model: {type(error).__name__}: {error}.") from error
     if not isinstance(model, nn.Module):
-        raise DataError(f"{path}:{name} returned a {type(model).__name__}, not a torch module.")
+        raise DataError(f"{path}:{name} returned a {type(model).__name__}, not a torch module: return the model alone.")
     return model
+
+
+def _forms() -> str:
+    hosts = ", ".join(host.form for host in HOSTS.values())
+    return (
+        f"{BUNDLED!r}, a name with its host ({hosts}), FILE.py:FUNCTION, a file written by torch.save(model), or a "
+        "folder that `tokenmerge train` or a Hugging Face model's save_pretrained wrote"
+    )
 
 
 def _load_file(path: Path, trust_pickle: bool) -> nn.Module:
     if not is_file(path):
         hint = " A device or a pipe is none." if path.exists() and not path.is_dir() else ""
         what = f"{path} is a folder without config.json" if path.is_dir() else f"no file or folder {path}"
-        raise DataError(
-            f"{what}: give {BUNDLED!r}, a name with its host (timm:NAME, hf:ID, open_clip:ARCH/TAG, torchvision:NAME), "
-            "FILE.py:FUNCTION, a file written by torch.save(model), or a folder that `tokenmerge train` or a Hugging "
-            f"Face model's save_pretrained wrote.{hint}"
-        )
+        raise DataError(f"{what}: give {_forms()}.{hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # a pickle can raise any exception

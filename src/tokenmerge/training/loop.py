@@ -16,7 +16,7 @@ from tokenmerge.data.loader import Batch, Loader, Position, open_source, reseed,
 from tokenmerge.data.prepare import choose_preprocessing, statistics_of
 from tokenmerge.data.transforms import train_transform
 from tokenmerge.errors import DataError, DivergedError, StoppedError, UnsupportedError
-from tokenmerge.tools.models import BUNDLED, import_timm
+from tokenmerge.tools.models import BUNDLED, import_timm, place_of
 from tokenmerge.training.build import build_network
 from tokenmerge.training.checkpoint import Checkpoints
 from tokenmerge.training.distributed import World
@@ -88,7 +88,7 @@ class _Run:
             self.network.core,
             source.kind,
             self.size,
-            beside=name if Path(name).exists() else None,
+            beside=place_of(name),
             is_own=name in (BUNDLED, VIT),
         )
         self.held = HeldOut(recipe, self.size, self.classes, self.prepared, world)

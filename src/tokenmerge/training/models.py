@@ -22,9 +22,8 @@ from tokenmerge.data.classes import by_label
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.files import describe_differences, is_file, read_tensors
 from tokenmerge.measure.outputs import declared_classes, run_images
-from tokenmerge.tools.hosts import HOSTS
 from tokenmerge.tools.hugging_face import is_folder
-from tokenmerge.tools.models import BUNDLED, import_timm, load_model
+from tokenmerge.tools.models import BUNDLED, OF_TIMM, check_takes_images, import_timm, load_model
 from tokenmerge.training.recipe import Model
 
 __all__ = [
@@ -85,7 +84,7 @@ def check_trust(model: Model, trust_pickle: bool) -> None:
 
 def own_size(name: str, kind: str) -> tuple[int, ...]:
     """Return the image size a Hugging Face folder was made for, (C, H, W); () for every other name."""
-    path = Path(name) / "config.json"
+    path = Path(name.removeprefix("hf:")) / "config.json"
     if kind != "image" or not path.is_file():
         return ()
     try:
@@ -243,11 +242,13 @@ def _named(model: Model, size: tuple[int, ...], classes: int, trust_pickle: bool
     timm, prefix = import_timm(), model.name.partition(":")[0]
     if prefix == "timm":
         model = replace(model, name=model.name.removeprefix("timm:"))
-    elif prefix in HOSTS or (":" not in model.name and not timm.is_model(model.name.split(".")[0])):
+    elif prefix not in OF_TIMM and not timm.is_model(model.name.split(".")[0]):
         if model.options:
             what = f"{model.name} is a saved model, or another host's, and has none"
             raise ConfigError(f"model.options {sorted(model.options)}: {what}.")
-        return load_model(model.name, pretrained=model.pretrained, num_classes=classes, trust_pickle=trust_pickle)
+        net = load_model(model.name, pretrained=model.pretrained, num_classes=classes, trust_pickle=trust_pickle)
+        check_takes_images(net, model.name)
+        return net
     try:
         fitted = {} if ":" in model.name else _fitted(timm.get_pretrained_cfg(model.name), size)
         try:

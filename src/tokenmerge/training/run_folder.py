@@ -18,7 +18,8 @@ from tokenmerge.data.preprocessing import Preprocessing, Processor
 from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
 from tokenmerge.methods import learned
-from tokenmerge.tools.hugging_face import build_folder, is_folder, write_config
+from tokenmerge.tools.hugging_face import build_folder, host_of, is_folder, write_config
+from tokenmerge.tools.models import place_of
 from tokenmerge.training.build import Network
 from tokenmerge.training.log import read_rows, writing
 from tokenmerge.training.models import build_model, load_weights
@@ -104,8 +105,8 @@ def write_model(
     """Write the trained model: `model.safetensors`, `model.json` (size, classes) and, if it merges, `merge.json`.
 
     `model.json` also records the preprocessing; for a Hugging Face processor its own file is written too. A model built
-    from a Hugging Face folder (`name`) also writes `config.json`, so that the run no longer needs that folder. `state`
-    holds the weights by their names in `network.core`, and the weights of a learned method.
+    from a Hugging Face folder or repository (`name`) also writes `config.json`, so that the run no longer needs it.
+    `state` holds the weights by their names in `network.core`, and the weights of a learned method.
     """
     from safetensors.torch import save
 
@@ -122,7 +123,8 @@ def write_model(
             if isinstance(prepared.own, Processor):
                 prepared.own.processor.save_pretrained(folder)
         write_file(folder / "model.json", json.dumps(about, indent=2) + "\n")
-        if is_folder(name) and hasattr(network.core, "config"):  # a timm model has none
+        place = place_of(name)  # none: of the hub
+        if (place is None or is_folder(place)) and host_of(network.core) == "transformers":
             write_config(network.core, folder, classes)
         write_file(folder / _WEIGHTS, save(weights, {"format": "pt"}))
 

@@ -127,8 +127,8 @@ def split(
     if data is not None and labels is None and given is not None and bool((given < 0).any()):
         given, note = None, " ".join(data.notes)
     else:
-        has_none = getattr(model, "num_classes", None) == 0  # as timm says it
-        given, note = _labels(given, store.count, outputs, has_none=has_none, is_asked=labels is not None)
+        no_classes = _no_classes(model, outputs, data if labels is None else None)
+        given, note = _labels(given, store.count, outputs, no_classes, is_asked=labels is not None)
     if given is None and not _is_classifier(model, outputs):
         outputs = -1  # no model has so many: answers are compared as vectors alone
     # by the seed alone: labels that a target does not read must not change what is found
@@ -207,8 +207,17 @@ def _is_classifier(model: nn.Module, outputs: int) -> bool:
     return declared_classes(model) == outputs and (last is None or last.bias is not None)
 
 
+def _no_classes(model: nn.Module, outputs: int, data: Labelled | None) -> str:
+    """Return why the answers are no classes of these images, "" if they may be."""
+    if getattr(model, "num_classes", None) == 0:  # as timm says it
+        return "the model answers with features, it has no classes (num_classes = 0)"
+    if data is None or data.outputs == outputs or declared_classes(model) is not None:
+        return ""
+    return f"the model answers with {outputs} numbers, the data has {data.outputs} classes"
+
+
 def _labels(
-    labels: Tensor | None, count: int, outputs: int, *, has_none: bool, is_asked: bool
+    labels: Tensor | None, count: int, outputs: int, no_classes: str, *, is_asked: bool
 ) -> tuple[Tensor | None, str]:
     """Return the labels if they are classes of the model's answers, and a note where they are not."""
     if labels is None:
@@ -217,11 +226,10 @@ def _labels(
         raise DataError(
             f"labels are {tuple(labels.shape)} of {labels.dtype}; give the class of each of {count} images."
         )
-    if has_none:
-        text = "the model answers with features, it has no classes (num_classes = 0)"
+    if no_classes:
         if is_asked:
-            raise DataError(f"there are labels, and {text}: give no labels, or the model with its classifier.")
-        return None, f"{text}: labels are not used."
+            raise DataError(f"there are labels, and {no_classes}: give no labels, or the model with its classifier.")
+        return None, f"{no_classes}: labels are not used."
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < outputs:
         text = f"labels go from {low} to {high}, and the model answers with {max(0, outputs)} classes"
