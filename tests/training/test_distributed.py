@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def test_single_numbers_are_not_sharded() -> None:
     world.size = 2
     with pytest.raises(UnsupportedError, match=r"single numbers \(gamma\) cannot be spread"):
         world.shard(model)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no such file")], ids=["done", "failed"])
+def test_the_heartbeat_has_ended_when_a_run_is_left(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is still within the store when Python ends aborts a process whose work is done."""
+    within = threading.Event()
+
+    class Slow:
+        def set(self, key: str, value: str) -> None:
+            if key.startswith("beat"):
+                within.set()
+                time.sleep(0.3)
+
+    monkeypatch.setattr("tokenmerge.training.distributed.distributed.destroy_process_group", lambda: None)
+    world, before = World("cpu"), set(threading.enumerate())
+    world.size, world._store = 2, Slow()
+    world._start(world._store)
+    assert within.wait(10)
+    world.__exit__(type(error) if error else None, error, None)
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_lost_process_is_named_and_the_same_command_goes_on(tmp_path: Path, picture_folder: Path) -> None:

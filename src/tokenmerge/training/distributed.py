@@ -51,11 +51,20 @@ class World:
             self._store, beats = _connect(), _connect()
             beats.set(f"beat/{self.rank}", "0")
             distributed.barrier()
-            threading.Thread(target=self._beat, args=(beats,), daemon=True).start()
+            self._start(beats)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def _start(self, store: TCPStore) -> None:
+        self._thread = threading.Thread(target=self._beat, args=(store,), daemon=True)
+        self._thread.start()
+
+    def _quiet(self) -> None:
+        """End the heartbeat. A thread within a call of the store, when the interpreter ends, aborts the process."""
+        self._stop.set()
+        self._thread.join(_PATIENCE)
 
     def _beat(self, store: TCPStore) -> None:
         count = 0
@@ -96,13 +105,13 @@ class World:
     def _part(self, error: BaseException | None) -> None:
         """Leave the process group; raise `LostRankError` if the error was caused by a lost rank."""
         if error is None:
-            self._stop.set()
+            self._quiet()
             distributed.destroy_process_group()
             return
         if isinstance(error, RuntimeError) and not isinstance(error, TokenMergeError):
             lost = self._lost()
             if lost:
-                self._stop.set()
+                self._quiet()
                 raise LostRankError(f"{'; '.join(lost)}. Rank {self.rank} stops too.") from error
         self._tell(str(error) or type(error).__name__)
 
@@ -110,7 +119,7 @@ class World:
         # without a store the reason cannot be passed on
         with suppress(RuntimeError):
             self._store.set(f"reason/{self.rank}", reason)
-        self._stop.set()
+        self._quiet()
 
     def _lost(self) -> list[str]:
         """Return one sentence per rank that reported why it stopped, or whose heartbeat has stopped."""
