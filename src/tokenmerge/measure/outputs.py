@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -10,7 +12,16 @@ from torch import nn
 from tokenmerge.data.answers import answer, declared_classes, known_size, run_images
 from tokenmerge.errors import UnsupportedError
 
-__all__ = ["answer", "declared_classes", "find_device", "find_dtype", "known_size", "run_images", "shared_copy"]
+__all__ = [
+    "answer",
+    "declared_classes",
+    "find_device",
+    "find_dtype",
+    "known_size",
+    "return_freed",
+    "run_images",
+    "shared_copy",
+]
 
 
 def find_device(name: str | int | torch.device) -> torch.device:
@@ -41,3 +52,13 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of a model; the copy shares all parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system, after forwards whose numbers of tokens will not come again.
+
+    glibc keeps it for tensors of the same sizes; with another schedule every few forwards it grew to twice what one
+    needs. Other systems do so themselves.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

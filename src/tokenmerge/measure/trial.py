@@ -17,7 +17,7 @@ from tokenmerge.data.labelled import Labelled, none_read
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.handle import attached, handle_of
 from tokenmerge.measure.counting import Count, count
-from tokenmerge.measure.outputs import answer, run_images, shared_copy
+from tokenmerge.measure.outputs import answer, return_freed, run_images, shared_copy
 from tokenmerge.measure.quality import Judge, Question
 from tokenmerge.measure.timing import interleave
 
@@ -106,6 +106,7 @@ class Trial:
                 progress(done, len(self.data))
         for one in seen:
             one.tokens = [total / done for total in one.tokens]
+        return_freed()
         return seen
 
     def reduced(self, config: MergeConfig) -> nn.Module:

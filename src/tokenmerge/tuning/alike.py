@@ -15,7 +15,7 @@ from tokenmerge.methods.base import TokenView
 from tokenmerge.plan import Plan
 from tokenmerge.tuning.subject import Subject
 
-__all__ = ["ALIKE", "as_alike"]
+__all__ = ["ALIKE", "as_alike", "counted_images"]
 
 ALIKE = "as alike"
 _STEPS = 10  # of the search for the threshold
@@ -38,6 +38,11 @@ class _AsAlike(ToMe):
         return super().plan(view, self.amounts[view.layer])
 
 
+def counted_images(shares: int) -> int:
+    """Return how many images are about to be run for the schedules of so many shares, as they have steps in common."""
+    return _IMAGES * (_STEPS + (shares - 1) * _STEPS // 2)
+
+
 def as_alike(subject: Subject, method: Reduction, share: float) -> list[int] | None:
     """Return the schedule that merges the mean number of pairs above one cosine of the method's metric, per block.
 
@@ -48,26 +53,30 @@ def as_alike(subject: Subject, method: Reduction, share: float) -> list[int] | N
     if not subject.accepts(ToMe(**settings)):
         return None
 
-    def holds(found: Any) -> bool:
-        is_list = isinstance(found, list) and len(found) == subject.depth
-        return found is None or (is_list and all(type(amount) is int and amount >= 0 for amount in found))
-
-    key = f"as alike {settings} {share}"
-    found: list[int] | None = subject.kept(key, lambda: _counted(subject, settings, share), holds)
-    return found
-
-
-def _counted(subject: Subject, settings: dict[str, Any], share: float) -> list[int] | None:
-    images = torch.cat([batch for batch, _ in islice(subject.parts.screen, _IMAGES)])[:_IMAGES]
     low, high = math.log(1e-5), math.log(2.0)  # bounds of log(1 - cosine)
     found = None
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        counter = _AsAlike(**settings, threshold=1 - math.exp(middle))
-        subject.run(counter, images)
-        amounts = [counter.amounts.get(layer, 0) for layer in range(subject.depth)]
+        amounts = _counted(subject, settings, 1 - math.exp(middle))
         if subject.share(amounts) <= share:
             high, found = middle, amounts
         else:
             low = middle
     return found
+
+
+def _counted(subject: Subject, settings: dict[str, Any], threshold: float) -> list[int]:
+    """Return how many pairs above a cosine each block merges; the first thresholds are the same for every share."""
+
+    def holds(found: Any) -> bool:
+        is_list = isinstance(found, list) and len(found) == subject.depth
+        return is_list and all(type(amount) is int and amount >= 0 for amount in found)
+
+    def counted() -> list[int]:
+        images = torch.cat([batch for batch, _ in islice(subject.parts.screen, _IMAGES)])[:_IMAGES]
+        counter = _AsAlike(**settings, threshold=threshold)
+        subject.run(counter, images)
+        return [counter.amounts.get(layer, 0) for layer in range(subject.depth)]
+
+    amounts: list[int] = subject.kept(f"as alike {settings} above {threshold!r}", counted, holds)
+    return amounts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from tokenmerge.tuning.subject import Subject, is_figure
 __all__ = ["Clock", "Timed"]
 
 _ENOUGH = 0.01  # noise of the speed-up, as a share, that needs no more rounds
-_ROUNDS = (9, 9, 18)  # are added until the noise is that low
+_ROUNDS = (5, 4, 9, 18)  # are added until the noise is that low
+_LONGEST = 20.0  # seconds after which no more are added: rounds of seconds vary less, each is a mean already
 _SHORTEST = 1e-9  # seconds, or times as fast, that anything takes
 _SECONDS = 0.05  # shortest round; shorter forwards run several times in one
 
@@ -57,7 +59,7 @@ class Clock:
     @staticmethod
     def expected(seconds: float) -> float:
         """Return how long a timing is about to take on a quiet machine; `seconds` of both models on one batch."""
-        return 1.5 * _ROUNDS[0] * max(2 * _SECONDS, seconds)
+        return min(1.5 * sum(_ROUNDS[:2]) * max(2 * _SECONDS, seconds), _LONGEST + (2 + _ROUNDS[0]) * seconds)
 
     @property
     def remarks(self) -> list[str]:
@@ -67,7 +69,7 @@ class Clock:
             return []
         return [
             f"The machine was busy: {len(noisy)} of the {len(self._noise)} speed-ups measured varied by up to "
-            f"{100 * max(noisy):.0f} % between rounds, even in {sum(_ROUNDS)} of them. Tune on a quiet machine."
+            f"{100 * max(noisy):.0f} % between rounds. Tune on a quiet machine."
         ]
 
     def estimated(self, share: float) -> float:
@@ -92,14 +94,15 @@ class Clock:
             self._unmerged = self._compiled(self.subject.trial("search").model)
         models = {"unmerged": self._unmerged, "merged": self._compiled(self.subject.trial("search").reduced(config))}
         calls = {name: partial(model, self.batch) for name, model in models.items()}
-        once = interleave(calls, self.subject.device, rounds=2, warmup=2)["merged"].median
-        number = max(1, round(_SECONDS / once))
+        once = interleave(calls, self.subject.device, rounds=1, warmup=1)["merged"].median
+        number, start = max(1, round(_SECONDS / once)), time.perf_counter()
         merged = unmerged = Timing(())
         for rounds in _ROUNDS:
-            timings = interleave(calls, self.subject.device, rounds=rounds, warmup=1, number=number)
+            timings = interleave(calls, self.subject.device, rounds=rounds, warmup=0, number=number)
             merged, unmerged = merged + timings["merged"], unmerged + timings["unmerged"]
             noise = unmerged.noise(merged) or 0.0
-            if noise / len(merged.seconds) ** 0.5 <= _ENOUGH:
+            is_long = time.perf_counter() - start > _LONGEST
+            if is_long or noise / len(merged.seconds) ** 0.5 <= _ENOUGH:
                 break
         return Timed(unmerged.over(merged), merged.median, unmerged.median, noise)
 

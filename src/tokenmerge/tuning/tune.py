@@ -23,6 +23,7 @@ from tokenmerge.handle import attached, require_free
 from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
 from tokenmerge.methods import LeastLoss, Reduction
 from tokenmerge.report.journal import Journal
+from tokenmerge.tuning.alike import counted_images
 from tokenmerge.tuning.clock import Clock
 from tokenmerge.tuning.decide import decide
 from tokenmerge.tuning.goals import Goals
@@ -202,6 +203,7 @@ def _foresee(
     sizes = {name: len(getattr(subject.parts, name)) for name in ("screen", "search", "select", "report")}
     total = int(search.screened * sizes["screen"] + search.searched * sizes["search"])
     total += 4 * len(FRONT) * sizes["select"] + 2 * sizes["report"]
+    counted = counted_images(len(FRONT) + 1)
     if expect is not None:
         trial = subject.trial("screen")
         reduced = trial.reduced(
@@ -211,7 +213,7 @@ def _foresee(
         each = clock.batch.shape[0]
         timings = 1 if all(target.kind == "macs" for target in targets) else _TIMINGS
         timed = timings * clock.expected(merged + unmerged)
-        expect(total / each * merged + sum(sizes.values()) / each * unmerged + timed)
+        expect((total + counted) / each * merged + sum(sizes.values()) / each * unmerged + timed)
     done = 0
 
     def follow(part: str, images: int) -> None:
