@@ -146,8 +146,6 @@ def test_a_hub_that_does_not_give_it_says_what_to_do(monkeypatch: pytest.MonkeyP
     for name in ("hf:me/vit", "me/vit"):
         text = rf"no folder me/vit, and the Hugging Face hub (gave none|cannot be).*{remedy}"
         with pytest.raises(DataError, match=text):
-            DataError, match=rf"no folder me/vit, and the Hugging Face hub (gave none|cannot be).*{remedy}"
-        ):
             tokenmerge.load(name)
 
 
