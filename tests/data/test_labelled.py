@@ -113,11 +113,17 @@ def test_missing_folder(tmp_path: Path) -> None:
         open_data(str(tmp_path / "nowhere"), _model(), batch_size=8)
 
 
-@pytest.mark.parametrize("case", ["empty", "no-class-folders", "empty-class-folder"])
+def test_images_in_no_folders_of_classes_have_no_labels(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "lonely.png")
+    for source in (str(tmp_path), f"files:{tmp_path}"):
+        data = open_data(source, _model(), batch_size=8, workers=0)
+        assert [labels.tolist() for _, labels in data] == [[-1]]
+        assert data.notes[0].startswith("No labels: these images stand in no folders of classes")
+
+
+@pytest.mark.parametrize("case", ["empty", "empty-class-folder"])
 def test_folder_without_labelled_images(tmp_path: Path, case: str) -> None:
-    if case == "no-class-folders":
-        Image.new("RGB", (32, 32)).save(tmp_path / "lonely.png")
-    elif case == "empty-class-folder":
+    if case == "empty-class-folder":
         _images(tmp_path, {"a": [1], "b": [1], "c": []})
     with pytest.raises(DataError, match=rf"{tmp_path} holds no labelled images: expected {tmp_path}/CLASS/IMAGE\."):
         open_data(str(tmp_path), _model(), batch_size=8)

@@ -86,7 +86,8 @@ def test_a_block_subclass_with_a_step_of_its_own() -> None:
             return 1.01 * super().forward(x, *args, **kwargs)
 
     diagnosis = examine(tiny_vit(block_fn=Scaled), rounds=1)
-    ((name, good, sentence),) = diagnosis.findings
+    (name, good, sentence), last = diagnosis.findings
+    assert last[:2] == ("conclusion", False)  # and an advice
     assert (name, good, diagnosis.is_healthy) == ("adapter", False, False)
     assert "Scaled) is a timm.models.vision_transformer.Block with a forward of its own" in sentence
     assert "Patch the model by names" in sentence
@@ -95,7 +96,7 @@ def test_a_block_subclass_with_a_step_of_its_own() -> None:
 def test_a_block_whose_forward_was_replaced_on_the_instance() -> None:
     model = tiny_vit()
     model.blocks[0].forward = _no_mlp.__get__(model.blocks[0])
-    ((name, good, sentence),) = examine(model, rounds=1).findings
+    (name, good, sentence), _ = examine(model, rounds=1).findings
     assert (name, good) == ("adapter", False)
     assert sentence.startswith("blocks.0 (timm.models.vision_transformer.Block) does not behave as its adapter")
 
@@ -151,6 +152,7 @@ def test_merging_nothing_is_no_judgement() -> None:
     diagnosis = examine(tiny_vit(), r=0, rounds=1)
     assert _found(diagnosis)["equivalence"] == (None, "not checked: r = 0 merges nothing in this model")
     assert _found(diagnosis)["unpatch"][0] is True and diagnosis.is_healthy
+    assert _found(diagnosis)["conclusion"][1].startswith("Nothing is merged at r = 0, so nothing is gained")
 
 
 def test_what_could_not_be_done_is_told_and_no_failure() -> None:
@@ -179,7 +181,7 @@ def _near() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "texts"),
     [
-        (lambda: nn.Linear(2, 2), ["no adapter for torch.nn.modules.linear.Linear", "None is near"]),
+        (lambda: nn.Linear(2, 2), ["no adapter for torch.nn.modules.linear.Linear", "It has no attention"]),
         (_swin, ["SwinTransformer", "its attention runs inside windows that partition the full grid"]),
         (_near, ["no adapter for torch.nn.modules.module.Module", "Nearest is '", "missing are"]),
     ],
@@ -187,7 +189,8 @@ def _near() -> nn.Module:
 )
 def test_an_unsupported_model_is_a_finding_with_the_nearest_family(make: Any, texts: list[str]) -> None:
     diagnosis = examine(make())
-    ((name, good, sentence),) = diagnosis.findings
+    (name, good, sentence), last = diagnosis.findings
+    assert last[:2] == ("conclusion", False)  # and an advice
     assert (name, good, diagnosis.is_healthy) == ("adapter", False, False)
     for text in texts:
         assert text in sentence
@@ -234,6 +237,7 @@ def test_the_conclusion_follows_from_what_was_measured(
     monkeypatch.setattr(module, "interleave", timed)
     found = _found(examine(tiny_vit(), rounds=8))
     assert text in found["conclusion"][1]
+    assert found["conclusion"][0] is (None if merged > 1 else True)  # what is slower is not well
     assert ("other programs are running" in found["speed"][1]) == (noise > 0.1)
 
 
@@ -321,7 +325,8 @@ def test_a_configuration_for_another_model(monkeypatch: pytest.MonkeyPatch) -> N
     _timed(monkeypatch, 2.0)
     config = _config(tiny_vit())
     diagnosis = examine(tiny_vit(depth=6), config=config)
-    ((name, good, sentence),) = diagnosis.findings
+    (name, good, sentence), last = diagnosis.findings
+    assert last[:2] == ("conclusion", False)  # and an advice
     assert (name, good, diagnosis.is_healthy) == ("config", False, False)
     assert "for a model with 4 blocks" in sentence and "this one has 6" in sentence
     found = _found(examine(tiny_vit(), config=config))
@@ -330,7 +335,7 @@ def test_a_configuration_for_another_model(monkeypatch: pytest.MonkeyPatch) -> N
         and "it fits, but the configuration was made with other weights" in found["config"][1]
     )
     assert found["limitations"] == (True, "none")
-    ((name, good, _),) = examine(nn.Linear(2, 2), config=config).findings
+    (name, good, _), _ = examine(nn.Linear(2, 2), config=config).findings
     assert (name, good) == ("adapter", False)
 
 

@@ -221,11 +221,64 @@ def test_a_model_that_is_no_classifier(folder: Path) -> None:
     error = ((got - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()
     assert merged["error %"] == pytest.approx(100 * error, rel=1e-3) and error > 1e-3
     assert merged["cosine"] == pytest.approx(torch.cosine_similarity(got, plain).mean().item(), abs=2e-5)
-    assert result.notes[-1].startswith("No accuracy: VisionTransformer answers with 65 x 7 numbers for an image")
+    assert result.notes[-2].startswith("No accuracy: VisionTransformer answers with 65 x 7 numbers for an image")
+    assert result.notes[-1] == "recall@10 needs at least 50 images, and there are 21."
     with pytest.raises(
         DataError, match=r"merged, the model answers with \(8, 49, 7\), unmerged with \(8, 65, 7\).*--r"
     ):
         evaluate(model, _data(folder, model), rs=(4,), restore="merged")
+
+
+def _sixty(folder: Path) -> Path:
+    torch.manual_seed(0)
+    folder.mkdir()
+    for i in range(60):
+        noise = torch.randint(0, 256, (32 * 32 * 3,), dtype=torch.uint8).tolist()
+        Image.frombytes("RGB", (32, 32), bytes(noise)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("pool", ["token", "", "avg"], ids=["vectors", "class-token", "mean"])
+def test_embeddings_are_searched_for(tmp_path: Path, pool: str) -> None:
+    """Every image is a query; the neighbours by a loop in plain Python."""
+    model = tiny_vit(num_classes=0, global_pool="" if pool == "avg" else pool, class_token=pool != "avg")
+    model.pretrained_cfg = _model().pretrained_cfg
+    data = open_data(str(_sixty(tmp_path / "flat")), model, batch_size=16, workers=0)
+    result = evaluate(model, data, rs=(0, 12), restore="dense")
+    x = torch.cat([images for images, _ in data])
+
+    def embedded() -> list[list[float]]:
+        with torch.no_grad():
+            y = model(x)
+        y = y if y.ndim == 2 else y[:, 0] if pool == "" else y.mean(dim=1)
+        return torch.nn.functional.normalize(y, dim=1).tolist()
+
+    def neighbours(query: int, queries: list[list[float]], index: list[list[float]]) -> set[int]:
+        scores = {i: sum(a * b for a, b in zip(queries[query], y, strict=True)) for i, y in enumerate(index)}
+        return set(sorted((i for i in scores if i != query), key=lambda i: -scores[i])[:10])
+
+    old = embedded()
+    with tokenmerge.patched(model, r=12, restore="dense"):
+        new = embedded()
+    for name, index in (("recall@10", new), ("recall@10 old", old)):
+        found = sum(len(neighbours(i, old, old) & neighbours(i, new, index)) for i in range(60)) / 600
+        assert found < 0.99 and result.rows[1][name] == pytest.approx(found, abs=0.004)
+        assert result.rows[0][name] == 1.0
+    assert "of the 10 images nearest to each of 60" in result.notes[-1]
+
+
+def test_images_without_labels_give_agreement(tmp_path: Path) -> None:
+    model = _model()
+    data = open_data(str(_sixty(tmp_path / "flat")), model, batch_size=16, workers=0)
+    result = evaluate(model, data, rs=(8,))
+    with torch.no_grad():
+        x = torch.cat([images for images, _ in data])
+        plain = model(x).argmax(dim=1)
+        with tokenmerge.patched(model, r=8):
+            same = (model(x).argmax(dim=1) == plain).float().mean().item()
+    assert "top-1 %" not in result.rows[0] and "cosine" not in result.rows[0]
+    assert result.rows[1].agreement == pytest.approx(100 * same, abs=0.01) and result.rows[0].agreement == 100.0
+    assert any(note.startswith("No labels: ") for note in result.notes)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from helpers import randomised
 from tokenmerge.cli import main
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
-from tokenmerge.tools import hosts
+from tokenmerge.tools import hosts, network
 from tokenmerge.tools.models import file_name, load_model
 from tokenmerge.tuning import clock
 
@@ -143,8 +144,35 @@ def test_a_hub_that_does_not_give_it_says_what_to_do(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     for name in ("hf:me/vit", "me/vit"):
-        with pytest.raises(DataError, match=rf"no folder me/vit, and the Hugging Face hub gave none .*{remedy}"):
+        text = rf"no folder me/vit, and the Hugging Face hub (gave none|cannot be).*{remedy}"
+        with pytest.raises(DataError, match=text):
             tokenmerge.load(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm, constants = pytest.importorskip("timm"), pytest.importorskip("huggingface_hub.constants")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(network, "getproxies", dict)
+        seen: list[bool] = []
+
+        def refuse(*_: Any, **__: Any) -> nn.Module:
+            seen.append(constants.HF_HUB_OFFLINE)
+            raise OSError("offline")
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(timm, "create_model", refuse)
+        with pytest.raises(UnsupportedError, match=r"pretrained weights of 'vit_tiny_patch16_224' could not be loaded"):
+            tokenmerge.load("timm:vit_tiny_patch16_224")
+        with pytest.raises(UnsupportedError):
+            tokenmerge.load("timm:vit_tiny_patch16_224", pretrained=False)
+        assert seen == [True, False] and constants.HF_HUB_OFFLINE is False
+        closed.listen()
+        assert network.is_reachable(constants.ENDPOINT)
+        with pytest.raises(UnsupportedError):
+            tokenmerge.load("timm:vit_tiny_patch16_224")
+    assert seen[-1] is False
 
 
 def test_a_name_of_a_host_and_of_a_folder_is_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

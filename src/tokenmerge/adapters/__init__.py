@@ -192,6 +192,11 @@ def find(model: nn.Module) -> Adapter:
             "tokens through its blocks; another part that does can be patched by names, patch(model, blocks=..., "
             "attn=..., norm=..., mlp=...)."
         )
+    raise _undescribed(model)
+
+
+def _undescribed(model: nn.Module) -> UnsupportedModelError:
+    """Return the error for a model that no family describes, with the nearest one where it has attention."""
     present = {part for name, _ in model.named_modules() for part in name.split(".")}
     nearest = max(
         known(), key=lambda adapter: len(present.intersection(adapter.landmarks)) / max(1, len(adapter.landmarks))
@@ -205,15 +210,17 @@ def find(model: nn.Module) -> Adapter:
         else "None is near: no child of any family was found."
     )
     hint = (
-        "Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower inside it."
+        f"{near} Patch it by names, patch(model, blocks=..., attn=..., norm=..., mlp=...), or patch the vision tower "
+        "inside it."
         if _attends(model)
         else "It has no attention that could be found (no nn.MultiheadAttention, no child called attention, attn or "
         "qkv), and tokens are merged for what attends to them: choose a vision transformer. One whose attention has "
         "another name is told its names: patch(model, blocks=..., attn=..., norm=..., mlp=...)."
     )
     cls = type(model)
-    raise UnsupportedModelError(
-        f"no adapter for {cls.__module__}.{cls.__qualname__}; tried: {', '.join(list_adapters())}. {near} {hint}"
+    return UnsupportedModelError(
+        f"no adapter for {cls.__module__}.{cls.__qualname__}: none of the {len(known())} families describes it "
+        f"(`tokenmerge list`, docs/support.md). {hint}"
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
 from tokenmerge.cli import train, tune, vlm
+from tokenmerge.cli.completion import SHELLS, PrintCompletion
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
@@ -32,12 +33,15 @@ from tokenmerge.cli.options import (
     read_r,
     said_of,
 )
+from tokenmerge.cli.quiet import quiet
 from tokenmerge.schedule import TEXT_FORMS
 
 if TYPE_CHECKING:
     from tokenmerge.report.table import Table
 
 __all__ = ["main"]
+
+_OUT_HELP = "also write the rows to these .csv, .json, .md, .html, .tex, and draw them into these .png, .svg, .pdf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(given=given)  # arguments that `train` passes on to its processes
 
     def run() -> int:
-        return int(_parser().parse_args(given, arguments).run(arguments))
+        _parser().parse_args(given, arguments)
+        with quiet(arguments.quiet):
+            return int(arguments.run(arguments))
 
     return ended(run, arguments)
 
@@ -58,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="tokenmerge", description="Make vision transformers faster by merging similar tokens, and see what it did."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    text = f"write a script for Tab completion: {', '.join(SHELLS)}"
+    parser.add_argument("--print-completion", action=PrintCompletion, metavar="SHELL", help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "the bundled model on the bundled images, for several r")
     demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
@@ -70,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     model_arguments(evaluate)
     data_arguments(evaluate)
     evaluate.add_argument("--bound", action="store_true", help="time the free bound of each r beside it")
-    evaluate.add_argument("--out", help="also write the rows to this .csv, .json, .md, .html or .tex")
+    evaluate.add_argument("--out", nargs="+", metavar="FILE", help=_OUT_HELP)
     _compare_parser(commands)
 
     doctor = _command(
@@ -104,8 +112,9 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no progress and no notes to stderr")
     if name not in ("doctor", "export", "list"):
-        parser.add_argument("--wide", action="store_true", help="print every column, however wide the terminal is")
+        parser.add_argument("--wide", action="store_true", help="print every column, not six at most")
     if name not in ("export", "list", "train"):
         parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
@@ -119,7 +128,7 @@ def _bench_parser(commands: Any) -> None:
     bench.add_argument("--compile", action="store_true", help="torch.compile all variants")
     bench.add_argument("--rounds", type=int, default=20, help="timed rounds per row (%(default)s)")
     bench.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    bench.add_argument("--out", help="also write the rows to this .csv, .json, .md, .html or .tex")
+    bench.add_argument("--out", nargs="+", metavar="FILE", help=_OUT_HELP)
     bench.add_argument("--compare", action="store_true", help="also time the merged model on the reference kernels")
     bench.add_argument("--training", action="store_true", help="also the peak memory of a training step")
     preparing_arguments(bench)
@@ -174,7 +183,10 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
     title = f"Bundled ViT, {result.images} Fashion-MNIST test images"
     _print(arguments, result, title)
-    print(f"Written to {arguments.out}: table.md, table.json, plot.png, merged.png", file=sys.stderr)
+    print(
+        f"Written to {arguments.out}: table.md, table.json, table.tex, plot.png, .svg, .pdf, merged.png",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -339,19 +351,24 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _out(path: str | None) -> Path | None:
-    from tokenmerge.report.table import check_writable
+def _out(paths: Sequence[str] | None) -> list[Path]:
+    """Return the files to write; raises before any work for those that cannot be written."""
+    from tokenmerge.report.plots import require_viz
+    from tokenmerge.report.table import KINDS, PICTURES, check_writable
 
-    return check_writable(path) if path else None
+    found = [check_writable(path, (*KINDS, *PICTURES)) for path in paths or ()]
+    if any(path.suffix in PICTURES for path in found):
+        require_viz()
+    return found
 
 
-def _print(arguments: argparse.Namespace, result: Table[Any], title: str, out: Path | None = None) -> None:
+def _print(arguments: argparse.Namespace, result: Table[Any], title: str, out: Sequence[Path] = ()) -> None:
     from tokenmerge.report.table import measured_on, show
 
     with ExitStack() as after:
-        if out is not None:
+        for path in out:
             # save even if printing fails (closed pipe), and print even if saving fails (full disk)
-            after.callback(result.save, out)
+            after.callback(result.save, path, title)
         if arguments.json:
             content = {"title": title, "environment": result.environment, "rows": result.rows, "notes": result.remarks}
             print(json.dumps(content, indent=2))

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 FASHION_MNIST = "fashion-mnist"
+_FILES = "files:PATH"
+_UNLABELLED = "No labels: these images stand in no folders of classes. Answers are compared with the unmerged model's."
 _CALIBRATION = 64  # images for "auto"
 
 
@@ -93,13 +95,16 @@ class Images:
         opened, split = _open(str(source), splits)
         self.classes = list(opened.classes)
         self.outputs = declared_classes(model) or len(self.classes)
-        try:
-            self._numbers = torch.tensor(numbers_of(self.source, self.classes, model, is_folder))
-            self.notes = how_numbered(self.classes, model, is_folder)
-        except DataError as error:
-            if needs_labels:
-                raise
-            self._numbers, self.notes = torch.full((len(self.classes),), -1), (f"Labels are not used: {error}",)
+        self._numbers = torch.full((len(self.classes),), -1)
+        self.notes: tuple[str, ...] = (_UNLABELLED,)
+        if form != _FILES:
+            try:
+                self._numbers = torch.tensor(numbers_of(self.source, self.classes, model, is_folder))
+                self.notes = how_numbered(self.classes, model, is_folder)
+            except DataError as error:
+                if needs_labels:
+                    raise
+                self.notes = (f"Labels are not used: {error}",)
         if split != splits[0]:
             self.notes += (f"Images of the {split} split: there is no {splits[0]} split.",)
         if isinstance(opened, Stream) and limit is not None:
@@ -194,6 +199,8 @@ def open_data(
 ) -> FashionMNIST | Images:
     """Open the images of a source for evaluation: a folder, or a name as in `data.source` of a recipe.
 
+    Images below `files:PATH`, and in a folder without sub-folders, have no labels: theirs is -1.
+
     Uses the test split if there is one, else the validation split, else the training split, and a note says which.
     Images are prepared as the model declares, unless `preprocessing` is given: a `Preprocessing`, a Hugging Face image
     processor, or a function of one PIL image. `options` are those of `find_preprocessing`: `beside`, `mean`, ...
@@ -202,7 +209,7 @@ def open_data(
     check_source(source)
     if source != FASHION_MNIST:
         found = find_preprocessing(model, given=preprocessing, **options)
-        return Images(source, model, batch_size, workers, limit, found)
+        return Images(_as_files(source), model, batch_size, workers, limit, found)
     classes = declared_classes(model)
     if classes not in (None, 10):
         raise DataError(f"fashion-mnist has 10 classes, the model has {classes}; use the bundled model 'reference'.")
@@ -288,11 +295,19 @@ def sample_data(
             return FashionMNIST(batch_size, limit, own, split="train")
         except DataError as error:
             raise DataError(f"{error} Or give a folder of images.") from error
-    form, rest = resolve(source)
-    if form == "folder:PATH" and not class_names(Path(rest)):
-        source = f"files:{rest}"
     found = find_preprocessing(model, given=preprocessing, **options)
-    return Images(source, model, batch_size, workers, limit, found, ("train", "valid", "test"), needs_labels=False)
+    return Images(
+        _as_files(source), model, batch_size, workers, limit, found, ("train", "valid", "test"), needs_labels=False
+    )
+
+
+def _as_files(source: str) -> str:
+    """Return the name of a source; that of its files, for a folder that has some and no sub-folder."""
+    form, rest = resolve(source)
+    is_flat = (
+        form == "folder:PATH" and not class_names(Path(rest)) and any(path.is_file() for path in Path(rest).iterdir())
+    )
+    return f"files:{rest}" if is_flat else source
 
 
 def check_source(source: str, option: str = "--data") -> None:

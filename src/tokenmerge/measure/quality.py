@@ -18,8 +18,11 @@ __all__ = ["Judge", "Question", "standard_error"]
 class Question:
     """Which figures apply to a model's outputs: accuracy on labelled classes, or only distance to the unmerged outputs.
 
-    `note` says why accuracy does not apply, "" if it does.
+    `note` says why accuracy does not apply, "" if it does. With `keeps_embeddings` judges keep the embeddings of the
+    images, for `retrieval`: an answer of one vector for each image, or of `embedded` from all tokens.
     """
+
+    keeps_embeddings = False
 
     def __init__(self, model: nn.Module, data: Labelled, shape: tuple[int, ...]) -> None:
         self.shape = shape[1:]
@@ -39,6 +42,19 @@ class Question:
             "model's: error % is the distance relative to their length, cosine the mean similarity."
         )
 
+    def embedded(self, answers: Tensor, tokens: int, protected: int) -> Tensor | None:
+        """Return the embeddings `[B, C]` in answers: vectors, or the first token of `[B, tokens, C]` or their mean.
+
+        The first token is taken if it is a class token (`protected`). None for classes, pixels and others.
+        """
+        if self.has_classes or self.has_pixels or len(self.shape) > 2 or self.shape[-1] < 2:
+            return None
+        if len(self.shape) == 1:
+            return answers
+        if self.shape[0] != tokens:
+            return None
+        return answers[:, 0] if protected else answers.mean(dim=1)
+
     def check(self, got: Tensor, expected: Tensor) -> None:
         """Raise `DataError` if merged outputs cannot be compared with unmerged ones."""
         if got.shape != expected.shape:
@@ -51,16 +67,18 @@ class Question:
 class Judge:
     """Sums over batches that compare one reduced model with labels and unmerged outputs; `figures` are the means.
 
-    `hits` and `same` say of each image whether its first class is right, and that of the unmerged model.
+    `hits` and `same` say of each image whether its first class is right, and that of the unmerged model. The label -1
+    is none: without others there are no accuracies. `embeddings` are those that the trial keeps.
     """
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self.seen = self.pixels = self.odd = 0
+        self.seen = self.pixels = self.odd = self.labelled = 0
         self.top1 = self.top5 = self.agree = 0
         self.divergence = self.error = self.cosine = 0.0
         self.hits: list[bool] = []
         self.same: list[bool] = []
+        self.embeddings: list[Tensor] = []
         self._losses: list[Tensor] = []  # of each image, in float64
         self._lengths: list[Tensor] = []
 
@@ -77,6 +95,7 @@ class Judge:
         self.question.check(got, expected)
         got, expected = got.float(), expected.float()
         self.seen += len(got)
+        self.labelled += int((labels >= 0).sum())
         self._losses.append((got - expected).double().flatten(1).square().sum(dim=1).cpu())
         self._lengths.append(expected.double().flatten(1).square().sum(dim=1).cpu())
         # NaN ranks first, equals nothing and spreads: its images are right in nothing, and in no sum
@@ -125,9 +144,10 @@ class Judge:
         if self.pixels:
             found["agreement %"] = round(100 * self.agree / self.pixels, 2)
         if self.question.has_classes:
-            found["top-1 %"] = round(100 * self.top1 / self.seen, 2)
-            found["top-1 ±"] = standard_error(self.top1, self.seen)
-            found["top-5 %"] = round(100 * self.top5 / self.seen, 2)
+            if self.labelled:
+                found["top-1 %"] = round(100 * self.top1 / self.seen, 2)
+                found["top-1 ±"] = standard_error(self.top1, self.seen)
+                found["top-5 %"] = round(100 * self.top5 / self.seen, 2)
             if numbers:
                 found["KL"] = float(f"{max(0.0, self.divergence / numbers):.4g}")
         elif numbers:

@@ -109,7 +109,13 @@ TOP1_ERROR = Column[float]("top-1 ±", "the standard error of top1", "points", d
 TOP5 = Column[float]("top-5 %", "images whose first five answers hold the right one", "percent")
 ERROR = Column[float]("error %", "the distance from the unmerged answers, relative to their length", "percent", rank=6)
 AGREEMENT = Column[float]("agreement %", "images (or pixels) that get the unmerged model's answer", "percent", rank=8)
-COSINE = Column[float]("cosine", "the mean cosine similarity to the unmerged answers", rank=9)
+COSINE = Column[float]("cosine", "the mean cosine similarity to the unmerged answers", decimals=5, rank=9)
+RECALL = Column[float](
+    "recall@10", "the share of each image's 10 nearest that are found, all images embedded merged", rank=8
+)
+RECALL_MIXED = Column[float](
+    "recall@10 old", "the same with merged queries in an index of unmerged embeddings", rank=12
+)
 KL = Column[float]("KL", "the mean KL divergence from the unmerged model's answers", "nats", rank=17)
 DAMAGE = Column[float]("damage", "the squared distance from the unmerged answers, relative to their length", rank=6)
 # time

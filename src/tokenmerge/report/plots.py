@@ -9,7 +9,7 @@ from typing import Any
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.files import replacing
 
-__all__ = ["import_pil", "plot_front", "plot_pareto", "plot_tradeoff", "require_viz"]
+__all__ = ["import_pil", "plot_front", "plot_pareto", "plot_speed", "plot_tradeoff", "require_viz"]
 
 Row = Mapping[str, Any]
 _ERROR = "top-1 ±"
@@ -33,7 +33,7 @@ def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str)
         fastest = [row["bound images/s"] for row in bound], [row[name] for row in bound]
         axes.plot(*fastest, "|", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
     # at least two points high: at a larger scale noise would look like a trend
-    least = 1.0 if name == "top-1 %" else 0.01
+    least = 0.01 if name == "cosine" else 1.0
     low, high = axes.get_ylim()
     half = 1.15 * max(least, (high - low) / 2)
     middle = (low + high) / 2
@@ -68,7 +68,7 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
     columns = (("MACs share", -1), ("images/s", 1))
     drawn = [_draw_points(axes, inside, names, name, *of) for axes, of in zip(panels, columns, strict=True)]
     panels[0].invert_xaxis()
-    span = top - least or (2.0 if name == "top-1 %" else 0.01)
+    span = top - least or (0.01 if name == "cosine" else 2.0)
     panels[0].set_ylim(least - (0.13 if below else 0.05) * span, top + 0.05 * span)
     panels[0].set(xlabel="share of the unmerged MACs (less is better)", ylabel=label)
     panels[1].set(xlabel="images per second: the unmerged model's times the speed-up (more is better)")
@@ -88,7 +88,30 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
     _save(figure, paths)
 
 
-def plot_front(path: Path, rows: Sequence[Row], title: str) -> None:
+def plot_speed(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
+    """Save a plot of the speed-up over `r`, a line per batch size, with the free bound; error bars are the noise."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    amounts = list(dict.fromkeys(row["r"] for row in rows))
+    for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
+        own = [row for row in rows if row["batch"] == batch]
+        places, gains = [amounts.index(row["r"]) for row in own], [row["speed-up"] for row in own]
+        noise = [row["speed-up"] * (row["noise %"] or 0.0) / 100 for row in own]
+        style = {"color": f"C{i % 10}", "capsize": 2, "elinewidth": 1}
+        axes.errorbar(places, gains, yerr=noise, fmt="o-", label=f"batch {batch}", **style)
+        bound = [row["speed-up"] * row["over bound"] for row in own]
+        axes.plot(places, bound, "_", color=f"C{i % 10}", markersize=14)
+    axes.plot([], [], "_", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
+    axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    axes.set_xticks(range(len(amounts)), [_plain(str(r)) for r in amounts])
+    axes.set(xlabel="r", ylabel="times as fast as the unmerged model", title=_wrapped(title))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    _save(figure, paths)
+
+
+def plot_front(path: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
     """Save a plot of the damage over the share of the MACs: what was tuned, and constant schedules beside it."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
@@ -145,6 +168,8 @@ def _quality(rows: Sequence[Row]) -> tuple[str, str]:
     """Return the vertical figure and its label."""
     if rows[0].get("top-1 %") is not None:
         return "top-1 %", "top-1 accuracy (%), with its standard error" if _ERROR in rows[0] else "top-1 accuracy (%)"
+    if rows[0].get("agreement %") is not None:
+        return "agreement %", "images with the unmerged model's answer (%)"
     return "cosine", "cosine similarity to the unmerged answers"
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import new_part, write_file
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "KINDS",
+    "PICTURES",
     "Table",
     "as_csv",
     "as_html",
@@ -36,6 +38,9 @@ __all__ = [
 
 Row = Mapping[str, Any]
 KINDS = (".json", ".csv", ".md", ".html", ".tex")  # file formats
+PICTURES = (".png", ".svg", ".pdf")  # of the results that can be drawn
+_MOST = 6  # columns that are printed unless more are asked for
+_ACCURACY, _ERROR = "top-1 %", "top-1 ±"
 _Record = TypeVar("_Record", bound=Record)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; padding: 0 1.5em }
@@ -51,6 +56,7 @@ class Table(Generic[_Record]):
 
     rows: list[_Record]
     environment: Any  # a dict for all rows, or one per row
+    kinds: ClassVar[tuple[str, ...]] = KINDS  # what `save` can write
 
     @property
     def table(self) -> Sequence[Row]:
@@ -75,12 +81,22 @@ class Table(Generic[_Record]):
             raise UnsupportedError("to_pandas() needs pandas: pip install pandas") from error
         return pandas.DataFrame(self.rows, columns=list(self.rows[0]) if self.rows else None)
 
-    def save(self, path: str | Path) -> None:
-        """Write rows, environment and notes in the format of the suffix; raises `DataError` for others or no rows."""
-        path = check_writable(path)
+    def save(self, path: str | Path, title: str = "") -> None:
+        """Write rows, environment and notes in the format of the suffix, one of `kinds`, or draw them with a title.
+
+        Raises `DataError` for other formats and where there are no rows, `UnsupportedError` to draw without matplotlib.
+        """
+        path = check_writable(path, self.kinds)
         if not self.rows:
             raise DataError(f"there are no rows to write to {path}.")
-        save_rows(path, self.rows, self.environment, self.remarks)
+        if path.suffix in PICTURES:
+            self._draw(path, title)
+        else:
+            save_rows(path, self.rows, self.environment, self.remarks)
+
+    def _draw(self, path: Path, title: str) -> None:
+        """Draw the rows into a file; results that can be drawn have `PICTURES` among their `kinds`."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n".join([as_markdown(self.table) if self.rows else "no rows", *self._said()])
@@ -90,6 +106,12 @@ class Table(Generic[_Record]):
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
         return "".join([_html(self.table) if self.rows else "", *(f"<p>{escape(note)}</p>" for note in self._said())])
+
+
+class _Number(str):
+    """A number that is text already, such as an accuracy with its standard error."""
+
+    __slots__ = ()
 
 
 class _Text(NamedTuple):
@@ -105,16 +127,19 @@ def _as_text(rows: Sequence[Row]) -> list[_Text]:
     found = []
     for title in rows[0]:
         column, values = find_column(title), [row[title] for row in rows]
-        is_number = all(isinstance(value, (int, float, type(None))) for value in values)
+        is_number = all(isinstance(value, (int, float, _Number, type(None))) for value in values)
         found.append(_Text(title, is_number, [column.text(value) for value in values]))
     return found
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    """Return rows with equal keys as a Markdown table, numbers right-aligned."""
+def as_markdown(rows: Sequence[Row], *, is_read_as_text: bool = False) -> str:
+    """Return rows with equal keys as a Markdown table, numbers right-aligned.
+
+    What Markdown would read as markup is escaped, unless the table is to be read as it is, in a terminal or a log.
+    """
     lines: list[list[str]] = []
     for title, is_number, texts in _as_text(rows):
-        cells = [_cell(text) for text in texts]
+        cells = [_on_one_line(text) if is_read_as_text else _cell(text) for text in texts]
         width = max(2, len(title), *map(len, cells))
         rule = ("-" * (width - 1) + ":") if is_number else "-" * width
         lines.append([title.ljust(width), rule, *(c.rjust(width) if is_number else c.ljust(width) for c in cells)])
@@ -133,7 +158,11 @@ def plain(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return _MARKED.sub(_escape, text.replace("\r", " ").replace("\n", " "))
+    return _MARKED.sub(_escape, _on_one_line(text))
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\r", " ").replace("\n", " ")
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -251,40 +280,55 @@ def measured_on(about: Mapping[str, Any]) -> str:
 def show(rows: Sequence[Row], title: str, *, wide: bool = False) -> None:
     """Print a table to stdout, with rich if it is installed and stdout is a terminal.
 
-    Numbers are never shortened. Without `wide`, columns that do not fit the terminal are left out, the least important
-    first, and a line names them.
+    Numbers are never shortened. Without `wide` the six most important columns are printed, or fewer where the terminal
+    is too narrow for them, with the standard error of an accuracy beside it; a line names what was left out.
     """
     width = shutil.get_terminal_size().columns
-    shown = rows if wide else fitting(rows, width)
-    left_out = [name for name in rows[0] if name not in shown[0]]
+    shown = rows if wide else fitting(_with_errors(rows), width, _MOST)
+    left_out = [name for name in rows[0] if name not in (*shown[0], *([_ERROR] if _ACCURACY in shown[0] else ()))]
     if not sys.stdout.isatty() or not _show_richly(shown, title, width):
-        print(f"{title}\n\n{as_markdown(shown)}")
+        print(f"{title}\n\n{as_markdown(shown, is_read_as_text=True)}")
     if left_out:
         print(f"Not shown: {', '.join(left_out)} (--wide, --json or the files that are written have them).")
+
+
+def _with_errors(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows with the standard error of each accuracy in one cell with it."""
+    if _ERROR not in rows[0] or _ACCURACY not in rows[0]:
+        return [dict(row) for row in rows]
+    accuracy, error = find_column(_ACCURACY), find_column(_ERROR)
+    found = []
+    for row in rows:
+        both = (
+            None if row[_ACCURACY] is None else _Number(f"{accuracy.text(row[_ACCURACY])} ± {error.text(row[_ERROR])}")
+        )
+        found.append({name: both if name == _ACCURACY else value for name, value in row.items() if name != _ERROR})
+    return found
 
 
 def _show_richly(rows: Sequence[Row], title: str, width: int) -> bool:
     try:
         from rich.console import Console
+        from rich.markup import escape as literal
         from rich.table import Table
     except ImportError:
         return False
-    table = Table(title=title, title_justify="left")
+    table = Table(title=literal(title), title_justify="left")
     columns = _as_text(rows)
     for column in columns:
         table.add_column(column.title, justify="right" if column.is_number else "left", no_wrap=True, overflow="ignore")
     for line in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*line)
+        table.add_row(*map(literal, line))
     Console(width=max(width, _width(rows, list(rows[0])))).print(table)
     return True
 
 
-def fitting(rows: Sequence[Row], width: int) -> list[dict[str, Any]]:
-    """Return the rows with as many columns as fit into a width, the most important first."""
+def fitting(rows: Sequence[Row], width: int, most: int | None = None) -> list[dict[str, Any]]:
+    """Return the rows with as many columns as fit into a width, at most `most`, the most important first."""
     names = list(rows[0])
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: find_column(name).rank):
-        if _width(rows, [*chosen, name]) <= width or not chosen:
+        if len(chosen) != most and (_width(rows, [*chosen, name]) <= width or not chosen):
             chosen.append(name)
     return [{name: row[name] for name in names if name in chosen} for row in rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from tokenmerge.measure.timing import (
 )
 from tokenmerge.report import columns
 from tokenmerge.report.columns import Record
-from tokenmerge.report.table import Table
+from tokenmerge.report.plots import plot_speed
+from tokenmerge.report.table import KINDS, PICTURES, Table
 from tokenmerge.schedule import R
 from tokenmerge.tools.models import Method, apply_method, choices_of
 
@@ -72,6 +74,10 @@ class Bench(Table[BenchRow]):
     rows: list[BenchRow]
     environment: dict[str, str]
     verdicts: list[str] = field(default_factory=list)
+    kinds = (*KINDS, *PICTURES)
+
+    def _draw(self, path: Path, title: str) -> None:
+        plot_speed(path, self.rows, title or str(self.rows[0].model))
 
     @property
     def remarks(self) -> list[str]:

@@ -15,7 +15,7 @@ from tokenmerge.data.labelled import FashionMNIST, normalise
 from tokenmerge.errors import DataError
 from tokenmerge.files import replacing, write_file
 from tokenmerge.report.plots import plot_tradeoff, require_viz
-from tokenmerge.report.table import as_markdown, check_writable, measured_on
+from tokenmerge.report.table import PICTURES, as_latex, as_markdown, check_writable, measured_on
 from tokenmerge.schedule import R
 from tokenmerge.tools.evaluate import Evaluation, evaluate
 from tokenmerge.tools.models import load_model
@@ -36,7 +36,7 @@ def demo(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate the bundled model and write `table.md`, `table.json`, `plot.png` and `merged.png` into the folder.
+    """Evaluate the bundled model and write `table.md`, `.json`, `.tex`, `plot.png`, `.svg`, `.pdf` and `merged.png`.
 
     Raises before any work: `DataError` if the folder cannot be written, `UnsupportedError` without matplotlib.
     """
@@ -57,7 +57,8 @@ def demo(
     content = {"title": title, "environment": result.environment, "images": result.images, "rows": result.rows}
     content["notes"] = result.notes
     write_file(folder / "table.json", json.dumps(content, indent=2) + "\n")
-    plot_tradeoff(folder / "plot.png", result.rows, title)
+    write_file(folder / "table.tex", as_latex(result.rows))
+    plot_tradeoff([folder / f"plot{kind}" for kind in PICTURES], result.rows, title)
     with replacing(folder / "merged.png") as part:
         pictures(model.cpu(), data, [r for r in rs if r != 0]).save(part)
     return result

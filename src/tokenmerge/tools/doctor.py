@@ -39,6 +39,10 @@ _WRONG = (
     "a model of the host's own class; what a subclass adds can be patched by names (see docs/your-own-model.md)."
 )
 
+_UNSUPPORTED = "This model cannot be merged as it is: do what is said above, or take a model of `tokenmerge list`."
+_IDLE = "Nothing is merged at r = {r}, so nothing is gained: give a larger r, or tune for a speed (--target 1.5x)."
+_OTHER_CONFIG = "This configuration is of another model: tune this one (tokenmerge tune), or name the right file."
+
 
 class Finding(NamedTuple):
     """One check: its name, the result (None: no judgement), and a sentence."""
@@ -102,7 +106,8 @@ def examine(
         raise
     except TokenMergeError as error:
         does_not_fit = config is not None and isinstance(error, ConfigError)
-        return Diagnosis([Finding("config" if does_not_fit else "adapter", False, str(error))], about)
+        name, advice = ("config", _OTHER_CONFIG) if does_not_fit else ("adapter", _UNSUPPORTED)
+        return Diagnosis([Finding(name, False, str(error)), Finding("conclusion", False, advice)], about)
     report = handle.report()
     findings = [] if config is None else [_fits(own, handle)]
     findings += [
@@ -230,7 +235,12 @@ def _speed(
     said = [] if here is None else [_delivers(config, gain, x, here)]
     sentence, advice = _judged(timings, f"batch {len(x)}, r = {config.r}")
     fails = any(good is False for _, good, _ in said)
-    return [Finding("speed", None, sentence), *said, Finding("conclusion", not fails, _SLOW if fails else advice)]
+    with torch.inference_mode():
+        merged(x)
+    if not tokenmerge.handle_of(merged).has_merged:
+        advice = _IDLE.format(r=config.r)
+    good = False if fails else None if advice.startswith(_RIGHT) and "SLOWER" in advice else True
+    return [Finding("speed", None, sentence), *said, Finding("conclusion", good, _SLOW if fails else advice)]
 
 
 def _as_measured(model: nn.Module, x: torch.Tensor, measured: Mapping[str, Any]) -> tuple[nn.Module, torch.Tensor]:

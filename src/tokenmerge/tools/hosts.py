@@ -6,6 +6,7 @@ A host is a class below and a line in `HOSTS`.
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
 from tokenmerge.tools import hugging_face
+from tokenmerge.tools.network import failing_at_once
 
 __all__ = ["HOSTS", "Host", "hosts_of", "import_timm", "known_names"]
 
@@ -49,7 +51,8 @@ class Timm:
             raise unknown_name("timm model", name, [one for one in known if "vit" in one or "deit" in one])
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         try:
-            return timm.create_model(name, pretrained=pretrained, **options)  # type: ignore[no-any-return]
+            with failing_at_once() if pretrained else nullcontext():
+                return timm.create_model(name, pretrained=pretrained, **options)  # type: ignore[no-any-return]
         except _FAILURES as error:
             raise _failed(name, pretrained, error) from error
 
@@ -105,7 +108,8 @@ class OpenCLIP:
             raise ConfigError(f"open_clip has {known} weights of {architecture}: give {which}{file}.")
         try:
             weights = tag if pretrained or is_file else None  # a file is no download
-            return open_clip.create_model(architecture, pretrained=weights)  # type: ignore[no-any-return]
+            with failing_at_once() if weights and not is_file else nullcontext():
+                return open_clip.create_model(architecture, pretrained=weights)  # type: ignore[no-any-return]
         except _FAILURES as error:
             raise _failed(name, pretrained, error) from error
 

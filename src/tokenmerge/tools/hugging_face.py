@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import is_file, write_file
+from tokenmerge.tools.network import failing_at_once
 
 __all__ = [
     "CONFIG",
@@ -42,12 +43,14 @@ def fetch(repository: str, revision: str | None, patterns: Sequence[str] = READ)
     """Return the folder of a repository of the hub, downloaded or from the cache; raises `DataError`."""
     hub = import_hub()
     try:
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        with failing_at_once():
+            return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # of the hub, of its transport, of names it does not take
-        raise DataError(
-            f"there is no folder {repository}, and the Hugging Face hub gave none of this name: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} {_remedy(repository, type(error).__name__)}"
-        ) from error
+        kind = type(error).__name__
+        said = f"the Hugging Face hub gave none of this name: {kind}: {' '.join(str(error).split())[:300]}"
+        if kind == "LocalEntryNotFoundError":
+            said = "the Hugging Face hub cannot be reached (no network, or HF_HUB_OFFLINE is set)."
+        raise DataError(f"there is no folder {repository}, and {said} {_remedy(repository, kind)}") from error
 
 
 def _remedy(repository: str, error: str) -> str:

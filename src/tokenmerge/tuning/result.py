@@ -12,7 +12,7 @@ from tokenmerge.files import write_file
 from tokenmerge.report import columns
 from tokenmerge.report.columns import Record
 from tokenmerge.report.plots import plot_front
-from tokenmerge.report.table import Table, as_html
+from tokenmerge.report.table import PICTURES, Table, as_html
 
 __all__ = ["Front", "FrontRow", "Tried", "TriedRow", "Tuning"]
 
@@ -83,22 +83,23 @@ class Tuning:
     __repr__ = __str__
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the configuration, and beside it the front and all candidates as .html, .png and .csv.
+        """Write the configuration, and beside it the front (.html, .csv, .tex, .png, .svg, .pdf) and all candidates.
 
-        Returns what was written; without matplotlib there is no picture.
+        Returns what was written; without matplotlib there are no pictures.
         """
         path = Path(path)
         self.config.save(path)
-        page, picture = path.with_suffix(".html"), path.with_suffix(".png")
-        table, tried = path.with_suffix(".csv"), path.with_name(f"{path.stem}-tried.csv")
-        written = [path, page, table, tried]
-        self.front.save(table)
+        page, pictures = path.with_suffix(".html"), [path.with_suffix(kind) for kind in PICTURES]
+        tables, tried = [path.with_suffix(kind) for kind in (".csv", ".tex")], path.with_name(f"{path.stem}-tried.csv")
+        written = [path, page, *tables, tried]
+        for table in tables:
+            self.front.save(table)
         self.tried.save(tried)
         content = b""
         try:
-            plot_front(picture, self.front.rows, self.report)
-            content = picture.read_bytes()
-            written.append(picture)
+            plot_front(pictures, self.front.rows, self.report)
+            content = pictures[0].read_bytes()
+            written += pictures
         except UnsupportedError:
             pass
         facts = [self.report, *self.remarks, *self.front._said()]

@@ -17,6 +17,10 @@ from tokenmerge.tuning.target import Target
 
 __all__ = ["FRONT", "summarise"]
 
+_SLOWER = (
+    "The configuration is SLOWER than the unmerged model on this machine: do not use it here. Ask for a speed (1.5x), "
+    "or time larger batches (tokenmerge bench)."
+)
 FRONT = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # shares of the MACs
 
 
@@ -29,7 +33,8 @@ def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[
     figures = _figures(subject, clock, decision, found, constant, none)
     # what cannot be reached is said once, with the figure where one was measured
     missed = [one for one in decision.missed if not any(o != one and o.startswith(one) for o in decision.missed)]
-    known = [*_remarks(subject, found, none), *clock.remarks]
+    slow = [_SLOWER] if decision.timed.speed_up < 1 - decision.timed.noise else []
+    known = [*slow, *_remarks(subject, found, none), *clock.remarks]
     remarks = [*(f"{one}." for one in dict.fromkeys(missed)), *dict.fromkeys(known)]
     rows = _front(subject, clock, search, decision)
     tried = [_tried(subject, key, outcome) for key, outcome in subject.outcomes.items()]

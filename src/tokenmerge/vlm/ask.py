@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import is_dir
 from tokenmerge.measure.outputs import find_device, find_dtype
 from tokenmerge.schedule import R
+from tokenmerge.tools.network import failing_at_once
 from tokenmerge.vlm.handle import VLMHandle, patch
 from tokenmerge.vlm.inputs import check_keep
 from tokenmerge.vlm.methods import Chooser
@@ -40,8 +42,9 @@ def load_vlm(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[An
     # a folder is not looked up on the hub
     local = {"local_files_only": True} if is_dir(name) else {}
     try:
-        processor = AutoProcessor.from_pretrained(name, **local)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **local)
+        with nullcontext() if local else failing_at_once():
+            processor = AutoProcessor.from_pretrained(name, **local)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"{name} is no vision-language model that transformers can load: {str(error).splitlines()[0]} Give a "
