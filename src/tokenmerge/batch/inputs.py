@@ -80,7 +80,9 @@ class URL(Inputs):
             found = sorted(system.find(root))
         except Exception as error:  # every file system has errors of its own: shown as they are, with the URL
             raise DataError(f"cannot list {url}: {reason_of(error)}") from error
-        names = [path[len(root.rstrip("/")) + 1 :] for path in found if path.lower().endswith(_suffixes())]
+        suffixes, start = _suffixes(), len(root.rstrip("/")) + 1
+        names = [path[start:] for path in found if path.lower().endswith(suffixes)]
+        names = [name for name in names if not name.rpartition("/")[2].startswith(".")]  # as in a folder
         _check_any(names, f"below {url}")
         self._names = names
 
