@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -151,6 +152,13 @@ def _run(embedder: Embedder, source: Path, out: Path, pids: Any = None) -> None:
             return worker
 
         pool.Pool._hired = tell  # type: ignore[method-assign]
+    run_all = embedder.run_all
+
+    def slowly(images: Any) -> torch.Tensor:
+        time.sleep(0.05)  # so that there is time to kill something
+        return run_all(images)
+
+    embedder.run_all = slowly  # type: ignore[method-assign]
     embed(embedder, source, out, batch_size=8, workers=2, shard_rows=16)
 
 
@@ -336,6 +344,25 @@ def test_the_limit_of_pixels_is_the_callers(photos: Path, embedder: Embedder, tm
     assert {*failures_of(tmp_path / "out").values()} == {
         "28 x 28 are 784 pixels, more than the limit of 783 (--max-pixels); it was not decoded"
     }
+
+
+def test_a_draft_decodes_a_jpeg_smaller_and_says_its_whole_size() -> None:
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None], (1, 96)))
+    files = {"jpeg": io.BytesIO(), "png": io.BytesIO()}
+    for kind, file in files.items():
+        image.save(file, kind)
+
+    def as_it_is(opened: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(opened))[None].float()
+
+    for kind, draft, shape in (
+        ("jpeg", 16, (16, 24)),
+        ("jpeg", 20, (32, 48)),
+        ("jpeg", None, (64, 96)),
+        ("png", 16, (64, 96)),
+    ):
+        tensor, size = decoding.Decoder(as_it_is, draft=draft)("a", files[kind].getvalue())
+        assert tensor.shape == (1, *shape) and size == (96, 64)
 
 
 def test_an_output_that_is_not_finite_is_a_failure(photos: Path, tmp_path: Path) -> None:
