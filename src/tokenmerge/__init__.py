@@ -30,12 +30,14 @@ from tokenmerge.methods.drop import Drop
 from tokenmerge.schedule import Schedule
 
 if _typing.TYPE_CHECKING:
+    from tokenmerge.batch.embedder import Embedder
     from tokenmerge.tools.models import load
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
     from tokenmerge.tuning.tune import tune
 
 __all__ = [
     "Drop",
+    "Embedder",
     "Handle",
     "MergeConfig",
     "Reduction",
@@ -63,6 +65,7 @@ _find_moved()
 
 # imported on first use
 _LATER = {
+    "Embedder": "tokenmerge.batch.embedder",
     "from_pretrained": "tokenmerge.tools.pretrained",
     "load": "tokenmerge.tools.models",
     "save_pretrained": "tokenmerge.tools.pretrained",

@@ -40,6 +40,7 @@ INSTEAD = {
     "--data photos/val": "--workers 0 --data photos/val",
     "--data files:photos": "--workers 0 --data files:photos",
     "--data more_photos": "--workers 0 --data more_photos",
+    "photos --out": "photos --workers 1 --out",
 }
 COLOURS = {"blue": (30, 60, 200), "green": (40, 190, 60), "red": (210, 40, 50)}
 TOWER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -211,7 +212,14 @@ def test_what_a_page_says_is_so(page: Path, here: Path, capsys: Capture) -> None
 def test_every_stand_in_is_of_a_page() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert not [said for said in INSTEAD if said not in text], "nothing is done instead of these"
-    assert {page.stem for page in PAGES} == {"classifier", "embeddings", "depth", "deploy", "own-photo"}
+    assert {page.stem for page in PAGES} == {
+        "classifier",
+        "embeddings",
+        "embed-a-folder",
+        "depth",
+        "deploy",
+        "own-photo",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

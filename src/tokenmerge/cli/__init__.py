@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
-from tokenmerge.cli import train, tune, vlm
+from tokenmerge.cli import embed, train, tune, vlm
 from tokenmerge.cli.completion import SHELLS, PrintCompletion
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _export_parser(commands)
     tune.add(_command(commands, "tune", tune.run, "say what you want, get the configuration; resumes if interrupted"))
+    embed.add(
+        _command(commands, "embed", embed.run, "embed or classify a million images into Parquet; goes on if killed")
+    )
     train.add(_command(commands, "train", train.run, "fine-tune with merging by a recipe; resumes if interrupted"))
     vlm.add(_command(commands, "vlm", vlm.run, "ask a vision-language model with fewer visual tokens, side by side"))
     _command(commands, "list", _list, "the methods, the model families and the recipes")
@@ -113,10 +116,11 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
     parser.add_argument("-q", "--quiet", action="store_true", help="print no progress and no notes to stderr")
-    if name not in ("doctor", "export", "list"):
+    if name not in ("doctor", "embed", "export", "list"):
         parser.add_argument("--wide", action="store_true", help="print every column, not six at most")
     if name not in ("export", "list", "train"):
-        parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (%(default)s)")
+        default, text = ("auto", "auto, ") if name == "embed" else ("cpu", "")
+        parser.add_argument("--device", default=default, help=f"{text}cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
 
 

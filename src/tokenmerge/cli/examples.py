@@ -30,6 +30,10 @@ EXAMPLES = {
         "tokenmerge tune my_vit/ --data photos --target 1.5x -o merge.json",
         "tokenmerge tune my_vit/ --data photos --target 2x drop=0.5 -o merge.json",
     ),
+    "embed": (
+        "tokenmerge embed hf:facebook/dinov2-small --data photos --out photos-dinov2 -r 8",
+        "tokenmerge embed my_vit/ --data 'shards/{000..009}.tar' --out labels --output logits",
+    ),
     "train": ("tokenmerge train finetune --set model.name=my_vit/ data.source=folder:photos --out runs/mine",),
     "vlm": ("tokenmerge vlm llava-hf/llava-1.5-7b-hf --image photo.jpg --prompt 'What is this?' --keep 1 0.5",),
     "list": ("tokenmerge list --json",),

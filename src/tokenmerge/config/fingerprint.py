@@ -18,7 +18,7 @@ from tokenmerge.errors import ConfigError, unknown_name
 from tokenmerge.fields import checked
 from tokenmerge.methods.learned import MODULES
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "digest"]
 
 _SAMPLES = 64  # of each tensor: reading them all would take a second for a large model, at each patch
 _FREE = "To use it unchecked: dataclasses.replace(config, fingerprint=None)."
@@ -89,7 +89,7 @@ class Fingerprint:
             protected=layout.protected,
             width=token_width(blocks[0][1]) if blocks else None,
             input_size=layout.input_size,
-            weights=_digest(model.state_dict() if weights is True else weights) if weights else None,
+            weights=digest(model.state_dict() if weights is True else weights) if weights else None,
         )
 
     def check(self, other: Fingerprint) -> list[str]:
@@ -130,7 +130,7 @@ def _sized(model: Fingerprint) -> str:
     return f", input {' x '.join(map(str, model.input_size))}" if model.input_size else ""
 
 
-def _digest(weights: Mapping[str, Any]) -> str | None:
+def digest(weights: Mapping[str, Any]) -> str | None:
     """Return the dtype of the weights and a digest of samples of every tensor; None where they cannot be read.
 
     The names and the order of tensors do not matter: versions of a host give them others.

@@ -110,12 +110,17 @@ class Files(Source):
         return decode(path, lambda: path), 0
 
 
-def decode(name: str, content: Callable[[], Any]) -> Raw:
-    """Decode the file or stream that `content` returns; raise OSError with its name on any failure."""
+def decode(name: str, content: Callable[[], Any], opened: Callable[[Any], None] | None = None) -> Raw:
+    """Decode the file or stream that `content` returns; raise OSError with its name on any failure.
+
+    `opened` is given the image before its pixels are read, and may refuse it.
+    """
     from PIL import Image
 
     try:
         with Image.open(content()) as image:
+            if opened is not None:
+                opened(image)
             image.load()
             return _in_eight_bits(image)
     except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...

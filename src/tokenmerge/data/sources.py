@@ -156,12 +156,12 @@ class _Limited(Source):
 
 
 @contextmanager
-def needed(by: str) -> Iterator[None]:
+def needed(by: str, extra: str = "train") -> Iterator[None]:
     """Raise `UnsupportedError` with the install command if the body fails to import a library."""
     try:
         yield
     except ImportError as error:
-        raise UnsupportedError(f'{by} needs {error.name}: pip install "tokenmerge[train]"') from error
+        raise UnsupportedError(f'{by} needs {error.name}: pip install "tokenmerge[{extra}]"') from error
 
 
 def check_classes(labels: Sequence[int], classes: Sequence[str], where: str, *, all_there: bool = True) -> None:

@@ -37,14 +37,18 @@ class Progress:
             self._task = self._bar.add_task(self.label, total=None)
         return self
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         self._first = self._first or (now, done)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
+            self._bar.update(self._task, completed=done, total=total, description=f"{self.label} {note}".strip())
         elif 10 * done // total > self._tenth or now - self._shown > 60:
             self._tenth, self._shown = 10 * done // total, now
-            print(f"{self.label}: {done}/{total}{self._left(now, done, total)}", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {done}/{total}{self._left(now, done, total)}{note and f', {note}'}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _left(self, now: float, done: int, total: int) -> str:
         assert self._first is not None
