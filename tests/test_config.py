@@ -54,7 +54,7 @@ def _file(folder: Path, **changes: Any) -> Path:
         ({"method": {"name": "pitome", "margin": NAN}}, "option margin of pitome is nan"),
         ({"method": {"name": "tomecis", "damping": NAN}}, "option damping of tomecis is nan"),
         ({"method": {"name": "mctf", "tau_sim": 0}}, "option tau_sim of mctf is 0.0; it must be more than 0"),
-        ({"method": {"name": "evit", "fuse": "no"}}, "option fuse of evit is 'no'; it takes True, False, 'pairs'"),
+        ({"method": {"name": "evit", "fuse": "no"}}, "option fuse of evit is 'no'; it takes bool"),
         ({"method": {"name": "gtp", "alpha": -1}}, "option alpha of gtp is -1.0; it must be 0 or more"),
         ({"method": {"name": "gtp", "neighbours": 0}}, "option neighbours of gtp is 0; it must be 1 or more"),
         ({"method": {"name": "zero_tprune", "iterations": [1]}}, r"option iterations of zero_tprune is \[1\]"),

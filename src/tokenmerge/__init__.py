@@ -30,6 +30,7 @@ from tokenmerge.methods.drop import Drop
 from tokenmerge.schedule import Schedule
 
 if _typing.TYPE_CHECKING:
+    from tokenmerge.tools.explore import explore
     from tokenmerge.tools.models import load
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
     from tokenmerge.tuning.tune import tune
@@ -43,6 +44,7 @@ __all__ = [
     "ToMe",
     "TokenMergeError",
     "describe",
+    "explore",
     "flops",
     "from_pretrained",
     "handle_of",
@@ -63,6 +65,7 @@ _find_moved()
 
 # imported on first use
 _LATER = {
+    "explore": "tokenmerge.tools.explore",
     "from_pretrained": "tokenmerge.tools.pretrained",
     "load": "tokenmerge.tools.models",
     "save_pretrained": "tokenmerge.tools.pretrained",

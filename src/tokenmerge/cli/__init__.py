@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
-from tokenmerge.cli import train, tune, vlm
+from tokenmerge.cli import explore, train, tune, vlm
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
 from tokenmerge.cli.models import open_model
@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _export_parser(commands)
     tune.add(_command(commands, "tune", tune.run, "say what you want, get the configuration; resumes if interrupted"))
+    text = "what merges in photos, and what it buys: one HTML file to open, to click through and to send"
+    explore.add(_command(commands, "explore", explore.run, text))
     train.add(_command(commands, "train", train.run, "fine-tune with merging by a recipe; resumes if interrupted"))
     vlm.add(_command(commands, "vlm", vlm.run, "ask a vision-language model with fewer visual tokens, side by side"))
     _command(commands, "list", _list, "the methods, the model families and the recipes")

@@ -110,14 +110,17 @@ class Files(Source):
         return decode(path, lambda: path), 0
 
 
-def decode(name: str, content: Callable[[], Any]) -> Raw:
-    """Decode the file or stream that `content` returns; raise OSError with its name on any failure."""
-    from PIL import Image
+def decode(name: str, content: Callable[[], Any], *, upright: bool = False) -> Raw:
+    """Decode the file or stream that `content` returns; raise OSError with its name on any failure.
+
+    `upright`: turn it as its EXIF says.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(content()) as image:
             image.load()
-            return _in_eight_bits(image)
+            return _in_eight_bits(ImageOps.exif_transpose(image) if upright else image)
     except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
         raise OSError(f"{name}: {error}") from error
 
