@@ -166,6 +166,13 @@ def test_a_token_lights_up_its_group_and_tells_its_genealogy(visit: Visit, writt
     first = expected[0]
     where = [f"row {(at - 1) // 8 + 1}, column {(at - 1) % 8 + 1}" for at in (first.gone, first.into)]
     assert lines[0] == f"Block {first.block + 1}: {where[0]} went into {where[1]}, similarity {first.similarity:.2f}"
+    visit.set("#block", first.block)  # before anything of it merged
+    assert visit.page.locator("#family ol.now").count() == 0
+    visit.set("#block", first.block + 1)
+    together = {at for at in range(65) if groups[first.block][0, at] == groups[first.block][0, place]}
+    now = [step for step in expected if step.block <= first.block and step.gone in together]
+    assert visit.page.locator("#family ol.now li").count() == len(now)
+    assert visit.page.locator("#family ol.later li").count() == len(expected) - len(now)
     visit.page.keyboard.press("Escape")
     assert visit.state()["token"] is None and visit.page.locator("#family ol").count() == 0
     visit.page.evaluate("location.hash = '#image=1&block=4&left=attention%408'")

@@ -406,10 +406,16 @@ function familyOf(side) {
   const isMixed = run.blocks.some((step) => step.lead);
   const says = ({ block, gone, into, similarity }) =>
     into < 0 ? `Block ${block}: ${where(gone)} was dropped` : `Block ${block}: ${where(gone)} went into ${where(into)}, similarity ${similarity.toFixed(2)}`;
-  const items = merges.map((merge) => make("li", { textContent: says(merge), className: merge.block > state.block ? "later" : "" }));
+  const isNow = (merge) => merge.block <= state.block && isTogether(side, state.block, merge.gone);
   const none = isMixed ? "This method mixes tokens: a token left holds parts of many, and there are no pairs." : "It stays a token of its own in every block.";
-  const list = items.length ? make("ol", { tabIndex: 0, data: { "aria-label": `Merges, ${nameOf(side)}` } }, ...items) : make("p", { textContent: none });
-  return make("div", {}, make("h2", { textContent: `${nameOf(side)}: who merged with ${where(state.token)}` }), list);
+  const listOf = (title, some, className) => some.length ? [
+    make("h3", { textContent: title }),
+    make("ol", { className, tabIndex: 0, data: { "aria-label": `${title}, ${nameOf(side)}` } }, ...some.map((merge) => make("li", { textContent: says(merge) }))),
+  ] : [];
+  const now = listOf(`In its group after block ${state.block}`, merges.filter(isNow), "now");
+  const later = listOf("What its group takes in later", merges.filter((merge) => !isNow(merge)), "later");
+  const list = merges.length ? [...now, ...later] : [make("p", { textContent: none })];
+  return make("div", {}, make("h2", { textContent: `${nameOf(side)}: who merged with ${where(state.token)}` }), ...list);
 }
 
 function draw() {
