@@ -120,7 +120,7 @@ def explore(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     found = explore(tokenmerge.load("reference"), Image.radial_gradient("L"), f"{folder}/x.html", rs=[8])
     >>> [row["tokens"] for row in found.rows]
-    [50, 18]
+    [197, 101]
     """
     path = checked_page(path, force=force)
     if rounds < 1:
