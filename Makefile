@@ -17,7 +17,12 @@ INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
 demo: .venv/ready
 	$(BIN)/tokenmerge demo
 
+# what the tests of pages need besides a browser (Debian: apt-get install chromium); they skip, with the reason, what is not there
+.axe/package/axe.min.js:
+	mkdir -p .axe && cd .axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz
+
 test: .venv/ready
+	-test -e .axe/package/axe.min.js || $(MAKE) .axe/package/axe.min.js
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # a contributor's loop: the core by itself, three families with three methods, and what they look like from outside
@@ -104,4 +109,4 @@ wheels:
 	.venv-wheel/bin/python -m cibuildwheel --output-dir dist
 
 clean:
-	rm -rf .venv .venv-hosts .venv-latest .venv-docs .venv-wheel site dist tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .axe .venv .venv-hosts .venv-latest .venv-docs .venv-wheel site dist tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache

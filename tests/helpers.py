@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from tokenmerge.measure.outputs import answer
@@ -19,6 +20,7 @@ __all__ = [
     "assert_close",
     "bound_attributes",
     "randomised",
+    "replayed",
     "run_in_threads",
     "shortened",
     "tiny_of",
@@ -60,6 +62,23 @@ def tiny_of(adapter: Any) -> tuple[nn.Module, Tensor]:
         if adapter.host.package:
             pytest.importorskip(adapter.host.package)
         raise
+
+
+def replayed(trace: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """For every input token the place of the token that leads its group after each block: by the pairs alone, and by
+    `groups` and `kept`. A block that mixes is skipped, and what comes after it starts from its groups."""
+    by_pairs, by_groups = [], []
+    lead = torch.arange(trace.blocks[0].groups.shape[1]).expand_as(trace.blocks[0].groups)
+    for block in trace.blocks:
+        new = lead.clone()
+        for image, (gone, into) in enumerate(zip(block.gone.tolist(), block.into.tolist(), strict=True)):
+            for token, leader in zip(gone, into, strict=True):
+                new[image][lead[image] == token] = leader
+        named = block.kept.gather(1, block.groups.clamp_min(0)).masked_fill(block.groups < 0, -1)
+        lead = named if block.is_mixed else new
+        by_pairs.append(lead)
+        by_groups.append(named)
+    return by_pairs, by_groups
 
 
 def bound_attributes(model: nn.Module) -> list[str]:

@@ -28,8 +28,8 @@ def _file(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"track": "false"}, "track is 'false'; it takes bool"),
-        ({"track": 1}, "track is 1; it takes bool"),
+        ({"track": "false"}, "track is 'false'; it takes True, False, 'pairs'"),
+        ({"track": 1}, "track is 1; it takes True, False, 'pairs'"),
         ({"prop_attn": 1}, r"prop_attn is 1; it takes True, False, 'auto'"),
         ({"prop_attn": "on"}, "prop_attn is 'on'; it takes True, False, 'auto'"),
         ({"prop_attn": []}, r"prop_attn is \[\]"),

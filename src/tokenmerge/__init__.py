@@ -31,6 +31,7 @@ from tokenmerge.schedule import Schedule
 
 if _typing.TYPE_CHECKING:
     from tokenmerge.batch.embedder import Embedder
+    from tokenmerge.tools.explore import explore
     from tokenmerge.tools.models import load
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
     from tokenmerge.tuning.tune import tune
@@ -45,6 +46,7 @@ __all__ = [
     "ToMe",
     "TokenMergeError",
     "describe",
+    "explore",
     "flops",
     "from_pretrained",
     "handle_of",
@@ -66,6 +68,7 @@ _find_moved()
 # imported on first use
 _LATER = {
     "Embedder": "tokenmerge.batch.embedder",
+    "explore": "tokenmerge.tools.explore",
     "from_pretrained": "tokenmerge.tools.pretrained",
     "load": "tokenmerge.tools.models",
     "save_pretrained": "tokenmerge.tools.pretrained",

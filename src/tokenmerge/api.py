@@ -67,7 +67,7 @@ def patch(
             without images it is ToMe.
         r: what each block removes, see `Schedule.of`: 8 tokens, a share 0.1, a list, a pair, a callable, a `Schedule`.
         prop_attn: add log(size) to the attention scores; `"auto"` (default) follows the method's paper.
-        track: record `handle.groups`.
+        track: record `handle.groups`; `"pairs"` records also what `handle.trace` returns.
         restore: `"dense"`: every output that exposes tokens has the unmerged length and order; `"merged"`: these
             outputs have the merged tokens. Without either, calls that return tokens raise.
         multiple_of: round what each block removes so that the tokens left are a multiple of this; some kernels are

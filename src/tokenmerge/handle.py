@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from tokenmerge.errors import (
 )
 from tokenmerge.methods import Learned
 from tokenmerge.report import Calibration, Report
+from tokenmerge.report.trace import Trace, trace_of
 from tokenmerge.schedule import R, Schedule
 
 __all__ = ["ATTRIBUTE", "Handle", "attached", "handle_of", "require_free", "unpatch"]
@@ -78,13 +79,14 @@ class Handle:
             follow()
 
     @property
-    def track(self) -> bool:
-        """Whether forwards record their groups; set it at any time."""
+    def track(self) -> bool | str:
+        """Whether forwards record their groups, with `"pairs"` their pairs too; set it at any time."""
         return self._state.track
 
     @track.setter
-    def track(self, value: bool) -> None:
-        self._config, self._state.track = dataclasses.replace(self._config, track=value), value
+    def track(self, value: bool | Literal["pairs"]) -> None:
+        self._config = dataclasses.replace(self._config, track=value)
+        self._state.track = value
         for follow in self.followers:
             follow()
 
@@ -173,6 +175,19 @@ class Handle:
         frame = self._last()
         ran = [layer for layer, shape in enumerate(frame.shape) if shape is not None]
         return [everyone if frame.kept[layer] is None else frame.kept[layer] for layer in ran]  # type: ignore[misc]
+
+    def trace(self) -> Trace:
+        """Return the pairs, similarities and groups of every block of the last forward; needs `track="pairs"`.
+
+        Methods that drop tokens or mix them have no pairs; blocks that merge inside windows keep all tokens and have
+        none. Raises `NotTrackedError` without a forward whose pairs were recorded.
+        """
+        if self._state.track != "pairs":
+            raise NotTrackedError('pairs are recorded only with patch(..., track="pairs") or handle.track = "pairs".')
+        frame = self._last()
+        if not frame.tracks_pairs:
+            raise NotTrackedError("the last forward ran before pairs were tracked; run the model again.")
+        return trace_of(frame, repr(self._config.method), self.prefix, self.grid)
 
     def dense(self, y: Tensor) -> Tensor:  # [B, M, C]
         """Copy to every input token its group's features, `[B, N, C]`; dropped tokens get zeros. Needs `track=True`.

@@ -29,6 +29,7 @@ __all__ = [
     "match",
     "mutual",
     "nearest",
+    "pair_cosines",
     "partners",
     "prune",
     "random",
@@ -182,6 +183,13 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of unit rows, `[B, A, D]` and `[B, E, D]` to `[B, A, E]`, for methods that need all pairs."""
     with kernels.full_precision(a.device.type):
         return torch.bmm(a, b.mT)
+
+
+def pair_cosines(metric: Tensor, plan: Plan) -> Tensor:  # [B, N, D] or [B, H, N, D]
+    """Return the cosine of each absorbed token of a plan and the token that leads its group, `[B, R]` float32."""
+    rows, into = unit(metric), plan.keep.gather(1, plan.dst)
+    gone, leads = (rows.gather(1, at[..., None].expand(-1, -1, rows.shape[-1])) for at in (plan.src, into))
+    return (gone * leads).sum(dim=-1).float()
 
 
 def sink_padding(score: Tensor, valid: Tensor | None, at: kernels.Side | None = None) -> Tensor:  # [B, A], [B, N] bool

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenmerge
-from helpers import answer, assert_close, bound_attributes, randomised
+from helpers import answer, assert_close, bound_attributes, randomised, replayed
 from tokenmerge.adapters import ADAPTERS
 from tokenmerge.adapters.base import Adapter, BlockSpec, WindowSpec
 from tokenmerge.errors import UnsupportedError
@@ -61,9 +61,10 @@ def test_a_method_in_a_family(adapter: Adapter, name: str) -> None:
     resolved = adapter.resolve(model)
     method, before = _method(name, adapter), bound_attributes(model)
     try:
-        with tokenmerge.patched(model, method, r=R, track=True) as handle:
+        with tokenmerge.patched(model, method, r=R, track="pairs") as handle:
             merged = _run(model, x)
             _check_tokens(handle, method)
+            assert all(map(torch.equal, *replayed(handle.trace())))
             handle.r = 0
             assert_close(_run(model, x), expected, 1e-5)
             assert merged.isfinite().all() and merged.shape[0] == expected.shape[0]

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from tokenmerge.schedule import Schedule
 
-__all__ = ["Call", "Frame", "Known", "Own"]
+__all__ = ["Call", "Frame", "Known", "Own", "Pairs"]
+
+
+class Pairs(NamedTuple):
+    """What one layer merged: tokens by the places that they had in the input."""
+
+    gone: Tensor  # [B, R] the tokens that were absorbed
+    into: Tensor  # [B, R] what absorbed each of them; -1: it was dropped
+    similarity: Tensor  # [B, R]
 
 
 class Frame:
@@ -27,11 +35,14 @@ class Frame:
         self.assign: list[Tensor | None] = [None] * (depth + 1)  # [B, N_0], kept while tracking or restoring
         self.kept: list[Tensor | None] = [None] * (depth + 1)  # [B, N_i] input positions; None until tokens are removed
         self.shape: list[tuple[int, int] | None] = [None] * (depth + 1)  # (B, N_i)
+        self.similarity: list[Tensor | None] = [None] * (depth + 1)  # [B, R] of the pairs before entry i
+        self.pairs: list[Pairs | None] = [None] * (depth + 1)
         # tokens of a window before and after merging, for blocks that merge inside the attention only
         self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
         self.restored = [False] * (depth + 1)  # the layer returned all input tokens
         self.last = 0
         self.is_tracked = False
+        self.tracks_pairs = False
         self.restore = restore  # after which layers all input tokens are restored: "every", "last", or "" for none
         self.trace = trace  # number of the trace whose graph it belongs to; 0: eager mode
         self.out: Any = None  # the last output: device and dtype, and whether hooks may have changed it since
@@ -45,7 +56,7 @@ class Frame:
     def fork(self, slot: int) -> Frame:
         """Return a copy that continues from an entry; other code may still use this frame's later entries."""
         other, blank = copy.copy(self), vars(Frame(self.depth))
-        for name in ("size", "assign", "kept", "shape", "inside", "restored"):
+        for name in ("size", "assign", "kept", "shape", "similarity", "pairs", "inside", "restored"):
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
         other.last, other.memory, other.ran = slot, dict(self.memory), dict(self.ran)
         return other

@@ -25,8 +25,9 @@ from tokenmerge._torch.memory import watched
 from tokenmerge._torch.tracing import in_pieces, is_compiling, outside_graph
 from tokenmerge.adapters.base import Adapter, Binding, Override, TokenLayout, first_of
 from tokenmerge.errors import AdapterMismatchError, UnsupportedError
+from tokenmerge.matching import pair_cosines
 from tokenmerge.methods.base import Reduction, TokenView
-from tokenmerge.plan import AnyPlan, keep_behind, lead_by_real
+from tokenmerge.plan import AnyPlan, Plan, keep_behind, lead_by_real
 
 __all__ = ["ResidualRunner"]
 
@@ -189,7 +190,10 @@ class ResidualRunner(Override):
             memory=call.frame.memory,
         )
         plan = self.method.plan(view, call.r)
-        return plan if valid is None else lead_by_real(plan, valid)
+        plan = plan if valid is None else lead_by_real(plan, valid)
+        if call.frame.tracks_pairs and isinstance(plan, Plan):
+            call.frame.similarity[self.layer + 1] = pair_cosines(self.method.features(view), plan).detach()
+        return plan
 
     def _attend(self, call: Call) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the residual stream, the attention branch (None: already added) and the captured q, k, v."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import kernels
-from tokenmerge._runtime.frames import Frame, Known, Own
+from tokenmerge._runtime.frames import Frame, Known, Own, Pairs
 from tokenmerge._torch.memory import recall, remember
 from tokenmerge._torch.tracing import (
     fail,
@@ -25,7 +25,7 @@ from tokenmerge._torch.tracing import (
     trace_number,
 )
 from tokenmerge.errors import UnsupportedError
-from tokenmerge.plan import AnyPlan, compose
+from tokenmerge.plan import AnyPlan, DroppingPlan, compose
 from tokenmerge.schedule import Schedule
 
 __all__ = ["ForwardState"]
@@ -53,7 +53,7 @@ class ForwardState:
         self.is_removed = False
         self.is_wrapped = False  # blocks were wrapped by other modules, which may change their output
         self.family = next(_FAMILIES)  # shared by copies, so that one can continue a forward of another
-        self.track = False
+        self.track: bool | str = False  # "pairs": the pairs too
         self.restore = ""  # for forwards of the model itself, as `Frame.restore`
         self.hands_out_merged = False  # the user chose restore="merged", which holds for any caller of the blocks
         self.needs_places = False
@@ -96,6 +96,9 @@ class ForwardState:
         kept, needs_groups = frame.kept[slot], frame.is_tracked or bool(frame.restore)
         if plan is not None and (needs_groups or self.needs_places):
             kept = plan.keep if kept is None else kept.gather(1, plan.keep)
+        similarity = frame.similarity[layer + 1]
+        if similarity is not None and plan is not None:
+            frame.pairs[layer + 1] = _placed(plan, frame.kept[slot], similarity)
         frame.kept[layer + 1] = kept
         if needs_groups:
             previous = frame.assign[slot]
@@ -292,7 +295,7 @@ class ForwardState:
             # code between the blocks made new tokens: they start with size 1, but the frame's report data stays
             frame = own.current.fork(layer)
             frame.memory = {}
-        frame.is_tracked, frame.family = self.track, self.family
+        frame.is_tracked, frame.tracks_pairs, frame.family = bool(self.track), self.track == "pairs", self.family
         frame.schedule = self.schedule if self.is_merging() else None
         if not in_backward:
             own.newest = self.latest = frame
@@ -321,7 +324,7 @@ class ForwardState:
         goes_on = layer > 0 and frame is not None and frame.trace == number and (is_inside or x is self._traced_out)
         if frame is None or not goes_on:
             frame = self._traced = Frame(self.depth, self._mode(is_inside and not self._trace_loops, is_inside), number)
-            frame.is_tracked = self.track
+            frame.is_tracked, frame.tracks_pairs = bool(self.track), self.track == "pairs"
         if frame.last > layer:
             fail(f"block {layer} was called behind block {frame.last - 1} in one forward, on merged tokens. {_REMEDY}")
         return frame, frame.last
@@ -379,6 +382,14 @@ class ForwardState:
         self.__dict__.update(settings)
         self._model = None  # set by the code that copies a whole model
         self._forget()
+
+
+def _placed(plan: Any, places: Tensor | None, similarity: Tensor) -> Pairs:
+    """Return the pairs of a plan by places; `places` `[B, N]` are those of its tokens, None: 0 to N - 1."""
+    into = plan.keep.gather(1, plan.dst)
+    gone, into = (plan.src, into) if places is None else (places.gather(1, plan.src), places.gather(1, into))
+    into = into.masked_fill(plan.dropped, -1) if isinstance(plan, DroppingPlan) else into
+    return Pairs(gone, into, similarity)
 
 
 def _batch(x: Tensor, n: int) -> int:

@@ -118,5 +118,11 @@ def reference_model(pretrained: bool = True) -> VisionTransformer:
         # weights stored in half precision are widened here: copying into the model's own parameters casts them
         model.load_state_dict(load_file(_ASSETS / "reference_vit.safetensors"))
     # where timm models declare their preprocessing
-    model.pretrained_cfg = {"input_size": (1, 28, 28), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0}
+    model.pretrained_cfg = {
+        "input_size": (1, 28, 28),
+        "mean": (MEAN,),
+        "std": (STD,),
+        "crop_pct": 1.0,
+        "label_names": CLASSES,
+    }
     return model.eval()

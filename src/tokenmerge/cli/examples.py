@@ -34,6 +34,10 @@ EXAMPLES = {
         "tokenmerge embed hf:facebook/dinov2-small --data photos --out photos-dinov2 -r 8",
         "tokenmerge embed my_vit/ --data 'shards/{000..009}.tar' --out labels --output logits",
     ),
+    "explore": (
+        "tokenmerge explore hf:google/vit-base-patch16-224 photo.jpg -r 4 8 16 -o explore.html",
+        "tokenmerge explore my_vit/ photos/a.jpg photos/b.jpg --methods tome auto --labels classes.txt",
+    ),
     "train": ("tokenmerge train finetune --set model.name=my_vit/ data.source=folder:photos --out runs/mine",),
     "vlm": ("tokenmerge vlm llava-hf/llava-1.5-7b-hf --image photo.jpg --prompt 'What is this?' --keep 1 0.5",),
     "list": ("tokenmerge list --json",),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
         r: R | None
         prop_attn: bool | Literal["auto"] | None
-        track: bool | None
+        track: bool | Literal["pairs"] | None
         restore: Restore | None
         multiple_of: int | None
         blocks: str | None
@@ -79,7 +79,7 @@ class MergeConfig:
     method: _MethodField = _MethodField()
     r: R = 0
     prop_attn: bool | Literal["auto"] = "auto"
-    track: bool = False
+    track: bool | Literal["pairs"] = False
     restore: Restore | None = None
     multiple_of: int = 1
     # a model that no adapter describes, by names: the path to its blocks, and the children of a block

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from tokenmerge.data.answers import declared_classes
 from tokenmerge.errors import DataError
 
-__all__ = ["by_label", "how_numbered", "numbers_of"]
+__all__ = ["by_label", "class_names", "how_numbered", "numbers_of"]
 
 
 def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
@@ -35,6 +37,49 @@ def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
             f"the labels, or all by class index, 0 to {len(labels) - 1}."
         )
     return [next(iter(numbers)) for numbers in found]
+
+
+def class_names(model: nn.Module, count: int | None, given: Sequence[str] | str | Path | None = None) -> list[str]:
+    """Return the names of a model's classes in their order: `given` (also a file with one a line), or its own.
+
+    Empty for a model without classes (`count` None). Raises `DataError` for another number of names.
+    """
+    if given is None:
+        found = _own_names(model, count) if count else []
+        return found if len(found) == (count or 0) else [f"class {number}" for number in range(count or 0)]
+    if isinstance(given, (str, Path)):
+        try:
+            given = Path(given).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read the names of the classes, {given}: {error}.") from error
+    names = [name.strip() for name in given if name.strip()]
+    if count is None or len(names) != count:
+        raise DataError(f"{len(names)} names of classes for a model with {count or 'no'} classes; give one for each.")
+    return names
+
+
+def _own_names(model: nn.Module, count: int) -> list[str]:
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if labels:
+        return [str(label) for _, label in sorted(labels.items(), key=lambda item: int(item[0]))]
+    if weights := getattr(model, "torchvision_weights", None):
+        return list(weights.meta.get("categories", ()))
+    known: Any = getattr(model, "pretrained_cfg", None)
+    if not known:
+        return []
+    names = known.get("label_names") if isinstance(known, dict) else getattr(known, "label_names", None)
+    return list(names) if names else _imagenet_names(model)
+
+
+def _imagenet_names(model: nn.Module) -> list[str]:
+    """Return the names of the classes of a timm model that was trained on a part of ImageNet."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    part = infer_imagenet_subset(model)
+    if not part:
+        return []
+    info = ImageNetInfo(part)
+    return [info.index_to_description(number).partition(",")[0] for number in range(info.num_classes())]
 
 
 def how_numbered(classes: Sequence[str], model: nn.Module, is_folder: bool = True) -> tuple[str, ...]:

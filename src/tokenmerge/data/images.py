@@ -110,19 +110,21 @@ class Files(Source):
         return decode(path, lambda: path), 0
 
 
-def decode(name: str, content: Callable[[], Any], opened: Callable[[Any], None] | None = None) -> Raw:
+def decode(
+    name: str, content: Callable[[], Any], opened: Callable[[Any], None] | None = None, *, upright: bool = False
+) -> Raw:
     """Decode the file or stream that `content` returns; raise OSError with its name on any failure.
 
-    `opened` is given the image before its pixels are read, and may refuse it.
+    `opened` is given the image before its pixels are read, and may refuse it. `upright`: turn it as its EXIF says.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(content()) as image:
             if opened is not None:
                 opened(image)
             image.load()
-            return _in_eight_bits(image)
+            return _in_eight_bits(ImageOps.exif_transpose(image) if upright else image)
     except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
         raise OSError(f"{name}: {error}") from error
 

@@ -231,6 +231,14 @@ class Reduction(ABC):
         """Whether the plan uses the tokens after the attention; the residual add then runs once, before the plan."""
         return getattr(self, "metric", None) == "x"
 
+    def features(self, view: TokenView) -> Tensor:
+        """Return what tokens are compared by, `[B, N, D]` or `[B, H, N, D]`: the option `metric`, else the tokens.
+
+        The similarities of `handle.trace()` are its cosines. It may read what `needs` names, and the tokens.
+        """
+        found: Tensor = getattr(view, getattr(self, "metric", "x"))
+        return found
+
     @abstractmethod
     def plan(self, view: TokenView, r: int) -> AnyPlan:
         """Choose `r` tokens to remove; output shapes may depend on N and `r` only. The view is detached.

@@ -56,9 +56,12 @@ class LeastLoss(ToFu):
     def needs(self) -> frozenset[str]:
         return (frozenset({self.metric}) & CAPTURED) | (SCORES[self.score] if self.importance else frozenset())
 
+    def features(self, view: TokenView) -> Tensor:
+        metric = super().features(view)
+        return matching.join_heads(metric, self.heads) if self.metric in CAPTURED else metric
+
     def plan(self, view: TokenView, r: int) -> ToFuPlan:
-        metric = getattr(view, self.metric)
-        metric = matching.join_heads(metric, self.heads) if self.metric in CAPTURED else metric
+        metric = self.features(view)
         important = view.score(self.score).clamp_min(1e-12) ** self.importance if self.importance else None  # [B, N]
         found = self._bipartite if self.pairs == "bipartite" else self._mutual
         keep, src, dst = found(metric, view, important, r)

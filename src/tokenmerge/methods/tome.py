@@ -52,9 +52,13 @@ class ToMe(Reduction):
     partition: str = "alternating"
     seed: int = 0
 
+    def features(self, view: TokenView) -> Tensor:
+        metric = super().features(view)
+        return matching.join_heads(metric, self.heads) if self.metric in self.captures else metric
+
     def plan(self, view: TokenView, r: int) -> Plan:
         return matching.bipartite(
-            self._metric(view),
+            self.features(view),
             r,
             prefix=view.prefix,
             distance=self.distance,
@@ -74,7 +78,3 @@ class ToMe(Reduction):
         else:
             merged = plans.merge(plan, x, "mean" if self.combine == "average" else "amax")
         return merged, plans.merged_size(plan, x, size)
-
-    def _metric(self, view: TokenView) -> Tensor:  # [B, N, D] or [B, H, N, D]
-        metric: Tensor = getattr(view, self.metric)
-        return matching.join_heads(metric, self.heads) if self.metric in self.captures else metric

@@ -10,13 +10,13 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import new_part, write_file
 from tokenmerge.report.columns import Record, find_column
+from tokenmerge.report.page import as_page, escaped, paragraphs
 
 if TYPE_CHECKING:
     import pandas
@@ -30,6 +30,7 @@ __all__ = [
     "as_latex",
     "as_markdown",
     "check_writable",
+    "html_table",
     "measured_on",
     "plain",
     "save_rows",
@@ -105,7 +106,7 @@ class Table(Generic[_Record]):
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        return "".join([_html(self.table) if self.rows else "", *(f"<p>{escape(note)}</p>" for note in self._said())])
+        return "".join([html_table(self.table) if self.rows else "", paragraphs(self._said())])
 
 
 class _Number(str):
@@ -208,13 +209,13 @@ def _escaped(text: str) -> str:
     return " ".join("".join(_LATEX.get(char, char) for char in text).split("\n"))
 
 
-def _html(rows: Sequence[Row]) -> str:
+def html_table(rows: Sequence[Row]) -> str:
     """Return rows with equal keys as an HTML table."""
     styled = []
     for title, is_number, cells in _as_text(rows):
         style = ' class="number"' if is_number else ""
-        tagged = [f"<td{style}>{escape(cell)}</td>" for cell in cells]
-        styled.append([f"<th{style}>{escape(title)}</th>", *tagged])
+        tagged = [f"<td{style}>{escaped(cell)}</td>" for cell in cells]
+        styled.append([f"<th{style}>{escaped(title)}</th>", *tagged])
     lines = ("<tr>" + "".join(line) + "</tr>" for line in zip(*styled, strict=True))
     return "\n".join(["<table>", *lines, "</table>"])
 
@@ -223,14 +224,8 @@ def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: byte
     """Return a self-contained HTML page: sentences, an optional PNG picture, and a table."""
     encoded = base64.b64encode(picture).decode()
     drawn = f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>'
-    parts = [
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
-        f"<style>\n{_STYLE}\n</style>\n<h1>{escape(title)}</h1>",
-        *(f"<p>{escape(fact)}</p>" for fact in facts),
-        *([drawn] if picture else []),
-        f'<div class="table">{_html(rows)}</div>\n</html>\n',
-    ]
-    return "\n".join(parts)
+    parts = [f"<h1>{escaped(title)}</h1>", paragraphs(facts), *([drawn] if picture else [])]
+    return as_page(title, "\n".join([*parts, f'<div class="table">{html_table(rows)}</div>']), style=_STYLE)
 
 
 def check_writable(path: str | Path, kinds: Sequence[str] = KINDS) -> Path:

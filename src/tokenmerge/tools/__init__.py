@@ -8,6 +8,7 @@ evaluate   accuracy and speed on labelled images
 compare    methods side by side on one model
 demo       the bundled model on the bundled images
 doctor     is a model supported, are its outputs right, is it faster
+explore    one HTML file that shows what merges in photos
 export     a merged model for another engine
 visualize  pictures of the groups
 pretrained folders and repositories of merging models: `save_pretrained`, `from_pretrained`, `push_to_hub`
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         demo,
         doctor,
         evaluate,
+        explore,
         export,
         models,
         pretrained,
@@ -36,6 +38,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "explore",
     "export",
     "models",
     "pretrained",

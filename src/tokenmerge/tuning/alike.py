@@ -32,7 +32,7 @@ class _AsAlike(ToMe):
     amounts: dict[int, int] = field(default_factory=dict, compare=False)  # pairs merged per layer in the last forward
 
     def plan(self, view: TokenView, r: int) -> Plan:
-        *_, cosine = matching.partners(self._metric(view), prefix=view.prefix, valid=view.valid)
+        *_, cosine = matching.partners(self.features(view), prefix=view.prefix, valid=view.valid)
         wanted = (cosine > self.threshold).sum(dim=1, dtype=torch.float32).mean()
         self.amounts[view.layer] = min(r, round(wanted.item()))
         return super().plan(view, self.amounts[view.layer])
