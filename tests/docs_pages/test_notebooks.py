@@ -18,8 +18,11 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_prints_what_is_committed(path: Path, tmp_path: Path) -> None:
+def test_a_notebook_runs_and_prints_what_is_committed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Figures of time differ from machine to machine: the kinds of output of every cell are compared."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of a kernel beside other tests wait for each other
     committed, notebook = (nbformat.read(path, 4) for _ in range(2))
     nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
     code = [(old, new) for old, new in zip(committed.cells, notebook.cells, strict=True) if old.cell_type == "code"]

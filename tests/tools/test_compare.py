@@ -413,7 +413,7 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for row in found.rows:
         assert f"<td>{escape(row['method'])}</td><td>{row['asked']}</td><td>{row['r']}</td>" in page
         assert escape(row["note"]) in page
-    assert 'src="data:image/png;base64,iVBOR' in page and "http" not in page
+    assert 'src="data:image/png;base64,iVBOR' in page and "://" not in page
     table = (tmp_path / "table.md").read_text()
     assert table.startswith(r"# \<i\>model\</i\> on 40 images")
     assert sum(line.startswith("| ") for line in table.splitlines()) == 2 + len(found.rows)
