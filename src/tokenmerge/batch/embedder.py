@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge import MergeConfig, Reduction, handle_of
-from tokenmerge.batch.heads import class_names, head_of
+from tokenmerge.batch.heads import head_of
 from tokenmerge.config.fingerprint import digest
 from tokenmerge.data.answers import known_size
+from tokenmerge.data.classes import class_names
 from tokenmerge.data.images import decode
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import DataError, TokenMergeError
@@ -103,7 +104,7 @@ class Embedder:
             return None
         shape = tuple(self.run(torch.zeros(1, *self._size)).shape[1:])
         if self.output == "logits":
-            self.classes = class_names(self.model, shape[0])
+            self.classes = class_names(self.model, shape[0], unnamed="{}")
         return shape
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

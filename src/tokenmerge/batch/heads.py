@@ -12,7 +12,7 @@ from tokenmerge.adapters.base import TokenLayout
 from tokenmerge.data.answers import answer, declared_classes
 from tokenmerge.errors import TokenMergeError, UnsupportedError, unknown_name
 
-__all__ = ["OUTPUTS", "class_names", "head_of"]
+__all__ = ["OUTPUTS", "head_of"]
 
 # how many axes each has, with the batch
 OUTPUTS = {"embedding": 2, "logits": 2, "dense": 3}
@@ -41,14 +41,6 @@ def head_of(model: nn.Module, output: str) -> Callable[[Tensor], Tensor]:
         return found
 
     return read
-
-
-def class_names(model: nn.Module, count: int) -> list[str]:
-    """Return the names of a classifier's classes; their numbers where it does not say."""
-    named = getattr(getattr(model, "config", None), "id2label", None)
-    if isinstance(named, Mapping) and {int(number) for number in named} == set(range(count)):
-        return [str(label) for _, label in sorted((int(number), label) for number, label in named.items())]
-    return [str(number) for number in range(count)]
 
 
 def _embedding(model: Any) -> Callable[[Tensor], Any]:

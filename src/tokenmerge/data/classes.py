@@ -39,14 +39,17 @@ def by_label(model: nn.Module, classes: Sequence[str]) -> list[int] | None:
     return [next(iter(numbers)) for numbers in found]
 
 
-def class_names(model: nn.Module, count: int | None, given: Sequence[str] | str | Path | None = None) -> list[str]:
+def class_names(
+    model: nn.Module, count: int | None, given: Sequence[str] | str | Path | None = None, *, unnamed: str = "class {}"
+) -> list[str]:
     """Return the names of a model's classes in their order: `given` (also a file with one a line), or its own.
 
-    Empty for a model without classes (`count` None). Raises `DataError` for another number of names.
+    `unnamed` makes names of numbers where the model says none. Empty for a model without classes (`count` None).
+    Raises `DataError` for another number of names.
     """
     if given is None:
         found = _own_names(model, count) if count else []
-        return found if len(found) == (count or 0) else [f"class {number}" for number in range(count or 0)]
+        return found if len(found) == (count or 0) else [unnamed.format(n) for n in range(count or 0)]
     if isinstance(given, (str, Path)):
         try:
             given = Path(given).read_text(encoding="utf-8").splitlines()
