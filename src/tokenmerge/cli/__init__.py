@@ -198,31 +198,40 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.report.progress import Progress
-    from tokenmerge.tools.bench import bench
+    from tokenmerge.tools.bench import Bench, bench
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
     model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
-    with Progress("rounds") as progress:
-        result = bench(
-            model,
-            rs=arguments.r or ([0, 8, 16] if own is None else [own]),
-            batches=arguments.batch,
-            method=method,
-            restore=arguments.restore,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            compiled=arguments.compile,
-            compare=arguments.compare,
-            training=arguments.training,
-            rounds=arguments.rounds,
-            input_size=arguments.input_size,
-            label=arguments.model,
-            progress=progress,
-            **calibration_of(arguments, model),
-        )
+    seen: list[Bench] = []
+    title = f"{arguments.model}, medians of interleaved rounds"
+    try:
+        with Progress("rounds") as progress:
+            result = bench(
+                model,
+                rs=arguments.r or ([0, 8, 16] if own is None else [own]),
+                batches=arguments.batch,
+                method=method,
+                restore=arguments.restore,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                compiled=arguments.compile,
+                compare=arguments.compare,
+                training=arguments.training,
+                rounds=arguments.rounds,
+                input_size=arguments.input_size,
+                label=arguments.model,
+                progress=progress,
+                so_far=seen.append,
+                **calibration_of(arguments, model),
+            )
+    except KeyboardInterrupt:
+        if seen:
+            _print(arguments, seen[-1], f"{title}, interrupted", out)
+            arguments.left = f"{len(seen[-1].rows)} rows were finished"
+        raise
     result.verdicts[:0] = said_of(arguments, model)
-    _print(arguments, result, f"{arguments.model}, medians of interleaved rounds", out)
+    _print(arguments, result, title, out)
     return 0
 
 
