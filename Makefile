@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick check asan bench ablation auto tune zoo train training support hosts latest docs wheel wheels clean
+.PHONY: demo test quick check asan bench ablation auto tune zoo real train training support hosts latest docs wheel wheels clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -54,6 +54,18 @@ tune: .venv/ready
 
 zoo: .venv/ready
 	$(BIN)/python benchmarks/zoo.py
+
+# real weights and photographs, which are no part of the package; what is not given is skipped:
+# make real CLIP=clip_vitb16.safetensors PHOTOGRAPHS="DIR..." BACKBONE=vits14.safetensors DECODER=decoder.safetensors \
+#   WHISPER=FOLDER RECORDINGS=FOLDER
+real: .venv/ready
+	@test -n "$(CLIP)" || echo "skipped: the CLIP tower (CLIP=FILE.safetensors PHOTOGRAPHS='DIR...', DIR/CLASS/*.jpg)"
+	@test -n "$(BACKBONE)" || echo "skipped: the dense model (BACKBONE= and DECODER=FILE.safetensors PHOTOGRAPHS='DIR...')"
+	@test -n "$(WHISPER)" || echo "skipped: speech (WHISPER=FOLDER RECORDINGS=FOLDER of DIGIT_SPEAKER_TAKE.wav)"
+	for part in $(if $(CLIP),front images ablation speed); do \
+	  $(BIN)/python benchmarks/real.py $$part --weights $(CLIP) --photographs $(PHOTOGRAPHS) || exit 1; done
+	$(if $(BACKBONE),$(BIN)/python benchmarks/real_dense.py --backbone $(BACKBONE) --decoder $(DECODER) --photographs $(PHOTOGRAPHS))
+	$(if $(WHISPER),$(BIN)/python benchmarks/real_speech.py --model $(WHISPER) --recordings $(RECORDINGS))
 
 train: .venv/ready
 	$(BIN)/python recipes/train_reference.py
