@@ -89,8 +89,9 @@ def main() -> None:
     parser.add_argument("-r", type=int, nargs="+", default=[0, 50, 100, 150, 200, 250, 300], help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (%(default)s)")
     arguments = parser.parse_args()
-    from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperForConditionalGeneration, logging
 
+    logging.set_verbosity_error()  # of two lengths given, each time
     model = WhisperForConditionalGeneration.from_pretrained(arguments.model).eval()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(arguments.model / "tokenizer.json"))
     sounds, texts = clips(arguments.recordings, arguments.limit)
