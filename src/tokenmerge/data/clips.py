@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tokenmerge.data.images import part_of_fashion_mnist
+from tokenmerge.data.opening import decode
 from tokenmerge.data.settings import Data
 from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
 from tokenmerge.errors import ConfigError
@@ -125,10 +126,8 @@ class Frames(_Files):
 
 def _picture(file: Path) -> Tensor:
     import numpy as np
-    from PIL import Image
 
-    with Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB")))
+    return torch.from_numpy(np.array(decode(str(file), lambda: file).convert("RGB")))
 
 
 class Videos(_Files):

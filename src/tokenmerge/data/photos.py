@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenmerge.data.images import decode
+from tokenmerge.data.opening import as_seen, decode
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError, UnsupportedError
 
@@ -31,11 +31,11 @@ def open_photo(source: Any) -> Any:
     Raises `DataError` for what is no image, is too large to decode, or too narrow to be seen by a model.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise UnsupportedError('photos need Pillow: pip install "tokenmerge[viz]"') from error
     if isinstance(source, Image.Image):
-        image = ImageOps.exif_transpose(source)
+        image = as_seen(source)
     else:
         path = Path(source)
         if path.is_dir():
@@ -43,7 +43,7 @@ def open_photo(source: Any) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = decode(str(path), lambda: path, upright=True)
+                image = decode(str(path), lambda: path)
         except OSError as error:
             raise DataError(f"cannot read the image {error}.") from error
     if max(image.size) > _SLIVER * min(image.size):
@@ -51,9 +51,6 @@ def open_photo(source: Any) -> Any:
             f"{photo_name(source, 1)} is {image.width} x {image.height} pixels: of so narrow a photo a model would be "
             "given next to nothing. Cut out the part to look at."
         )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
