@@ -13,8 +13,9 @@ from tokenmerge.data.opening import as_seen, decode
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError, UnsupportedError
 
-__all__ = ["open_photo", "photo_name", "seen_part"]
+__all__ = ["Box", "given_picture", "open_photo", "photo_name", "seen_box", "seen_part"]
 
+Box = tuple[float, float, float, float]
 _SLIVER = 50  # how many times longer than wide a photo may be
 _ALIKE = 12  # mean difference of pixels, of 255, up to which a part of a photo is what the model was given
 
@@ -54,24 +55,35 @@ def open_photo(source: Any) -> Any:
     return image.convert("RGB")
 
 
+def seen_box(photo: Any, x: Tensor, prepared: Preprocessing) -> Box | None:
+    """Return the part of a photo that the model is given, in pixels: left, top, right, bottom.
+
+    `x` `[C, H, W]` is the prepared photo. The part that resizing and cropping leave is compared with it: None where it
+    is something else (a preprocessing with more steps).
+    """
+    from PIL import Image, ImageChops, ImageStat
+
+    given = given_picture(x, prepared)
+    for box in _boxes(photo.size, given.size, prepared):
+        again = photo.resize(given.size, Image.BICUBIC, box=box).convert("L")
+        if ImageStat.Stat(ImageChops.difference(again, given.convert("L"))).mean[0] <= _ALIKE:
+            return box
+    return None
+
+
 def seen_part(photo: Any, x: Tensor, prepared: Preprocessing, side: int) -> tuple[Any, bool]:
     """Return a picture of what the model is given, and whether it is the photo's own pixels.
 
     `x` `[C, H, W]` is the prepared photo. The part that was cut out is taken from the photo, at most `side` pixels wide
-    and high. It is compared with `x`: where it is something else (a preprocessing with more steps), and for photos
-    smaller than `x`, the picture is `x` itself.
+    and high. Where it is not known (`seen_box`), and for photos smaller than `x`, the picture is `x` itself.
     """
-    from PIL import Image, ImageChops, ImageStat
+    from PIL import Image
 
-    given = _pixels(x, prepared)
-    box = _box(photo.size, given.size, prepared)
+    given, box = given_picture(x, prepared), seen_box(photo, x, prepared)
     if box is None:
         return given, False
     width, height = box[2] - box[0], box[3] - box[1]
     if width < given.width or height < given.height:
-        return given, False
-    again = photo.resize(given.size, Image.BICUBIC, box=box).convert("L")
-    if ImageStat.Stat(ImageChops.difference(again, given.convert("L"))).mean[0] > _ALIKE:
         return given, False
     scale = min(1.0, side / max(width, height))
     size = (max(given.width, round(width * scale)), max(given.height, round(height * scale)))
@@ -80,7 +92,7 @@ def seen_part(photo: Any, x: Tensor, prepared: Preprocessing, side: int) -> tupl
     return photo.resize(size, Image.LANCZOS, box=box), True
 
 
-def _pixels(x: Tensor, prepared: Preprocessing) -> Any:
+def given_picture(x: Tensor, prepared: Preprocessing) -> Any:
     """Return a prepared image as a PIL image again."""
     from PIL import Image
 
@@ -90,23 +102,29 @@ def _pixels(x: Tensor, prepared: Preprocessing) -> Any:
     elif x.min() < -0.01 or x.max() > 1.01:  # scaled by constants that are not known
         x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-6)
     x = x.expand(3, -1, -1) if x.shape[0] == 1 else x[:3]
-    data = (255 * x).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
-    return Image.frombytes("RGB", (x.shape[2], x.shape[1]), bytes(data.flatten().tolist()))
+    return Image.fromarray((255 * x).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _box(size: tuple[int, int], given: tuple[int, int], prepared: Preprocessing) -> tuple[float, ...] | None:
-    """Return the part of a photo that resizing and cropping leave, in its pixels; None if the steps do not say it."""
+def _boxes(size: tuple[int, int], given: tuple[int, int], prepared: Preprocessing) -> list[Box]:
+    """Return the part of a photo that resizing and cropping leave, in its pixels, or what may be it."""
     (W, H), (w, h) = size, given
+    if not prepared.crops:
+        return [(0.0, 0.0, float(W), float(H))]
     if prepared.resize is None:
-        wide, high = W, H
+        resized = [(W, H)]
     elif isinstance(prepared.resize, tuple):
         high, wide = prepared.resize
+        ratio = min(W / wide, H / high)
+        # to these sides, or with its own shape until they are covered, as timm does for inputs that are not square
+        resized = [(wide, high), (round(W / ratio), round(H / ratio))]
     else:  # the longer side is rounded down, as torchvision does
         wide, high = (max(prepared.resize, int(prepared.resize * side / min(W, H))) for side in (W, H))
-    if not prepared.crops:
-        return 0.0, 0.0, float(W), float(H)
-    if w > wide or h > high:  # it was padded
-        return None
-    left, top = round((wide - w) / 2), round((high - h) / 2)
-    across, down = W / wide, H / high
-    return left * across, top * down, min(float(W), (left + w) * across), min(float(H), (top + h) * down)
+        resized = [(wide, high)]
+    found = []
+    for wide, high in resized:
+        if w <= wide and h <= high:  # else it was padded
+            left, top = round((wide - w) / 2), round((high - h) / 2)
+            across, down = W / wide, H / high
+            right, bottom = min(float(W), (left + w) * across), min(float(H), (top + h) * down)
+            found.append((left * across, top * down, right, bottom))
+    return found
