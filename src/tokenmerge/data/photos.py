@@ -38,6 +38,11 @@ def open_photo(source: Any) -> Any:
     if isinstance(source, Image.Image):
         image = as_seen(source)
     else:
+        if not isinstance(source, (str, os.PathLike)):
+            raise DataError(
+                f"a photo is a file or a PIL image, not a {type(source).__name__}: Image.fromarray(array) makes one of "
+                "an array [height, width, 3] of uint8."
+            )
         path = Path(source)
         if path.is_dir():
             raise DataError(f"{path} is a folder; give the files of images, e.g. {path}/*.jpg.")

@@ -100,10 +100,14 @@ class Seen:
         return picture, box
 
     def _values(self, block: int, show: str) -> tuple[Tensor, float, float, tuple[str, str]]:
-        """Return a value for each patch, the ends of the scale, and how they are written."""
+        """Return a value for each patch, the ends of the scale, and how they are written.
+
+        Scales of sizes and similarities are those of all blocks, so that blocks can be compared.
+        """
         if show == "size":
-            sizes, most = _sizes(self.groups[block]), float(_sizes(self.groups[-1]).nan_to_num(0).max())
-            return sizes.log2(), 0.0, max(1.0, math.log2(max(1.0, most))), ("1", f"{max(2, int(most))}")
+            every = [_sizes(groups) for groups in self.groups]
+            most = max(2, *(int(sizes.nan_to_num(0).max()) for sizes in every))
+            return every[block].log2(), 0.0, math.log2(most), ("1", str(most))
         if show == "similarity":
             every = self._similarities()
             known = torch.cat(every)
