@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick check asan bench ablation auto tune zoo real train training support hosts latest docs wheel wheels clean
+.PHONY: demo test quick check pictures asan bench ablation auto tune zoo real train training support hosts latest docs wheel wheels clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -35,6 +35,10 @@ quick: .venv/ready
 
 check: .venv/ready
 	scripts/check
+
+# the pictures of the README and the docs: make pictures WEIGHTS=clip_vitb16.safetensors PHOTOGRAPHS=folder_of_class_folders
+pictures: .venv/ready
+	$(BIN)/python scripts/pictures.py $(WEIGHTS) $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS))
 
 # the part in C++ under AddressSanitizer and UBSan
 asan: .venv/ready

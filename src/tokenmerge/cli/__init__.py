@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
-from tokenmerge.cli import embed, explore, train, tune, vlm
+from tokenmerge.cli import embed, explore, train, tune, viz, vlm
 from tokenmerge.cli.completion import SHELLS, PrintCompletion
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "what merges in photos, and what it buys: one HTML file to open, to click through and to send"
     explore.add(_command(commands, "explore", explore.run, text))
+    text = "pictures of what merges in photos, videos and sounds, written into a folder"
+    viz.add(_command(commands, "viz", viz.run, text))
     train.add(_command(commands, "train", train.run, "fine-tune with merging by a recipe; resumes if interrupted"))
     vlm.add(_command(commands, "vlm", vlm.run, "ask a vision-language model with fewer visual tokens, side by side"))
     _command(commands, "list", _list, "the methods, the model families and the recipes")
