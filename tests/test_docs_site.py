@@ -87,14 +87,6 @@ def test_the_page_of_commands_is_what_the_parser_says() -> None:
         assert f"### tokenmerge {name}\n" in page
 
 
-def test_models_are_named_alike_in_the_readme_and_on_the_page_of_commands() -> None:
-    tables = [
-        re.search(r"\| MODEL \| what it is \|\n(?:\|.*\n)+", page.read_text())
-        for page in (ROOT / "README.md", commands.PAGE)
-    ]
-    assert tables[0] and tables[1] and tables[0][0] == tables[1][0]
-
-
 def test_the_site_can_be_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     python = next(path for path in (ROOT / ".venv-docs/bin/python", Path(sys.executable)) if path.exists())
     can = subprocess.run([python, "-c", "import mkdocs, material, mkdocstrings_handlers.python"], capture_output=True)
