@@ -596,7 +596,7 @@ def test_the_plot_names_the_front_and_has_arrows_for_low_rows(tmp_path: Path, mo
     assert 10 <= high - low < 13 and low < arrows[0].get_ydata()[0] < low + 1.5, "two points would be a cliff"
     assert shares[0] == pytest.approx([1.0, 90.0]) and [0.45, 20.0] not in shares
     # as fast as the unmerged model's round says
-    assert speeds[8] == pytest.approx([230.0, 89.8])
+    assert speeds[9] == pytest.approx([230.0, 89.8])
     (legend,) = left.figure.legends
     assert "Arrows: rows below 89, at their values." in legend.get_title().get_text()
     assert [text.get_text() for text in legend.texts] == ["unmerged model", *(rf"\${i}\$" for i in range(9)), "poor"]

@@ -34,7 +34,7 @@ def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str)
     marks = spots + _draw_bounds(axes, rows, "images/s", name)
     _set_limits(axes, name, [(row[name], error_of(row, name)) for row in rows])
     axes.set_xlim(*limits("images/s", [x for x, _ in marks]))
-    axes.set(xlabel=axis_of("images/s").text, ylabel=axis_of(name).text, title=_wrapped(title))
+    axes.set(xlabel=axis_of("images/s").text, ylabel=_wrapped(axis_of(name).text, 45), title=_wrapped(title))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     figure.canvas.draw()
@@ -65,7 +65,7 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
     low, high = _set_limits(panels[0], name, [(row[name], error_of(row, name)) for row in inside], bool(below))
     for axes, column in zip(panels, columns, strict=True):
         axes.set_xlabel(axis_of(column).text)
-    panels[0].set_ylabel(axis_of(name).text)
+    panels[0].set_ylabel(_wrapped(axis_of(name).text, 60))
     figure.suptitle(_wrapped(title))
     notes = ["Points that would cover each other are moved sideways; gray: images per second of the free bound."]
     notes += [f"Arrows: rows below {least:.4g}, at their values."] if below else []
@@ -100,7 +100,7 @@ def plot_speed(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) ->
     axes.axhline(1, color="black", linestyle="--", linewidth=0.8, label="unmerged model")
     axes.set_xticks(range(len(amounts)), [_plain(str(r)) for r in amounts])
     axes.set_xlim(-0.4, len(amounts) - 0.6)
-    axes.set(xlabel=axis_of("r").text, ylabel=axis_of("speed-up").text, title=_wrapped(title))
+    axes.set(xlabel=axis_of("r").text, ylabel=_wrapped(axis_of("speed-up").text, 45), title=_wrapped(title))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
@@ -132,7 +132,7 @@ def plot_front(path: Path | Sequence[Path], rows: Sequence[Row], title: str) -> 
     axes.set_xlim(*reversed(limits("MACs share", [1.0, *(x for x, _ in spots)])))
     if spots:
         axes.set_ylim(*limits("damage", [y for _, y in spots]))
-    axes.set(xlabel=axis_of("MACs share").text, ylabel=axis_of("damage").text)
+    axes.set(xlabel=axis_of("MACs share").text, ylabel=_wrapped(axis_of("damage").text, 45))
     axes.set_title(_wrapped(title), fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, title="Points: speed-up, measured or estimated")
@@ -311,7 +311,7 @@ def _name_points(
 
 
 def _wrapped(title: str, width: int = 90) -> str:
-    """Wrap a title to the width of the page."""
+    """Wrap a text to a width in characters, by default that of the page."""
     from textwrap import fill
 
     return _plain(fill(title, width))

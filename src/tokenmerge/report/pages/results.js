@@ -23,6 +23,7 @@ function prepare(section, number) {
   head.append(table.rows[0]);
   const lines = [...table.tBodies[0].rows];
   const names = [...head.rows[0].cells].map((cell) => cell.textContent);
+  for (const line of lines) for (const cell of line.cells) cell.classList.toggle("long", cell.textContent.length > 60);
   [...head.rows[0].cells].forEach((cell, column) => {
     cell.setAttribute("scope", "col");
     cell.replaceChildren(make("button", { type: "button", textContent: names[column], onclick: () => sort(cell, column) }));
