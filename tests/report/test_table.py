@@ -98,6 +98,12 @@ def test_a_table_saves_itself_with_what_it_says(tmp_path: Path) -> None:
         "rows": ROWS,
         "notes": ["r = 8: faster."],
     }
+    whole = [BenchRow({**row, "batch": 1}) for row in ROWS]
+    Bench(whole, ABOUT, bench.verdicts).save(tmp_path / "x.html", "a <title>")
+    page = (tmp_path / "x.html").read_text()
+    assert (
+        "<title>a &lt;title&gt;</title>" in page and page.count("r = 8: faster.") == 1 and '<canvas id="chart"' in page
+    )
     each = Bench([BenchRow(row) for row in ROWS], [{"torch": "2.6"}, {"torch": "2.14"}])  # of several runs
     each.save(str(tmp_path / "x.csv"))
     parsed = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
