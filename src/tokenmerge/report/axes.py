@@ -94,7 +94,7 @@ def limits(title: str, values: Sequence[float]) -> tuple[float, float]:
     """
     axis, low, high = axis_of(title), min(values), max(values)
     if axis.is_log:
-        middle, half = math.sqrt(low * high), max(1.2 * math.sqrt(high / low), math.sqrt(10))
+        middle, half = math.sqrt(low * high), max((high / low) ** (0.5 + _EDGE), math.sqrt(10))
         return middle / half, middle * half
     span = max((1 + 2 * _EDGE) * (high - low), axis.least or max(abs(low), abs(high)) / 2 or 1.0)
     low, high = (low + high - span) / 2, (low + high + span) / 2

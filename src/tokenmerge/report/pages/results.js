@@ -231,7 +231,8 @@ function spotsOf(chart) {
   });
 }
 
-// Write a name near its mark, where it covers no mark and no other name; where there is no such place, pointing names it.
+// Write a name near its mark and no other, where it covers no mark and no other name; where there is no such place,
+// pointing names it.
 function name(chart, spot, spots) {
   const pen = chart.ctx;
   const text = shortened(DATA.chart.labels[spot.i]);
@@ -244,7 +245,10 @@ function name(chart, spot, spots) {
     [gap, -height / 2], [-gap - width, -height / 2], [-width / 2, -gap - height], [-width / 2, gap],
   ]);
   const boxes = places.map(([a, b]) => ({ left: spot.x + a, top: spot.y + b, right: spot.x + a + width, bottom: spot.y + b + height }));
-  const isFree = (box) => box.left >= area.left && box.right <= area.right && box.top >= area.top && box.bottom <= area.bottom
+  const away = (box, { x, y }) => Math.hypot(Math.max(box.left - x, 0, x - box.right), Math.max(box.top - y, 0, y - box.bottom));
+  const rivals = spots.filter(({ i, x, y }) => i !== null && Math.hypot(x - spot.x, y - spot.y) > 12);
+  const isOwn = (box) => spot.i === state.active || rivals.every((other) => away(box, other) >= away(box, spot));
+  const isFree = (box) => isOwn(box) && box.left >= area.left && box.right <= area.right && box.top >= area.top && box.bottom <= area.bottom
     && !placed.some((other) => box.left < other.right && other.left < box.right && box.top < other.bottom && other.top < box.bottom)
     && !spots.some(({ i, x, y }) => i !== spot.i && x > box.left - 7 && x < box.right + 7 && y > box.top - 7 && y < box.bottom + 7);
   const box = boxes.find(isFree);
@@ -299,7 +303,10 @@ function choose(i, isSaid = false) {
   const { lines, names } = tables[0];
   lines.forEach((tr, at) => tr.classList.toggle("active", at === i));
   const cells = i === null ? [] : [...lines[i].cells].map((cell) => cell.textContent);
-  const terms = names.map((name, at) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: cells[at] })));
+  const width = (text = "") => (text.length > 40 ? "whole" : text.length > 14 ? "wide" : "");
+  const terms = names.map((name, at) =>
+    make("div", { className: width(cells[at]) }, make("dt", { textContent: name }), make("dd", { textContent: cells[at] })),
+  );
   byId("row").replaceChildren(
     ...(i === null ? [make("p", { className: "lede", textContent: "No mark is chosen." })] : [make("h3", { textContent: DATA.chart.labels[i] }), make("dl", {}, ...terms)]),
   );
