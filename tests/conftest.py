@@ -50,6 +50,15 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(5_000, 10, 10)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    from browsing import chromium
+
+    with chromium() as opened:
+        yield opened
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every generator that a test or a library draws from without a word."""

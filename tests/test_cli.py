@@ -378,7 +378,11 @@ def test_demo(capsys: Capture, tmp_path: Path) -> None:
     assert [row["r"] for row in content["rows"]] == ["0", "8"]
     assert content["rows"] == json.loads((out / "table.json").read_text())["rows"]
     assert f"Written to {out}: table.md, table.json, table.tex, plot.png, .svg, .pdf, merged.png" in err
-    files = ("table.md", "table.json", "table.tex", "plot.png", "plot.svg", "plot.pdf", "merged.png")
+    assert err.endswith(
+        f"Open in a browser:\n  {out}/report.html (speed and accuracy)\n"
+        f"  {out}/explore.html (what merged, to click through)\n"
+    )
+    files = ("table.md", "table.json", "table.tex", "plot.png", "plot.svg", "plot.pdf", "merged.png", "report.html")
     assert all((out / name).stat().st_size > 100 for name in files)
 
 

@@ -146,7 +146,11 @@ NAMES = {
         "run_images": "measure.outputs:run_images",
         "shared_copy": "measure.outputs:shared_copy",
     },
-    "tools.results": {"Progress": "report.progress:Progress", "replace_text": "files:write_file"},
+    "tools.results": {
+        "Progress": "report.progress:Progress",
+        "as_html": "call results_page(title, rows, environment=..., notes=...) of tokenmerge.report.results",
+        "replace_text": "files:write_file",
+    },
     "tools.visualize": {
         "plot_pareto": "report.plots:plot_pareto",
         "plot_tradeoff": "report.plots:plot_tradeoff",

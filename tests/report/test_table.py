@@ -85,7 +85,7 @@ def test_save_html_and_latex(tmp_path: Path) -> None:
     save_rows(tmp_path / "x.html", ROWS, ABOUT, ["a <b>note</b>"])
     page = (tmp_path / "x.html").read_text()
     assert page.count("<tr>") == 3 and "<p>a &lt;b&gt;note&lt;/b&gt;</p>" in page and "<img" not in page
-    assert "<p>Measured on: device a machine, 2 cores, torch 2.x.</p>" in page
+    assert "<dl><dt>device</dt><dd>a machine, 2 cores</dd><dt>torch</dt><dd>2.x</dd></dl>" in page
     save_rows(tmp_path / "x.tex", ROWS, ABOUT)
     assert (tmp_path / "x.tex").read_text() == as_latex(ROWS)
 
@@ -98,6 +98,12 @@ def test_a_table_saves_itself_with_what_it_says(tmp_path: Path) -> None:
         "rows": ROWS,
         "notes": ["r = 8: faster."],
     }
+    whole = [BenchRow({**row, "batch": 1}) for row in ROWS]
+    Bench(whole, ABOUT, bench.verdicts).save(tmp_path / "x.html", "a <title>")
+    page = (tmp_path / "x.html").read_text()
+    assert (
+        "<title>a &lt;title&gt;</title>" in page and page.count("r = 8: faster.") == 1 and '<canvas id="chart"' in page
+    )
     each = Bench([BenchRow(row) for row in ROWS], [{"torch": "2.6"}, {"torch": "2.14"}])  # of several runs
     each.save(str(tmp_path / "x.csv"))
     parsed = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
@@ -119,6 +125,7 @@ def test_save_markdown(tmp_path: Path) -> None:
     ("name", "reason"),
     [
         ("missing/rows.csv", "No such file or directory"),
+        ("missing/rows.html", "No such file or directory"),
         ("folder.json", "Is a directory"),
         ("file/rows.md", "Not a directory"),
         ("rows.txt", r"the name must end in \.json, \.csv, \.md"),

@@ -22,8 +22,13 @@ from tokenmerge.tools.visualize import draw_groups
 def test_demo_writes_files_that_agree(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     result = demo(folder, limit=20, rs=(0, 8))
-    files = {"merged.png", "plot.png", "plot.svg", "plot.pdf", "table.json", "table.md", "table.tex"}
-    assert {path.name for path in folder.iterdir()} == files
+    pages, pictures = {"report.html", "explore.html"}, {"merged.png", "plot.png", "plot.svg", "plot.pdf"}
+    assert {path.name for path in folder.iterdir()} == {*pages, *pictures, "table.json", "table.md", "table.tex"}
+    report = (folder / "report.html").read_text()
+    assert "<title>Bundled ViT on 20 Fashion-MNIST test images" in report and report.count("<tr>") == 3
+    assert f"<dd>{torch.__version__}</dd>" in report and '<canvas id="chart"' in report
+    explorer = (folder / "explore.html").read_text()
+    assert "the bundled ViT</title>" in explorer and '"name":"T-shirt or top"' in explorer
 
     content = json.loads((folder / "table.json").read_text())
     assert content["rows"] == result.rows and content["environment"] == result.environment
@@ -75,8 +80,10 @@ def test_pictures_show_the_image_and_then_what_is_left_of_it(monkeypatch: pytest
 
 
 def test_one_image_and_nothing_to_merge(tmp_path: Path) -> None:
+    (tmp_path / "explore.html").write_text("of an earlier demo")
     result = demo(tmp_path, limit=1, rs=(0,))
     assert [row["r"] for row in result.rows] == ["0"]
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "explore.html").exists()
     with Image.open(tmp_path / "merged.png") as page:
         assert page.size == (176 + 8, 24 + 176 + 8)
 

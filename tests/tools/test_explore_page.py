@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +13,10 @@ import torch
 from PIL import Image, ImageSequence
 
 import tokenmerge
+from browsing import Browsing
 from helpers import tiny_vit
 from tokenmerge.data.prepare import find_preprocessing
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the tests of pages need playwright")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="the tests of pages need Debian's chromium")
-AXE = Path(__file__).parents[2] / ".axe/package/axe.min.js"
 EVIL = "<svg onload=hacked=1>"
 NAMES = [f"</script><script>hacked=1</script>{EVIL}{number}" for number in range(10)]
 METHODS, RS = ["tome", "attention"], [3, 8]
@@ -47,35 +43,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
     return tokenmerge.explore(_model(), photos, folder / "x.html", **options).path, photos
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-class Visit:
-    """A page that is open, and what it complained of or asked for."""
-
-    def __init__(self, browser: Any, file: Path, width: int, hash: str = "", **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True, **options)
-        self.page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
-        own = file.as_uri()
-        self.page.on("request", lambda request: self._ask(request.url, own))
-        self.page.goto(f"{own}{hash}")
-        self.page.wait_for_selector("html[data-ready]")
-
-    def _ask(self, url: str, own: str) -> None:
-        if not url.startswith((own, "data:", "blob:")):
-            self.complaints.append(f"asked for {url}")
-
-    def text(self, where: str) -> str:
-        return str(self.page.locator(where).inner_text())
+class Visit(Browsing):
+    """A visit of the explorer."""
 
     def state(self) -> Any:
         return self.page.evaluate("JSON.parse(JSON.stringify(explorer.state))")
@@ -91,10 +60,7 @@ class Visit:
         (canvas.click if click else canvas.hover)(position=at)
 
     def saved(self, button: str) -> Any:
-        with self.page.expect_download() as waiting:
-            self.page.locator(button).click()
-        self.name = waiting.value.suggested_filename
-        return Image.open(io.BytesIO(Path(waiting.value.path()).read_bytes()))
+        return Image.open(io.BytesIO(self.downloaded(button)))
 
 
 @pytest.fixture(params=[390, 1440])
@@ -291,23 +257,19 @@ def test_names_are_shown_and_do_nothing(visit: Visit) -> None:
 
 
 def test_it_fits_a_phone(visit: Visit) -> None:
-    width = visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert width <= 0, "the page scrolls sideways"
+    assert visit.spills() <= 0, "the page scrolls sideways"
     boxes = [visit.page.locator(f"#{side}").bounding_box() for side in ("left", "right")]
     is_phone = visit.page.viewport_size["width"] == 390
     assert (boxes[0]["y"] < boxes[1]["y"]) == is_phone and boxes[0]["width"] > 300
 
 
-@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not there: make .axe/package/axe.min.js (needs npm)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_axe_finds_nothing(browser: Any, written: tuple[Path, list[Path]], width: int, scheme: str) -> None:
     link = "#image=1&block=4&left=tome%408&right=attention%403&token=20"
     visit = Visit(browser, written[0], width, link, color_scheme=scheme, bypass_csp=True)
     visit.page.locator("summary").click()
-    visit.page.add_script_tag(content=AXE.read_text())
-    found = visit.page.evaluate("axe.run().then((result) => result.violations)")
-    assert [(one["id"], one["impact"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    assert visit.violations() == []
     visit.context.close()
 
 

@@ -57,6 +57,10 @@ def test_it_writes_what_patch_and_people_take(capsys: pytest.CaptureFixture[str]
         assert handle.remarks == []
     assert _run("--target", "macs=0.6") == 2
     assert "merge.json exists already" in capsys.readouterr().err
+    (here / "other.html").write_text("mine")
+    assert _run("--target", "macs=0.6", "-o", "other.json") == 2
+    assert "other.html exists already" in capsys.readouterr().err and not (here / "other.json").exists()
+    assert (here / "other.html").read_text() == "mine"
     assert _run("--target", "macs=0.6", "--force", "--json") == 0
     out, err = capsys.readouterr()
     content = json.loads(out)

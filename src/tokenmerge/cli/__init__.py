@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-completion", action=PrintCompletion, metavar="SHELL", help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "the bundled model on the bundled images, for several r")
-    demo.add_argument("--out", default="tokenmerge-demo", help="folder for table, plot and pictures (%(default)s)")
+    demo.add_argument(
+        "--out", default="tokenmerge-demo", help="folder for tables, plot, pictures and two pages (%(default)s)"
+    )
     demo.add_argument("--limit", type=int, help="use only the first LIMIT of the 10,000 images")
     demo.add_argument("-b", "--batch-size", type=int, default=32, help="%(default)s is fastest unmerged on a CPU")
     demo.add_argument("-r", type=read_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=TEXT_FORMS)
@@ -178,7 +180,7 @@ def _compare_parser(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from tokenmerge.report.progress import Progress
-    from tokenmerge.tools.demo import demo
+    from tokenmerge.tools.demo import EXPLORER, REPORT, demo
 
     with Progress("images") as progress:
         result = demo(
@@ -195,6 +197,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         f"Written to {arguments.out}: table.md, table.json, table.tex, plot.png, .svg, .pdf, merged.png",
         file=sys.stderr,
     )
+    said = {REPORT: "speed and accuracy", EXPLORER: "what merged, to click through"}
+    pages = [f"  {path} ({said[path.name]})" for name in said if (path := Path(arguments.out) / name).exists()]
+    print("\n".join(["Open in a browser:", *pages]), file=sys.stderr)
     return 0
 
 

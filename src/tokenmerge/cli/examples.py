@@ -7,11 +7,11 @@ __all__ = ["EXAMPLES", "epilog"]
 EXAMPLES = {
     "demo": ("tokenmerge demo --limit 500",),
     "bench": (
-        "tokenmerge bench vit_small_patch16_224 -r 0 8 13 -b 1 8",
+        "tokenmerge bench vit_small_patch16_224 -r 0 8 13 -b 1 8 --out bench.html",
         "tokenmerge bench my_vit/ -r 16 -b 64 --device cuda --dtype bfloat16",
     ),
     "eval": (
-        "tokenmerge eval my_vit/ --data photos/val -r 0 8 16",
+        "tokenmerge eval my_vit/ --data photos/val -r 0 8 16 --bound --out eval.html eval.pdf",
         "tokenmerge eval open_clip:ViT-B-32/openai --data photos/val -r 0 4",
     ),
     "compare": (

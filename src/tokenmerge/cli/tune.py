@@ -33,7 +33,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="merge.json",
         help="the configuration to write, a .json; pages go beside it (%(default)s)",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing configuration")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing configuration, and the pages beside it"
+    )
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="where the search starts (least_loss)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (that of the model)")
     parser.add_argument("--compile", action="store_true", help="time the model under torch.compile")
@@ -116,8 +118,11 @@ def _show(found: Any, written: list[str], arguments: argparse.Namespace) -> None
 def _checked_out(out: Path, is_forced: bool) -> Path:
     from tokenmerge.errors import DataError
     from tokenmerge.report.table import check_writable
+    from tokenmerge.tuning.result import beside
 
     check_writable(out, (".json",))
-    if out.exists() and not is_forced:
-        raise DataError(f"{out} exists already: give another name (-o), or --force to replace it.")
+    for path in (out, *beside(out)):
+        if path.exists() and not is_forced:
+            raise DataError(f"{path} exists already: give another name (-o), or --force to replace it.")
+        check_writable(path, (path.suffix,))
     return out

@@ -33,10 +33,11 @@ def asset(name: str) -> str:
 def as_page(title: str, body: str, *, style: str, script: str = "", data: Any = None) -> str:
     """Return a page. `body` is HTML, made with `escaped`; `data` becomes JSON in the element `data`.
 
-    The page's policy allows this style and this script, by their digests, and pictures that are in the page: no other
-    script runs, and nothing is loaded or sent, whatever names of files and classes hold.
+    `style` comes after `pages/base.css`, which all pages share. The page's policy allows these styles and this script,
+    by their digests, and pictures that are in the page: no other script runs, and nothing is loaded or sent, whatever
+    names of files and classes hold.
     """
-    style, script = f"\n{style.strip()}\n", f"\n{script.strip()}\n" if script else ""
+    style, script = f"\n{asset('base.css').strip()}\n{style.strip()}\n", f"\n{script.strip()}\n" if script else ""
     policy = (
         f"default-src 'none'; img-src data: blob:; style-src {_digest(style)}; "
         f"script-src {_digest(script) if script else chr(39) + 'none' + chr(39)}; base-uri 'none'; form-action 'none'"

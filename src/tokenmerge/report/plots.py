@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.files import replacing
+from tokenmerge.report.axes import COLOURS, QUALITY, axis_of, error_of, free_bound, front, limits
 
 __all__ = [
     "import_pil",
@@ -22,39 +23,31 @@ __all__ = [
 ]
 
 Row = Mapping[str, Any]
-_ERROR = "top-1 ±"
+_BOUND = "free bound: speed if merging cost nothing"
+_STAR: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 14, "linestyle": ""}
 
 
 def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
     """Save a plot of accuracy over throughput, one point per `r`, with the free bound if the rows have it.
 
-    Error bars are the standard error of the accuracy.
+    The row with `r = 0` is the unmerged model. Error bars are the standard error of the accuracy.
     """
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    name, label = _quality(rows)
-    speeds, heights = [row["images/s"] for row in rows], [row[name] for row in rows]
-    _error_bars(axes, speeds, rows, name, "C0")
-    axes.plot(speeds, heights, "o-", label="merged")
-    bound = [row for row in rows if row.get("bound images/s")]
-    for row in bound:
-        axes.plot([row["images/s"], row["bound images/s"]], [row[name]] * 2, ":", color="gray", linewidth=1)
-    if bound:
-        fastest = [row["bound images/s"] for row in bound], [row[name] for row in bound]
-        axes.plot(*fastest, "|", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
-    # at least two points high: at a larger scale noise would look like a trend
-    least = 0.01 if name == "cosine" else 1.0
-    low, high = axes.get_ylim()
-    half = 1.15 * max(least, (high - low) / 2)
-    middle = (low + high) / 2
-    axes.set_ylim(middle - half, middle + half)
-    axes.margins(x=0.12)
-    axes.set(xlabel="images per second", ylabel=label, title=_wrapped(title))
+    name = _quality(rows)
+    spots = [(row["images/s"], row[name]) for row in rows]
+    _error_bars(axes, [x for x, _ in spots], rows, name, COLOURS[0])
+    axes.plot(*zip(*spots, strict=True), "o-", color=COLOURS[0], label="merged")
+    unmerged = [spot for row, spot in zip(rows, spots, strict=True) if row["r"] == "0"]
+    if unmerged:
+        axes.plot(*zip(*unmerged, strict=True), label="unmerged model", **_STAR)
+    marks = spots + _draw_bounds(axes, rows, "images/s", name)
+    _set_limits(axes, name, [(row[name], error_of(row, name)) for row in rows])
+    axes.set_xlim(*limits("images/s", [x for x, _ in marks]))
+    axes.set(xlabel=axis_of("images/s").text, ylabel=_wrapped(axis_of(name).text, 45), title=_wrapped(title))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     figure.canvas.draw()
-    spots = [(row["images/s"], row[name]) for row in rows]
-    marks = spots + [(row["bound images/s"], row[name]) for row in bound]
     _name_points(axes, [(f"r = {row['r']}", spot) for row, spot in zip(rows, spots, strict=True)], _pixels(axes, marks))
     save_figure(figure, paths)
 
@@ -64,36 +57,37 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
 
     The first row is the unmerged model. Its images per second times each row's speed-up is drawn, because the speed of
     the machine varies between rows. Error bars are standard errors of the accuracy. Rows on the Pareto front are joined
-    and named. If the lowest fifth of the rows would take half of the height, those rows are drawn as arrows at the
-    lower edge, with their values. Without accuracies the cosine similarity to the unmerged outputs is drawn.
+    and named, and have their free bounds beside them. If the lowest fifth of the rows would take half of the height,
+    those rows are drawn as arrows at the lower edge, with their values. Without accuracies the agreement or the cosine
+    similarity to the unmerged outputs is drawn.
     """
     pyplot = import_pyplot()
-    name, label = _quality(rows)
+    name = _quality(rows)
     speed = rows[0]["images/s"]
     rows = [{**row, "images/s": row["speed-up"] * speed} for row in rows]
-    least, top = _heights(rows, name)
+    least = _lowest_drawn(rows, name)
     inside, below = ([row for row in rows if (row[name] >= least) is is_in] for is_in in (True, False))
     names = list(dict.fromkeys(row["method"] for row in rows[1:]))
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 7.5), sharey=True, layout="constrained")
-    columns = (("MACs share", -1), ("images/s", 1))
-    drawn = [_draw_points(axes, inside, names, name, *of) for axes, of in zip(panels, columns, strict=True)]
+    columns = ("MACs share", "images/s")
+    drawn = [_draw_points(axes, inside, names, name, column) for axes, column in zip(panels, columns, strict=True)]
     panels[0].invert_xaxis()
-    span = top - least or (0.01 if name == "cosine" else 2.0)
-    panels[0].set_ylim(least - (0.13 if below else 0.05) * span, top + 0.05 * span)
-    panels[0].set(xlabel="share of the unmerged MACs (less is better)", ylabel=label)
-    panels[1].set(xlabel="images per second: the unmerged model's times the speed-up (more is better)")
+    low, high = _set_limits(panels[0], name, [(row[name], error_of(row, name)) for row in inside], bool(below))
+    for axes, column in zip(panels, columns, strict=True):
+        axes.set_xlabel(axis_of(column).text)
+    panels[0].set_ylabel(_wrapped(axis_of(name).text, 60))
     figure.suptitle(_wrapped(title))
-    notes = ["Points that would cover each other are moved sideways."]
+    notes = ["Points that would cover each other are moved sideways; gray: images per second of the free bound."]
     notes += [f"Arrows: rows below {least:.4g}, at their values."] if below else []
     _legend(figure, names, " ".join(notes))
     figure.canvas.draw()
-    for axes, points, (column, sign) in zip(panels, drawn, columns, strict=True):
-        front = [row for row in _front(inside, name, column, sign) if row is not rows[0]]
-        placed = _move_apart(axes, points, [inside.index(row) for row in front])
+    for axes, points, column in zip(panels, drawn, columns, strict=True):
+        best = [row for row in front(inside, name, column) if row is not rows[0]]
+        placed = _move_apart(axes, points, [inside.index(row) for row in best])
         for point, row in zip(points, inside, strict=True):
             _error_bars(axes, point.get_xdata(), [row], name, point.get_color())
-        placed += _draw_below(axes, below, names, name, column, least - 0.03 * span)
-        labels = [(f"{row['method']} {row['asked']}", (row[column], row[name])) for row in front]
+        placed += _draw_below(axes, below, names, name, column, low + 0.08 * (high - low))
+        labels = [(f"{row['method']} {row['asked']}", (row[column], row[name])) for row in best]
         _name_points(axes, labels, placed)
     save_figure(figure, paths)
 
@@ -103,43 +97,59 @@ def plot_speed(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) ->
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     amounts = list(dict.fromkeys(row["r"] for row in rows))
+    spots = [(float(amounts.index(row["r"])), row["speed-up"]) for row in rows]
     for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
-        own = [row for row in rows if row["batch"] == batch]
-        places, gains = [amounts.index(row["r"]) for row in own], [row["speed-up"] for row in own]
-        noise = [row["speed-up"] * (row["noise %"] or 0.0) / 100 for row in own]
-        style = {"color": f"C{i % 10}", "capsize": 2, "elinewidth": 1}
-        axes.errorbar(places, gains, yerr=noise, fmt="o-", label=f"batch {batch}", **style)
-        bound = [row["speed-up"] * row["over bound"] for row in own]
-        axes.plot(places, bound, "_", color=f"C{i % 10}", markersize=14)
-    axes.plot([], [], "_", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
-    axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
+        own = [(row, spot) for row, spot in zip(rows, spots, strict=True) if row["batch"] == batch]
+        noise = [error_of(row, "speed-up") or 0.0 for row, _ in own]
+        look = {"capsize": 2, "elinewidth": 1, "label": f"batch {batch}", **_look(i)}
+        axes.errorbar(*zip(*(spot for _, spot in own), strict=True), yerr=noise, linestyle="-", **look)
+    found = [(x, free_bound(row, "speed-up")) for row, (x, _) in zip(rows, spots, strict=True)]
+    bounds = [(x, bound) for x, bound in found if bound is not None]
+    if bounds:
+        axes.plot(*zip(*bounds, strict=True), "_", color="gray", markersize=14, label=_BOUND)
+    axes.axhline(1, color="black", linestyle="--", linewidth=0.8, label="unmerged model")
     axes.set_xticks(range(len(amounts)), [plain_text(str(r)) for r in amounts])
-    axes.set(xlabel="r", ylabel="times as fast as the unmerged model", title=_wrapped(title))
+    axes.set_xlim(-0.4, len(amounts) - 0.6)
+    axes.set(xlabel=axis_of("r").text, ylabel=_wrapped(axis_of("speed-up").text, 45), title=_wrapped(title))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    figure.canvas.draw()
+    labels = [(f"{row['speed-up']:.2f}", spot) for row, spot in zip(rows, spots, strict=True)]
+    _name_points(axes, labels, _pixels(axes, [*spots, *bounds]))
     save_figure(figure, paths)
 
 
 def plot_front(path: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
-    """Save a plot of the damage over the share of the MACs: what was tuned, and constant schedules beside it."""
+    """Save a plot of the damage over the share of the MACs: what was tuned, and constant schedules beside it.
+
+    Points are named by their speed-up, as it was measured or else estimated from what was timed.
+    """
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    plain = [row for row in rows if "constant" in row["note"]]
-    tuned = [row for row in rows if row not in plain and row["damage"] > 0]
-    for name, line, style in (("tuned", tuned, "o-"), ("constant r of tome", plain, "s--")):
-        points = [(row["MACs share"], 100 * row["damage"]) for row in line if row["damage"] > 0]
+    damaged = [row for row in rows if row["damage"] > 0]
+    spots = [(row["MACs share"], row["damage"]) for row in damaged]
+    for i, (name, is_plain, style) in enumerate((("tuned", False, "o-"), ("constant r of tome", True, "s--"))):
+        points = [spot for row, spot in zip(damaged, spots, strict=True) if ("constant" in row["note"]) is is_plain]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name)
-    for row in tuned:
+            axes.plot(*zip(*points, strict=True), style, color=COLOURS[i], label=name)
+    for row in damaged:
         if row["note"] == "chosen":
-            axes.plot(row["MACs share"], 100 * row["damage"], "*", markersize=16, color="C3", label="chosen")
+            axes.plot(row["MACs share"], row["damage"], "D", markersize=11, color=COLOURS[2], label="chosen")
+    # a model without damage has no place on a logarithmic axis
+    axes.axvline(1, color="black", linestyle="--", linewidth=0.8, label="unmerged model: no damage")
     axes.set_yscale("log")
-    axes.invert_xaxis()
-    axes.set(xlabel="share of the unmerged MACs (less is better)", ylabel="damage: squared distance of the answers (%)")
+    axes.set_xlim(*reversed(limits("MACs share", [1.0, *(x for x, _ in spots)])))
+    if spots:
+        axes.set_ylim(*limits("damage", [y for _, y in spots]))
+    axes.set(xlabel=axis_of("MACs share").text, ylabel=_wrapped(axis_of("damage").text, 45))
     axes.set_title(_wrapped(title), fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, title="Points: speed-up, measured or estimated")
+    figure.canvas.draw()
+    speeds = [row["speed-up est."] if row["speed-up"] is None else row["speed-up"] for row in damaged]
+    labels = [(f"{speed:.2f}x", spot) for speed, spot in zip(speeds, spots, strict=True)]
+    _name_points(axes, labels, _pixels(axes, spots))
     save_figure(figure, path)
 
 
@@ -147,9 +157,9 @@ def _legend(figure: Any, names: Sequence[str], note: str) -> None:
     """Draw the legend of colours and markers below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linestyle="", marker="*", color="black", markersize=12)]
+    handles = [Line2D([], [], **_STAR)]
     handles += [Line2D([], [], linestyle="", markersize=8, **_look(i)) for i in range(len(names))]
-    shown = ["unmerged", *(plain_text(text) for text in names)]
+    shown = ["unmerged model", *(plain_text(text) for text in names)]
     columns = max(1, min(len(shown), 150 // (max(map(len, shown)) + 6)))
     options = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "title_fontsize": 8, "title": note}
     figure.legend(handles, shown, **options)
@@ -176,22 +186,30 @@ def save_figure(figure: Any, paths: Path | Sequence[Path]) -> None:
     pyplot.close(figure)
 
 
-def _quality(rows: Sequence[Row]) -> tuple[str, str]:
-    """Return the vertical figure and its label."""
-    if rows[0].get("top-1 %") is not None:
-        return "top-1 %", "top-1 accuracy (%), with its standard error" if _ERROR in rows[0] else "top-1 accuracy (%)"
-    if rows[0].get("agreement %") is not None:
-        return "agreement %", "images with the unmerged model's answer (%)"
-    return "cosine", "cosine similarity to the unmerged answers"
+def _quality(rows: Sequence[Row]) -> str:
+    """Return the vertical figure: the first that the rows have."""
+    return next((name for name in QUALITY if rows[0].get(name) is not None), "cosine")
 
 
-def _heights(rows: Sequence[Row], name: str) -> tuple[float, float]:
-    """Return the vertical limits of the panels; rows within them are drawn in place."""
-    low = _lowest_drawn(rows, name)
-    inside = [row for row in rows if row[name] >= low]
-    errors = [row.get(_ERROR) or 0.0 if name == "top-1 %" else 0.0 for row in inside]
-    ends = [(row[name] - error, row[name] + error) for row, error in zip(inside, errors, strict=True)]
-    return min(low for low, _ in ends), max(high for _, high in ends)
+def _set_limits(
+    axes: Any, name: str, values: Sequence[tuple[float, float | None]], has_arrows: bool = False
+) -> tuple[float, float]:
+    """Set the ends of the vertical axis by the values and their errors; arrows need room below."""
+    low, high = limits(name, [value + sign * (error or 0.0) for value, error in values for sign in (1, -1)])
+    low -= 0.13 * (high - low) if has_arrows else 0.0
+    axes.set_ylim(low, high)
+    return low, high
+
+
+def _draw_bounds(axes: Any, rows: Sequence[Row], column: str, name: str) -> list[tuple[float, float]]:
+    """Draw the free bound of each row that has one, a dotted line away; return the places."""
+    found = [(row, bound) for row in rows if (bound := free_bound(row, column)) is not None]
+    for row, bound in found:
+        axes.plot([row[column], bound], [row[name]] * 2, ":", color="gray", linewidth=1, zorder=1)
+    spots = [(bound, row[name]) for row, bound in found]
+    if spots:
+        axes.plot(*zip(*spots, strict=True), "|", color="gray", markersize=14, label=_BOUND, zorder=1)
+    return spots
 
 
 def _lowest_drawn(rows: Sequence[Row], name: str) -> float:
@@ -199,31 +217,35 @@ def _lowest_drawn(rows: Sequence[Row], name: str) -> float:
     heights = sorted(row[name] for row in rows)
     top, low, fifth = heights[-1], heights[0], heights[len(heights) // 5]
     # a difference within the noise does not make a row an outlier
-    chance = 4 * (rows[0].get(_ERROR) or 0.0)
+    chance = 4 * (error_of(rows[0], name) or 0.0)
     found: float = low if top - low <= 2 * (top - fifth) + chance else min(fifth, rows[0][name])
-    return found
+    # what the axis spans anyway, or error bars reach to, is drawn in place
+    inside = [row for row in rows if row[name] >= min(found, top - axis_of(name).least)]
+    return float(min(row[name] - (error_of(row, name) or 0.0) for row in inside))
 
 
 def _error_bars(axes: Any, places: Sequence[float], rows: Sequence[Row], name: str, color: str) -> None:
-    errors = [row.get(_ERROR) if name == "top-1 %" else None for row in rows]
+    errors = [error_of(row, name) for row in rows]
     if any(error is not None for error in errors):
         style = {"fmt": "none", "ecolor": color, "alpha": 0.35, "elinewidth": 1, "capsize": 2, "zorder": 1}
         axes.errorbar(places, [row[name] for row in rows], yerr=[error or 0.0 for error in errors], **style)
 
 
 def _look(i: int) -> dict[str, Any]:
-    return {"color": f"C{i % 10}", "marker": "osD^<>PXph"[i // 10 % 10], "markeredgecolor": "white"}
+    # as many markers as have no divisor with the colours: the pair repeats after 70
+    return {"color": COLOURS[i % len(COLOURS)], "marker": "osD^<>PXph"[i % 10], "markeredgecolor": "white"}
 
 
-def _draw_points(axes: Any, rows: Sequence[Row], names: list[str], name: str, column: str, sign: int) -> list[Any]:
-    """Draw each row as a point, and the front; return the points."""
+def _draw_points(axes: Any, rows: Sequence[Row], names: list[str], name: str, column: str) -> list[Any]:
+    """Draw each row as a point, the front, and the free bounds of its rows; return the points."""
     unmerged = rows[0]
-    points = list(axes.plot(unmerged[column], unmerged[name], "k*", markersize=14, zorder=4))
+    points = list(axes.plot(unmerged[column], unmerged[name], zorder=4, **_STAR))
     for row in rows[1:]:
         look = _look(names.index(row["method"]))
         points += axes.plot(row[column], row[name], linestyle="", markersize=8, clip_on=False, zorder=3, **look)
-    front = _front(rows, name, column, sign)
-    axes.plot([row[column] for row in front], [row[name] for row in front], "-", color="gray", zorder=1)
+    best = front(rows, name, column)
+    axes.plot([row[column] for row in best], [row[name] for row in best], "-", color="gray", zorder=1)
+    _draw_bounds(axes, best, column, name)
     axes.axhline(unmerged[name], color="black", linestyle="--", linewidth=0.8)
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
@@ -248,18 +270,6 @@ def _draw_below(
         style = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 7, "rotation": 90}
         axes.annotate(f"{row[name]:.3g}", place, (0, -6), in_layout=False, **style)
     return taken
-
-
-def _front(rows: Sequence[Row], name: str, column: str, sign: int) -> list[Row]:
-    """Return the Pareto front of quality and one column, where more (sign 1) or less (-1) is better.
-
-    The column is compared to two digits, because rows meant to be equal differ slightly.
-    """
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (sign * float(f"{row[column]:.2g}"), row[name]), reverse=True):
-        if not front or row[name] > front[-1][name]:
-            front.append(row)
-    return front
 
 
 def _move_apart(axes: Any, points: list[Any], fixed: list[int], width: int = 9) -> list[tuple[float, float]]:
@@ -313,7 +323,7 @@ def _name_points(
 
 
 def _wrapped(title: str, width: int = 90) -> str:
-    """Wrap a title to the width of the page."""
+    """Wrap a text to a width in characters, by default that of the page."""
     from textwrap import fill
 
     return plain_text(fill(title, width))

@@ -1,22 +1,30 @@
-"""Print and save tables: Markdown, CSV, JSON, HTML, LaTeX, and rich on a terminal."""
+"""Print and save results: rows with their environment, in every format, and with rich on a terminal."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import json
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import new_part, write_file
+from tokenmerge.report.axes import Chart
 from tokenmerge.report.columns import Record, find_column
-from tokenmerge.report.page import as_page, escaped, paragraphs
+from tokenmerge.report.formats import (
+    Number,
+    as_csv,
+    as_latex,
+    as_markdown,
+    as_text,
+    html_table,
+    plain,
+    with_environment,
+)
+from tokenmerge.report.page import paragraphs
+from tokenmerge.report.results import results_page
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +34,6 @@ __all__ = [
     "PICTURES",
     "Table",
     "as_csv",
-    "as_html",
     "as_latex",
     "as_markdown",
     "check_writable",
@@ -43,13 +50,6 @@ PICTURES = (".png", ".svg", ".pdf")  # of the results that can be drawn
 _MOST = 6  # columns that are printed unless more are asked for
 _ACCURACY, _ERROR = "top-1 %", "top-1 ±"
 _Record = TypeVar("_Record", bound=Record)
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; padding: 0 1.5em }
-h1 { font-size: 1.4em } img { max-width: 100% } .table { overflow-x: auto }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-th { border-bottom: 2px solid #999 } .number { text-align: right; white-space: nowrap }
-""".strip()
 
 
 class Table(Generic[_Record]):
@@ -58,6 +58,7 @@ class Table(Generic[_Record]):
     rows: list[_Record]
     environment: Any  # a dict for all rows, or one per row
     kinds: ClassVar[tuple[str, ...]] = KINDS  # what `save` can write
+    chart: ClassVar[Chart | None] = None  # what is drawn on the page
 
     @property
     def table(self) -> Sequence[Row]:
@@ -67,6 +68,11 @@ class Table(Generic[_Record]):
     @property
     def remarks(self) -> list[str]:
         """Notes for the reader, in sentences."""
+        return []
+
+    @property
+    def lead(self) -> list[str]:
+        """What the figures come to, in sentences: the first lines of the page."""
         return []
 
     def _said(self) -> list[str]:
@@ -92,8 +98,21 @@ class Table(Generic[_Record]):
             raise DataError(f"there are no rows to write to {path}.")
         if path.suffix in PICTURES:
             self._draw(path, title)
+        elif path.suffix == ".html":
+            write_file(path, self.page(title or path.stem))
         else:
             save_rows(path, self.rows, self.environment, self.remarks)
+
+    def page(self, title: str) -> str:
+        """Return the rows as one HTML file: a plot to point at, tables that sort and filter, notes and environment."""
+        return results_page(
+            title,
+            self.rows,
+            environment=self.environment,
+            notes=[note for note in self.remarks if note not in self.lead],
+            lead=self.lead,
+            chart=self.chart,
+        )
 
     def _draw(self, path: Path, title: str) -> None:
         """Draw the rows into a file; results that can be drawn have `PICTURES` among their `kinds`."""
@@ -107,125 +126,6 @@ class Table(Generic[_Record]):
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
         return "".join([html_table(self.table) if self.rows else "", paragraphs(self._said())])
-
-
-class _Number(str):
-    """A number that is text already, such as an accuracy with its standard error."""
-
-    __slots__ = ()
-
-
-class _Text(NamedTuple):
-    """A column as text."""
-
-    title: str
-    is_number: bool  # aligned right
-    cells: list[str]
-
-
-def _as_text(rows: Sequence[Row]) -> list[_Text]:
-    """Return the columns of rows with equal keys, as text."""
-    found = []
-    for title in rows[0]:
-        column, values = find_column(title), [row[title] for row in rows]
-        is_number = all(isinstance(value, (int, float, _Number, type(None))) for value in values)
-        found.append(_Text(title, is_number, [column.text(value) for value in values]))
-    return found
-
-
-def as_markdown(rows: Sequence[Row], *, is_read_as_text: bool = False) -> str:
-    """Return rows with equal keys as a Markdown table, numbers right-aligned.
-
-    What Markdown would read as markup is escaped, unless the table is to be read as it is, in a terminal or a log.
-    """
-    lines: list[list[str]] = []
-    for title, is_number, texts in _as_text(rows):
-        cells = [_on_one_line(text) if is_read_as_text else _cell(text) for text in texts]
-        width = max(2, len(title), *map(len, cells))
-        rule = ("-" * (width - 1) + ":") if is_number else "-" * width
-        lines.append([title.ljust(width), rule, *(c.rjust(width) if is_number else c.ljust(width) for c in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*lines, strict=True))
-
-
-# markup characters anywhere, an underscore at the edge of a word, an entity
-_MARKED = re.compile(r"[\\|`<>\[\]*~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
-# the start of a heading or list item, and the closing marks of a heading
-_LEADING = re.compile(r"^[#+-](?=\s|#|$)|^\d+[.)](?=\s|$)|#(?=#*$)")
-
-
-def plain(text: str) -> str:
-    """Escape a line so that Markdown shows it literally; names come from user files and command lines."""
-    return _LEADING.sub(_escape, _cell(text))
-
-
-def _cell(text: str) -> str:
-    return _MARKED.sub(_escape, _on_one_line(text))
-
-
-def _on_one_line(text: str) -> str:
-    return text.replace("\r", " ").replace("\n", " ")
-
-
-def _escape(found: re.Match[str]) -> str:
-    return f"{found[0][:-1]}\\{found[0][-1]}"
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """Return rows with equal keys as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def as_latex(rows: Sequence[Row]) -> str:
-    """Return rows with equal keys as a LaTeX table (booktabs), numbers right-aligned."""
-    columns = _as_text(rows)
-    lines = zip(*([column.title, *column.cells] for column in columns), strict=True)
-    head, *body = (" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines)
-    places = "".join("r" if column.is_number else "l" for column in columns)
-    parts = [rf"\begin{{tabular}}{{{places}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(parts) + "\n"
-
-
-_LATEX = {
-    **{char: f"\\{char}" for char in "&%$#_{}"},
-    # after `\\` these would be read as its optional argument
-    **{char: f"{{{char}}}" for char in "[]*"},
-    "±": r"$\pm$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\r": " ",
-}
-
-
-def _escaped(text: str) -> str:
-    """Escape a cell for LaTeX."""
-    return " ".join("".join(_LATEX.get(char, char) for char in text).split("\n"))
-
-
-def html_table(rows: Sequence[Row]) -> str:
-    """Return rows with equal keys as an HTML table."""
-    styled = []
-    for title, is_number, cells in _as_text(rows):
-        style = ' class="number"' if is_number else ""
-        tagged = [f"<td{style}>{escaped(cell)}</td>" for cell in cells]
-        styled.append([f"<th{style}>{escaped(title)}</th>", *tagged])
-    lines = ("<tr>" + "".join(line) + "</tr>" for line in zip(*styled, strict=True))
-    return "\n".join(["<table>", *lines, "</table>"])
-
-
-def as_html(title: str, rows: Sequence[Row], facts: Sequence[str], picture: bytes = b"") -> str:
-    """Return a self-contained HTML page: sentences, an optional PNG picture, and a table."""
-    encoded = base64.b64encode(picture).decode()
-    drawn = f'<p><img alt="The rows of the table as a plot" src="data:image/png;base64,{encoded}"></p>'
-    parts = [f"<h1>{escaped(title)}</h1>", paragraphs(facts), *([drawn] if picture else [])]
-    return as_page(title, "\n".join([*parts, f'<div class="table">{html_table(rows)}</div>']), style=_STYLE)
 
 
 def check_writable(path: str | Path, kinds: Sequence[str] = KINDS) -> Path:
@@ -247,18 +147,16 @@ def save_rows(
 
     `about` is the environment, of all rows or one per row; `notes` are plain sentences.
     """
-    said = [*notes, *_measured(about)]
     if path.suffix == ".json":
         text = json.dumps({"environment": about, "rows": rows, "notes": notes}, indent=2) + "\n"
     elif path.suffix == ".csv":
-        each = [about] * len(rows) if isinstance(about, Mapping) else about
-        text = as_csv([{**row, **own} for row, own in zip(rows, each, strict=True)])
+        text = as_csv(with_environment(rows, about))
     elif path.suffix == ".html":
-        text = as_html(path.stem, rows, said)
+        text = results_page(path.stem, rows, environment=about, notes=notes)
     elif path.suffix == ".tex":
         text = as_latex(rows)
     else:
-        text = "\n\n".join([as_markdown(rows), *map(plain, said)]) + "\n"
+        text = "\n\n".join([as_markdown(rows), *map(plain, [*notes, *_measured(about)])]) + "\n"
     write_file(path, text)
 
 
@@ -295,7 +193,7 @@ def _with_errors(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         both = (
-            None if row[_ACCURACY] is None else _Number(f"{accuracy.text(row[_ACCURACY])} ± {error.text(row[_ERROR])}")
+            None if row[_ACCURACY] is None else Number(f"{accuracy.text(row[_ACCURACY])} ± {error.text(row[_ERROR])}")
         )
         found.append({name: both if name == _ACCURACY else value for name, value in row.items() if name != _ERROR})
     return found
@@ -309,7 +207,7 @@ def _show_richly(rows: Sequence[Row], title: str, width: int) -> bool:
     except ImportError:
         return False
     table = Table(title=literal(title), title_justify="left")
-    columns = _as_text(rows)
+    columns = as_text(rows)
     for column in columns:
         table.add_column(column.title, justify="right" if column.is_number else "left", no_wrap=True, overflow="ignore")
     for line in zip(*(column.cells for column in columns), strict=True):
@@ -330,5 +228,5 @@ def fitting(rows: Sequence[Row], width: int, most: int | None = None) -> list[di
 
 def _width(rows: Sequence[Row], names: Sequence[str]) -> int:
     """Return the width in characters of a table with these columns."""
-    columns = _as_text([{name: row[name] for name in names} for row in rows])
+    columns = as_text([{name: row[name] for name in names} for row in rows])
     return 1 + sum(3 + max(2, len(column.title), *map(len, column.cells)) for column in columns)

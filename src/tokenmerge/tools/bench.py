@@ -28,6 +28,7 @@ from tokenmerge.measure.timing import (
     training_memory,
 )
 from tokenmerge.report import columns
+from tokenmerge.report.axes import Chart
 from tokenmerge.report.columns import Record
 from tokenmerge.report.plots import plot_speed
 from tokenmerge.report.table import KINDS, PICTURES, Table
@@ -75,6 +76,12 @@ class Bench(Table[BenchRow]):
     environment: dict[str, str]
     verdicts: list[str] = field(default_factory=list)
     kinds = (*KINDS, *PICTURES)
+    chart = Chart(
+        x=("r", "GMACs", "tokens"),
+        y=("speed-up", "images/s", "ms", "peak MB"),
+        label=lambda row: f"r = {row['r']}, batch {row['batch']}",
+        series=lambda row: f"batch {row['batch']}",
+    )
 
     def _draw(self, path: Path, title: str) -> None:
         plot_speed(path, self.rows, title or str(self.rows[0].model))
@@ -82,6 +89,11 @@ class Bench(Table[BenchRow]):
     @property
     def remarks(self) -> list[str]:
         """What the figures mean."""
+        return self.verdicts
+
+    @property
+    def lead(self) -> list[str]:
+        """The same."""
         return self.verdicts
 
 

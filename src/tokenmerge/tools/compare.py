@@ -22,10 +22,12 @@ from tokenmerge.measure.outputs import find_device, shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.measure.trial import BOUND, Trial
 from tokenmerge.report import columns
+from tokenmerge.report.axes import QUALITY, Chart
 from tokenmerge.report.columns import Record
 from tokenmerge.report.journal import Journal
 from tokenmerge.report.plots import plot_pareto, require_viz
-from tokenmerge.report.table import Table, as_csv, as_html, as_latex, as_markdown, check_writable, plain
+from tokenmerge.report.results import results_page
+from tokenmerge.report.table import Table, as_csv, as_latex, as_markdown, check_writable, plain
 from tokenmerge.schedule import R
 from tokenmerge.tools.models import AUTO, Method, Trained, apply_method, own_r, read_method, short_name
 
@@ -86,6 +88,14 @@ class Comparison(Table[ComparisonRow]):
     batch_size: int
     corrupt: list[str] = field(default_factory=list)
     about: list[str] = field(default_factory=list)  # the preprocessing, and caveats of the figures
+    chart = Chart(
+        x=("speed-up", "MACs share", "GMACs", "tokens"),
+        y=QUALITY,
+        label=lambda row: row["method"] if row["asked"] == "-" else f"{row['method']} {row['asked']}",
+        series=lambda row: str(row["method"]),
+        is_unmerged=lambda row: row["method"] == _UNMERGED,
+        is_joined=False,
+    )
 
     @property
     def marked(self) -> int:
@@ -136,6 +146,12 @@ class Comparison(Table[ComparisonRow]):
     def _shown(self) -> list[dict[str, Any]]:
         return [{**row, "note": whole["note"]} for row, whole in zip(self.table, self.rows, strict=True)]
 
+    def page(self, title: str) -> str:
+        """Return the rows as one HTML file, each with its note."""
+        shown, facts = self._shown(), [fact for fact in self.facts if not fact.startswith("Measured on: ")]
+        about: dict[str, Any] = {"environment": self.environment, "notes": facts, "chart": self.chart, "shown": shown}
+        return results_page(title, self.rows, **about)
+
     def write(self, folder: Path) -> None:
         """Write `table.md`, `table.csv`, `table.tex`, the plot (PNG, SVG, PDF) and `index.html`."""
         notes = "\n".join(f"- {plain(note)}" for note in self.notes)
@@ -148,8 +164,7 @@ class Comparison(Table[ComparisonRow]):
         measured = [row for row in self.rows if row[_MEASURED] is not None]
         plot_pareto([folder / f"plot.{kind}" for kind in ("png", "svg", "pdf")], measured, self.title)
         write_file(folder / "table.tex", as_latex(self.table))
-        page = as_html(self.title, self._shown(), self.facts, (folder / "plot.png").read_bytes())
-        write_file(folder / "index.html", page)
+        write_file(folder / "index.html", self.page(self.title))
 
 
 def compare(

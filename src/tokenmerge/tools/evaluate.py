@@ -19,6 +19,7 @@ from tokenmerge.measure.retrieval import LEAST, NEAREST, recalls
 from tokenmerge.measure.timing import environment
 from tokenmerge.measure.trial import BOUND, Seen, Trial
 from tokenmerge.report import columns
+from tokenmerge.report.axes import QUALITY, Chart
 from tokenmerge.report.columns import Record
 from tokenmerge.report.plots import plot_tradeoff
 from tokenmerge.report.table import KINDS, PICTURES, Table
@@ -65,6 +66,12 @@ class Evaluation(Table[EvaluationRow]):
     choices: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     kinds = (*KINDS, *PICTURES)
+    chart = Chart(
+        x=("images/s", "speed-up", "GMACs", "tokens"),
+        y=QUALITY,
+        label=lambda row: f"r = {row['r']}",
+        is_unmerged=lambda row: row["r"] == "0",
+    )
 
     def _draw(self, path: Path, title: str) -> None:
         plot_tradeoff(path, self.rows, title or f"{self.images} images")

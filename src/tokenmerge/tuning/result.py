@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.files import write_file
 from tokenmerge.report import columns
+from tokenmerge.report.axes import Chart, Row
 from tokenmerge.report.columns import Record
 from tokenmerge.report.plots import plot_front
-from tokenmerge.report.table import PICTURES, Table, as_html
+from tokenmerge.report.results import results_page
+from tokenmerge.report.table import PICTURES, Table
 
-__all__ = ["Front", "FrontRow", "Tried", "TriedRow", "Tuning"]
+__all__ = ["Front", "FrontRow", "Tried", "TriedRow", "Tuning", "beside"]
 
 
 class FrontRow(Record):
@@ -44,12 +47,25 @@ class TriedRow(Record):
     damage = columns.DAMAGE
 
 
+def _name(row: Row) -> str:
+    """Return what a point is called: its speed-up, as it was measured or else estimated."""
+    speed = row["speed-up"] if row["speed-up"] is not None else row["speed-up est."]
+    return f"{row['note']} {speed:.2f}x" if row["note"] in ("chosen", "unmerged") else f"{speed:.2f}x"
+
+
 @dataclass(repr=False)
 class Front(Table[FrontRow]):
     """The configurations that no other one beats in MACs and damage, from most MACs to least, and constant ones."""
 
     rows: list[FrontRow]
     environment: dict[str, str]
+    chart = Chart(
+        x=("MACs share", "speed-up est."),
+        y=("agreement %", "top-1 %", "damage"),
+        label=_name,
+        series=lambda row: row["note"] if "constant" in row["note"] else "tuned",
+        is_unmerged=lambda row: row["note"] == "unmerged",
+    )
 
 
 @dataclass(repr=False)
@@ -58,6 +74,12 @@ class Tried(Table[TriedRow]):
 
     rows: list[TriedRow]
     environment: dict[str, str]
+
+
+def beside(path: Path) -> list[Path]:
+    """Return the files that `Tuning.save` writes beside a configuration: page, tables and pictures."""
+    tables = [path.with_suffix(kind) for kind in (".html", ".csv", ".tex")]
+    return [*tables, path.with_name(f"{path.stem}-tried.csv"), *(path.with_suffix(kind) for kind in PICTURES)]
 
 
 @dataclass(repr=False)
@@ -88,20 +110,26 @@ class Tuning:
         Returns what was written; without matplotlib there are no pictures.
         """
         path = Path(path)
+        page, *tables, tried = beside(path)[: -len(PICTURES)]
+        pictures = beside(path)[-len(PICTURES) :]
         self.config.save(path)
-        page, pictures = path.with_suffix(".html"), [path.with_suffix(kind) for kind in PICTURES]
-        tables, tried = [path.with_suffix(kind) for kind in (".csv", ".tex")], path.with_name(f"{path.stem}-tried.csv")
-        written = [path, page, *tables, tried]
         for table in tables:
             self.front.save(table)
         self.tried.save(tried)
-        content = b""
-        try:
+        written = [path, page, *tables, tried]
+        with suppress(UnsupportedError):
             plot_front(pictures, self.front.rows, self.report)
-            content = pictures[0].read_bytes()
             written += pictures
-        except UnsupportedError:
-            pass
-        facts = [self.report, *self.remarks, *self.front._said()]
-        write_file(page, as_html(f"Tuned: {path.stem}", self.front.rows, facts, content))
+        write_file(page, self._page(f"Tuned: {path.stem}"))
         return written
+
+    def _page(self, title: str) -> str:
+        """Return the front and all candidates as one HTML file."""
+        return results_page(
+            title,
+            self.front.rows,
+            environment=self.front.environment,
+            lead=[self.report, *self.remarks],
+            chart=self.front.chart,
+            more={"Every candidate that was tried": self.tried.rows},
+        )
