@@ -241,7 +241,7 @@ def _sampled(arguments: argparse.Namespace, workers: int) -> list[dict[str, Any]
         begun = time.monotonic()
         while process.poll() is None:
             time.sleep(max(0.5, 0.005 * (time.monotonic() - begun)))
-            with contextlib.suppress(OSError, ValueError, IndexError):
+            with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):  # there is none yet, or no more
                 images = read_rates(out)[-1]["images"]
                 shares = [_memory(pid, "smaps_rollup", "Pss:") for pid in _children(process.pid)]
                 sample = {"workers": workers, "seconds": round(time.monotonic() - begun, 1), "images": images}

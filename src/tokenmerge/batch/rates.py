@@ -1,4 +1,7 @@
-"""How fast a job goes: both rates of the whole call, and over time in a table beside the manifest."""
+"""How fast a job goes: both rates of the whole call, and over time in a table beside the manifest.
+
+A report of a job is made of `read_rates(folder)`.
+"""
 
 from __future__ import annotations
 
