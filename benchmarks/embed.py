@@ -297,19 +297,19 @@ def killed(arguments: argparse.Namespace) -> None:
     seconds, expected = time.monotonic() - begun, _rows(whole)
     rows = []
     for kind in arguments.kinds:
-        jobs = kills = while_running = 0
+        jobs = kills = 0
         error, draw = 0.0, random.Random(0)
         while kills < arguments.kills:
             out = arguments.work / f"killed-{kind}"
             shutil.rmtree(out, ignore_errors=True)
             done = _KILLS[kind](embedder, source, out, arguments.kills - kills, seconds, draw)
-            jobs, kills, while_running = jobs + 1, kills + done[0], while_running + done[1]
+            jobs, kills = jobs + 1, kills + done
             found = _rows(out)
             assert found.keys() == expected.keys(), f"{len(found)} of {len(expected)} rows"
             pairs = [(found[name]["embedding"], expected[name]["embedding"]) for name in expected]
             error = max(error, float(np.abs(np.subtract(*map(np.array, zip(*pairs, strict=True)))).max()))
             print(f"{kind}: {kills} kills, {jobs} jobs, error {error:.1e}", flush=True)
-        rows.append({"killed": kind, "kills": kills, "met a job": while_running, "jobs": jobs})
+        rows.append({"killed": kind, "kills": kills, "jobs": jobs})
         rows[-1] |= {"images": len(expected), "ids once": True, "error": f"{error:.1e}"}
     notes = ["After the kills the same command was given again. error: the largest difference from a job left alone."]
     write("embed-killed", "Jobs that are killed", rows, environment(torch.device("cpu")), notes)
@@ -319,9 +319,7 @@ def _quietly(*args: Any) -> None:
     embed(*args, workers=2, shard_rows=500)
 
 
-def _kill_driver(
-    embedder: Embedder, source: Path, out: Path, kills: int, seconds: float, draw: random.Random
-) -> tuple[int, int]:
+def _kill_driver(embedder: Embedder, source: Path, out: Path, kills: int, seconds: float, draw: random.Random) -> int:
     process = multiprocessing.get_context("fork").Process(target=_quietly, args=(embedder, source, out))
     process.start()
     process.join(draw.uniform(0, seconds))
@@ -329,12 +327,10 @@ def _kill_driver(
     process.kill()
     process.join()
     _quietly(embedder, source, out)
-    return 1, int(was_alive)
+    return int(was_alive)  # else the job was done before
 
 
-def _kill_worker(
-    embedder: Embedder, source: Path, out: Path, kills: int, seconds: float, draw: random.Random
-) -> tuple[int, int]:
+def _kill_worker(embedder: Embedder, source: Path, out: Path, kills: int, seconds: float, draw: random.Random) -> int:
     process = multiprocessing.get_context("fork").Process(target=_quietly, args=(embedder, source, out))
     process.start()
     met = 0
@@ -346,12 +342,10 @@ def _kill_worker(
             met += 1
     process.join()
     assert process.exitcode == 0
-    return met, met
+    return met
 
 
-def _kill_actor(
-    embedder: Embedder, source: Path, out: Path, kills: int, seconds: float, draw: random.Random
-) -> tuple[int, int]:
+def _kill_actor(embedder: Embedder, source: Path, out: Path, kills: int, seconds: float, draw: random.Random) -> int:
     import ray
 
     if not ray.is_initialized():
@@ -372,7 +366,7 @@ def _kill_actor(
     finally:
         stop.set()
         thread.join()
-    return met, met
+    return met
 
 
 def _actors() -> list[int]:

@@ -27,6 +27,7 @@ from written import assert_same, failures_of, rows_of
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder, assets
 from tokenmerge.batch import decoding, folder, job, local, pool, rates
+from tokenmerge.batch.engine import finish
 from tokenmerge.batch.inputs import open_inputs
 from tokenmerge.batch.job import Summary, embed
 from tokenmerge.cli import main
@@ -84,6 +85,17 @@ def test_every_image_once_as_a_plain_loop_embeds_it(
     np.testing.assert_allclose(found, plain(embedder, photos, ids), atol=1e-5)
     row = undisturbed[ids[5]]
     assert (row["width"], row["height"], row["path"]) == (28, 28, f"{photos}/{ids[5]}")
+
+
+def test_what_waits_for_its_shard_holds_nothing_else(photos: Path, embedder: Embedder) -> None:
+    decoder, place = decoding.Decoder(embedder.prepare), open_inputs(photos)[0][2]
+    piece = decoding.Piece(0, [0], [place])
+    read = decoding.read_piece(decoder, piece, torch.empty(0), torch.zeros(1, dtype=torch.int64), 0)
+    tensors = read.tensors(torch.empty(0))
+    whole = embedder.run_all([tensor for tensor in tensors if tensor is not None])
+    found = finish(embedder, piece, read, tensors).found
+    assert whole.untyped_storage().nbytes() > whole.nbytes, "a view of all tokens"
+    assert torch.equal(found, whole) and found.untyped_storage().nbytes() == found.nbytes
 
 
 def test_the_types_of_the_table(photos: Path, embedder: Embedder, tmp_path: Path) -> None:

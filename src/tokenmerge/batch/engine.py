@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tokenmerge.batch.decoding import Piece, Read
@@ -49,6 +50,8 @@ def finish(embedder: Embedder, piece: Piece, read: Read, tensors: Sequence[Tenso
     """Embed the images of a piece that could be read."""
     begun = time.perf_counter()
     found = embedder.run_all([tensor for tensor in tensors if tensor is not None])
+    # a class token may be a view of all tokens of its batch, which would be kept, or sent, with it
+    found = found.clone(memory_format=torch.contiguous_format)
     seconds = time.perf_counter() - begun
     return Done(piece.images, found, read.sizes, read.reasons, read.unread, read.seconds, seconds, who)
 
