@@ -133,7 +133,7 @@ def _measured(
         "job / slower": round(done.rate / slower, 3),
         "steady / slower": round(steady / slower, 3),
         "error": f"{_error(arguments, source, embedder, out):.1e}",
-        "bound by": "decoding" if done.bound.startswith("Bound by decoding") else "model",
+        "bound by": done.bound.removeprefix("Bound by ").removeprefix("the ").split()[0].strip(":"),
     }
 
 

@@ -626,6 +626,8 @@ def test_what_bounds_a_job_is_said() -> None:
     )
     fast = Summary(**said, images=400, seconds=10.0, loader=800.0, model=41.0, waited=0.2, workers=1)
     assert fast.bound.startswith("Bound by the model: 41 images/s; decoding could do 800 images/s by 1 worker. Merging")
+    short = Summary(**said, images=96, seconds=70.0, loader=2500.0, model=97.0, waited=69.0, workers=2, engine="ray")
+    assert short.bound.startswith("Bound by neither: the model waited 69 of 70 s for processes to start or images to")
     many = Summary(**said, images=1, seconds=10.0, loader=410.0, model=1950.0, waited=8.0, workers=2, models=3)
     assert "workers; 3 models could do 1,950/s. Merging cannot help before --workers 10." in many.bound
     many.engine = "ray"

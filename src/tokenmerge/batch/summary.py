@@ -10,6 +10,7 @@ from tokenmerge.batch.folder import FAILURES
 
 __all__ = ["Summary"]
 
+_IDLE = 0.5  # share of the time spent waiting from which on the model does not bound it either
 _CLEAR = 0.1  # share of the time spent waiting from which on decoding is what bounds a job
 
 
@@ -51,6 +52,11 @@ class Summary:
             return (
                 f"Bound by decoding: {decoding}; {models} could do {self.model:,.0f}/s. Merging cannot help before "
                 + (f"--workers {needed}." if self.engine == "local" else f"{needed} CPUs of the cluster decode.")
+            )
+        if self.waited > _IDLE * self.seconds:
+            return (
+                f"Bound by neither: {models} waited {self.waited:,.0f} of {self.seconds:,.0f} s for processes to start "
+                f"or images to arrive, and could do {self.model:,.0f} images/s; decoding {decoding}."
             )
         return (
             f"Bound by {models}: {self.model:,.0f} images/s; decoding could do {decoding}. Merging more (-r) helps, "
