@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick check asan bench ablation auto tune zoo train training support hosts s3 latest docs wheel wheels clean
+.PHONY: demo test quick check pictures asan bench ablation auto tune zoo real train training support hosts s3 latest docs wheel wheels clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -36,6 +36,10 @@ quick: .venv/ready
 check: .venv/ready
 	scripts/check
 
+# the pictures of the README and the docs: make pictures WEIGHTS=clip_vitb16.safetensors PHOTOGRAPHS=folder_of_class_folders
+pictures: .venv/ready
+	$(BIN)/python scripts/pictures.py $(WEIGHTS) $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS))
+
 # the part in C++ under AddressSanitizer and UBSan
 asan: .venv/ready
 	scripts/asan
@@ -54,6 +58,19 @@ tune: .venv/ready
 
 zoo: .venv/ready
 	$(BIN)/python benchmarks/zoo.py
+
+# real weights and photographs, which are no part of the package; what is not given is skipped:
+# make real CLIP=clip_vitb16.safetensors PHOTOGRAPHS="DIR..." BACKBONE=vits14.safetensors DECODER=decoder.safetensors \
+#   WHISPER=FOLDER RECORDINGS=FOLDER
+real: .venv/ready
+	@test -n "$(CLIP)" || echo "skipped: the CLIP tower (CLIP=FILE.safetensors PHOTOGRAPHS='DIR...', DIR/CLASS/*.jpg)"
+	@test -n "$(BACKBONE)" || echo "skipped: the dense model (BACKBONE= and DECODER=FILE.safetensors PHOTOGRAPHS='DIR...')"
+	@test -n "$(WHISPER)" || echo "skipped: speech (WHISPER=FOLDER RECORDINGS=FOLDER of DIGIT_SPEAKER_TAKE.wav)"
+	for part in $(if $(CLIP),front images ablation speed); do \
+	  $(BIN)/python benchmarks/real.py $$part --weights $(CLIP) --photographs $(PHOTOGRAPHS) || exit 1; done
+	for part in images video; do $(BIN)/python benchmarks/equal_accuracy.py $$part || exit 1; done
+	$(if $(BACKBONE),$(BIN)/python benchmarks/real_dense.py --backbone $(BACKBONE) --decoder $(DECODER) --photographs $(PHOTOGRAPHS))
+	$(if $(WHISPER),$(BIN)/python benchmarks/real_speech.py --model $(WHISPER) --recordings $(RECORDINGS))
 
 train: .venv/ready
 	$(BIN)/python recipes/train_reference.py

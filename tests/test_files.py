@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tokenmerge.errors import DataError
-from tokenmerge.files import is_dir, is_file, is_part, replacing, write_file
+from tokenmerge.files import filling, is_dir, is_file, is_part, replacing, write_file
 from tokenmerge.report.table import as_markdown, check_writable
 
 
@@ -67,3 +67,16 @@ def test_markdown_shows_names_as_they_are() -> None:
     row = {"method": "a|b`c`<img src=x>\n[d](e)", "r": 8}
     line = as_markdown([row]).splitlines()[2]
     assert line == r"| a\|b\`c\`\<img src=x\> \[d\](e) |  8 |"
+
+
+def test_a_folder_is_filled_where_only_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mine"
+    for is_open, home in ((True, tmp_path), (False, folder)):
+        folder.mkdir(exist_ok=True)
+        (folder / "old.txt").write_text("old")
+        monkeypatch.setattr(os, "access", lambda path, mode, is_open=is_open: is_open or Path(path) == folder)
+        with filling(folder, last="last.json") as part:
+            assert part.parent == home and is_part(part)
+            (part / "last.json").write_text("{}")
+        assert sorted(path.name for path in folder.iterdir()) == ["last.json", "old.txt"]
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -34,6 +34,7 @@ if _typing.TYPE_CHECKING:
     from tokenmerge.tools.explore import explore
     from tokenmerge.tools.models import load
     from tokenmerge.tools.pretrained import from_pretrained, save_pretrained
+    from tokenmerge.tools.visualize import visualize
     from tokenmerge.tuning.tune import tune
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "supports",
     "tune",
     "unpatch",
+    "visualize",
 ]
 
 _find_moved()
@@ -73,6 +75,7 @@ _LATER = {
     "load": "tokenmerge.tools.models",
     "save_pretrained": "tokenmerge.tools.pretrained",
     "tune": "tokenmerge.tuning.tune",
+    "visualize": "tokenmerge.tools.visualize",
 }
 
 if not _typing.TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names

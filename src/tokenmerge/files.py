@@ -83,7 +83,9 @@ def filling(folder: str | Path, *, last: str, replaces: Sequence[str] = ()) -> I
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{_PART}{secrets.token_hex(8)}")
+    # beside it, unless only the folder itself can be written
+    home = folder if folder.is_dir() and not os.access(folder.parent, os.W_OK) else folder.parent
+    part = home / f"{_PART}{secrets.token_hex(8)}"
     part.mkdir()
     try:
         yield part

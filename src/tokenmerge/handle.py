@@ -168,6 +168,17 @@ class Handle:
         return [assign for assign in frame.assign[1:] if assign is not None]
 
     @property
+    def windows(self) -> list[Tensor | None]:
+        """For each block, the groups of its attention where it merges inside windows, `[B, N]`; needs `track=True`.
+
+        Such a block hands on all its tokens, so `groups` has nothing of it. Tokens with equal numbers were one token
+        for the attention of that block, -1 was dropped; None: it merged nothing.
+        """
+        frame, _ = self._last(), self.groups  # which raises where nothing was tracked
+        entries = zip(frame.windows, frame.assign, strict=True)
+        return [inside for inside, groups in [*entries][1:] if groups is not None]
+
+    @property
     def positions(self) -> list[Tensor]:
         """After each block, the input token whose place each token keeps, `[B, M]`; needs `track=True`."""
         B, n = self.groups[-1].shape

@@ -111,6 +111,11 @@ def test_a_missing_file_a_folder_and_a_sliver_are_refused(tmp_path: Path) -> Non
         open_photo(Image.new("L", (20_000, 100)))
 
 
+def test_an_array_is_no_photo() -> None:
+    with pytest.raises(DataError, match=r"not a ndarray: Image.fromarray\(array\) makes one"):
+        open_photo(np.zeros((4, 4, 3), dtype=np.uint8))
+
+
 def test_one_pixel_and_twenty_thousand_are_photos(tmp_path: Path) -> None:
     assert _saved(tmp_path, Image.new("RGB", (1, 1), "red")).size == (1, 1)
     photo = _saved(tmp_path, Image.new("L", (20_000, 500), 9))

@@ -1,4 +1,4 @@
-"""The job pages: all that stands on them is done, in order, in a folder that holds what they speak of.
+"""The job pages and that of `viz`: all on them is done, in order, in a folder that holds what they speak of.
 
 Lines of an `sh` block are commands, which succeed or end with the exit code in their comment; a `python` block is run.
 In a `console` block, what follows `$ command` or `>>> expression` is what it says: `...` stands for anything.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ from tokenmerge.tuning import clock
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
+av = pytest.importorskip("av")
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs" / "jobs").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs" / "jobs").glob("*.md")), ROOT / "docs" / "visualize.md"]
 # what a page says, and what is done instead: nothing is downloaded, and merging makes no tiny model faster
 INSTEAD = {
     "--target macs=0.8": "--budget 1 --target macs=0.95",
     "hf:facebook/dinov2-small": "hf:tiny_dinov2",
+    "hf:MCG-NJU/videomae-base": "hf:tiny_videomae",
+    "hf:MIT/ast-finetuned-audioset-10-10-0.4593": "hf:tiny_ast",
     "open_clip:ViT-B-32/openai": "open_clip:tiny-clip/tiny_clip.pt",
     "depth-anything/Depth-Anything-V2-Small-hf": "tiny_depth",
     "hf:openai/clip-vit-base-patch32": "hf:tiny_clip",
@@ -90,6 +94,28 @@ def _clip(folder: Path) -> None:
     transformers.CLIPModel(transformers.CLIPConfig(**towers)).save_pretrained(folder)
 
 
+def _film(folder: Path) -> None:
+    """A model of clips, one of sounds, and a clip and a sound."""
+    clips = transformers.VideoMAEConfig(**SHORT, image_size=32, patch_size=16, num_frames=8)
+    randomised(transformers.VideoMAEForVideoClassification(clips)).save_pretrained(folder / "tiny_videomae")
+    sizes = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 40, "num_mel_bins": 32}
+    listener = transformers.ASTForAudioClassification(transformers.ASTConfig(**SHORT, **sizes))
+    randomised(listener).save_pretrained(folder / "tiny_ast")
+    transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=40).save_pretrained(folder / "tiny_ast")
+    with av.open(str(folder / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(20):
+            frame = av.VideoFrame.from_image(_photo((120, 130, 140), (96, 64)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with wave.open(str(folder / "tone.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8_000)
+        file.writeframes((20_000 * (torch.arange(3_000) / 3).sin()).short().numpy().tobytes())
+
+
 def _depth(folder: Path) -> None:
     backbone = transformers.Dinov2Config(
         **TOWER,
@@ -125,6 +151,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _dinov2(root / "tiny_dinov2")
     _depth(root / "tiny_depth")
     _clip(root / "tiny_clip")
+    _film(root)
     for size in ((60, 40), (40, 40)):
         (root / "shapes").mkdir(exist_ok=True)
         _photo((120, 130, 140), size).save(root / "shapes" / f"{size[0]}.jpg")
@@ -219,6 +246,7 @@ def test_every_stand_in_is_of_a_page() -> None:
         "depth",
         "deploy",
         "own-photo",
+        "visualize",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import tokenmerge
 from helpers import assert_close, bound_attributes, tiny_vit
 from tokenmerge import kernels
+from tokenmerge.cli import main
 from tokenmerge.errors import (
     AlreadyPatchedError,
     DataError,
@@ -20,6 +22,7 @@ from tokenmerge.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
+from tokenmerge.measure import timing
 from tokenmerge.measure.timing import Timing
 from tokenmerge.tools import bench as module
 from tokenmerge.tools.bench import _figures, _verdicts, bench
@@ -64,6 +67,30 @@ def test_rows_of_a_saved_model(tmp_path: Path) -> None:
         "torch": torch.__version__,
     }
     assert len(result.verdicts) == 1 and result.verdicts[0].startswith("Too few rounds")
+
+
+def test_an_interruption_keeps_the_finished_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(_model(), tmp_path / "tiny.pt")
+    calls: list[int] = []
+
+    def interleave(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return timing.interleave(*given, **options)
+
+    monkeypatch.setattr(module, "interleave", interleave)
+    asked = ["bench", f"{tmp_path}/tiny.pt", "--trust-pickle", "-r", "0", "8", "16", "-b", "1", "--rounds", "1"]
+    assert main([*asked, "--json", "--out", f"{tmp_path}/rows.csv"]) == 130
+    seen = capsys.readouterr()
+    assert [row["r"] for row in json.loads(seen.out)["rows"]] == ["0", "8"]
+    assert "interrupted, 2 rows were finished" in seen.err
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
+    calls[:] = [1, 1]
+    assert main([*asked, "--json"]) == 130
+    assert capsys.readouterr().out == "", "no row was finished"
 
 
 def test_figures_follow_from_the_seconds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ from tokenmerge.cli import main
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
 from tokenmerge.tools import hosts, network
-from tokenmerge.tools.models import file_name, load_model
+from tokenmerge.tools.models import file_name, has_weights, load_model
 from tokenmerge.tuning import clock
 
 
@@ -38,6 +40,45 @@ def _merges(model: nn.Module, size: tuple[int, ...] = (3, 224, 224)) -> bool:
 def test_timm_with_and_without_its_prefix() -> None:
     one, other = (load_model(name) for name in ("timm:vit_tiny_patch16_224", "vit_tiny_patch16_224"))
     assert type(one) is type(other) is timm.models.VisionTransformer and not one.training
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("kind", ["state dict", "checkpoint", "safetensors"])
+def test_timm_with_weights_of_a_file(kind: str, tmp_path: Path) -> None:
+    trained = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=7)).eval()
+    state, file = trained.state_dict(), tmp_path / "my_vit.pt"
+    if kind == "safetensors":
+        file = file.with_suffix(".safetensors")
+        safetensors.torch.save_file(state, file)
+    else:
+        # as timm's training script saves it: with its arguments, and weights of an exponential mean
+        whole = {"state_dict": {}, "state_dict_ema": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}
+        torch.save(state if kind == "state dict" else whole, file)
+    name = f"timm:vit_tiny_patch16_224/{file}"
+    for pretrained in (True, False):  # a file is no download
+        model = tokenmerge.load(name, pretrained=pretrained)
+        assert not model.training and model.num_classes == 7
+        assert all(torch.equal(mine, state[key]) for key, mine in model.state_dict().items())
+    assert has_weights(name) and file_name(name) == "my_vit"
+    assert find_preprocessing(model).is_known
+    assert load_model(name, num_classes=3).head.weight.shape[0] == 3
+
+
+@pytest.mark.hosts
+def test_weights_of_another_model_and_files_without_any(tmp_path: Path) -> None:
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=2).state_dict(), tmp_path / "other.pt")
+    (tmp_path / "notes.pt").write_text("no weights")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pt")
+    for file, text in (
+        ("other.pt", r"other.pt holds other weights than timm's vit_tiny_patch16_224 has: 120 tensors differ \(blocks"),
+        ("notes.pt", r"notes.pt holds no weights that timm reads"),
+        ("numbers.pt", r"numbers.pt holds no weights that timm reads"),
+        ("none.pt", r"no file .*none.pt of weights for timm's vit_tiny_patch16_224"),
+    ):
+        with pytest.raises(DataError, match=text):
+            tokenmerge.load(f"timm:vit_tiny_patch16_224/{tmp_path / file}")
+    with pytest.raises(UnknownNameError, match=r"no timm model 'vit_tinny_patch16_224'\. Did you mean"):
+        tokenmerge.load(f"timm:vit_tinny_patch16_224/{tmp_path}/other.pt")
 
 
 @pytest.mark.hosts

@@ -199,6 +199,22 @@ def test_another_target_starts_from_what_was_measured(
     assert 0 < counts[1] < counts[0] / 2 and counts[2] == 0
 
 
+def test_a_second_target_is_solved_from_the_front_of_the_first(
+    model: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"batch_size": 64, "journal": tmp_path / "journal.json"}
+    tune(model, images, "macs=0.55", budget=BUDGET, **how)
+    seen: list[tuple[int, int]] = []
+    solved = tune(model, images, "macs=0.48", budget=1, **how, progress=lambda *at: seen.append(at))
+    # itself and the constant schedules to select, itself and the constant one to report
+    assert 0 < len(seen) <= 5
+    tried = json.loads(how["journal"].read_text())["rows"]
+    assert not any(row["key"].startswith(f"search {solved.config!r}") for row in tried), "nothing was searched"
+    everything = tune(model, images, "macs=0.48", budget=6, **how)
+    assert solved.figures["damage"] < solved.figures["damage of constant r"]
+    assert solved.figures["damage"] < 1.5 * everything.figures["damage"]
+
+
 def test_a_journal_of_something_else_is_refused_with_the_differences(
     model: nn.Module, images: Tensor, labels: Tensor, tmp_path: Path
 ) -> None:

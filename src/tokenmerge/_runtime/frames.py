@@ -39,6 +39,8 @@ class Frame:
         self.pairs: list[Pairs | None] = [None] * (depth + 1)
         # tokens of a window before and after merging, for blocks that merge inside the attention only
         self.inside: list[tuple[int, int] | None] = [None] * (depth + 1)
+        # [B, N_i] the groups of such a block's attention, over all its windows; kept while tracking
+        self.windows: list[Tensor | None] = [None] * (depth + 1)
         self.restored = [False] * (depth + 1)  # the layer returned all input tokens
         self.last = 0
         self.is_tracked = False
@@ -56,7 +58,7 @@ class Frame:
     def fork(self, slot: int) -> Frame:
         """Return a copy that continues from an entry; other code may still use this frame's later entries."""
         other, blank = copy.copy(self), vars(Frame(self.depth))
-        for name in ("size", "assign", "kept", "shape", "similarity", "pairs", "inside", "restored"):
+        for name in ("size", "assign", "kept", "shape", "similarity", "pairs", "inside", "windows", "restored"):
             setattr(other, name, [*getattr(self, name)[: slot + 1], *blank[name][slot + 1 :]])
         other.last, other.memory, other.ran = slot, dict(self.memory), dict(self.ran)
         return other

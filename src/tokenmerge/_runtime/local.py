@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenmerge import kernels
@@ -46,6 +47,9 @@ class LocalRunner(ResidualRunner):
         has_padding = bool(side) and (rows % side > 0 or columns % side > 0)
         frame.inside[layer + 1] = (n, n)
         out = self.run(x, r, has_padding, frame, *args, **kwargs) if r else self.original(x, *args, **kwargs)
+        inside = frame.windows[layer + 1]
+        if inside is not None:
+            frame.windows[layer + 1] = _of_image(inside, x.shape[0], (rows, columns), side)
         state.record(frame, slot, layer, x.flatten(1, 2), None, None)
         state.put_out(frame, layer, out, bool(self.block._forward_hooks))
         return out
@@ -94,8 +98,12 @@ class LocalRunner(ResidualRunner):
             qkv, size = self.method.merge(plan, qkv, None)
             bias, kept = size.log() if self.is_proportional and size is not None else None, plan.keep
         out = self.tap(qkv, bias, kept, grid=grid)  # [W, M, C]
-        out = kernels.unmerge(out, assignment(plan)) if r else out
-        return out.view(x.shape)
+        if r:
+            groups = assignment(plan)
+            frame.windows[self.layer + 1] = groups if frame.is_tracked else None
+            out = kernels.unmerge(out, groups)
+        whole: Tensor = out.view(x.shape)
+        return whole
 
     def seams(self) -> list[Binding]:
         attn = self.block.get_submodule(self.spec.attn)
@@ -106,6 +114,23 @@ class LocalRunner(ResidualRunner):
 
     def probe(self, x: Tensor, **given: Any) -> Any:
         return self.original(x.view(x.shape[0], *given["grid"], -1))
+
+
+def _of_image(groups: Tensor, images: int, grid: tuple[int, int], side: int) -> Tensor:  # [W, N]
+    """Return the groups of all windows by the places of their tokens in the image, `[B, rows * columns]`.
+
+    Windows follow each other row by row; the last ones may reach over the edge. No number is in two windows.
+    """
+    W, N = groups.shape
+    across = -(-grid[1] // side) if side else 1
+    down = W // (images * across)
+    number = torch.arange(down * across, device=groups.device).repeat(images)[:, None] * N
+    placed = torch.where(groups < 0, groups, groups + number)
+    if not side:
+        return placed
+    whole = placed.view(images, down, across, side, side).transpose(2, 3).reshape(images, down * side, across * side)
+    found: Tensor = whole[:, : grid[0], : grid[1]].flatten(1)
+    return found
 
 
 class _Attention(Override):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.batch.places import Place
-from tokenmerge.data.images import decode
+from tokenmerge.data.opening import decode
 
 __all__ = ["MAX_PIXELS", "Decoder", "Piece", "Read", "work"]
 

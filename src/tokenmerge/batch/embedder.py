@@ -17,7 +17,7 @@ from tokenmerge.batch.heads import head_of
 from tokenmerge.config.fingerprint import digest
 from tokenmerge.data.answers import known_size
 from tokenmerge.data.classes import class_names
-from tokenmerge.data.images import decode
+from tokenmerge.data.opening import decode
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.measure.outputs import find_device, find_dtype, run_images

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
-from tokenmerge.cli import embed, explore, train, tune, vlm
+from tokenmerge.cli import embed, explore, train, tune, viz, vlm
 from tokenmerge.cli.completion import SHELLS, PrintCompletion
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "what merges in photos, and what it buys: one HTML file to open, to click through and to send"
     explore.add(_command(commands, "explore", explore.run, text))
+    text = "pictures of what merges in photos, videos and sounds, written into a folder"
+    viz.add(_command(commands, "viz", viz.run, text))
     train.add(_command(commands, "train", train.run, "fine-tune with merging by a recipe; resumes if interrupted"))
     vlm.add(_command(commands, "vlm", vlm.run, "ask a vision-language model with fewer visual tokens, side by side"))
     _command(commands, "list", _list, "the methods, the model families and the recipes")
@@ -198,31 +200,40 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from tokenmerge.report.progress import Progress
-    from tokenmerge.tools.bench import bench
+    from tokenmerge.tools.bench import Bench, bench
 
     out = _out(arguments.out)
     method, own = method_of(arguments)
     model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
-    with Progress("rounds") as progress:
-        result = bench(
-            model,
-            rs=arguments.r or ([0, 8, 16] if own is None else [own]),
-            batches=arguments.batch,
-            method=method,
-            restore=arguments.restore,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            compiled=arguments.compile,
-            compare=arguments.compare,
-            training=arguments.training,
-            rounds=arguments.rounds,
-            input_size=arguments.input_size,
-            label=arguments.model,
-            progress=progress,
-            **calibration_of(arguments, model),
-        )
+    seen: list[Bench] = []
+    title = f"{arguments.model}, medians of interleaved rounds"
+    try:
+        with Progress("rounds") as progress:
+            result = bench(
+                model,
+                rs=arguments.r or ([0, 8, 16] if own is None else [own]),
+                batches=arguments.batch,
+                method=method,
+                restore=arguments.restore,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                compiled=arguments.compile,
+                compare=arguments.compare,
+                training=arguments.training,
+                rounds=arguments.rounds,
+                input_size=arguments.input_size,
+                label=arguments.model,
+                progress=progress,
+                so_far=seen.append,
+                **calibration_of(arguments, model),
+            )
+    except KeyboardInterrupt:
+        if seen:
+            _print(arguments, seen[-1], f"{title}, interrupted", out)
+            arguments.left = f"{len(seen[-1].rows)} rows were finished"
+        raise
     result.verdicts[:0] = said_of(arguments, model)
-    _print(arguments, result, f"{arguments.model}, medians of interleaved rounds", out)
+    _print(arguments, result, title, out)
     return 0
 
 

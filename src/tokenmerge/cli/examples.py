@@ -38,6 +38,10 @@ EXAMPLES = {
         "tokenmerge explore hf:google/vit-base-patch16-224 photo.jpg -r 4 8 16 -o explore.html",
         "tokenmerge explore my_vit/ photos/a.jpg photos/b.jpg --methods tome auto --labels classes.txt",
     ),
+    "viz": (
+        "tokenmerge viz photo.jpg -m hf:google/vit-base-patch16-224 -r 16 --block all -o pictures",
+        "tokenmerge viz clip.mp4 -m my_vit/ -r 16 --video gif -o pictures",
+    ),
     "train": ("tokenmerge train finetune --set model.name=my_vit/ data.source=folder:photos --out runs/mine",),
     "vlm": ("tokenmerge vlm llava-hf/llava-1.5-7b-hf --image photo.jpg --prompt 'What is this?' --keep 1 0.5",),
     "list": ("tokenmerge list --json",),

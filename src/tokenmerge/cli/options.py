@@ -11,7 +11,9 @@ from tokenmerge.schedule import TEXT_FORMS, Schedule
 __all__ = [
     "CALIBRATE_HELP",
     "METHOD_HELP",
+    "MODEL_HELP",
     "RESTORE_HELP",
+    "TRUST_HELP",
     "calibration_of",
     "data_arguments",
     "method_arguments",
@@ -27,11 +29,12 @@ __all__ = [
 ]
 
 
-_MODEL_HELP = (
-    "timm:NAME, hf:ID_OR_FOLDER, open_clip:ARCH/TAG, torchvision:NAME, or a name or folder alone; FILE.py:FUNCTION, "
-    "which returns it; a folder of `tokenmerge train`; a file of torch.save(model) (with --trust-pickle); 'reference'"
+MODEL_HELP = (
+    "timm:NAME (timm:NAME/FILE with weights of your own), hf:ID_OR_FOLDER, open_clip:ARCH/TAG, torchvision:NAME, or a "
+    "name or folder alone; FILE.py:FUNCTION, which returns it; a folder of `tokenmerge train`; a file of "
+    "torch.save(model) (with --trust-pickle); 'reference'"
 )
-_TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
+TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
 _DATA_HELP = (
     "'fashion-mnist', a folder with one sub-folder per class, or any source of images: hf:NAME, wds:PATTERN, ..."
 )
@@ -48,8 +51,8 @@ CALIBRATE_HELP = (
 
 def model_argument(parser: argparse.ArgumentParser) -> None:
     """Add the model, and the option to trust a pickle."""
-    parser.add_argument("model", help=_MODEL_HELP)
-    parser.add_argument("--trust-pickle", action="store_true", help=_TRUST_HELP)
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("--trust-pickle", action="store_true", help=TRUST_HELP)
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:

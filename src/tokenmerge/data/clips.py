@@ -6,20 +6,21 @@ Shapes: T frames, H rows, W columns. A clip is uint8 `[T, H, W]` or, in colour, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tokenmerge.data.images import part_of_fashion_mnist
+from tokenmerge.data.opening import decode
 from tokenmerge.data.settings import Data
 from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
-from tokenmerge.errors import ConfigError
+from tokenmerge.errors import ConfigError, DataError, UnsupportedError
 
-__all__ = ["frames", "moving_fashion_mnist", "videos"]
+__all__ = ["VIDEOS", "Film", "find_decoder", "frames", "moving_fashion_mnist", "read_film", "spread", "videos"]
 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -103,9 +104,7 @@ class _Files(Source):
 
     def places(self, count: int) -> list[int]:
         """Return the indices of the frames to take from `count` frames; with fewer than T, some repeat."""
-        if not count:
-            raise ValueError("there are no frames")
-        return [(2 * t + 1) * count // (2 * self.frames) for t in range(self.frames)]
+        return spread(self.frames, count)
 
 
 class Frames(_Files):
@@ -125,54 +124,101 @@ class Frames(_Files):
 
 def _picture(file: Path) -> Tensor:
     import numpy as np
-    from PIL import Image
 
-    with Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB")))
+    return torch.from_numpy(np.array(decode(str(file), lambda: file).convert("RGB")))
 
 
 class Videos(_Files):
     """Video files, PATH/train/CLASS/x.mp4, decoded by torchcodec if installed, else by PyAV."""
 
     def __init__(self, root: str, split: str, data: Data) -> None:
-        try:
-            import torchcodec  # noqa: F401 - preferred: decodes only the selected frames
-        except (ImportError, RuntimeError, OSError):  # the last two: installed, but without its FFmpeg
-            import av  # noqa: F401 - fail here if it is missing
-
-            self.decode = self._with_av
-        else:
-            self.decode = self._with_torchcodec
+        self.decode = find_decoder()
         super().__init__(root, split, VIDEOS, data)
 
     def clip(self, path: Path) -> Tensor:
-        return self.decode(path)
+        return self.decode(path, self.places).frames
 
-    def _with_torchcodec(self, path: Path) -> Tensor:
-        from torchcodec.decoders import VideoDecoder
 
-        decoder: Any = VideoDecoder(str(path), dimension_order="NHWC")
-        found: Tensor = decoder.get_frames_at(self.places(len(decoder))).data
-        return found
+class Film(NamedTuple):
+    """Some frames of a video."""
 
-    def _with_av(self, path: Path) -> Tensor:
-        import av
+    frames: Tensor  # uint8 [T, H, W, 3], as they are seen: turned as the file says
+    places: list[int]  # of each frame among all
+    rate: float | None  # frames a second in the file; None: it does not say
+    lost: int  # frames that the file says it has, and has not
 
-        with av.open(str(path)) as container:
-            # the length in the header may be missing or wrong, so count packets, which needs no decoding
-            count = sum(packet.size > 0 for packet in container.demux(video=0))
-        wanted = self.places(count)
-        found: dict[int, Tensor] = {}
-        with av.open(str(path)) as container:
-            for place, frame in enumerate(container.decode(video=0)):
-                if place in wanted:
-                    found[place] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                if place == wanted[-1]:
-                    break
-        missing = len(set(wanted) - found.keys())
-        if missing:
-            raise ValueError(f"{missing} of {len(set(wanted))} frames cannot be decoded")
-        return torch.stack([found[place] for place in wanted])
+
+Decode = Callable[[Path, Callable[[int], list[int]]], Film]  # the file; which of so many frames to take
+
+
+def read_film(path: str | Path, count: int) -> Film:
+    """Return at most `count` frames of a video, at equal distances.
+
+    Raises `DataError` for what is no video or is cut off, `UnsupportedError` where nothing decodes it.
+    """
+    try:
+        decode = find_decoder()
+    except ImportError as error:
+        raise UnsupportedError("videos need PyAV or torchcodec: pip install av") from error
+    try:
+        film = decode(Path(path), lambda n: sorted(set(spread(min(count, n), n))))
+    except Exception as error:  # decoders raise any exception
+        raise DataError(f"cannot read the video {path}: {str(error).rstrip('.')}.") from error
+    if film.lost:
+        raise DataError(f"cannot read the video {path}: {film.lost} of its frames are not there; it is cut off.")
+    return film
+
+
+def spread(frames: int, count: int) -> list[int]:
+    """Return the places of so many frames of `count`: the middle of each of equal parts."""
+    if not count:
+        raise ValueError("there are no frames")
+    return [(2 * t + 1) * count // (2 * frames) for t in range(frames)]
+
+
+def find_decoder() -> Decode:
+    """Return what decodes videos: torchcodec, which decodes only the frames asked for, else PyAV; or `ImportError`."""
+    try:
+        import torchcodec  # noqa: F401
+    except (ImportError, RuntimeError, OSError):  # the last two: installed, but without its FFmpeg
+        import av  # noqa: F401 - fail here if it is missing
+
+        return _with_av
+    return _with_torchcodec
+
+
+def _with_torchcodec(path: Path, choose: Callable[[int], list[int]]) -> Film:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder: Any = VideoDecoder(str(path), dimension_order="NHWC")
+    places = choose(len(decoder))
+    rate = getattr(getattr(decoder, "metadata", None), "average_fps", None)
+    return Film(decoder.get_frames_at(places).data, places, rate, 0)
+
+
+def _with_av(path: Path, choose: Callable[[int], list[int]]) -> Film:
+    import av
+
+    with av.open(str(path)) as container:
+        # the length in the header may be missing or wrong, so count packets, which needs no decoding
+        count = sum(packet.size > 0 for packet in container.demux(video=0))
+        rate, said = container.streams.video[0].average_rate, container.streams.video[0].frames
+    wanted = choose(count)
+    found: dict[int, Tensor] = {}
+    with av.open(str(path)) as container:
+        for place, frame in enumerate(container.decode(video=0)):
+            if place in wanted:
+                seen = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                # degrees against the clock
+                found[place] = torch.rot90(seen, getattr(frame, "rotation", 0) // 90, (0, 1)).contiguous()
+            if place == wanted[-1]:
+                break
+    missing = len(set(wanted) - found.keys())
+    if missing:
+        raise ValueError(f"{missing} of {len(set(wanted))} frames cannot be decoded")
+    return Film(
+        torch.stack([found[place] for place in wanted]), wanted, float(rate) if rate else None, max(0, said - count)
+    )
 
 
 # the names used in `sources.KINDS`

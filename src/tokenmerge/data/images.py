@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 
 from torch import Tensor
 
+from tokenmerge.data.opening import as_seen, decode
 from tokenmerge.data.settings import Data
 from tokenmerge.data.sources import (
     SPLITS,
@@ -28,7 +29,7 @@ from tokenmerge.data.sources import (
 )
 from tokenmerge.errors import DataError, unknown_name
 
-__all__ = ["decode", "fashion_mnist", "files", "folder", "hf", "hf_stream", "wds"]
+__all__ = ["fashion_mnist", "files", "folder", "hf", "hf_stream", "wds"]
 
 T = TypeVar("T")
 HELD_OUT = 2_000  # the last training images are the validation split
@@ -108,39 +109,6 @@ class Files(Source):
     def read(self, index: int) -> tuple[Raw, int]:
         path = self.paths[index]
         return decode(path, lambda: path), 0
-
-
-def decode(
-    name: str, content: Callable[[], Any], opened: Callable[[Any], None] | None = None, *, upright: bool = False
-) -> Raw:
-    """Decode the file or stream that `content` returns; raise OSError with its name on any failure.
-
-    `opened` is given the image before its pixels are read, and may refuse it. `upright`: turn it as its EXIF says.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(content()) as image:
-            if opened is not None:
-                opened(image)
-            image.load()
-            return _in_eight_bits(ImageOps.exif_transpose(image) if upright else image)
-    except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
-        raise OSError(f"{name}: {error}") from error
-
-
-def _in_eight_bits(image: Any) -> Raw:
-    """Return an image of 16 bits in 8: PIL would make every value above 255 white. Refuse deeper ones of any scale."""
-    import numpy as np
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        low, high = image.getextrema()
-        if low < 0 or high > 255:
-            raise OSError(f"values from {low:g} to {high:g} (mode {image.mode}): save it with 8 or 16 bits")
-    return image
 
 
 class HuggingFace(Source):
@@ -240,7 +208,7 @@ def _cell(name: str, cell: dict[str, Any] | None) -> Raw:
     if cell["bytes"] is not None:
         return decode(name, lambda: io.BytesIO(cell["bytes"]))
     try:
-        return Image().decode_example(cell)
+        return as_seen(Image().decode_example(cell))
     except Exception as error:
         raise OSError(f"{name}: {cell['path']}: {error}") from error
 

@@ -14,7 +14,7 @@ from tokenmerge.data.preprocessing import MODES, Preprocessing, Processor
 from tokenmerge.data.transforms import eval_transform, statistics
 from tokenmerge.errors import ConfigError, DataError, TokenMergeError, UnsupportedError
 
-__all__ = ["PROCESSOR", "choose_preprocessing", "find_preprocessing", "statistics_of"]
+__all__ = ["PROCESSOR", "choose_preprocessing", "find_preprocessing", "frames_preprocessing", "statistics_of"]
 
 PROCESSOR = "preprocessor_config.json"  # written by a Hugging Face processor
 _RUN = "model.json"  # written by `tokenmerge train`
@@ -71,6 +71,41 @@ def choose_preprocessing(
         extra="" if is_square else "aspect ratio kept",
         own=eval_transform(kind, size, mean=means, std=stds),
     )
+
+
+def frames_preprocessing(
+    model: nn.Module, size: tuple[int, ...], *, given: Any = None, **changes: Any
+) -> Preprocessing:
+    """Return how the frames of a clip are prepared for a model of clips; `size` is that of a frame.
+
+    The shorter side is resized and the middle cut out, as `tokenmerge train` does. Mean and std are those of the
+    model's `preprocessor_config.json` if it has one, else ImageNet's are assumed, and the result says so. Other
+    arguments are those of `find_preprocessing`.
+    """
+    beside = changes.pop("beside", None)
+    if given is not None:
+        return _given(given, model).changed(**changes)
+    folders = [Path(name) for name in (beside, getattr(model, "name_or_path", None)) if name]
+    found = next((folder / PROCESSOR for folder in folders if (folder / PROCESSOR).is_file()), None)
+    kept: dict[str, Any] = {}
+    if found is not None:
+        try:
+            kept = json.loads(found.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{found} cannot be read: {error}.") from error
+    means, stds = statistics(size[0], kept.get("image_mean") or (), kept.get("image_std") or ())
+    is_known = bool(kept.get("image_mean")) or any((folder / _RUN).is_file() for folder in folders)
+    source = f"from {found}" if kept.get("image_mean") else f"{type(model).__qualname__} has no {PROCESSOR}"
+    return Preprocessing(
+        size=size,
+        resize=min(size[1:]) if size[1] == size[2] else (size[1], size[2]),
+        crops=size[1] == size[2],
+        interpolation="bicubic",
+        mean=tuple(means),
+        std=tuple(stds),
+        source="as its training prepared them" if is_known and not kept else source,
+        is_known=is_known,
+    ).changed(**changes)
 
 
 def statistics_of(prepared: Preprocessing | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenmerge.data.opening import as_seen
 from tokenmerge.errors import DataError, UnsupportedError
 
 __all__ = ["MODES", "Preprocessing", "Processor"]
@@ -40,10 +41,7 @@ class Preprocessing:
     own: Callable[[Any], Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, image: Any) -> Tensor:
-        if isinstance(self.own, Processor):
-            from PIL import ImageOps
-
-            image = ImageOps.exif_transpose(image)  # as Hugging Face's pipelines do
+        image = as_seen(image)
         mode = "L" if self.size[:1] == (1,) else "RGB"
         image = image if image.mode == mode else image.convert(mode)
         tensor: Tensor = (self.own or self._built())(image)

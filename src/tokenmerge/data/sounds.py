@@ -18,7 +18,7 @@ from tokenmerge.data.settings import Data
 from tokenmerge.data.sources import SPLITS, Raw, Source, labelled, seed_of
 from tokenmerge.errors import ConfigError
 
-__all__ = ["LENGTH", "RATE", "spectrogram", "tones", "wav"]
+__all__ = ["LENGTH", "RATE", "mel", "read_wave", "spectrogram", "tones", "wav"]
 
 RATE = 8_000  # samples per second, in every source
 LENGTH = 2 * RATE  # samples of a synthetic sound, and of the part shown in a spectrogram
@@ -123,14 +123,15 @@ class Waves(Source):
     def read(self, index: int) -> tuple[Raw, int]:
         path, label = self.samples[index]
         try:
-            return _wave(path), label
+            return read_wave(path), label
         except (OSError, EOFError, ValueError, wave.Error) as error:
             raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
-def _wave(path: str) -> Tensor:
+def read_wave(path: str, rate: int = RATE) -> Tensor:
+    """Return the sound of a file of PCM samples, mixed to mono, `[S]` at `rate` samples a second."""
     with wave.open(path) as file:
-        channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        channels, width, own = file.getnchannels(), file.getsampwidth(), file.getframerate()
         content = bytearray(file.readframes(file.getnframes()))
     if width == 3:  # torch has no 24-bit integers: append a lowest byte of 0
         low = torch.frombuffer(content, dtype=torch.uint8).view(-1, 3) if content else torch.empty(0, 3).byte()
@@ -141,14 +142,14 @@ def _wave(path: str) -> Tensor:
         sound = (sound.float() - 128) / 128 if width == 1 else sound.float() / 2 ** (8 * width - 1)
     if not len(sound):
         raise ValueError("there are no samples")
-    return resample(sound.view(-1, channels).mean(dim=1), rate)
+    return resample(sound.view(-1, channels).mean(dim=1), own, rate)
 
 
-def resample(sound: Tensor, rate: int) -> Tensor:
-    """Resample a sound from `rate` to `RATE` samples a second, by its spectrum cut off at the new Nyquist frequency."""
-    if rate == RATE:
+def resample(sound: Tensor, rate: int, to: int = RATE) -> Tensor:
+    """Resample a sound from `rate` to `to` samples a second, by its spectrum cut off at the new Nyquist frequency."""
+    if rate == to:
         return sound
-    length = max(1, round(len(sound) * RATE / rate))
+    length = max(1, round(len(sound) * to / rate))
     spectrum = torch.fft.rfft(sound)[: length // 2 + 1]
     resampled: Tensor = torch.fft.irfft(spectrum, n=length) * (length / len(sound))
     return resampled
@@ -188,11 +189,13 @@ def spectrogram(size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     return _Spectrogram(size[1], size[2])
 
 
+def mel(hertz: Tensor) -> Tensor:
+    """Return frequencies on the mel scale."""
+    return 2595 * (1 + hertz / 700).log10()
+
+
 def _bank(mels: int) -> Tensor:
     """Return the mel filter bank of overlapping triangles, `[M, _WINDOW // 2 + 1]`."""
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 2595 * (1 + hertz / 700).log10()
 
     found = mel(torch.linspace(0, RATE / 2, _WINDOW // 2 + 1))  # mel value of each frequency bin
     corners = torch.linspace(0, float(found[-1]), mels + 2)

@@ -9,7 +9,17 @@ from typing import Any
 from tokenmerge.errors import UnsupportedError
 from tokenmerge.files import replacing
 
-__all__ = ["import_pil", "plot_front", "plot_pareto", "plot_speed", "plot_tradeoff", "require_viz"]
+__all__ = [
+    "import_pil",
+    "import_pyplot",
+    "plain_text",
+    "plot_front",
+    "plot_pareto",
+    "plot_speed",
+    "plot_tradeoff",
+    "require_viz",
+    "save_figure",
+]
 
 Row = Mapping[str, Any]
 _ERROR = "top-1 ±"
@@ -20,7 +30,7 @@ def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str)
 
     Error bars are the standard error of the accuracy.
     """
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     name, label = _quality(rows)
     speeds, heights = [row["images/s"] for row in rows], [row[name] for row in rows]
@@ -46,7 +56,7 @@ def plot_tradeoff(paths: Path | Sequence[Path], rows: Sequence[Row], title: str)
     spots = [(row["images/s"], row[name]) for row in rows]
     marks = spots + [(row["bound images/s"], row[name]) for row in bound]
     _name_points(axes, [(f"r = {row['r']}", spot) for row, spot in zip(rows, spots, strict=True)], _pixels(axes, marks))
-    _save(figure, paths)
+    save_figure(figure, paths)
 
 
 def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
@@ -57,7 +67,7 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
     and named. If the lowest fifth of the rows would take half of the height, those rows are drawn as arrows at the
     lower edge, with their values. Without accuracies the cosine similarity to the unmerged outputs is drawn.
     """
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     name, label = _quality(rows)
     speed = rows[0]["images/s"]
     rows = [{**row, "images/s": row["speed-up"] * speed} for row in rows]
@@ -85,12 +95,12 @@ def plot_pareto(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -
         placed += _draw_below(axes, below, names, name, column, least - 0.03 * span)
         labels = [(f"{row['method']} {row['asked']}", (row[column], row[name])) for row in front]
         _name_points(axes, labels, placed)
-    _save(figure, paths)
+    save_figure(figure, paths)
 
 
 def plot_speed(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
     """Save a plot of the speed-up over `r`, a line per batch size, with the free bound; error bars are the noise."""
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     amounts = list(dict.fromkeys(row["r"] for row in rows))
     for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
@@ -103,17 +113,17 @@ def plot_speed(paths: Path | Sequence[Path], rows: Sequence[Row], title: str) ->
         axes.plot(places, bound, "_", color=f"C{i % 10}", markersize=14)
     axes.plot([], [], "_", color="gray", markersize=14, label="free bound: speed if merging cost nothing")
     axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
-    axes.set_xticks(range(len(amounts)), [_plain(str(r)) for r in amounts])
+    axes.set_xticks(range(len(amounts)), [plain_text(str(r)) for r in amounts])
     axes.set(xlabel="r", ylabel="times as fast as the unmerged model", title=_wrapped(title))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-    _save(figure, paths)
+    save_figure(figure, paths)
 
 
 def plot_front(path: Path | Sequence[Path], rows: Sequence[Row], title: str) -> None:
     """Save a plot of the damage over the share of the MACs: what was tuned, and constant schedules beside it."""
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     plain = [row for row in rows if "constant" in row["note"]]
     tuned = [row for row in rows if row not in plain and row["damage"] > 0]
@@ -130,7 +140,7 @@ def plot_front(path: Path | Sequence[Path], rows: Sequence[Row], title: str) -> 
     axes.set_title(_wrapped(title), fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _legend(figure: Any, names: Sequence[str], note: str) -> None:
@@ -139,13 +149,14 @@ def _legend(figure: Any, names: Sequence[str], note: str) -> None:
 
     handles = [Line2D([], [], linestyle="", marker="*", color="black", markersize=12)]
     handles += [Line2D([], [], linestyle="", markersize=8, **_look(i)) for i in range(len(names))]
-    shown = ["unmerged", *(_plain(text) for text in names)]
+    shown = ["unmerged", *(plain_text(text) for text in names)]
     columns = max(1, min(len(shown), 150 // (max(map(len, shown)) + 6)))
     options = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "title_fontsize": 8, "title": note}
     figure.legend(handles, shown, **options)
 
 
-def _pyplot() -> Any:
+def import_pyplot() -> Any:
+    """Return matplotlib's pyplot, which opens no window; raises `UnsupportedError` as `require_viz` does."""
     require_viz()
     import matplotlib
 
@@ -155,7 +166,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, paths: Path | Sequence[Path]) -> None:
+def save_figure(figure: Any, paths: Path | Sequence[Path]) -> None:
+    """Write a figure into files by their suffix, and close it."""
     from matplotlib import pyplot
 
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -285,7 +297,7 @@ def _name_points(
     for name, at in named:
         back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
         style = {"fontsize": 8, "in_layout": False, "textcoords": "offset points", "arrowprops": line, "bbox": back}
-        text = axes.annotate(_plain(name), at, (0, 0), **style)
+        text = axes.annotate(plain_text(name), at, (0, 0), **style)
         # try the side with more room first, nearest positions first
         sides = ("left", "right") if axes.transData.transform(at)[0] < panel.x0 + panel.width / 2 else ("right", "left")
         places = [(side, sign * lift) for lift in range(5, limit, 5) for sign in (1, -1) for side in sides]
@@ -304,10 +316,10 @@ def _wrapped(title: str, width: int = 90) -> str:
     """Wrap a title to the width of the page."""
     from textwrap import fill
 
-    return _plain(fill(title, width))
+    return plain_text(fill(title, width))
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Escape "$" and undecodable characters of file names, which matplotlib would read as formulas or fail on."""
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 

@@ -10,7 +10,8 @@ demo       the bundled model on the bundled images
 doctor     is a model supported, are its outputs right, is it faster
 explore    one HTML file that shows what merges in photos
 export     a merged model for another engine
-visualize  pictures of the groups
+visualize  a picture of what merged in a photo
+viz        pictures of photos, videos and sounds, in a folder
 pretrained folders and repositories of merging models: `save_pretrained`, `from_pretrained`, `push_to_hub`
 models     models and methods from user input: `load_model`, `read_method`
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         models,
         pretrained,
         visualize,
+        viz,
     )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "models",
     "pretrained",
     "visualize",
+    "viz",
 ]
 
 

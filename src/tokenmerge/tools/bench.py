@@ -102,6 +102,7 @@ def bench(
     training: bool = False,
     label: str = "model",
     progress: OnProgress | None = None,
+    so_far: Callable[[Bench], None] | None = None,
 ) -> Bench:
     """Measure a model at every `r` and batch size; all variants of a row run in turn in the same rounds.
 
@@ -125,6 +126,7 @@ def bench(
         training: also measure the peak memory of a training step.
         label: name of the model in the rows.
         progress: called with (done, total).
+        so_far: called after each row with all rows up to it, to keep them should the rest be interrupted.
     """
     where, kind = find_device(device), find_dtype(dtype)
     if rounds < 1 or any(batch < 1 for batch in batches) or not batches or not rs:
@@ -133,24 +135,29 @@ def bench(
         raise DataError(f"input_size is {tuple(input_size)}; give channels, height and width of 1 or more.")
     # copy first: a change of dtype loses precision in the caller's model
     model = copy.deepcopy(model).to(where, kind).eval()
-    rows = []
+    rows: list[BenchRow] = []
     with tokenmerge.patched(model, r=0, restore=restore) as handle:
         size = tuple(input_size or known_size(handle))
     if training:
         model.requires_grad_(True)
     merged = [_merged(model, method, r, restore, calibrate) for r in rs]
     bounds = [_merged(model, "drop", r, restore) for r in rs]
-    steps = len(batches) * len(rs)
+    about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
+
+    def result() -> Bench:
+        return Bench([*rows], about, choices_of(zip(rs, merged, strict=True)) + _verdicts(rows))
+
     for i, batch in enumerate(batches):
         x = torch.randn(batch, *size, device=where, dtype=kind)
         if i == 0:
             run_images(model, x[:1])
         for j, r in enumerate(rs):
-            inner = _inner_progress(progress, i * len(rs) + j, steps)
+            inner = _inner_progress(progress, i * len(rs) + j, len(batches) * len(rs))
             row = _row(model, merged[j], bounds[j], r, x, rounds, compiled, compare, inner)
             rows.append(BenchRow({"model": label, **row, **(_training(model, merged[j], x) if training else {})}))
-    about = {**environment(where), "dtype": dtype, "compiled": str(compiled), "rounds": str(rounds)}
-    return Bench(rows, about, choices_of(zip(rs, merged, strict=True)) + _verdicts(rows))
+            if so_far is not None:
+                so_far(result())
+    return result()
 
 
 def _row(

@@ -33,6 +33,7 @@ from tokenmerge.report.explorer import explorer_page, run_data
 from tokenmerge.report.table import check_writable, measured_on
 from tokenmerge.schedule import R, Schedule
 from tokenmerge.tools.models import AUTO, Method, apply_method, own_r, read_method, short_name
+from tokenmerge.tools.visualize import grid_of
 
 __all__ = ["RS", "Exploration", "checked_page", "explore"]
 
@@ -291,13 +292,7 @@ def _patches(plain: _Way, number: int) -> int:
 
 def _grid(plain: _Way, number: int, photo: _Photo) -> tuple[int, int] | None:
     """Return rows and columns of the patches of a photo; None if they are unknown."""
-    handle, patches = plain.handle, _patches(plain, number)
-    if handle.grid is not None and handle.grid[0] * handle.grid[1] == patches:
-        return handle.grid
-    H, W = photo.x.shape[2:]
-    side = math.sqrt(H * W / max(1, patches))
-    rows, columns = round(H / side), round(W / side)
-    return (rows, columns) if rows * columns == patches else None
+    return grid_of(plain.handle, photo.x.shape[2:], _patches(plain, number))
 
 
 def _data(name: str, ways: list[_Way], photos: list[_Photo], grids: Sequence[tuple[int, int] | None]) -> dict[str, Any]:

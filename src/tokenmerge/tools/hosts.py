@@ -5,14 +5,17 @@ A host is a class below and a line in `HOSTS`.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_name
+from tokenmerge.files import describe_differences, is_file
 from tokenmerge.tools import hugging_face
 from tokenmerge.tools.network import failing_at_once
 
@@ -34,7 +37,7 @@ class Host(Protocol):
 
 
 class Timm:
-    """timm's models, and what its own prefixes name (`hf-hub:`, `local-dir:`)."""
+    """timm's models, `NAME/FILE` with the weights of a file, and what its own prefixes name (`hf-hub:`, ...)."""
 
     form = "timm:NAME"
 
@@ -47,8 +50,11 @@ class Timm:
 
     def build(self, name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
         timm = import_timm()
-        if ":" not in name and name.split(".")[0] not in (known := timm.list_models()):
-            raise unknown_name("timm model", name, [one for one in known if "vit" in one or "deit" in one])
+        architecture, _, file = (name, "", "") if ":" in name else name.partition("/")
+        if ":" not in name and architecture.split(".")[0] not in (known := timm.list_models()):
+            raise unknown_name("timm model", architecture, [one for one in known if "vit" in one or "deit" in one])
+        if file:
+            return _with_weights(timm, architecture, Path(file), num_classes)
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         try:
             with failing_at_once() if pretrained else nullcontext():
@@ -169,6 +175,29 @@ def import_timm() -> Any:
     except ImportError as error:
         raise UnsupportedError('this needs timm: pip install "tokenmerge[timm]"') from error
     return timm
+
+
+def _with_weights(timm: Any, name: str, file: Path, num_classes: int | None) -> nn.Module:
+    """Return a model of timm with the weights of a file, as timm's training script saves them, and with its classes."""
+    if not is_file(file):
+        raise DataError(f"no file {file} of weights for timm's {name}.")
+    try:
+        # checkpoints hold the arguments of their training too
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = timm.models.load_state_dict(str(file))
+        shapes = {key: value.shape for key, value in state.items()}
+    except Exception as error:  # a pickle can raise any exception
+        raise DataError(f"{file} holds no weights that timm reads: {type(error).__name__}: {error}.") from error
+    with torch.device("meta"):
+        head = f"{timm.create_model(name).pretrained_cfg.get('classifier')}.weight"
+    model: nn.Module = timm.create_model(name, num_classes=shapes[head][0] if head in shapes else 0)
+    different = describe_differences(state, model.state_dict())
+    if different:
+        raise DataError(f"{file} holds other weights than timm's {name} has: {different}.")
+    model.load_state_dict(state)
+    if num_classes is not None and num_classes != model.num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    return model
 
 
 def _no_classes(host: str, name: str, num_classes: int | None) -> None:

@@ -152,9 +152,10 @@ def load(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> n
     """Return a model by its name, unmerged and in eval mode, ready for `patch`.
 
     Args:
-        name: `timm:NAME`, `hf:ID_OR_FOLDER`, `open_clip:ARCH/TAG` or `torchvision:NAME`; a name alone that one of them
-            has, timm first; a folder of `save_pretrained` or of a run of `tokenmerge train`; `FILE.py:FUNCTION`, which
-            returns the model; a file of `torch.save(model)`, with `trust_pickle`; `"reference"`, the bundled one.
+        name: `timm:NAME` (`timm:NAME/FILE` with weights of your own), `hf:ID_OR_FOLDER`, `open_clip:ARCH/TAG` or
+            `torchvision:NAME`; a name alone that one of them has, timm first; a folder of `save_pretrained` or of a run
+            of `tokenmerge train`; `FILE.py:FUNCTION`, which returns the model; a file of `torch.save(model)`, with
+            `trust_pickle`; `"reference"`, the bundled one.
         pretrained: take the weights of the host, which may download them; else new ones.
         trust_pickle: load a pickle, which runs the code that it holds.
 
@@ -226,9 +227,9 @@ def has_weights(name: str) -> bool:
 def place_of(name: str) -> Path | None:
     """Return the file or folder that a name means; None for a model of a host, and where nothing is there."""
     file, _, rest = name.rpartition(":")
-    if file == "open_clip":
+    if file in ("open_clip", "timm"):
         rest = rest.partition("/")[2]
-    path = Path(file if file.endswith(".py") else rest if file in ("hf", "open_clip") else name)
+    path = Path(file if file.endswith(".py") else rest if file in ("hf", "open_clip", "timm") else name)
     return path if path.parts and path.exists() else None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokenmerge.config import MergeConfig
+from tokenmerge.measure.outputs import return_freed
 from tokenmerge.measure.timing import NOISY, Timing, environment, interleave, peak_memory
 from tokenmerge.tuning.subject import Subject, is_figure
 
@@ -104,6 +105,7 @@ class Clock:
             is_long = time.perf_counter() - start > _LONGEST
             if is_long or noise / len(merged.seconds) ** 0.5 <= _ENOUGH:
                 break
+        return_freed()
         return Timed(unmerged.over(merged), merged.median, unmerged.median, noise)
 
     def _memory(self, config: MergeConfig) -> float:

@@ -18,8 +18,9 @@ from tokenmerge.tuning.shapes import CONSTANT, Shape, families, fit, normal
 from tokenmerge.tuning.space import neighbours
 from tokenmerge.tuning.subject import Outcome, Subject
 
-__all__ = ["Candidate", "Search"]
+__all__ = ["FRONT", "Candidate", "Search"]
 
+FRONT = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # shares of the MACs at which what is solved is measured, on the way
 _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 1
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
 _PASSES = 2  # over the options of a method
@@ -62,10 +63,15 @@ class Search:
 
     @property
     def searched(self) -> int:
-        """How many candidates are about to be tried on the images to search on, for one target."""
+        """How many candidates are about to be tried on the images to search on, for one target, after the probes."""
         first = 3 + len(_STEPS)
         each = self.subject.depth + len(_STEPS)
-        return self.subject.depth + first + each * min(3, max(0, self.budget - first) // each)
+        return min(first, self.budget) + each * min(3, max(0, self.budget - first) // each)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the budget allows more than what is solved."""
+        return self.budget >= 3 + 2 * len(_STEPS) + self.subject.depth
 
     @property
     def start(self) -> Candidate:
@@ -98,9 +104,11 @@ class Search:
 
     def best(self, share: float) -> list[Candidate]:
         """Return candidates for a share, the one of least damage on the images to search on first."""
-        left = self.budget
-        tried = {candidate: self.outcome(candidate, share).mean for candidate in self.solved(share)}
-        left -= len(tried)
+        likely = dict.fromkeys(self._likely(share))
+        if len(likely) == 1:
+            return [*likely]
+        tried = {candidate: self.outcome(candidate, share).mean for candidate in likely}
+        left = self.budget - len(tried)
         best = min(tried, key=lambda one: tried[one])
         shrink = 1.0
         while left >= self.subject.depth + len(_STEPS):
@@ -113,6 +121,17 @@ class Search:
             if tried[best] > (1 - _LEAST_GAIN) * tried[before]:
                 break
         return sorted(tried, key=lambda one: tried[one])
+
+    def _likely(self, share: float) -> list[Candidate]:
+        """Return what is solved for a share, within the budget: what did best at the nearest share of the front."""
+        solved, near = self.solved(share), min(FRONT, key=lambda one: abs(one - share))
+        if self.budget >= len(solved):
+            return solved
+        there = self.solved(near)
+        if len(there) == len(solved):
+            damage = [self.outcome(candidate, near, "select").mean for candidate in there]
+            solved = [solved[i] for i in sorted(range(len(solved)), key=damage.__getitem__)]
+        return solved[: self.budget]
 
     def _screened(self) -> Candidate:
         """Choose on the screening images: a start and a family of shapes, then one option after the other."""

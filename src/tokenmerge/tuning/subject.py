@@ -16,6 +16,7 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.handle import attached, handle_of
 from tokenmerge.measure.counting import CostModel
+from tokenmerge.measure.outputs import return_freed
 from tokenmerge.measure.trial import Trial
 from tokenmerge.methods import Reduction
 from tokenmerge.report.journal import Journal
@@ -131,6 +132,7 @@ class Subject:
         reduced = trial.reduced(self.config(method, [self.cost.tokens] * self.depth))
         with torch.inference_mode():
             reduced(images.to(self.device, trial.dtype))
+        return_freed()
 
     def outcome(self, config: MergeConfig, part: str = "search") -> Outcome:
         """Run a configuration over a part; raises `DataError` where answers are not finite."""

@@ -10,18 +10,17 @@ from tokenmerge.tuning.clock import Clock
 from tokenmerge.tuning.decide import Decision
 from tokenmerge.tuning.losses import interval, loss_of
 from tokenmerge.tuning.result import Front, FrontRow, Tried, TriedRow, Tuning
-from tokenmerge.tuning.search import Candidate, Search
+from tokenmerge.tuning.search import FRONT, Candidate, Search
 from tokenmerge.tuning.shapes import CONSTANT, fit
 from tokenmerge.tuning.subject import Outcome, Subject
 from tokenmerge.tuning.target import Target
 
-__all__ = ["FRONT", "summarise"]
+__all__ = ["summarise"]
 
 _SLOWER = (
     "The configuration is SLOWER than the unmerged model on this machine: do not use it here. Ask for a speed (1.5x), "
     "or time larger batches (tokenmerge bench)."
 )
-FRONT = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # shares of the MACs
 
 
 def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[Target], decision: Decision) -> Tuning:
@@ -151,12 +150,10 @@ def _front(subject: Subject, clock: Clock, search: Search, decision: Decision) -
     for share in sorted({*FRONT, decision.share}, reverse=True):
         if subject.share(fit(subject, (1.0,) * depth, share)) > share or share >= 1:
             continue
-        known = (
-            [decision.candidate]
-            if share == decision.share
-            else dict.fromkeys([decision.candidate, *search.solved(share)])
-        )
-        best = min((search.outcome(one, share, part) for one in known), key=lambda one: one.mean)
+        # what was only solved for one share stands for others as what is solved for them
+        known = [decision.candidate] if search.goes_on or share == decision.share else []
+        known += search.solved(share) if share != decision.share else []
+        best = min((search.outcome(one, share, part) for one in dict.fromkeys(known)), key=lambda one: one.mean)
         timed = decision.timed.speed_up if share == decision.share else None
         found.append((best, _row(clock, best, "chosen" if share == decision.share else "", timed)))
         if subject.accepts(ToMe()):

@@ -8,6 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,11 @@ from tokenmerge.tuning.decide import decide
 from tokenmerge.tuning.goals import Goals
 from tokenmerge.tuning.parts import Parts, split
 from tokenmerge.tuning.result import Tuning
-from tokenmerge.tuning.search import Search
+from tokenmerge.tuning.search import FRONT, Search
 from tokenmerge.tuning.shapes import fit
 from tokenmerge.tuning.space import read_methods, starts
 from tokenmerge.tuning.subject import Subject
-from tokenmerge.tuning.summary import FRONT, summarise
+from tokenmerge.tuning.summary import summarise
 from tokenmerge.tuning.target import Target, read_targets
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = ["tune"]
 _VERSION = 2
 _HINT = "Give another journal (journal=, --journal), or delete this one to start over."
 _TIMINGS = 6  # of a target of speed or loss: to learn what MACs cost here, and until the speed is met
+_PER_SHARE = 7  # candidates that the front compares at one share
 _REFERENCE = 0.5  # the share of the MACs at which methods and blocks are measured for all targets
 
 
@@ -199,21 +201,19 @@ def _foresee(
     progress: Callable[[int, int], None] | None,
     expect: Callable[[float], None] | None,
 ) -> None:
-    """Say how long it will take, from two batches, and follow what is done."""
+    """Say how long it will take, from two passes over the screening images, and follow what is done."""
     sizes = {name: len(getattr(subject.parts, name)) for name in ("screen", "search", "select", "report")}
-    total = int(search.screened * sizes["screen"] + search.searched * sizes["search"])
-    total += 4 * len(FRONT) * sizes["select"] + 2 * sizes["report"]
-    counted = counted_images(len(FRONT) + 1)
+    # where a target was reached, the next ones start from what it measured
+    is_begun = subject.journal is not None and any(key.startswith("report ") for key in subject.journal.rows)
+    total = int(search.searched * sizes["search"]) + (2 if is_begun else 3) * sizes["report"]
+    total += len(FRONT) * sizes["select"] * (1 if is_begun else _PER_SHARE)
+    total += 0 if is_begun else int(search.screened * sizes["screen"]) + subject.depth * sizes["search"]
     if expect is not None:
-        trial = subject.trial("screen")
-        reduced = trial.reduced(
-            subject.config(search.starts[0], fit(subject, (1.0,) * subject.depth, search.reference))
-        )
-        merged, unmerged = (_seconds(model, clock.batch) for model in (reduced, trial.model))
-        each = clock.batch.shape[0]
+        merged, unmerged = _seconds(subject, search)  # of one image
         timings = 1 if all(target.kind == "macs" for target in targets) else _TIMINGS
-        timed = timings * clock.expected(merged + unmerged)
-        expect((total + counted) / each * merged + sum(sizes.values()) / each * unmerged + timed)
+        timed = timings * clock.expected((merged + unmerged) * clock.batch_size)
+        counted = counted_images(1 if is_begun else len(FRONT) + 1)
+        expect((total + counted) * merged + sum(sizes.values()) * unmerged + timed)
     done = 0
 
     def follow(part: str, images: int) -> None:
@@ -225,11 +225,13 @@ def _foresee(
     subject.on_outcome = follow
 
 
-def _seconds(model: nn.Module, batch: Tensor) -> float:
-    with torch.inference_mode():
-        model(batch[:1])
-        start = time.perf_counter()
-        model(batch)
-        if batch.device.type == "cuda":
-            torch.cuda.synchronize(batch.device)
-    return time.perf_counter() - start
+def _seconds(subject: Subject, search: Search) -> tuple[float, float]:
+    """Return the seconds of one image merged, in the faster of two passes over the screening images, and unmerged."""
+    trial = subject.trial("screen")
+    reduced = trial.reduced(subject.config(search.starts[0], fit(subject, (1.0,) * subject.depth, search.reference)))
+    ends = [time.perf_counter()]
+    for _ in range(3):  # the first pass computes the unmerged answers too
+        trial.judge([reduced])
+        ends.append(time.perf_counter())
+    both, *merged = ((end - start) / len(trial.data) for start, end in pairwise(ends))
+    return min(merged), max(0.0, both - min(merged))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.data.images import decode
+from tokenmerge.data.opening import decode
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.files import is_dir
 from tokenmerge.measure.outputs import find_device, find_dtype
@@ -55,11 +55,8 @@ def load_vlm(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[An
 
 def prepare(processor: Any, images: Sequence[str | Path], prompt: str) -> dict[str, Any]:
     """Return the inputs of a prompt about image files; raises `DataError` for a file that is no image."""
-    from PIL import ImageOps
-
     try:
-        # turned as the camera says, like transformers does
-        pictures = [ImageOps.exif_transpose(decode(str(path), partial(str, path))).convert("RGB") for path in images]
+        pictures = [decode(str(path), partial(str, path)).convert("RGB") for path in images]
     except OSError as error:
         raise DataError(f"cannot read an image: {error}.") from error
     if getattr(processor, "chat_template", None):
