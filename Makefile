@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick check pictures asan bench ablation auto tune zoo real train training support hosts latest docs wheel wheels clean
+.PHONY: demo test quick check pictures asan bench ablation auto tune zoo real train training support hosts s3 latest docs wheel wheels clean
 
 # what an editable install builds or writes down; the rest of the package is used from where it is
 INSTALLED := pyproject.toml hatch_build.py src/tokenmerge/kernels/native.cpp
@@ -105,6 +105,16 @@ latest:
 	$(NEW)/python -m pip freeze --exclude-editable
 	$(NEW)/python -m pytest --numprocesses auto --dist worksteal
 
+# a bucket as a source, on a server of this machine: its libraries want older ones than others do
+BUCKET := .venv-s3/bin
+.venv-s3/ready: $(INSTALLED)
+	$(PYTHON) -m venv .venv-s3
+	$(BUCKET)/python $(PIP) --editable ".[embed]" "moto[server]" s3fs pytest pytest-timeout
+	touch $@
+
+s3: .venv-s3/ready
+	$(BUCKET)/python -m pytest tests/batch/test_s3.py
+
 # the site, into site/: made from the Markdown and the docstrings, without torch; only what the extra `docs` names is installed
 DOC := .venv-docs/bin
 .venv-docs/ready: pyproject.toml constraints.txt
@@ -126,4 +136,4 @@ wheels:
 	.venv-wheel/bin/python -m cibuildwheel --output-dir dist
 
 clean:
-	rm -rf .axe .venv .venv-hosts .venv-latest .venv-docs .venv-wheel site dist tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .axe .venv .venv-hosts .venv-latest .venv-docs .venv-s3 .venv-wheel site dist tokenmerge-demo .mypy_cache .ruff_cache .pytest_cache

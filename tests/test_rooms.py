@@ -35,6 +35,7 @@ HOSTS = {
     "tensorboard",
     "pyarrow",
     "fsspec",
+    "ray",
 }
 # from the ground up: a room imports only what stands below it, so that no import climbs and none goes in a circle
 FLOORS = (

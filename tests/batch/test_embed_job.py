@@ -22,14 +22,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from written import assert_same, failures_of, rows_of
 
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder, assets
-from tokenmerge.batch import decoding, folder, job, pool
+from tokenmerge.batch import decoding, folder, job, local, pool, rates
+from tokenmerge.batch.engine import finish
 from tokenmerge.batch.inputs import open_inputs
 from tokenmerge.batch.job import Summary, embed
 from tokenmerge.cli import main
-from tokenmerge.errors import ConfigError, DataError, UnsupportedError
+from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -54,23 +56,6 @@ def embedder() -> Embedder:
     return Embedder(randomised(tiny_vit(img_size=28, in_chans=1)), r=4)
 
 
-def rows_of(out: Path) -> dict[str, dict[str, Any]]:
-    """The rows by id, each of which must be there once."""
-    found = [row for path in sorted(out.glob("embedding/part-*.parquet")) for row in pq.read_table(path).to_pylist()]
-    rows = {row["id"]: row for row in found}
-    assert len(rows) == len(found), "a row is there twice"
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["rows"] == len(rows) and len(manifest["shards"]) == len([*out.glob("embedding/*.parquet")])
-    return rows
-
-
-def failures_of(out: Path) -> dict[str, str]:
-    path = out / "failures.parquet"
-    found = pq.read_table(path).to_pylist() if path.exists() else []
-    assert len({row["id"] for row in found}) == len(found)
-    return {row["id"]: row["reason"] for row in found}
-
-
 def plain(embedder: Embedder, root: Path, ids: list[str]) -> np.ndarray[Any, Any]:
     """Embeddings of a loop that knows nothing of the library's: one image after the other."""
     found = []
@@ -78,13 +63,6 @@ def plain(embedder: Embedder, root: Path, ids: list[str]) -> np.ndarray[Any, Any
         with Image.open(root / name) as image, torch.inference_mode():
             found.append(embedder.model(embedder.prepare(image)[None])[0])
     return torch.stack(found).numpy()
-
-
-def assert_same(rows: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]], atol: float = 1e-5) -> None:
-    assert rows.keys() == expected.keys()
-    for name, row in rows.items():
-        np.testing.assert_allclose(row["embedding"], expected[name]["embedding"], atol=atol)
-        assert {**row, "embedding": 0} == {**expected[name], "embedding": 0}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +87,17 @@ def test_every_image_once_as_a_plain_loop_embeds_it(
     assert (row["width"], row["height"], row["path"]) == (28, 28, f"{photos}/{ids[5]}")
 
 
+def test_what_waits_for_its_shard_holds_nothing_else(photos: Path, embedder: Embedder) -> None:
+    decoder, place = decoding.Decoder(embedder.prepare), open_inputs(photos)[0][2]
+    piece = decoding.Piece(0, [0], [place])
+    read = decoding.read_piece(decoder, piece, torch.empty(0), torch.zeros(1, dtype=torch.int64), 0)
+    tensors = read.tensors(torch.empty(0))
+    whole = embedder.run_all([tensor for tensor in tensors if tensor is not None])
+    found = finish(embedder, piece, read, tensors).found
+    assert whole.untyped_storage().nbytes() > whole.nbytes, "a view of all tokens"
+    assert torch.equal(found, whole) and found.untyped_storage().nbytes() == found.nbytes
+
+
 def test_the_types_of_the_table(photos: Path, embedder: Embedder, tmp_path: Path) -> None:
     embed(embedder, photos, tmp_path / "out", workers=1)
     (path,) = (tmp_path / "out/embedding").iterdir()
@@ -131,7 +120,7 @@ def test_a_finished_folder_is_gone_on_with_and_new_images_are_added(
     embed(embedder, root, out, shard_rows=50, workers=1)
     before = {path: path.stat().st_mtime_ns for path in out.glob("embedding/*")}
     with monkeypatch.context() as patched:
-        patched.setattr(job, "Pool", lambda *args: pytest.fail("it decodes again"))
+        patched.setattr(local, "Pool", lambda *args: pytest.fail("it decodes again"))
         done = embed(embedder, root, out, shard_rows=50, workers=1)
     assert (done.rows, done.images, done.bound) == (COUNT, 0, "Nothing was left to do.")
     Image.new("L", (28, 28), 7).save(root / "new.png")
@@ -374,6 +363,74 @@ def test_an_output_that_is_not_finite_is_a_failure(photos: Path, tmp_path: Path)
     assert {*failures_of(tmp_path / "out").values()} == {"the model's embedding of it is not finite"}
 
 
+def test_an_interruption_between_two_writes_writes_nothing_twice(
+    photos: Path,
+    embedder: Embedder,
+    undisturbed: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, add = tmp_path / "out", folder.JobFolder.add
+
+    def interrupted(self: folder.JobFolder, *args: Any) -> None:
+        add(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder.JobFolder, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embed(embedder, photos, out, batch_size=16, workers=1, shard_rows=32)
+    assert len(rows_of(out)) == 32
+    embed(embedder, photos, out, batch_size=16, workers=1, shard_rows=32)
+    assert_same(rows_of(out), undisturbed)
+
+
+def test_a_shard_with_a_broken_member_and_a_broken_header(
+    photos: Path, embedder: Embedder, undisturbed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    names, shard = sorted(undisturbed)[:40], tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i, name in enumerate(names):
+            content = b"no image" if i == 7 else (photos / name).read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with tarfile.open(shard) as tar:
+        start = tar.getmember(names[30]).offset
+    broken = bytearray(shard.read_bytes())
+    broken[start + 10] ^= 1
+    shard.write_bytes(broken)
+    embed(embedder, str(shard), tmp_path / "out", batch_size=8, workers=1)
+    reasons = failures_of(tmp_path / "out")
+    assert reasons.keys() == {f"s.tar/{names[7]}", "s.tar"}
+    assert reasons["s.tar"].startswith(f"the shard cannot be read after {names[29]}: ")
+    assert rows_of(tmp_path / "out").keys() == {f"s.tar/{name}" for i, name in enumerate(names[:30]) if i != 7}
+
+
+def test_both_rates_over_time_stand_beside_the_manifest(
+    photos: Path, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(rates, "_SECONDS", 0.0)
+    monkeypatch.setattr(job, "_SHOWN", -1.0)
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done >= 32:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        embed(embedder, photos, out, batch_size=8, workers=1, progress=stop)
+    first = rates.read_rates(out)
+    assert [row["images"] for row in first] == [8, 16, 24, 32]
+    with (out / "rates.csv").open("a") as file:
+        file.write("2000-01-01T00:00")  # a line that was being written
+    embed(embedder, photos, out, batch_size=8, workers=1)
+    rows = rates.read_rates(out)
+    assert rows[: len(first)] == first and rows[-1]["images"] == COUNT - 32 and "2000" not in str(rows)
+    for row in rows:
+        assert row["loader"] > 0 and row["model"] > 0 and row["gpu"] is None and row["seconds"] >= 0
+
+
 def test_a_source_that_vanishes_is_not_taken_for_broken_images(
     photos: Path, embedder: Embedder, undisturbed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -394,27 +451,47 @@ def test_a_source_that_vanishes_is_not_taken_for_broken_images(
     assert_same(rows_of(out), {name: {**row, "path": f"{root}/{name}"} for name, row in undisturbed.items()})
 
 
+@pytest.mark.parametrize("name", ["part-00001.parquet", "failures.parquet", "manifest.json", "rates.csv"])
 def test_a_full_disk_keeps_what_was_written(
+    name: str,
     photos: Path,
     embedder: Embedder,
     undisturbed: dict[str, dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, write = tmp_path / "out", folder.write_file
+    root, out, write, opened = tmp_path / "photos", tmp_path / "out", folder.write_file, Path.open
+    monkeypatch.setattr(rates, "_SECONDS", 1e9)
+    shutil.copytree(photos, root)
+    for i in range(4):
+        (root / "2" / f"{i}.png").write_text("no image")  # among the last
+    files = {"seen": 0}
+
+    def check(path: Path) -> None:
+        files["seen"] += path.name == name
+        if path.name == name and files["seen"] > (name == "manifest.json"):  # the first is of an empty folder
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     def full(path: Path, content: Any) -> None:
-        if path.name == "part-00001.parquet":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        check(path)
         write(path, content)
+
+    def full_open(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "rates.csv":
+            check(path)
+        return opened(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(folder, "write_file", full)
+        patched.setattr(Path, "open", full_open)
         with pytest.raises(OSError, match="No space left on device"):
-            embed(embedder, photos, out, batch_size=16, workers=1, shard_rows=32)
-    assert len(rows_of(out)) == 32
-    embed(embedder, photos, out, batch_size=16, workers=1, shard_rows=32)
-    assert_same(rows_of(out), undisturbed)
+            embed(embedder, root, out, batch_size=16, workers=1, shard_rows=32)
+    rows = {"part-00001.parquet": 32, "failures.parquet": 64, "manifest.json": 0, "rates.csv": COUNT}[name]
+    assert json.loads((out / "manifest.json").read_text())["rows"] == rows
+    embed(embedder, root, out, batch_size=16, workers=1, shard_rows=32)
+    expected = {row["id"]: {**row, "path": f"{root}/{row['id']}"} for row in undisturbed.values()}
+    assert_same(rows_of(out), expected)
+    assert failures_of(out).keys() == {f"2/{i}.png" for i in range(4)}
 
 
 def test_another_job_in_the_same_folder_is_refused_with_the_differences(
@@ -454,6 +531,9 @@ def test_a_folder_that_cannot_be_gone_on_with_is_refused(photos: Path, embedder:
         embed(embedder, photos, tmp_path / "other")
     with pytest.raises(DataError, match="is a file: give a folder"):
         embed(embedder, photos, tmp_path / "other/thesis.tex")
+    for url in ("s3://bucket/out", Path("s3://bucket/out")):
+        with pytest.raises(DataError, match=r"s3:/+bucket/out is a URL: give a folder on a disk of this machine"):
+            embed(embedder, photos, url)
     out = tmp_path / "out"
     embed(embedder, photos, out, workers=1)
     with folder.JobFolder.open(out, json.loads((out / "manifest.json").read_text())["settings"], "embedding"):
@@ -546,6 +626,12 @@ def test_what_bounds_a_job_is_said() -> None:
     )
     fast = Summary(**said, images=400, seconds=10.0, loader=800.0, model=41.0, waited=0.2, workers=1)
     assert fast.bound.startswith("Bound by the model: 41 images/s; decoding could do 800 images/s by 1 worker. Merging")
+    short = Summary(**said, images=96, seconds=70.0, loader=2500.0, model=97.0, waited=69.0, workers=2, engine="ray")
+    assert short.bound.startswith("Bound by neither: the model waited 69 of 70 s for processes to start or images to")
+    many = Summary(**said, images=1, seconds=10.0, loader=410.0, model=1950.0, waited=8.0, workers=2, models=3)
+    assert "workers; 3 models could do 1,950/s. Merging cannot help before --workers 10." in many.bound
+    many.engine = "ray"
+    assert many.bound.endswith("Merging cannot help before 10 CPUs of the cluster decode.")
     assert slow.rate == 410 and "none failed" in slow.lines()[0]
 
 
@@ -586,6 +672,18 @@ def test_mistakes_of_the_command(
     assert main([*words, "bad"]) == 1
     assert "none of 1 images could be read" in capsys.readouterr().err
     assert failures_of(Path("out")) == {"a.png": "cannot identify image file"}
+
+
+def test_the_engine_is_checked_before_anything_is_read(
+    photos: Path, tmp_path: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnknownNameError, match=r"no engine 'rey'. Did you mean 'ray'\?"):
+        embed(embedder, photos, tmp_path / "out", engine="rey")
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UnsupportedError, match=r'--engine ray needs ray: pip install "tokenmerge\[ray\]"'):
+        embed(embedder, photos, tmp_path / "out", engine="ray")
+    assert main(["embed", "none.pt", "--data", str(photos), "--out", str(tmp_path / "out"), "--engine", "ray"]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_that_cannot_be_written_here(

@@ -54,12 +54,18 @@ def test_names_that_are_no_text_are_escaped_and_read(photos: Path) -> None:
 def test_a_list_of_paths_is_relative_to_itself(photos: Path) -> None:
     (photos / "list.txt").write_text(f"b/2.png\n\n  {photos}/0.bmp\nfile://{photos}/b/10.png\r\n")
     assert [*read(photos / "list.txt")] == ["b/2.png", f"{photos}/0.bmp", f"file://{photos}/b/10.png"]
+    odd = photos / "b/\u2028 \x85.png"
+    odd.write_bytes((photos / "0.bmp").read_bytes())
+    (photos / "marked.txt").write_text(f"\ufeffb/2.png\n{odd}\n", encoding="utf-8")
+    assert [*read(photos / "marked.txt")] == ["b/2.png", str(odd)]
+    assert open_inputs(photos / "marked.txt").is_there()
     (photos / "names").write_text("b/2.png\n")
     assert read(f"list:{photos}/names") == {"b/2.png": (photos / "b/2.png").read_bytes()}
 
 
 def _shard(path: Path, photos: Path, names: list[str]) -> None:
     with tarfile.open(path, "w") as tar:
+        tar.add(photos / "b/.hidden.png", "b/.hidden.png")
         for name in names:
             tar.add(photos / name, name)
             tar.add(photos / "b/notes.txt", f"{name}.txt")
@@ -73,6 +79,9 @@ def test_shards(photos: Path, tmp_path: Path) -> None:
         for shard, name in (("s-00", "b/2.png"), ("s-00", "0.bmp"), ("s-01", "b/2.png"))
     }
     assert read(f"{tmp_path}/s-{{00..01}}.tar") == read(f"wds:{tmp_path}/s-*.tar") == expected
+    assert read(f"wds:{tmp_path}") == expected
+    pytest.importorskip("fsspec")
+    assert read(f"file://{tmp_path}/s-*.tar") == expected
     with pytest.raises(DataError, match=r"1 of the files of .* are not there: .*s-02.tar"):
         open_inputs(f"{tmp_path}/s-{{00..02}}.tar")
 
@@ -139,6 +148,38 @@ def test_columns_of_parquet(photos: Path, tmp_path: Path) -> None:
         open_inputs(tmp_path / "text.parquet")
 
 
+def test_a_folder_that_datasets_saved(photos: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = ["b/2.png", "0.bmp", "b/10.png", "a/x/1.jpg"]
+    images = [(photos / name).read_bytes() for name in names]
+    whole = datasets.Dataset.from_dict({"name": names, "image": [str(photos / name) for name in names]})
+    whole = whole.cast_column("image", datasets.Image())
+    whole.save_to_disk(tmp_path / "paths")  # it embeds the files
+    whole.save_to_disk(tmp_path / "two", num_shards=2)
+    both = datasets.DatasetDict({"train": whole.select([2, 0]), "test": whole.select([3])})
+    both.save_to_disk(tmp_path / "both")
+    file = "data-00000-of-00001.arrow"
+    assert read(tmp_path / "paths") == {f"{file}#{i}": image for i, image in enumerate(images)}
+    assert read(tmp_path / "two", ids="name") == dict(zip(names, images, strict=True))
+    expected = {f"train/{file}#0": images[2], f"train/{file}#1": images[0], f"test/{file}#0": images[3]}
+    assert read(f"hf:{tmp_path}/both/") == read(tmp_path / "both", image="image") == expected
+    pytest.importorskip("fsspec")
+    assert read(f"hf:file://{tmp_path}/both") == expected
+    inputs = open_inputs(tmp_path / "both")
+    assert inputs.is_there() and open_inputs(tmp_path / "both", ids="name").name == f"{tmp_path}/both, ids name"
+    (tmp_path / "both/test" / file).write_bytes(b"no table")
+    assert inputs.is_there()
+    with pytest.raises(DataError, match=r"cannot read .*both/test/data-00000"):
+        open_inputs(tmp_path / "both")
+    (tmp_path / "both/test" / file).unlink()
+    assert not inputs.is_there()
+    (tmp_path / "both/train/state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot read .*both as a folder of datasets"):
+        open_inputs(tmp_path / "both")
+    with pytest.raises(DataError, match=r"cannot read .*photos as a folder of datasets: No such file"):
+        open_inputs(f"hf:{photos}")
+
+
 def test_ids_that_are_there_twice(photos: Path) -> None:
     (photos / "list.txt").write_text("b/2.png\n0.bmp\nb/2.png\nb/2.png\nb/2.png#2\n")
     inputs = open_inputs(photos / "list.txt")
@@ -164,6 +205,8 @@ def test_what_is_no_source(photos: Path, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=text):
             open_inputs(source)
+    with pytest.raises(DataError, match=r"0.bmp is one file: give the URL of a folder, or a text file of URLs"):
+        open_inputs(f"file://{photos}/0.bmp")
     with pytest.raises(UnknownNameError, match=r"no source of images 'wd'. Did you mean 'wds'\?"):
         open_inputs("wd:x.tar")
     with pytest.raises(DataError, match="has no columns: --image-column and --id-column go with"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,15 @@ class Embedder:
             "preprocessing": str(self.prepare),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether it was made for the CPU by name, and not because there was nothing else."""
+        return str(self._given["device"]) == "cpu"
+
+    def maker(self, device: str | None = None) -> Callable[[], Embedder]:
+        """Return a function that makes the same again, elsewhere or on another device; it can be pickled."""
+        return partial(_made, {**self._given, **({} if device is None else {"device": device})})
 
     def __reduce__(self) -> tuple[Callable[..., Embedder], tuple[dict[str, Any]]]:
         return _made, (self._given,)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,11 @@ _VERSION = 1
 
 def check_folder(folder: str | Path) -> None:
     """Raise `DataError` for a folder that holds something else than a job of `embed`; writes nothing."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise DataError(
+            f"{folder} is a URL: give a folder on a disk of this machine (--out), where rows appear whole or not at "
+            "all, and copy it when the job is done."
+        )
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file: give a folder (--out).")

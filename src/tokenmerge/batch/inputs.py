@@ -5,6 +5,7 @@ A source is a class below and a line in `KINDS`. Bytes are fetched by `Place.rea
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -13,14 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.batch.places import Place, as_text, beside, import_fsspec, open_binary, reason_of
+from tokenmerge.batch.columns import rows_of
+from tokenmerge.batch.places import Place, as_text, beside, import_fsspec, is_there, open_binary, reason_of
 from tokenmerge.data.sources import files_below, needed
 from tokenmerge.errors import DataError, unknown_name
 
 __all__ = ["KINDS", "Inputs", "Item", "check_unique", "open_inputs"]
 
 _TEXTS = (".txt", ".lst", ".list")
-_COLUMNS = ("image", "path", "file", "filename", "file_name", "url")
+_SPLITS, _STATE = "dataset_dict.json", "state.json"  # of folders that `datasets` saved
 _MANY = 5  # names that an error shows
 
 
@@ -67,7 +69,7 @@ class Folder(Inputs):
         return as_text(Path(self._paths[index]).as_posix()), as_text(path), Place(path)
 
     def is_there(self) -> bool:
-        return Path(self._root).is_dir()
+        return is_there(self._root)
 
 
 class URL(Inputs):
@@ -81,6 +83,8 @@ class URL(Inputs):
         except Exception as error:  # every file system has errors of its own: shown as they are, with the URL
             raise DataError(f"cannot list {url}: {reason_of(error)}") from error
         suffixes, start = _suffixes(), len(root.rstrip("/")) + 1
+        if found == [root]:
+            raise DataError(f"{url} is one file: give the URL of a folder, or a text file of URLs.")
         names = [path[start:] for path in found if path.lower().endswith(suffixes)]
         names = [name for name in names if not name.rpartition("/")[2].startswith(".")]  # as in a folder
         _check_any(names, f"below {url}")
@@ -93,6 +97,9 @@ class URL(Inputs):
         path = f"{self._root}/{self._names[index]}"
         return self._names[index], path, Place(path)
 
+    def is_there(self) -> bool:
+        return is_there(self._root)
+
 
 class Paths(Inputs):
     """A text file with a path or URL on every line; paths are relative to the file."""
@@ -102,7 +109,7 @@ class Paths(Inputs):
         self._path = path
         try:
             with open_binary(path) as file:
-                lines = file.read().decode("utf-8", "surrogateescape").splitlines()
+                lines = file.read().decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
         except Exception as error:
             raise DataError(f"cannot read {path}: {reason_of(error)}") from error
         self._lines = [line.strip() for line in lines if line.strip()]
@@ -115,6 +122,9 @@ class Paths(Inputs):
         line = self._lines[index]
         return as_text(line), as_text(line), beside(line, self._path)
 
+    def is_there(self) -> bool:
+        return is_there(self._path)
+
 
 class Shards(Inputs):
     """WebDataset shards: every image in the .tar files of a pattern, by `SHARD/MEMBER`; headers alone are read."""
@@ -122,7 +132,7 @@ class Shards(Inputs):
     def __init__(self, pattern: str, **_: Any) -> None:
         self.name = _absolute(pattern)
         self._items: list[tuple[str, str, int, int, str]] = []
-        self._files = _expanded(pattern)
+        self._files = _expanded(pattern, "*.tar")
         for path in self._files:
             shard = path.rpartition("/")[2]
             for name, start, length, lost in _members(path):
@@ -137,22 +147,22 @@ class Shards(Inputs):
         return as_text(name), path, Place(path, start, length, lost=lost)
 
     def is_there(self) -> bool:
-        return _are_there(self._files)
+        return all(map(is_there, self._files))
 
 
-class Parquet(Inputs):
-    """Parquet files with a column of images (bytes, or `datasets`' bytes and path) or of paths and URLs.
+class _Cells(Inputs):
+    """Files of tables with a column of images (bytes, or `datasets`' bytes and path) or of paths and URLs.
 
     `image` names that column, `ids` one of ids; without it an id is `FILE#ROW`.
     """
 
-    def __init__(self, pattern: str, image: str | None = None, ids: str | None = None) -> None:
-        self.name = f"{_absolute(pattern)}{f', column {image}' if image else ''}{f', ids {ids}' if ids else ''}"
+    def __init__(self, where: str, files: Sequence[tuple[str, str]], image: str | None, ids: str | None) -> None:
+        self.name = f"{_absolute(where)}{f', column {image}' if image else ''}{f', ids {ids}' if ids else ''}"
         self._items: list[tuple[str, Place]] = []
-        self._files = _expanded(pattern)
-        for path in self._files:
-            self._items += _rows(path, image, ids)
-        _check_any(self._items, f"in {pattern}")
+        self._files = [path for path, _ in files]
+        for path, called in files:
+            self._items += rows_of(path, called, image, ids)
+        _check_any(self._items, f"in {where}")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -162,7 +172,32 @@ class Parquet(Inputs):
         return as_text(name), as_text(place.path), place
 
     def is_there(self) -> bool:
-        return _are_there(self._files)
+        return all(map(is_there, self._files))
+
+
+class Parquet(_Cells):
+    """Parquet files, by `FILE#ROW` or a column of ids."""
+
+    def __init__(self, pattern: str, image: str | None = None, ids: str | None = None) -> None:
+        files = _expanded(pattern, "*.parquet")
+        super().__init__(pattern, [(path, path.rpartition("/")[2]) for path in files], image, ids)
+
+
+class Saved(_Cells):
+    """A folder that `save_to_disk` of Hugging Face's `datasets` wrote: a data set, or all splits of several."""
+
+    def __init__(self, folder: str, image: str | None = None, ids: str | None = None) -> None:
+        root = folder.rstrip("/")
+        try:
+            splits = _json(f"{root}/{_SPLITS}")["splits"] if is_there(f"{root}/{_SPLITS}") else [""]
+            files = []
+            for split in splits:
+                below = f"{split}/" if split else ""
+                named = [one["filename"] for one in _json(f"{root}/{below}{_STATE}")["_data_files"]]
+                files += [(f"{root}/{below}{name}", f"{below}{name}") for name in named]
+        except Exception as error:  # of its file system, or of its form
+            raise DataError(f"cannot read {folder} as a folder of datasets: {reason_of(error)}") from error
+        super().__init__(folder, files, image, ids)
 
 
 class _Suffixed(Inputs):
@@ -191,15 +226,15 @@ class _Suffixed(Inputs):
 
 
 # by prefix; without one, the form of a name says which
-KINDS = {"files": Folder, "list": Paths, "wds": Shards, "parquet": Parquet, "url": URL}
+KINDS = {"files": Folder, "list": Paths, "wds": Shards, "parquet": Parquet, "hf": Saved, "url": URL}
 
 
 def open_inputs(source: str | Path, *, image: str | None = None, ids: str | None = None) -> Inputs:
     """Return the images of a source: a folder, a text file of paths, `*.tar`, `*.parquet`, or a URL of fsspec.
 
-    A prefix says which where the name does not: `files:`, `list:`, `wds:`, `parquet:`, `url:`. `image` and `ids` are
-    columns of Parquet. Raises `DataError` for a source that is missing, empty or cannot be read, `UnsupportedError` if
-    a library is missing.
+    A prefix says which where the name does not: `files:`, `list:`, `wds:`, `parquet:`, `hf:` (a folder that `datasets`
+    saved), `url:`. `image` and `ids` are columns of Parquet or of such a folder. Raises `DataError` for a source that
+    is missing, empty or cannot be read, `UnsupportedError` if a library is missing.
     """
     text = str(source)
     prefix, _, rest = text.partition(":")
@@ -214,11 +249,13 @@ def open_inputs(source: str | Path, *, image: str | None = None, ids: str | None
     if kind is None:
         lower = name.lower()
         kinds = [(Shards, ".tar"), (Parquet, ".parquet"), *((Paths, suffix) for suffix in _TEXTS)]
-        kind = next((found for found, suffix in kinds if lower.endswith(suffix)), URL if "://" in name else Folder)
+        is_saved = any(Path(name, one).is_file() for one in (_SPLITS, _STATE))
+        folder = URL if "://" in name else Saved if is_saved else Folder
+        kind = next((found for found, suffix in kinds if lower.endswith(suffix)), folder)
         if lower.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             raise DataError(f"{name} is compressed: an image in it cannot be reached by itself. Give plain .tar files.")
-    if (image or ids) and kind is not Parquet:
-        raise DataError(f"{name} has no columns: --image-column and --id-column go with *.parquet.")
+    if (image or ids) and kind not in (Parquet, Saved):
+        raise DataError(f"{name} has no columns: --image-column and --id-column go with *.parquet and saved data sets.")
     with needed("embed", "embed"):
         made: Any = kind
         opened: Inputs = made(name, image=image, ids=ids)
@@ -261,16 +298,18 @@ def _check_any(found: Sequence[Any], where: str) -> None:
         raise DataError(f"there is no image {where}.")
 
 
-def _expanded(pattern: str) -> list[str]:
-    """Return the files of a pattern: `{000..009}`, `*`, or a folder with all that is in it."""
+def _expanded(pattern: str, below: str) -> list[str]:
+    """Return the files of a pattern: `{000..009}`, `*`, or a folder with all in it that are called like `below`."""
     from braceexpand import braceexpand
 
-    found = []
+    found: list[str] = []
     for name in braceexpand(pattern):
-        if "://" in name or not ("*" in name or Path(name).is_dir()):
+        if "://" in name:
+            found += _glob(name) if "*" in name else [name]
+        elif "*" not in name and not Path(name).is_dir():
             found.append(name)
         else:
-            folder, part = (Path(name), "*.parquet") if Path(name).is_dir() else (Path(name).parent, Path(name).name)
+            folder, part = (Path(name), below) if Path(name).is_dir() else (Path(name).parent, Path(name).name)
             found += [str(path) for path in sorted(folder.glob(part)) if not path.name.startswith(".")]
     missing = [path for path in found if "://" not in path and not Path(path).is_file()]
     if missing or not found:
@@ -280,8 +319,17 @@ def _expanded(pattern: str) -> list[str]:
     return found
 
 
-def _are_there(files: Sequence[str]) -> bool:
-    return all("://" in path or Path(path).is_file() for path in files)
+def _glob(url: str) -> list[str]:
+    try:
+        system, pattern = import_fsspec().core.url_to_fs(url)
+        return [system.unstrip_protocol(path) for path in sorted(system.glob(pattern))]
+    except Exception as error:  # every file system has errors of its own: shown as they are, with the URL
+        raise DataError(f"cannot list {url}: {reason_of(error)}") from error
+
+
+def _json(path: str) -> Any:
+    with open_binary(path) as file:
+        return json.loads(file.read())
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int, str]]:
@@ -292,7 +340,8 @@ def _members(path: str) -> Iterator[tuple[str, int, int, str]]:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # a list of all headers would grow with the shard
                 name = member.name
-                if member.isfile() and name.lower().endswith(suffixes):
+                is_hidden = name.rpartition("/")[2].startswith(".")  # as in a folder
+                if member.isfile() and name.lower().endswith(suffixes) and not is_hidden:
                     yield name, member.offset_data, member.size, ""
             # tarfile takes a broken header for the end of the archive
             file.seek(tar.offset)
@@ -300,58 +349,3 @@ def _members(path: str) -> Iterator[tuple[str, int, int, str]]:
                 raise tarfile.ReadError("a broken header")
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         yield "", 0, 0, f"the shard cannot be read after {name or 'its start'}: {reason_of(error)}"
-
-
-def _rows(path: str, image: str | None, ids: str | None) -> Iterator[tuple[str, Place]]:
-    import pyarrow.parquet as pq
-
-    try:
-        with open_binary(path) as opened, pq.ParquetFile(opened) as file:
-            column = _column(file.schema_arrow, image, path)
-            if ids is not None and ids not in file.schema_arrow.names:
-                raise unknown_name(f"column of {path}", ids, file.schema_arrow.names)
-            is_text = _holds_paths(file.schema_arrow.field(column).type)
-            wanted = [*([column] if is_text else []), *([ids] if ids else [])]
-            shard, count = path.rpartition("/")[2], 0
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=wanted) if wanted else None
-                names = table[ids].to_pylist() if table is not None and ids else None
-                paths = table[column].to_pylist() if table is not None and is_text else None
-                for row in range(file.metadata.row_group(group).num_rows):
-                    name = f"{shard}#{count}" if names is None else str(names[row])
-                    count += 1
-                    yield (
-                        name,
-                        Place(path, row=(group, row), column=column) if paths is None else beside(paths[row], path),
-                    )
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"cannot read {path}: {reason_of(error)}") from error
-
-
-def _holds_paths(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _holds_images(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name in ("bytes", "path") for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _column(schema: Any, image: str | None, path: str) -> str:
-    """Return the column of images: the one named, else the only one of bytes, else one with a usual name."""
-    if image is not None and image not in schema.names:
-        raise unknown_name(f"column of {path}", image, schema.names)
-    fitting = [field.name for field in schema if _holds_images(field.type)]
-    named = [name for name in _COLUMNS if name in schema.names and _holds_paths(schema.field(name).type)]
-    chosen = image or (fitting[0] if len(fitting) == 1 else named[0] if not fitting and named else None)
-    if chosen is None or not (_holds_images(schema.field(chosen).type) or _holds_paths(schema.field(chosen).type)):
-        raise DataError(
-            f"which column of {path} are the images? It has {', '.join(f'{one.name} ({one.type})' for one in schema)}: "
-            "give one of bytes, or of paths, by --image-column."
-        )
-    return chosen

@@ -1,19 +1,21 @@
-"""Where the bytes of one image are, and how they are fetched: a file, a URL, a part of a .tar, a cell of Parquet."""
+"""Where the bytes of one image are, and how they are fetched: a file, a URL, a part of a .tar, a cell of a table."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from tokenmerge.data.sources import needed
 
-__all__ = ["Place", "as_text", "beside", "import_fsspec", "open_binary", "reason_of"]
+__all__ = ["Place", "as_text", "beside", "import_fsspec", "is_there", "open_binary", "open_table", "reason_of"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of an image are: a file or URL, a part of it, a cell of Parquet, or nowhere, with the reason."""
+    """Where the bytes of an image are: a file or URL, a part of it, a cell of a table, or nowhere, with the reason."""
 
     path: str
     start: int = 0  # first byte
@@ -58,10 +60,28 @@ _kept: list[Any] = []  # key and cells of the row group that was read last: rows
 
 
 def _column(path: str, group: int, name: str) -> Any:
+    with open_table(path) as (_, _, read):
+        return read(group, [name])[name]
+
+
+@contextmanager
+def open_table(path: str) -> Iterator[tuple[Any, list[int], Callable[[int, list[str]], Any]]]:
+    """Give schema, rows of each group, and a function that reads columns of a group, of a file of Parquet or Arrow.
+
+    A file `*.arrow` (a stream) is one group. Raises what the libraries raise.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open_binary(path) as opened, pq.ParquetFile(opened) as file:
-        return file.read_row_group(group, columns=[name])[name]
+    if path.endswith(".arrow"):
+        # mapped, and not read, where it lies on a disk
+        with open_binary(path) if "://" in path else pa.memory_map(path) as opened:
+            table = pa.ipc.open_stream(opened).read_all()
+            yield table.schema, [table.num_rows], lambda group, columns: table.select(columns)
+    else:
+        with open_binary(path) as opened, pq.ParquetFile(opened) as file:
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            yield file.schema_arrow, counts, lambda group, columns: file.read_row_group(group, columns=columns)
 
 
 def beside(name: str | None, table: str) -> Place:
@@ -78,6 +98,18 @@ def open_binary(path: str) -> IO[bytes]:
         return Path(path).open("rb")
     opened: IO[bytes] = import_fsspec().open(path, "rb").open()
     return opened
+
+
+def is_there(path: str) -> bool:
+    """Return whether a file, a folder or a URL can be reached."""
+    if "://" not in path:
+        return Path(path).exists()
+    try:
+        system, name = import_fsspec().core.url_to_fs(path)
+        system.invalidate_cache()
+        return bool(system.exists(name))
+    except Exception:  # every file system has errors of its own
+        return False
 
 
 def import_fsspec() -> Any:

@@ -25,14 +25,12 @@ class Rows:
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
-        self.clear()
+        self._clear()
 
-    def clear(self) -> None:
-        """Begin the next shard."""
+    def _clear(self) -> None:
         self._good: list[tuple[Item, tuple[int, int]]] = []
         self._found: list[Tensor] = []
-        self.failures: list[dict[str, str]] = []
-        self._unread: list[dict[str, str]] = []
+        self._failures: list[tuple[dict[str, str], bool]] = []
 
     def __len__(self) -> int:
         return len(self._good)
@@ -45,13 +43,17 @@ class Rows:
 
     def fail(self, item: Item, reason: str, unread: bool = False) -> None:
         """Add an image without a row, and why; `unread` if its bytes may have been out of reach."""
-        self.failures.append({"id": item[0], "path": item[1], "reason": reason})
-        if unread:
-            self._unread.append(self.failures[-1])
+        self._failures.append(({"id": item[0], "path": item[1], "reason": reason}, unread))
 
     def forget_unread(self) -> None:
         """Drop the failures that the source may be to blame for."""
-        self.failures = [one for one in self.failures if one not in self._unread]
+        self._failures = [(one, unread) for one, unread in self._failures if not unread]
+
+    def taken(self) -> tuple[Any, list[dict[str, str]]]:
+        """Return the rows as a table, and the failures, and begin the next shard."""
+        table, failures = self.table(), [one for one, _ in self._failures]
+        self._clear()
+        return table, failures
 
     def table(self) -> Any:
         """Return the rows as an Arrow table, which also holds what made them, as metadata."""

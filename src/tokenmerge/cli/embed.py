@@ -16,7 +16,10 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `tokenmerge embed`."""
     model_argument(parser)
-    text = "a folder (all below it), a text file of paths, 'shards-{000..009}.tar', '*.parquet', or a URL (s3://...)"
+    text = (
+        "a folder (all below it, or what datasets saved there), a text file of paths, 'shards-{000..009}.tar', "
+        "'*.parquet', or a URL (s3://...)"
+    )
     parser.add_argument("--data", required=True, metavar="SOURCE", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder that is written, and gone on with")
     parser.add_argument(
@@ -25,6 +28,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", type=read_r, metavar="R", help=TEXT_FORMS)
     text = "embedding, logits (labels with scores are written) or dense, a feature for every place (%(default)s)"
     parser.add_argument("--output", default="embedding", help=text)
+    text = "local (processes of this machine) or ray (the cluster of RAY_ADDRESS, else this machine) (%(default)s)"
+    parser.add_argument("--engine", default="local", metavar="NAME", help=text)
+    text = "models at once: a process and a GPU for each (1); of ray, actors at most (GPUs, or half of the CPUs)"
+    parser.add_argument("--models", type=int, metavar="N", help=text)
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images in a forward (%(default)s)")
     parser.add_argument("--workers", type=int, help="processes that decode images (one for each core)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
@@ -48,12 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Embed a source into a folder and say what bounded it; 1 if no image could be read."""
     from tokenmerge.batch.decoding import MAX_PIXELS
     from tokenmerge.batch.embedder import Embedder
-    from tokenmerge.batch.folder import check_folder, needs_parquet
+    from tokenmerge.batch.folder import check_folder
     from tokenmerge.batch.inputs import check_unique, open_inputs
-    from tokenmerge.batch.job import embed
+    from tokenmerge.batch.job import check_engine, embed
     from tokenmerge.report.progress import Progress
 
-    needs_parquet()
+    check_engine(arguments.engine)
     check_folder(arguments.out)
     inputs = open_inputs(arguments.data, image=arguments.image_column, ids=arguments.id_column)
     inputs = check_unique(inputs, arguments.duplicates)
@@ -76,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
             embedder,
             inputs,
             arguments.out,
+            engine=arguments.engine,
+            models=arguments.models,
             batch_size=arguments.batch_size,
             workers=arguments.workers,
             shard_rows=arguments.shard_rows,
