@@ -16,10 +16,11 @@ from torch import nn
 import tokenmerge
 from helpers import answer, randomised, tiny_vit
 from tokenmerge import MergeConfig, methods
+from tokenmerge.cli import main
 from tokenmerge.config import Fingerprint
 from tokenmerge.errors import ConfigError, DataError, NotPatchedError, UnsupportedError
 from tokenmerge.tools import pretrained
-from tokenmerge.tools.models import load_model
+from tokenmerge.tools.models import configuration_beside, load_model
 
 FIGURES = {"speed-up": 2.0125, "batch size": 4, "environment": {"device": "a | b", "torch": "2.x"}}
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
@@ -334,3 +335,27 @@ def test_what_was_measured_goes_on(tmp_path: Path) -> None:
     tokenmerge.patch(model, config)
     tokenmerge.save_pretrained(model, tmp_path / "fast")
     assert MergeConfig.load(tmp_path / "fast" / "merge.json").measured == FIGURES
+
+
+def test_what_load_does_not_apply_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = _timm()
+    tokenmerge.patch(model, r=[4, 2])
+    tokenmerge.save_pretrained(model, "fast")
+    said = (
+        r"^fast holds merge\.json, which load does not apply. By it merges tokenmerge\.from_pretrained\('fast'\), or "
+    )
+    with pytest.warns(UserWarning, match=said):
+        plain = tokenmerge.load("fast")
+    assert tokenmerge.handle_of(plain, None) is None
+    with pytest.warns(UserWarning, match=said):
+        assert tokenmerge.Embedder("fast").merging == ""
+    assert "r=[4, 2]" in tokenmerge.Embedder("fast", "fast/merge.json").merging  # a warning would be an error here
+    line = "fast holds merge.json, which is not applied: --config fast/merge.json does.\n"
+    for options, is_said in (([], True), (["--config", "fast/merge.json"], False)):
+        assert main(["doctor", "fast", "-b", "1", *([] if options else ["-r", "2"]), *options]) in (0, 1)
+        assert (line in capsys.readouterr().err) is is_said
+    (tmp_path / "fast/recipe.json").write_text("{}")
+    assert configuration_beside("fast") == Path("fast/merge.json") and configuration_beside("reference") is None

@@ -17,10 +17,14 @@ from torch import Tensor
 
 from tokenmerge.batch.places import Place
 from tokenmerge.data.opening import decode
+from tokenmerge.data.preprocessing import Preprocessing
+from tokenmerge.errors import DataError
 
-__all__ = ["MAX_PIXELS", "Decoder", "Piece", "Read", "work"]
+__all__ = ["EXACT", "FAST", "MAX_PIXELS", "Decoder", "Piece", "Read", "draft_of", "work"]
 
 MAX_PIXELS = 178_956_970  # where PIL itself speaks of a decompression bomb
+EXACT, FAST = "exact", "fast"  # ways to decode
+_KEPT = 2  # times the side that is resized to: what "fast" decodes at least
 IDLE = -1
 
 
@@ -60,6 +64,27 @@ class Decoder:
             )
         if self.draft is not None:
             image.draft(None, (self.draft, self.draft))
+
+
+def draft_of(way: str, prepare: Preprocessing) -> int | None:
+    """Return the `draft` of a `Decoder` for a way to decode: "exact" (None), "fast", or a number of pixels.
+
+    "fast" keeps at least twice the side that images are resized to, so that resizing still averages over pixels. Raises
+    `DataError` for another way, and for "fast" where the preprocessing does not say to which size it resizes.
+    """
+    if way == EXACT:
+        return None
+    if way.isdecimal() and int(way) > 0:
+        return int(way)
+    if way != FAST:
+        raise DataError(f"--decode is {way}: give {EXACT}, {FAST}, or the least number of pixels of a side.")
+    sides = prepare.resize if prepare.interpolation else None
+    if sides is None:
+        raise DataError(
+            f"--decode {FAST} keeps twice the side that images are resized to, and this model's are prepared by "
+            f"{prepare}: give that number, as --decode 448."
+        )
+    return _KEPT * (sides if isinstance(sides, int) else max(sides))
 
 
 @dataclass

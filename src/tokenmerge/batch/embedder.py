@@ -22,7 +22,7 @@ from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.measure.outputs import find_device, find_dtype, run_images
 from tokenmerge.schedule import R
-from tokenmerge.tools.models import apply_method, check_takes_images, load, place_of, read_method
+from tokenmerge.tools.models import apply_method, check_takes_images, load, load_unmerged, place_of, read_method
 
 __all__ = ["Embedder"]
 
@@ -72,7 +72,8 @@ class Embedder:
         self.device = find_device(_best() if device == "auto" else device)
         self.name = model if isinstance(model, str) else type(model).__qualname__
         if isinstance(model, str):
-            model = load(model, pretrained=pretrained, trust_pickle=trust_pickle)
+            opened = load if config is None and r is None else load_unmerged
+            model = opened(model, pretrained=pretrained, trust_pickle=trust_pickle)
         else:
             model = copy.deepcopy(model).eval()  # its weights too: they change device and dtype
         check_takes_images(model, self.name)
@@ -119,12 +120,26 @@ class Embedder:
             values = batch["pixel_values"]
             images = list(values if isinstance(values, Tensor) else torch.as_tensor(_array(values)))
         elif self.column in batch:
-            images = [self.prepare(_image(found, place)) for place, found in enumerate(batch[self.column])]
+            images = [self.read(found, f"image {place} of the batch") for place, found in enumerate(batch[self.column])]
         else:
             raise DataError(f"the batch has no column {self.column!r}; it has {', '.join(batch) or 'none'}.")
         found = self.run_all(images).numpy()
         rest = {name: value for name, value in batch.items() if name not in (self.column, "pixel_values")}
         return {**rest, self.output: found, **(_likeliest(found) if self.output == "logits" else {})}
+
+    def read(self, image: Any, name: str = "the image") -> Tensor:
+        """Return one image, as a batch holds it, as the model takes it: `[C, H, W]`, for `pixel_values` or `run_all`.
+
+        A server reads each request by itself: one that is broken must not cost the others. Raises `DataError` with its
+        name for what cannot be read.
+        """
+        found = _image(image, name)
+        try:
+            return self.prepare(found)
+        except TokenMergeError:
+            raise
+        except Exception as error:  # of whatever prepares it
+            raise DataError(f"{name}: {found.size[0]} x {found.size[1]} pixels cannot be prepared: {error}.") from error
 
     def run(self, images: Tensor) -> Tensor:
         """Return the output `[B, ...]` for prepared images `[B, C, H, W]`, float32 on the CPU.
@@ -209,12 +224,11 @@ def _likeliest(logits: Any) -> dict[str, Any]:
     return {"label": labels.numpy(), "score": scores.numpy()}
 
 
-def _image(found: Any, place: int) -> Any:
-    """Return a PIL image; raises `DataError` with its place in the batch."""
+def _image(found: Any, name: str) -> Any:
+    """Return a PIL image; raises `DataError` with its name."""
     import numpy as np
     from PIL import Image
 
-    name = f"image {place} of the batch"
     if isinstance(found, Mapping) and {"bytes", "path"} >= {*found} and found:
         found = found.get("bytes") or found.get("path")
     try:

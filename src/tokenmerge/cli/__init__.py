@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
-from tokenmerge.cli import embed, explore, train, tune, viz, vlm
+from tokenmerge.cli import embed, explore, retrieval, train, tune, viz, vlm
 from tokenmerge.cli.completion import SHELLS, PrintCompletion
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
-from tokenmerge.cli.models import open_model
+from tokenmerge.cli.models import open_model, unapplied
 from tokenmerge.cli.options import (
     CALIBRATE_HELP,
     METHOD_HELP,
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         _parser().parse_args(given, arguments)
-        with quiet(arguments.quiet):
+        with quiet(arguments.quiet), unapplied(arguments):
             return int(arguments.run(arguments))
 
     return ended(run, arguments)
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     model_arguments(evaluate)
     data_arguments(evaluate)
     evaluate.add_argument("--bound", action="store_true", help="time the free bound of each r beside it")
+    retrieval.add(evaluate)
     evaluate.add_argument("--out", nargs="+", metavar="FILE", help=_OUT_HELP)
     _compare_parser(commands)
 
@@ -243,24 +244,26 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from tokenmerge.batch.retrieval import Retrieval, retrieve
     from tokenmerge.report.progress import Progress
-    from tokenmerge.tools.evaluate import evaluate
+    from tokenmerge.tools.evaluate import Evaluation, evaluate
 
     out = _out(arguments.out)
+    retrieval.check(arguments, out)
     method, own = method_of(arguments)
     model, data = model_and_data(arguments)
+    options = {
+        "method": method,
+        "device": arguments.device,
+        "rs": arguments.r or ([0, 8, 16] if own is None else [own]),
+    }
+    options |= calibration_of(arguments, model)
     with Progress("images") as progress:
-        result = evaluate(
-            model,
-            data,
-            restore=arguments.restore,
-            rs=arguments.r or ([0, 8, 16] if own is None else [own]),
-            method=method,
-            device=arguments.device,
-            bound=arguments.bound,
-            progress=progress,
-            **calibration_of(arguments, model),
-        )
+        if arguments.retrieval:
+            result: Evaluation | Retrieval = retrieve(model, data, progress=progress, **options)
+        else:
+            options |= {"restore": arguments.restore, "bound": arguments.bound}
+            result = evaluate(model, data, progress=progress, **options)
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
     _print(arguments, result, title, out)
     return 0

@@ -43,8 +43,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--duplicates", default="refuse", metavar="WAY", help=text)
     text = "larger images are refused by their header, before they are decoded (178,956,970)"
     parser.add_argument("--max-pixels", type=int, metavar="N", help=text)
-    text = "decode JPEGs at 1/2, 1/4 or 1/8, with sides of at least N pixels: faster, embeddings change a little"
-    parser.add_argument("--draft", type=int, metavar="N", help=text)
+    text = (
+        "exact, or fast: large JPEGs at 1/2, 1/4 or 1/8, with at least twice the pixels that the model needs (or sides "
+        "of N pixels); embeddings change a little (%(default)s)"
+    )
+    parser.add_argument("--decode", default="exact", metavar="WAY", help=text)
     parser.add_argument("--shard-rows", type=int, default=10_000, metavar="N", help="rows of a file (%(default)s)")
     parser.add_argument("--retry-failures", action="store_true", help="read again what could not be read before")
     preparing_arguments(parser)
@@ -53,7 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Embed a source into a folder and say what bounded it; 1 if no image could be read."""
-    from tokenmerge.batch.decoding import MAX_PIXELS
+    from tokenmerge.batch.decoding import MAX_PIXELS, draft_of
     from tokenmerge.batch.embedder import Embedder
     from tokenmerge.batch.folder import check_folder
     from tokenmerge.batch.inputs import check_unique, open_inputs
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             shard_rows=arguments.shard_rows,
             max_pixels=MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels,
-            draft=arguments.draft,
+            draft=draft_of(arguments.decode, embedder.prepare),
             retry=arguments.retry_failures,
             progress=progress,
         )

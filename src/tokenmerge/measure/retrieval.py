@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LEAST", "NEAREST", "nearest", "recalls"]
+__all__ = ["LEAST", "MOST", "NEAREST", "found_again", "nearest", "recalls"]
 
 NEAREST = 10  # neighbours that are looked for
 LEAST = 50  # images: among fewer, chance finds many of the neighbours
+MOST = 20_000  # images: every one is compared with every other
 _AT_ONCE = 1024  # queries: the scores of all would not fit in memory
 
 
@@ -19,11 +20,13 @@ def recalls(merged: Tensor, unmerged: Tensor, k: int = NEAREST) -> tuple[float, 
     images embedded by the merged model, and with its embeddings as queries in an index of the unmerged one.
     """
     wanted = nearest(unmerged, unmerged, k)
-    anew, mixed = (
-        float((wanted[:, :, None] == nearest(merged, index, k)[:, None, :]).any(dim=2).float().mean())
-        for index in (merged, unmerged)
-    )
+    anew, mixed = (found_again(wanted, nearest(merged, index, k)) for index in (merged, unmerged))
     return anew, mixed
+
+
+def found_again(wanted: Tensor, found: Tensor) -> float:
+    """Return the share of the neighbours that are wanted, `[N, k]`, that are among those found, `[N, k]`."""
+    return float((wanted[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
 
 
 def nearest(queries: Tensor, index: Tensor, k: int) -> Tensor:

@@ -19,12 +19,12 @@ from tokenmerge.handle import attached, handle_of
 from tokenmerge.measure.counting import Count, count
 from tokenmerge.measure.outputs import answer, return_freed, run_images, shared_copy
 from tokenmerge.measure.quality import Judge, Question
+from tokenmerge.measure.retrieval import MOST
 from tokenmerge.measure.timing import interleave
 
 __all__ = ["BOUND", "Seen", "Trial"]
 
 _KEPT = 2**28  # bytes of unmerged outputs to keep: 67,000 images with 1000 classes
-_EMBEDDED = 20_000  # images whose embeddings are kept: every one is compared with every other
 BOUND = "drop"  # the method that removes tokens at no cost
 OnProgress = Callable[[int, int], None]  # done, total
 
@@ -99,9 +99,9 @@ class Trial:
             expected = self._expected(turn, images, None if own is None else answers[own])
             for model, one, got in zip(models, seen, answers, strict=True):
                 one.judge.add(got, expected, labels.to(self.device))
-                if self.question.keeps_embeddings and done < _EMBEDDED:
+                if self.question.keeps_embeddings and done < MOST:
                     found = self.question.embedded(got, self.tokens[0], self.protected)
-                    one.judge.embeddings += [] if found is None else [found[: _EMBEDDED - done].float().cpu()]
+                    one.judge.embeddings += [] if found is None else [found[: MOST - done].float().cpu()]
                 handle = handle_of(model, None)
                 for layer, left in enumerate(handle.tokens if handle else ()):
                     one.tokens[layer : layer + 1] = [(one.tokens[layer] if turn else 0.0) + left * len(images)]

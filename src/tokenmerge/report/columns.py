@@ -116,6 +116,9 @@ RECALL = Column[float](
 RECALL_MIXED = Column[float](
     "recall@10 old", "the same with merged queries in an index of unmerged embeddings", rank=12
 )
+SEARCH = Column[str]("search", "which embeddings are searched for, in an index of which", rank=2)
+RECALL_FIRST = Column[float]("recall@1", "the share of images whose nearest stays the nearest", rank=4)
+RECALL_TEN = Column[float]("recall@10", "the share of each image's 10 nearest that are found", rank=5)
 KL = Column[float]("KL", "the mean KL divergence from the unmerged model's answers", "nats", rank=17)
 DAMAGE = Column[float]("damage", "the squared distance from the unmerged answers, relative to their length", rank=6)
 # time

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,11 +37,13 @@ __all__ = [
     "call_function",
     "check_takes_images",
     "choices_of",
+    "configuration_beside",
     "file_name",
     "has_weights",
     "import_timm",
     "load",
     "load_model",
+    "load_unmerged",
     "own_r",
     "place_of",
     "read_method",
@@ -159,10 +162,28 @@ def load(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> n
         pretrained: take the weights of the host, which may download them; else new ones.
         trust_pickle: load a pickle, which runs the code that it holds.
 
-    The model knows how its images are prepared: `tokenmerge.data.prepare.find_preprocessing(model)`. Raises
-    `UnknownNameError` (with the nearest name), `ConfigError` for a name that is a host's and a file's, `DataError` for
-    a file, a folder or a repository without a model, `UnsupportedError` for a host that is missing or cannot build it.
+    The model knows how its images are prepared: `tokenmerge.data.prepare.find_preprocessing(model)`. Warns where a
+    folder holds a `merge.json`: it is not applied, `from_pretrained` does that. Raises `UnknownNameError` (with the
+    nearest name), `ConfigError` for a name that is a host's and a file's, `DataError` for a file, a folder or a
+    repository without a model, `UnsupportedError` for a host that is missing or cannot build it.
     """
+    model = load_unmerged(name, pretrained=pretrained, trust_pickle=trust_pickle)
+    if (path := configuration_beside(name)) is not None:
+        is_run = any(is_file(path.parent / mark) for mark in _FOLDERS)
+        whole = "" if is_run else f"tokenmerge.from_pretrained({str(path.parent)!r}), or "
+        said = f"{path.parent} holds {CONFIGURATION}, which load does not apply. By it merges"
+        warnings.warn(f"{said} {whole}patch(model, {str(path)!r}).", stacklevel=2)
+    return model
+
+
+def configuration_beside(name: str) -> Path | None:
+    """Return the `merge.json` in the folder that a name means; None for other names and folders."""
+    place = place_of(name) if name.strip() else None
+    return place / CONFIGURATION if place is not None and is_file(place / CONFIGURATION) else None
+
+
+def load_unmerged(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> nn.Module:
+    """Return what `load` does, without its warning: for callers that merge it, or say so themselves."""
     for mark, (module, function) in _FOLDERS.items():
         if name and is_file(Path(name) / mark):
             loads = getattr(importlib.import_module(module), function)
