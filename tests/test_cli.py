@@ -216,6 +216,7 @@ def test_bench_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     text = f"bench {name} -r 0.1 [4,2] -b 1 2 --method drop --dtype bfloat16 --compile --compare --training --rounds 3"
     assert main([*text.split(), "--device", "cpu", "--input-size", "3", "48", "48"]) == 0
     given.pop("progress")
+    assert callable(given.pop("so_far"))
     assert given == {
         "rs": [0.1, [4, 2]],
         "batches": [1, 2],

@@ -7,12 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenmerge import __version__, describe, handle_of, list_methods
-from tokenmerge.cli import embed, explore, retrieval, train, tune, viz, vlm
+from tokenmerge.cli import bench, embed, explore, retrieval, train, tune, viz, vlm
 from tokenmerge.cli.completion import SHELLS, PrintCompletion
 from tokenmerge.cli.examples import epilog
 from tokenmerge.cli.exits import ended
@@ -33,15 +32,11 @@ from tokenmerge.cli.options import (
     read_r,
     said_of,
 )
+from tokenmerge.cli.printing import OUT_HELP, check_out, print_table
 from tokenmerge.cli.quiet import quiet
 from tokenmerge.schedule import TEXT_FORMS
 
-if TYPE_CHECKING:
-    from tokenmerge.report.table import Table
-
 __all__ = ["main"]
-
-_OUT_HELP = "also write the rows to these .csv, .json, .md, .html, .tex, and draw them into these .png, .svg, .pdf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,28 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-b", "--batch-size", type=int, default=32, help="%(default)s is fastest unmerged on a CPU")
     demo.add_argument("-r", type=read_r, nargs="+", default=[0, 4, 8, 12, 16], metavar="R", help=TEXT_FORMS)
 
-    _bench_parser(commands)
+    bench.add(_command(commands, "bench", bench.run, "time a model merged, unmerged and at the free bound"))
     evaluate = _command(commands, "eval", _evaluate, "accuracy and speed over labelled images, several r in one pass")
     model_arguments(evaluate)
     data_arguments(evaluate)
     evaluate.add_argument("--bound", action="store_true", help="time the free bound of each r beside it")
     retrieval.add(evaluate)
-    evaluate.add_argument("--out", nargs="+", metavar="FILE", help=_OUT_HELP)
+    evaluate.add_argument("--out", nargs="+", metavar="FILE", help=OUT_HELP)
     _compare_parser(commands)
-
-    doctor = _command(
-        commands,
-        "doctor",
-        _doctor,
-        "check a model: is it supported, are the results exact, is it faster, what is limited",
-    )
-    model_argument(doctor)
-    doctor.add_argument("-r", type=read_r, help=f"{TEXT_FORMS} (8)")
-    doctor.add_argument("--config", metavar="FILE", help="a saved configuration: does it fit, is it as fast as it says")
-    doctor.add_argument("-b", "--batch-size", type=int, default=2)
-    doctor.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
-    preparing_arguments(doctor)
-
+    _doctor_parser(commands)
     _export_parser(commands)
     tune.add(_command(commands, "tune", tune.run, "say what you want, get the configuration; resumes if interrupted"))
     embed.add(
@@ -131,18 +113,19 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     return parser
 
 
-def _bench_parser(commands: Any) -> None:
-    bench = _command(commands, "bench", _bench, "time a model merged, unmerged and at the free bound")
-    model_arguments(bench)
-    bench.add_argument("-b", "--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (%(default)s)")
-    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    bench.add_argument("--compile", action="store_true", help="torch.compile all variants")
-    bench.add_argument("--rounds", type=int, default=20, help="timed rounds per row (%(default)s)")
-    bench.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    bench.add_argument("--out", nargs="+", metavar="FILE", help=_OUT_HELP)
-    bench.add_argument("--compare", action="store_true", help="also time the merged model on the reference kernels")
-    bench.add_argument("--training", action="store_true", help="also the peak memory of a training step")
-    preparing_arguments(bench)
+def _doctor_parser(commands: Any) -> None:
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "check a model: is it supported, are the results exact, is it faster, what is limited",
+    )
+    model_argument(doctor)
+    doctor.add_argument("-r", type=read_r, help=f"{TEXT_FORMS} (8)")
+    doctor.add_argument("--config", metavar="FILE", help="a saved configuration: does it fit, is it as fast as it says")
+    doctor.add_argument("-b", "--batch-size", type=int, default=2)
+    doctor.add_argument("--restore", choices=("dense", "merged"), help=RESTORE_HELP)
+    preparing_arguments(doctor)
 
 
 def _export_parser(commands: Any) -> None:
@@ -193,7 +176,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     title = f"Bundled ViT, {result.images} Fashion-MNIST test images"
-    _print(arguments, result, title)
+    print_table(arguments, result, title)
     print(
         f"Written to {arguments.out}: table.md, table.json, table.tex, plot.png, .svg, .pdf, merged.png",
         file=sys.stderr,
@@ -204,51 +187,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    from tokenmerge.report.progress import Progress
-    from tokenmerge.tools.bench import Bench, bench
-
-    out = _out(arguments.out)
-    method, own = method_of(arguments)
-    model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
-    seen: list[Bench] = []
-    title = f"{arguments.model}, medians of interleaved rounds"
-    try:
-        with Progress("rounds") as progress:
-            result = bench(
-                model,
-                rs=arguments.r or ([0, 8, 16] if own is None else [own]),
-                batches=arguments.batch,
-                method=method,
-                restore=arguments.restore,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                compiled=arguments.compile,
-                compare=arguments.compare,
-                training=arguments.training,
-                rounds=arguments.rounds,
-                input_size=arguments.input_size,
-                label=arguments.model,
-                progress=progress,
-                so_far=seen.append,
-                **calibration_of(arguments, model),
-            )
-    except KeyboardInterrupt:
-        if seen:
-            _print(arguments, seen[-1], f"{title}, interrupted", out)
-            arguments.left = f"{len(seen[-1].rows)} rows were finished"
-        raise
-    result.verdicts[:0] = said_of(arguments, model)
-    _print(arguments, result, title, out)
-    return 0
-
-
 def _evaluate(arguments: argparse.Namespace) -> int:
     from tokenmerge.batch.retrieval import Retrieval, retrieve
     from tokenmerge.report.progress import Progress
     from tokenmerge.tools.evaluate import Evaluation, evaluate
 
-    out = _out(arguments.out)
+    out = check_out(arguments.out)
     retrieval.check(arguments, out)
     method, own = method_of(arguments)
     model, data = model_and_data(arguments)
@@ -265,7 +209,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             options |= {"restore": arguments.restore, "bound": arguments.bound}
             result = evaluate(model, data, progress=progress, **options)
     title = f"{arguments.model} on {result.images} images of {arguments.data}"
-    _print(arguments, result, title, out)
+    print_table(arguments, result, title, out)
     return 0
 
 
@@ -374,31 +318,3 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, text in entries.items():
             print(f"  {name:<16} {text}")
     return 0
-
-
-def _out(paths: Sequence[str] | None) -> list[Path]:
-    """Return the files to write; raises before any work for those that cannot be written."""
-    from tokenmerge.report.plots import require_viz
-    from tokenmerge.report.table import KINDS, PICTURES, check_writable
-
-    found = [check_writable(path, (*KINDS, *PICTURES)) for path in paths or ()]
-    if any(path.suffix in PICTURES for path in found):
-        require_viz()
-    return found
-
-
-def _print(arguments: argparse.Namespace, result: Table[Any], title: str, out: Sequence[Path] = ()) -> None:
-    from tokenmerge.report.table import measured_on, show
-
-    with ExitStack() as after:
-        for path in out:
-            # save even if printing fails (closed pipe), and print even if saving fails (full disk)
-            after.callback(result.save, path, title)
-        if arguments.json:
-            content = {"title": title, "environment": result.environment, "rows": result.rows, "notes": result.remarks}
-            print(json.dumps(content, indent=2))
-            return
-        show(result.table, title, wide=arguments.wide)
-        for note in result.remarks:
-            print(note)
-        print(measured_on(result.environment))

@@ -12,7 +12,6 @@ EXAMPLES = {
     ),
     "eval": (
         "tokenmerge eval my_vit/ --data photos/val -r 0 8 16 --bound --out eval.html eval.pdf",
-        "tokenmerge eval open_clip:ViT-B-32/openai --data photos/val -r 0 4",
         "tokenmerge eval hf:facebook/dinov2-small --data files:photos -r 0 8 --retrieval",
     ),
     "compare": (
