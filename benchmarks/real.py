@@ -4,7 +4,7 @@ images     every method that needs no training, "auto" and tune at three shares 
            neighbour, cosine, KL
 speed      the same rows again: time, over the unmerged model and the free bound (nothing else may run beside it)
 ablation   ToMe's Table 1 and Table 2 on this model
-front      constant r of tome and "auto", with time: the table of the README
+front      constant r of tome (or --methods, "auto" too), with time: the table of the README
 
 CLIP's ViT-B/16 from a file (--weights), or a pretrained model of timm (--model NAME); photographs in folders of
 CLASS/*.jpg (--photographs DIR..., their classes are put together). Cut off, each part goes on where it was.
@@ -234,10 +234,11 @@ def ablation(work: Work) -> None:
 
 
 def front(work: Work) -> None:
-    """Tell accuracy and time of constant r, of "auto" at the same r, and of tune at the same MACs."""
+    """Tell accuracy and time of constant r, with tome or the methods that are asked for."""
     journal = work.journal("front", ["method"])
     names = ("MACs share", "images/s", "speed-up", "over bound", "tokens")
-    for name, r in [("unmerged", 0), *((name, r) for r in (4, 8, 13, 16, 20) for name in ("tome", AUTO))]:
+    methods = work.arguments.methods or ["tome"]
+    for name, r in [("unmerged", 0), *((name, r) for r in (8, 13, 16) for name in methods)]:
         key = f"{name}, {r}"
         if key not in journal.rows:
             twin = work.reduced("tome" if name == "unmerged" else name, r)
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders of CLASS/*.jpg")
     parser.add_argument("--per-class", type=int, help="photographs of each class (all)")
     parser.add_argument("--dtype", default="float32", help="of the model (%(default)s)")
-    parser.add_argument("--methods", nargs="+", help="images: only these")
+    parser.add_argument("--methods", nargs="+", help="images, front: only these")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the MACs (%(default)s)")
     parser.add_argument("-r", type=int, default=16, help="of the ablation (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (%(default)s)")
