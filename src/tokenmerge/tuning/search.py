@@ -23,6 +23,7 @@ __all__ = ["FRONT", "Candidate", "Search"]
 FRONT = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # shares of the MACs at which what is solved is measured, on the way
 _PROBE = 0.75  # what a probe adds to the weight of a block; the mean weight is 1
 _STEPS = (0.35, 0.8, 1.6)  # how far the weight of the most sensitive block moves
+_SOLVED = 3 + len(_STEPS)  # candidates that a share is solved with: constant, start, as alike, and one for each step
 _PASSES = 2  # over the options of a method
 _CERTAIN = 1.0  # standard errors by which another option must be better on the screening images
 _LEAST_GAIN = 0.02  # share of the damage; a round of probes that gains less is the last
@@ -64,14 +65,13 @@ class Search:
     @property
     def searched(self) -> int:
         """How many candidates are about to be tried on the images to search on, for one target, after the probes."""
-        first = 3 + len(_STEPS)
         each = self.subject.depth + len(_STEPS)
-        return min(first, self.budget) + each * min(3, max(0, self.budget - first) // each)
+        return min(_SOLVED, self.budget) + each * min(3, max(0, self.budget - _SOLVED) // each)
 
     @property
     def goes_on(self) -> bool:
         """Whether the budget allows more than what is solved."""
-        return self.budget >= 3 + 2 * len(_STEPS) + self.subject.depth
+        return self.searched > _SOLVED
 
     @property
     def start(self) -> Candidate:
