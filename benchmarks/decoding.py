@@ -22,15 +22,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from photographs import TOWER, tower
 from PIL import Image
-from safetensors.torch import load_file
 from tables import write
 
 from tokenmerge import Embedder
 from tokenmerge.batch.decoding import FAST, Decoder, draft_of
 from tokenmerge.measure.timing import environment
 
-TOWER = "vit_base_patch16_clip_quickgelu_224.openai"
 Read = Callable[[bytes], torch.Tensor]
 
 
@@ -46,10 +45,8 @@ def main() -> None:
     parser.add_argument("--note", action="append", default=[], help="a line below the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tower = timm.create_model(TOWER, pretrained=False, num_classes=512).eval()
-    if arguments.weights:
-        tower.load_state_dict(load_file(arguments.weights))
-    embedder = Embedder(tower, device="cpu")
+    model = tower(arguments.weights) if arguments.weights else timm.create_model(TOWER, pretrained=False).eval()
+    embedder = Embedder(model, device="cpu")
     files = [path.read_bytes() for path in sorted(arguments.photographs.rglob("*.jpg"))]
     step = max(1, len(files) // arguments.many)
     large = [enlarged(content, arguments.enlarged) for content in files[::step][: arguments.many]]

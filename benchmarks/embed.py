@@ -30,9 +30,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from photographs import tower
 from PIL import Image
 from tables import RESULTS, write
-from tune import TOWER
 
 from tokenmerge import Embedder, assets
 from tokenmerge.batch.inputs import open_inputs
@@ -74,11 +74,7 @@ def small(arguments: argparse.Namespace) -> None:
 
 def clip(arguments: argparse.Namespace) -> None:
     """Embed photographs with a CLIP tower."""
-    import timm
-    from safetensors.torch import load_file
-
-    model = timm.create_model(TOWER, pretrained=False, num_classes=512)
-    model.load_state_dict(load_file(arguments.weights))
+    model = tower(arguments.weights)
     source = arguments.photographs
     rows = _rates(arguments, "clip", source, lambda r: Embedder(model, r=r, device="cpu"))
     _publish("embed-clip", f"Embedding {len(open_inputs(source)):,} photographs with a CLIP ViT-B/16", rows)

@@ -11,9 +11,9 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import tokenmerge
 from tokenmerge.errors import DataError
 
 TOWER = "vit_base_patch16_clip_quickgelu_224.openai"
@@ -24,16 +24,9 @@ TEMPERATURE = 30.0  # of the probe's cosines
 
 def tower(weights: Path | None, name: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return CLIP's ViT-B/16 with the weights of a file, or a pretrained model of timm without its head."""
-    if weights is None:
-        return timm.create_model(name or TOWER, pretrained=True, num_classes=0 if name else 512).eval().to(dtype)
-    model = timm.create_model(TOWER, pretrained=False, num_classes=512)
-    state = load_file(weights)
-    own = model.state_dict()
-    different = sorted({*own} ^ {*state}) or [key for key in own if own[key].shape != state[key].shape]
-    if different:
-        raise DataError(f"{weights} holds other weights than {TOWER} has: {', '.join(different[:5])}.")
-    model.load_state_dict(state)
-    return model.eval().to(dtype)
+    if weights is not None:
+        return tokenmerge.load(f"timm:{TOWER}/{weights}").to(dtype)
+    return timm.create_model(name, pretrained=True, num_classes=0).eval().to(dtype)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import skimage.data
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 import tokenmerge
@@ -45,9 +43,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, help="a folder of CLASS/x.jpg, for the explorer's classes")
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), metavar="NAME")
     arguments = parser.parse_args()
-    model = timm.create_model(TOWER, pretrained=False, num_classes=512)
-    model.load_state_dict(load_file(arguments.weights))
-    model.eval()
+    model = tokenmerge.load(f"timm:{TOWER}/{arguments.weights}")
     for name in arguments.only:
         PICTURES[name](model, arguments.photographs)
         print(f"{name} is drawn", flush=True)

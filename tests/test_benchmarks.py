@@ -23,6 +23,7 @@ import tokenmerge
 from tokenmerge import kernels
 from tokenmerge.errors import DataError, UnknownNameError, UnsupportedError
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Capture = pytest.CaptureFixture[str]
 SLOWER = Bar("over bound", "<=", 1000.0)
 MODEL = ModelCase("tiny-model", "tiny", "test_vit", 160, 2, 8, bars=(SLOWER,))
@@ -44,6 +45,14 @@ def _one_thread() -> Any:
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def test_every_script_finds_what_it_imports() -> None:
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+    assert {"embed", "real", "tune"} <= {*names}
+    code = f"import sys; sys.argv = ['x']; import {', '.join(names)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_groups_and_their_bars() -> None:
