@@ -78,7 +78,10 @@ class Features:
 
     def figures(self, twin: nn.Module | None = None) -> dict[str, Any]:
         """Return the figures of a patched copy of the model, or of the unmerged model."""
-        got = self.unmerged if twin is None else features(twin, self.data.images)
+        return self.of(self.unmerged if twin is None else features(twin, self.data.images))
+
+    def of(self, got: Tensor) -> dict[str, Any]:
+        """Return the figures of embeddings `[N, C]` of the photographs."""
         right = self._right(got, [self.unmerged] * len(self.splits))
         both = self._right(got, [got] * len(self.splits))
         changed = (right["probe"] != self.right["probe"]).sum().item()
@@ -253,23 +256,28 @@ def front(work: Work) -> None:
 PARTS: dict[str, Callable[[Work], None]] = {"images": images, "speed": speed, "ablation": ablation, "front": front}
 
 
-def main() -> None:
-    """Run one of the parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--weights", type=Path, help="CLIP ViT-B/16's image tower, .safetensors")
-    parser.add_argument("--model", help="a pretrained model of timm, instead of --weights")
+def reader(about: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """Return what reads the command line: a part, the weights, the photographs."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=list(parts))
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--weights", type=Path, help="CLIP ViT-B/16's image tower, .safetensors")
+    weights.add_argument("--model", help="a pretrained model of timm, instead of --weights")
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders of CLASS/*.jpg")
     parser.add_argument("--per-class", type=int, help="photographs of each class (all)")
     parser.add_argument("--dtype", default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/real"), help="where unfinished rows lie (%(default)s)")
+    return parser
+
+
+def main() -> None:
+    """Run one of the parts."""
+    parser = reader(__doc__, PARTS)
     parser.add_argument("--methods", nargs="+", help="images, front: only these")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the MACs (%(default)s)")
     parser.add_argument("-r", type=int, default=16, help="of the ablation (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (%(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/real"), help="where unfinished rows lie (%(default)s)")
     arguments = parser.parse_args()
-    if (arguments.weights is None) == (arguments.model is None):
-        parser.error("give --weights FILE (the CLIP tower), or --model NAME (a pretrained model of timm)")
     try:
         PARTS[arguments.part](Work(arguments))
     except TokenMergeError as error:

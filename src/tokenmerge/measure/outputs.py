@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-from contextlib import suppress
 
 import torch
 from torch import nn
@@ -18,7 +16,6 @@ __all__ = [
     "find_device",
     "find_dtype",
     "known_size",
-    "return_freed",
     "run_images",
     "shared_copy",
 ]
@@ -52,13 +49,3 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of a model; the copy shares all parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def return_freed() -> None:
-    """Give freed memory back to the system, after forwards whose numbers of tokens will not come again.
-
-    glibc keeps it for tensors of the same sizes; with another schedule every few forwards it grew to twice what one
-    needs. Other systems do so themselves.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

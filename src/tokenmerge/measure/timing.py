@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge._version import __version__
+from tokenmerge.measure.allocator import settle
 from tokenmerge.measure.outputs import answer, find_device, shared_copy
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 ENOUGH_ROUNDS = 5  # with fewer rounds a difference cannot be told from noise
-_LARGE = 31 << 20  # bytes; glibc learns from blocks of up to 32 MiB
 NOISY = 0.1  # share of the median; from here on, look for other running programs
 
 
@@ -87,7 +87,7 @@ def interleave(
     The order changes from round to round, because a variant affects the memory and caches of the next one. With
     `number` > 1 each variant runs that many times in a row, and its time is the mean per call.
     """
-    _settle_allocator()
+    settle()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)
     with torch.inference_mode():
@@ -103,15 +103,6 @@ def interleave(
             if progress is not None:
                 progress(turn + 1, warmup + rounds)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def _settle_allocator() -> None:
-    """Bring the allocator of glibc to where it is in a process that has run for a while.
-
-    Until a block of nearly 32 MiB was freed, it gives large blocks back to the system and asks for them anew in every
-    forward, page by page: an unmerged ViT took a quarter longer in a fresh process, a merged one a tenth.
-    """
-    torch.empty(_LARGE, dtype=torch.uint8)
 
 
 def throughput(

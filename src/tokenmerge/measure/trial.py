@@ -16,8 +16,9 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.data.labelled import Labelled, none_read
 from tokenmerge.errors import DataError, UnsupportedError
 from tokenmerge.handle import attached, handle_of
+from tokenmerge.measure.allocator import return_freed
 from tokenmerge.measure.counting import Count, count
-from tokenmerge.measure.outputs import answer, return_freed, run_images, shared_copy
+from tokenmerge.measure.outputs import answer, run_images, shared_copy
 from tokenmerge.measure.quality import Judge, Question
 from tokenmerge.measure.retrieval import MOST
 from tokenmerge.measure.timing import interleave

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.measure.outputs import return_freed
+from tokenmerge.measure.allocator import return_freed
 from tokenmerge.measure.timing import NOISY, Timing, environment, interleave, peak_memory
 from tokenmerge.tuning.subject import Subject, is_figure
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import DataError, TokenMergeError
 from tokenmerge.handle import attached, handle_of
+from tokenmerge.measure.allocator import large_blocks_returned, return_freed
 from tokenmerge.measure.counting import CostModel
-from tokenmerge.measure.outputs import return_freed
 from tokenmerge.measure.trial import Trial
 from tokenmerge.methods import Reduction
 from tokenmerge.report.journal import Journal
@@ -130,7 +130,7 @@ class Subject:
         """Run the model on images with a method that removes all that it wants to."""
         trial = self.trial("screen")
         reduced = trial.reduced(self.config(method, [self.cost.tokens] * self.depth))
-        with torch.inference_mode():
+        with torch.inference_mode(), large_blocks_returned():
             reduced(images.to(self.device, trial.dtype))
         return_freed()
 
@@ -158,7 +158,8 @@ class Subject:
         return self._twins[settings]
 
     def _computed(self, config: MergeConfig, part: str) -> dict[str, Any]:
-        (seen,) = self.trial(part).judge([self._reduced(config)])
+        with large_blocks_returned():
+            (seen,) = self.trial(part).judge([self._reduced(config)])
         damage = seen.judge.damage
         if not damage.isfinite().all():
             raise DataError(
