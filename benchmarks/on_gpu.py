@@ -30,6 +30,7 @@ from tokenmerge.files import write_file
 from tokenmerge.report.table import as_markdown, save_rows
 
 RIGHT, FAST, MACHINE = "benchmarks.gpu.right", "benchmarks.gpu.fast", "benchmarks.gpu.machine"
+VLM = "benchmarks.gpu.vlm"
 SHAPES = ("b256-h12-n197", "b64-h16-n577", "b1-h12-n197")
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_384", "vit_huge_patch14_224")
 
@@ -97,6 +98,10 @@ STEPS: tuple[Step, ...] = (
         for kind in ("bf16", "fp16")
     ),
     Step("parallel", "gpu-parallel", f"{RIGHT}:parallel", seconds=15),
+    *(
+        Step(f"vlm-{name}-b{batch}", "gpu-vlm", f"{VLM}:vlm", (("name", name), ("batch", batch)), seconds)
+        for name, batch, seconds in (("smolvlm", 1, 30), ("llava", 1, 30), ("llava", 8, 40))
+    ),
     # compiling takes a minute or more, so these come last or in a second run
     *(_model("compiled", model, 150) for model in MODELS[1:]),
     _measured("graphs-compiled", "gpu-graphs", 120, *(f"gpu-graphs-{MODELS[0]}-b{batch}" for batch in (1, 8))),

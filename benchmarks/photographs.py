@@ -75,9 +75,9 @@ def photographs(model: nn.Module, folders: Sequence[Path], per_class: int | None
 
 @torch.inference_mode()
 def features(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the embeddings `[N, C]` of photographs, in float32."""
-    dtype = next(model.parameters()).dtype
-    return torch.cat([model(batch.to(dtype)) for batch in images.split(BATCH)]).float()
+    """Return the embeddings `[N, C]` of photographs, in float32 on the CPU."""
+    like = next(model.parameters())
+    return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)]).float().cpu()
 
 
 def probe(embeddings: Tensor, labels: Tensor) -> nn.Module:

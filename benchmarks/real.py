@@ -42,7 +42,7 @@ import tokenmerge
 from tokenmerge import MergeConfig, ToMe
 from tokenmerge.data.batches import Batches
 from tokenmerge.errors import TokenMergeError
-from tokenmerge.measure.outputs import shared_copy
+from tokenmerge.measure.outputs import find_device, shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.measure.trial import Trial
 from tokenmerge.methods import Drop, Learned, find
@@ -52,7 +52,6 @@ from tokenmerge.tools.models import AUTO, apply_method, read_method
 SHARES = (0.75, 0.5, 0.35)
 CALIBRATION = 64
 TUNED = "tune"
-CPU = torch.device("cpu")
 
 
 class Features:
@@ -119,14 +118,19 @@ class Work:
     def __init__(self, arguments: argparse.Namespace) -> None:
         dtype = getattr(torch, arguments.dtype)
         self.arguments = arguments
-        self.model = tower(arguments.weights, arguments.model, dtype)
+        self.device = find_device(arguments.device)
+        self.model = tower(arguments.weights, arguments.model, dtype).to(self.device)
         self.data = photographs(self.model, arguments.photographs, arguments.per_class)
         batch = [(self.data.images[:BATCH], self.data.labels[:BATCH])]
-        self.trial = Trial(self.model, Batches(batch, int(self.data.labels.max()) + 1), CPU, rounds=arguments.rounds)
-        self.calibration = self.data.images[:: len(self.data.images) // CALIBRATION][:CALIBRATION].to(dtype)
+        self.trial = Trial(
+            self.model, Batches(batch, int(self.data.labels.max()) + 1), self.device, rounds=arguments.rounds
+        )
+        self.calibration = self.data.images[:: len(self.data.images) // CALIBRATION][:CALIBRATION].to(
+            self.device, dtype
+        )
         self._features: Features | None = None
         weights = arguments.weights.name if arguments.weights else arguments.model
-        self.about = {**environment(CPU), "weights": weights, "dtype": arguments.dtype}
+        self.about = {**environment(self.device), "weights": weights, "dtype": arguments.dtype}
         self.notes = [
             f"{len(self.data.images)} photographs of {int(self.data.labels.max()) + 1} classes, dealt three ways: half "
             "of each class to fit on, by unmerged features, half to test on. ± is the standard error of the difference "
@@ -141,13 +145,20 @@ class Work:
 
     def journal(self, part: str, columns: Sequence[str]) -> Journal:
         """Return the rows of a part that are done."""
-        settings = {"photographs": self.data.digest, "weights": self.about["weights"], "dtype": self.about["dtype"]}
+        settings = {"photographs": self.data.digest, **{name: self.about[name] for name in ("weights", "dtype")}}
+        if self.device.type != "cpu":
+            settings["device"] = self.about["device"]
         path = self.arguments.work / f"{part}.json"
         return Journal(path, "measurement", settings, version=1, columns=columns, hint="Give another folder (--work).")
 
     def place(self, key: str) -> Path:
         """Return the file of a row's configuration."""
         return self.arguments.work / "configs" / f"{key}.json"
+
+    def write(self, name: str, title: str, rows: list[dict[str, Any]], notes: Sequence[str]) -> None:
+        """Write a table; of another device than the CPU beside that of the CPU."""
+        name += "" if self.device.type == "cpu" else f"-{self.device.type}"
+        write(name, title, rows, self.about, notes)
 
     def reduced(self, method: str, r: int) -> nn.Module:
         """Return a patched copy of the model."""
@@ -191,7 +202,7 @@ def images(work: Work) -> None:
     rows = [{k: v for k, v in row.items() if k != "key"} for row in journal.rows.values()]
     notes = [f"{row['method']} at {row['asked']}: {row['note']}" for row in rows if row.get("note")]
     shown = [row for row in rows if "note" not in row]
-    write("real-images", "Every method on a real tower, at equal MACs", shown, work.about, [*work.notes, *notes])
+    work.write("real-images", "Every method on a real tower, at equal MACs", shown, [*work.notes, *notes])
 
 
 def speed(work: Work) -> None:
@@ -207,7 +218,7 @@ def speed(work: Work) -> None:
     rows = [
         {**{k: v for k, v in row.items() if k != "key"}, **_quality(done, key)} for key, row in journal.rows.items()
     ]
-    write("real-speed", "Time of every method on a real tower", rows, work.about, [*work.notes, f"Batch {BATCH}."])
+    work.write("real-speed", "Time of every method on a real tower", rows, [*work.notes, f"Batch {BATCH}."])
 
 
 def _quality(done: Journal, key: str) -> dict[str, Any]:
@@ -233,7 +244,7 @@ def ablation(work: Work) -> None:
         figures = {"top-1 %": found["probe %"], "agreement %": found["agree %"], "cosine": found["cosine"]}
         rows.append({"part": part, "choice": choice, **figures, "KL": found["KL"], "paper top-1 %": paper})
     title = f"ToMe's Tables 1 and 2 on a real tower, r = {r}"
-    write("real-ablation", title, rows, work.about, [*work.notes, *orders(rows, len(work.data.images) // 2)])
+    work.write("real-ablation", title, rows, [*work.notes, *orders(rows, len(work.data.images) // 2)])
 
 
 def front(work: Work) -> None:
@@ -250,7 +261,7 @@ def front(work: Work) -> None:
             journal.add(key, {"method": name, "r": r, **{name: found[name] for name in names}, **figures})
             print(journal.rows[key], flush=True)
     rows = [{k: v for k, v in row.items() if k != "key"} for row in journal.rows.values()]
-    write("real-front", "Merging on a real tower", rows, work.about, [*work.notes, f"Times at batch {BATCH}."])
+    work.write("real-front", "Merging on a real tower", rows, [*work.notes, f"Times at batch {BATCH}."])
 
 
 PARTS: dict[str, Callable[[Work], None]] = {"images": images, "speed": speed, "ablation": ablation, "front": front}
@@ -266,6 +277,7 @@ def reader(about: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders of CLASS/*.jpg")
     parser.add_argument("--per-class", type=int, help="photographs of each class (all)")
     parser.add_argument("--dtype", default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/real"), help="where unfinished rows lie (%(default)s)")
     return parser

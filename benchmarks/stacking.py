@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 from photographs import BATCH
-from real import CPU, Work, reader
-from tables import write
+from real import Work, reader
 from torch import Tensor, nn
 
 import tokenmerge
@@ -168,7 +167,8 @@ def accuracy(work: Work) -> None:
         print(row, flush=True)
     columns = ("setting", "r", "probe %", "±", "agree %", "cosine", "KL")
     rows = [{name: row[name] for name in columns} for row in journal.rows.values()]
-    write("stacking-accuracy", "Merging with other ways to be faster: what they cost", rows, _about(work), work.notes)
+    work.about |= _engines()
+    work.write("stacking-accuracy", "Merging with other ways to be faster: what they cost", rows, work.notes)
 
 
 def speed(work: Work) -> None:
@@ -182,7 +182,7 @@ def speed(work: Work) -> None:
             with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
                 calls = {str(r): partial(built(work, setting, r, Path(folder)), images) for r in AMOUNTS}
                 plain = partial(work.model, images)
-                timed = interleave({"float32": plain, **calls}, CPU, rounds=work.arguments.rounds)
+                timed = interleave({"float32": plain, **calls}, work.device, rounds=work.arguments.rounds)
         except (ImportError, RuntimeError, TokenMergeError) as error:
             print(f"{setting}: {_said(error)}", flush=True)
             continue
@@ -198,7 +198,8 @@ def speed(work: Work) -> None:
             print(row, flush=True)
     rows = [{k: v for k, v in row.items() if k != "key"} for row in journal.rows.values()]
     notes = [f"Batch {BATCH}; speed-ups are of interleaved rounds."]
-    write("stacking-speed", "Merging with other ways to be faster: the time", rows, _about(work), notes)
+    work.about |= _engines()
+    work.write("stacking-speed", "Merging with other ways to be faster: the time", rows, notes)
 
 
 def _asked(work: Work) -> Iterator[tuple[str, int]]:
@@ -209,8 +210,8 @@ def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _about(work: Work) -> dict[str, str]:
-    return {**work.about, **{name: found for name in ENGINES if (found := _version(name))}}
+def _engines() -> dict[str, str]:
+    return {name: found for name in ENGINES if (found := _version(name))}
 
 
 def _version(name: str) -> str:

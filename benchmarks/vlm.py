@@ -8,8 +8,7 @@ of that length.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment
 from tokenmerge.vlm import compact, patch
 from tokenmerge.vlm.handle import PARTS, VLMHandle
+from tokenmerge.vlm.report import now
 
 IMAGE, WORDS = 99, 32
 _TEXT = {"vocab_size": 1000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 4096}
@@ -32,27 +32,35 @@ _CLIP = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_s
 _CLIP |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768}
 _QWEN = {**_TEXT, "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
 _QWEN |= {"num_attention_heads": 14, "num_key_value_heads": 2}
+_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+_TINY_TEXT = {**_TINY, "num_key_value_heads": 2}
 
 
-def smolvlm(crops: int) -> tuple[Any, Callable[[int], dict[str, Tensor]]]:
-    """Return the model and its prompts: an image of so many crops of 64 tokens."""
+def smolvlm(crops: int, is_tiny: bool = False) -> tuple[Any, Callable[[int], dict[str, Tensor]]]:
+    """Return the model and its prompts: an image of so many crops of 64 tokens; tiny: of 4."""
+    small = {**_TINY, "image_size": 128} if is_tiny else {}
+    vision, text = {**_SMOL, **small}, {**_SMOL_TEXT, **(_TINY_TEXT if is_tiny else {})}
     config = transformers.SmolVLMConfig(
-        vision_config=_SMOL, text_config=_SMOL_TEXT, scale_factor=4, image_token_id=IMAGE, pad_token_id=0
+        vision_config=vision, text_config=text, scale_factor=4, image_token_id=IMAGE, pad_token_id=0
     )
+    side = config.vision_config.image_size
 
     def prompts(batch: int) -> dict[str, Tensor]:
-        pixels = torch.randn(batch, crops, 3, 512, 512)
-        mask = torch.ones(batch, crops, 512, 512, dtype=torch.bool)
-        return {**_ids(batch, 64 * crops), "pixel_values": pixels, "pixel_attention_mask": mask}
+        pixels = torch.randn(batch, crops, 3, side, side)
+        mask = torch.ones(batch, crops, side, side, dtype=torch.bool)
+        return {**_ids(batch, (side // 64) ** 2 * crops), "pixel_values": pixels, "pixel_attention_mask": mask}
 
     return transformers.SmolVLMForConditionalGeneration(config), prompts
 
 
-def llava() -> tuple[Any, Callable[[int], dict[str, Tensor]]]:
-    """Return the model and its prompts: an image of 576 tokens."""
-    config = transformers.LlavaConfig(vision_config=_CLIP, text_config=_QWEN, image_token_index=IMAGE)
+def llava(is_tiny: bool = False) -> tuple[Any, Callable[[int], dict[str, Tensor]]]:
+    """Return the model and its prompts: an image of 576 tokens; tiny: of 16."""
+    small = {**_TINY, "image_size": 56} if is_tiny else {}
+    vision, text = {**_CLIP, **small}, {**_QWEN, **(_TINY_TEXT if is_tiny else {})}
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    side = config.vision_config.image_size
     model = transformers.LlavaForConditionalGeneration(config)
-    return model, lambda batch: {**_ids(batch, 576), "pixel_values": torch.randn(batch, 3, 336, 336)}
+    return model, lambda batch: {**_ids(batch, (side // 14) ** 2), "pixel_values": torch.randn(batch, 3, side, side)}
 
 
 def _ids(batch: int, places: int) -> dict[str, Tensor]:
@@ -80,10 +88,18 @@ def main() -> None:
     for name in arguments.models:
         torch.manual_seed(0)
         model, prompts = smolvlm(arguments.crops) if name == "smolvlm" else llava()
-        model = model.eval().to(arguments.device, getattr(torch, arguments.dtype))
-        model.generation_config.eos_token_id = None
+        model = model.to(arguments.device, getattr(torch, arguments.dtype))
         for batch in arguments.batches:
-            rows += _timed(name, model, prompts(batch), batch, arguments)
+            rows += timed(
+                name,
+                model,
+                prompts(batch),
+                keeps=arguments.keep,
+                amounts=arguments.r,
+                methods=arguments.methods,
+                new_tokens=arguments.new_tokens,
+                rounds=arguments.rounds,
+            )
             notes = [
                 f"{arguments.new_tokens} new tokens, {arguments.dtype}, random weights, medians of {arguments.rounds} "
                 "rounds that ran in turn. First token: tower, choosing and prefill. Over bound: the total over that of "
@@ -94,20 +110,32 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def _timed(name: str, model: Any, inputs: dict[str, Tensor], batch: int, arguments: Any) -> list[dict[str, Any]]:
-    dtype = getattr(torch, arguments.dtype)
-    inputs = {key: x.to(arguments.device, dtype if x.is_floating_point() else x.dtype) for key, x in inputs.items()}
-    methods = {keep: arguments.methods if keep < 1 else arguments.methods[:1] for keep in arguments.keep}
-    cases = [(keep, r, method) for keep in arguments.keep for r in arguments.r for method in methods[keep]]
-    options = {"max_new_tokens": arguments.new_tokens, "do_sample": False}
+def timed(
+    name: str,
+    model: Any,
+    inputs: dict[str, Tensor],
+    *,
+    keeps: Sequence[float],
+    amounts: Sequence[int],
+    methods: Sequence[str],
+    new_tokens: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Time a model on a prompt with each share of the visual tokens kept, `amounts` merged in its tower, by methods."""
+    model = model.eval()
+    model.generation_config.eos_token_id = None
+    inputs = {key: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for key, x in inputs.items()}
+    batch = len(inputs["input_ids"])
+    cases = [(k, r, method) for k in keeps for r in amounts for method in (methods if k < 1 else methods[:1])]
+    options = {"max_new_tokens": new_tokens, "do_sample": False}
     handles = {case: patch(shared_copy(model), case[0], r=case[1], method=case[2]) for case in cases}
-    plain = {r: patch(shared_copy(model), 1.0, r=r) for r in arguments.r}
+    plain = {r: patch(shared_copy(model), 1.0, r=r) for r in amounts}
     # the bound's prompts are made once, outside the time
-    short = {keep: compact(model, inputs, keep=keep, method="uniform") for keep in arguments.keep}
+    short = {keep: compact(model, inputs, keep=keep, method="uniform") for keep in keeps}
     times: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
     bounds: dict[Any, list[float]] = {case: [] for case in cases}
     tokens: dict[Any, int] = {}
-    for turn in range(arguments.rounds + 1):
+    for turn in range(rounds + 1):
         for case, handle in handles.items():
             own, bound = _seconds(handle, inputs, options), _bound(plain[case[1]], inputs, short[case[0]], options)
             pairs = handle.report().tokens
@@ -130,9 +158,11 @@ def _seconds(handle: VLMHandle, inputs: dict[str, Any], options: dict[str, Any])
 def _bound(handle: VLMHandle, inputs: dict[str, Any], short: dict[str, Any], options: dict[str, Any]) -> float:
     """Return the seconds of the tower, and of generating after a prompt that is short already."""
     names = ("pixel_values", "pixel_attention_mask")
-    start = time.perf_counter()
-    handle.model.base_model.get_image_features(**{name: inputs[name] for name in names if name in inputs})  # type: ignore
-    tower = time.perf_counter() - start
+    given = {name: inputs[name] for name in names if name in inputs}
+    device = inputs["input_ids"].device
+    start = now(device)
+    handle.model.base_model.get_image_features(**given)  # type: ignore
+    tower = now(device) - start
     # generate changes the outputs that it is given
     encoded = {"mm_encoder_outputs": {"image": short["mm_encoder_outputs"]["image"]}}
     seconds = _seconds(handle, {**short, **encoded}, options)

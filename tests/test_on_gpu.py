@@ -49,6 +49,17 @@ FIELDS = {
     "gpu-ops": {"case", "kernel", "ms", "reference ms", "reference / ours", "over no bias", "met"},
     "gpu-memory": {"case", "peak MB", "unmerged peak MB", "merged / unmerged"},
     "gpu-training": {"precision", "variant", "ms", "peak MB", "loss", "steps left out", "speed-up", "result"},
+    "gpu-vlm": {
+        "model",
+        "batch",
+        "keep",
+        "r",
+        "tower ms",
+        "prefill ms",
+        "first token speed-up",
+        "speed-up",
+        "over bound",
+    },
     "gpu-parallel": {"backend", "way", "error", "result"},
 }
 

@@ -52,16 +52,17 @@ class Clock:
     @contextmanager
     def part(self, name: str, device: torch.device) -> Iterator[None]:
         """Time what runs in the `with`, without the parts inside it."""
-        before, self._inner, start = self._inner, 0.0, _now(device)
+        before, self._inner, start = self._inner, 0.0, now(device)
         try:
             yield
         finally:
-            seconds = _now(device) - start
+            seconds = now(device) - start
             self.seconds[name] += seconds - self._inner
             self._inner = before + seconds
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the seconds of a clock, when the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
