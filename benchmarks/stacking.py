@@ -68,7 +68,7 @@ def compiled(build: Build, model: nn.Module, images: Tensor, folder: Path) -> Ru
 
 def onnxruntime(model: nn.Module, images: Tensor, folder: Path) -> Run:
     """Run the exported model in onnxruntime."""
-    export(model, folder / "model.onnx", to="onnx")
+    _export(model, folder / "model.onnx", "onnx")
     return TARGETS["onnx"].load(folder / "model.onnx")
 
 
@@ -76,7 +76,7 @@ def onnxruntime_int8(model: nn.Module, images: Tensor, folder: Path) -> Run:
     """Run the exported model in onnxruntime, with matrix products in int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    export(model, folder / "model.onnx", to="onnx")
+    _export(model, folder / "model.onnx", "onnx")
     quantize_dynamic(
         folder / "model.onnx",
         folder / "int8.onnx",
@@ -90,7 +90,7 @@ def openvino(precision: str, model: nn.Module, images: Tensor, folder: Path) -> 
     """Run the exported model in OpenVINO in a precision."""
     import openvino
 
-    export(model, folder / "model.xml", to="openvino")
+    _export(model, folder / "model.xml", "openvino")
     return _openvino(openvino.Core().read_model(folder / "model.xml"), precision)
 
 
@@ -99,10 +99,14 @@ def openvino_int8(model: nn.Module, images: Tensor, folder: Path) -> Run:
     import nncf
     import openvino
 
-    export(model, folder / "model.xml", to="openvino")
+    _export(model, folder / "model.xml", "openvino")
     data = nncf.Dataset(list(images.split(1)), lambda image: {INPUT: image.numpy()})
     found = openvino.Core().read_model(folder / "model.xml")
     return _openvino(nncf.quantize(found, data, model_type=nncf.ModelType.TRANSFORMER), "f32")
+
+
+def _export(model: nn.Module, path: Path, to: str) -> None:
+    export(model, path, to=to, r=None if tokenmerge.handle_of(model, None) else 0)
 
 
 def _openvino(model: Any, precision: str) -> Run:
