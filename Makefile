@@ -68,6 +68,8 @@ real: .venv/ready
 	@test -n "$(WHISPER)" || echo "skipped: speech (WHISPER=FOLDER RECORDINGS=FOLDER of DIGIT_SPEAKER_TAKE.wav)"
 	for part in $(if $(CLIP),front images ablation speed); do \
 	  $(BIN)/python benchmarks/real.py $$part --weights $(CLIP) --photographs $(PHOTOGRAPHS) || exit 1; done
+	for part in $(if $(CLIP),accuracy speed); do \
+	  $(BIN)/python benchmarks/stacking.py $$part --weights $(CLIP) --photographs $(PHOTOGRAPHS) || exit 1; done
 	for part in images video; do $(BIN)/python benchmarks/equal_accuracy.py $$part || exit 1; done
 	$(if $(BACKBONE),$(BIN)/python benchmarks/real_dense.py --backbone $(BACKBONE) --decoder $(DECODER) --photographs $(PHOTOGRAPHS))
 	$(if $(WHISPER),$(BIN)/python benchmarks/real_speech.py --model $(WHISPER) --recordings $(RECORDINGS))
