@@ -33,6 +33,7 @@ from tokenmerge import assets
 from tokenmerge.data.labelled import normalise
 from tokenmerge.measure.outputs import shared_copy
 from tokenmerge.measure.timing import environment
+from tokenmerge.report.journal import Journal
 from tokenmerge.report.table import as_csv
 
 MODELS = ("reference", "pooled", "registers")
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("small", "clip", "speed", "drop", "killed", "cost"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=512, help="to tune on (%(default)s)")
+    parser.add_argument("--images", type=int, help="to tune on (512; drop: 1500, because fewer prove nothing)")
     parser.add_argument("--limit", type=int, default=10_000, help="images to report on (%(default)s)")
     parser.add_argument("--budget", type=int, default=64)
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="clip: of the tower, searched and measured (%(default)s)")
     parser.add_argument("--photographs", type=Path, help="clip: a folder with train/CLASS/x.jpg and val/CLASS/x.jpg")
     arguments = parser.parse_args()
+    arguments.images = arguments.images or (1500 if arguments.part == "drop" else 512)
     with tempfile.TemporaryDirectory() as folder:
         arguments.journals = arguments.journals or Path(folder)
         arguments.journals.mkdir(parents=True, exist_ok=True)
@@ -249,15 +251,22 @@ def speed(arguments: argparse.Namespace) -> None:
 def drop(arguments: argparse.Namespace) -> None:
     """Ask for at most half a point lost, with ten seeds, and look at the images of the report."""
     images, labels = (part[: arguments.images] for part in assets.fashion_mnist("train"))
-    model, rows = load("reference"), []
+    model = load("reference")
+    settings = {"images": arguments.images, "tokenmerge": tokenmerge.__version__}
+    path = arguments.journals / "drop.json"
+    journal = Journal(path, "seed", settings, version=1, columns=["seed"], hint="Give another folder (--journals).")
     for seed in range(10):
+        if str(seed) in journal.rows:
+            continue
         found = tokenmerge.tune(
             model, normalise(images), "drop=0.5", labels=labels.long(), seed=seed, budget=1, methods=("least_loss",)
         )
         lost = round(found.figures["unmerged top-1 %"] - found.figures["top-1 %"], 2)
         figures = {name: found.figures[name] for name in ("images", "MACs share", "speed-up", "agreement %")}
-        rows.append({"seed": seed, "points lost": lost, "holds": lost <= 0.5, **figures, "reached": found.reached})
-        print(rows[-1], flush=True)
+        row = {"seed": seed, "points lost": lost, "holds": lost <= 0.5, **figures, "reached": found.reached}
+        journal.add(str(seed), row)
+        print(row, flush=True)
+    rows = [{name: value for name, value in row.items() if name != "key"} for row in journal.rows.values()]
     notes = [f"{sum(row['holds'] for row in rows)} of {len(rows)} seeds hold on images that nothing was chosen by."]
     _write("tune-drop", "drop=0.5 on the bundled model", rows, [], notes)
 
