@@ -153,7 +153,9 @@ class Work:
 
     def place(self, key: str) -> Path:
         """Return the file of a row's configuration."""
-        return self.arguments.work / "configs" / f"{key}.json"
+        path: Path = self.arguments.work / "configs" / f"{key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def write(self, name: str, title: str, rows: list[dict[str, Any]], notes: Sequence[str]) -> None:
         """Write a table; of another device than the CPU beside that of the CPU."""
