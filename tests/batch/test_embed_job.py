@@ -26,7 +26,7 @@ from written import assert_same, failures_of, rows_of
 
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder, assets
-from tokenmerge.batch import decoding, folder, job, local, pool, rates
+from tokenmerge.batch import decoding, folder, job, local, page, pool, rates
 from tokenmerge.batch.engine import finish
 from tokenmerge.batch.inputs import open_inputs
 from tokenmerge.batch.job import Summary, embed
@@ -451,7 +451,9 @@ def test_a_source_that_vanishes_is_not_taken_for_broken_images(
     assert_same(rows_of(out), {name: {**row, "path": f"{root}/{name}"} for name, row in undisturbed.items()})
 
 
-@pytest.mark.parametrize("name", ["part-00001.parquet", "failures.parquet", "manifest.json", "rates.csv"])
+@pytest.mark.parametrize(
+    "name", ["part-00001.parquet", "failures.parquet", "manifest.json", "rates.csv", "report.html"]
+)
 def test_a_full_disk_keeps_what_was_written(
     name: str,
     photos: Path,
@@ -477,21 +479,22 @@ def test_a_full_disk_keeps_what_was_written(
         write(path, content)
 
     def full_open(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.name == "rates.csv":
+        if path.name == "rates.csv" and "a" in args:
             check(path)
         return opened(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(folder, "write_file", full)
+        patched.setattr(page, "write_file", full)
         patched.setattr(Path, "open", full_open)
         with pytest.raises(OSError, match="No space left on device"):
             embed(embedder, root, out, batch_size=16, workers=1, shard_rows=32)
-    rows = {"part-00001.parquet": 32, "failures.parquet": 64, "manifest.json": 0, "rates.csv": COUNT}[name]
-    assert json.loads((out / "manifest.json").read_text())["rows"] == rows
+    rows = {"part-00001.parquet": 32, "failures.parquet": 64, "manifest.json": 0}.get(name, COUNT)
+    assert json.loads((out / "manifest.json").read_text())["rows"] == rows and not (out / "report.html").exists()
     embed(embedder, root, out, batch_size=16, workers=1, shard_rows=32)
     expected = {row["id"]: {**row, "path": f"{root}/{row['id']}"} for row in undisturbed.values()}
     assert_same(rows_of(out), expected)
-    assert failures_of(out).keys() == {f"2/{i}.png" for i in range(4)}
+    assert failures_of(out).keys() == {f"2/{i}.png" for i in range(4)} and (out / "report.html").exists()
 
 
 def test_another_job_in_the_same_folder_is_refused_with_the_differences(

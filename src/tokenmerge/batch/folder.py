@@ -18,10 +18,11 @@ from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
 from tokenmerge.training.run_folder import alone_in
 
-__all__ = ["FAILURES", "MANIFEST", "JobFolder", "check_folder", "needs_parquet"]
+__all__ = ["FAILURES", "MANIFEST", "REPORT", "JobFolder", "check_folder", "needs_parquet"]
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.parquet"
+REPORT = "report.html"
 _LOCK = ".lock"
 _VERSION = 1
 

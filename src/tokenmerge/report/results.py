@@ -31,7 +31,7 @@ def results_page(
 
     Args:
         title: of the page.
-        rows: with equal keys; what is drawn, and the CSV.
+        rows: with equal keys; what is drawn, and the CSV. Without any there is no plot.
         environment: the machine and the versions, of all rows or one per row.
         notes: sentences below the tables; warnings stand above.
         lead: sentences at the top.
@@ -39,9 +39,9 @@ def results_page(
         shown: the rows as the table shows them, in the same order; by default `rows`.
         more: further tables by their titles.
     """
-    tables: dict[str, tuple[Sequence[Row], Sequence[Row]]] = {
-        "Rows": (shown or rows, with_environment(rows, environment))
-    }
+    tables: dict[str, tuple[Sequence[Row], Sequence[Row]]] = {}
+    if rows:
+        tables["Rows"] = shown or rows, with_environment(rows, environment)
     tables |= {name: (part, part) for name, part in (more or {}).items() if part}
     urgent = [note for note in notes if note.startswith(_WARNS)]
     others = [note for note in notes if note not in urgent]
@@ -107,6 +107,7 @@ def _drawn(chart: Chart, rows: Sequence[Row]) -> dict[str, Any] | None:
         "names": names,
         "series": [-1 if chart.is_unmerged(row) else places.get(chart.series(row)) for row in rows],
         "isJoined": chart.is_joined,
+        "isNamed": chart.is_named,
         "fronts": {} if chart.is_joined else fronts,
         "colours": COLOURS,
     }

@@ -96,7 +96,8 @@ function datasets() {
   const [x, y] = axes();
   const at = (i) => ({ x: x.values[i], y: y.values[i], i });
   const rows = drawn();
-  const mark = { radius: 6, hoverRadius: 6, borderWidth: 1.5, pointBorderColor: colours.text, isRow: true };
+  const size = DATA.chart.isNamed ? 6 : 3;
+  const mark = { radius: size, hoverRadius: size, borderWidth: 1.5, pointBorderColor: colours.text, isRow: true };
   const found = DATA.chart.names.map((name, series) => ({
     label: name, ...look(series), ...mark, pointBorderWidth: ["cross", "crossRot"].includes(look(series).pointStyle) ? 3 : 1,
     ...(["cross", "crossRot"].includes(look(series).pointStyle) ? { pointBorderColor: look(series).borderColor } : {}),
@@ -200,7 +201,8 @@ const marks = {
     placed.length = 0;
     const spots = spotsOf(chart);
     const front = DATA.chart.fronts[axes().map((axis) => axis.title).join("|")];
-    const named = spots.filter(({ i }) => i === state.active || DATA.chart.series[i] < 0 || !front || front.includes(i));
+    const isNamed = (i) => DATA.chart.isNamed && (DATA.chart.series[i] < 0 || !front || front.includes(i));
+    const named = spots.filter(({ i }) => i === state.active || isNamed(i));
     named.sort((a, b) => (b.i === state.active) - (a.i === state.active) || DATA.chart.series[a.i] - DATA.chart.series[b.i]);
     const ticks = bounds().map(({ x, y }) => ({ i: null, x: chart.scales.x.getPixelForValue(x), y: chart.scales.y.getPixelForValue(y) }));
     named.forEach((spot) => name(chart, spot, [...spots, ...ticks]));
