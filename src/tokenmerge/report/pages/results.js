@@ -22,6 +22,7 @@ function prepare(section, number) {
   const head = table.createTHead();
   head.append(table.rows[0]);
   const lines = [...table.tBodies[0].rows];
+  const all = `${lines.length} row${lines.length === 1 ? "" : "s"}`;
   const names = [...head.rows[0].cells].map((cell) => cell.textContent);
   for (const line of lines) for (const cell of line.cells) cell.classList.toggle("long", cell.textContent.length > 60);
   [...head.rows[0].cells].forEach((cell, column) => {
@@ -48,11 +49,11 @@ function prepare(section, number) {
       line.hidden = !text.replace(/\s+/g, " ").includes(asked);
       shown[number][line.hidden ? "delete" : "add"](i);
     });
-    count.textContent = shown[number].size === lines.length ? `${lines.length} rows` : `${shown[number].size} of ${lines.length} rows`;
+    count.textContent = shown[number].size === lines.length ? all : `${shown[number].size} of ${all}`;
     if (number === 0) draw();
   }
 
-  count.textContent = `${lines.length} rows`;
+  count.textContent = all;
   return { lines, names };
 }
 
@@ -375,7 +376,7 @@ function start() {
     const order = spotsOf(plot).sort((a, b) => a.x - b.x || a.y - b.y).map(({ i }) => i);
     if (!order.length) return;
     const now = order.indexOf(state.active);
-    const next = now < 0 ? (step > 0 && step !== Infinity ? 0 : order.length - 1) : now + step;
+    const next = now < 0 ? ([1, -Infinity].includes(step) ? 0 : order.length - 1) : now + step;
     choose(order[Math.min(order.length - 1, Math.max(0, next))], true);
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
