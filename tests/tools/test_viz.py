@@ -569,6 +569,9 @@ def test_a_sound_is_drawn_on_its_spectrogram(tmp_path: Path, monkeypatch: pytest
     loudest = float(first["hertz"][first["level"][:, at].argmax()])
     assert abs(loudest - (300 + 2 * 500 * 0.25)) < 80
     assert found.facts == ["tone.wav: as tokenmerge train prepares sounds."]
+    found = viz(model, write_tone(tmp_path / "long.wav", seconds=3.5), tmp_path / "long", r=8)
+    said = "long.wav: as tokenmerge train prepares sounds; the model is given the middle 2.0 of its 3.5 s."
+    assert found.facts == [said] and calls[-1]["start"] == 0.75
 
 
 @pytest.mark.parametrize("name", ["hf_ast", "hf_whisper"])
@@ -589,7 +592,10 @@ def test_sounds_for_models_of_transformers(name: str, tmp_path: Path, monkeypatc
     loudest = float(call["hertz"][call["level"][:, 8].argmax()])
     step = float((call["hertz"][1:] - call["hertz"][:-1]).max())
     assert abs(loudest - 380) < max(200.0, step)
-    assert found.rows[0]["groups"] < found.rows[0]["patches"]
+    assert found.rows[0]["groups"] < found.rows[0]["patches"] and "the model is given" not in found.facts[0]
+    whole = call["seconds"]
+    found = viz(model, write_tone(tmp_path / "long.wav", seconds=whole + 1), tmp_path / "long", r=2)
+    assert f"; the model is given the first {whole:.1f} of its {whole + 1:.1f} s." in found.facts[0]
 
 
 def test_sounds_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
