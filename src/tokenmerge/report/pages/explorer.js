@@ -193,7 +193,7 @@ function drawGroups(pen, side, block, width, height, unit) {
   }
 }
 
-// Make a path of the sides between patches that `differ` and of which one is `drawn`, and of the rim of what is drawn.
+// Make a path of the sides between patches that `differ` and of which one is `drawn`.
 function edges(pen, image, box, differ, drawn) {
   const [rows, columns] = image.grid;
   pen.beginPath();
