@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from written import assert_same, failures_of, rows_of
 
+import tokenmerge
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder, assets
 from tokenmerge.batch import decoding, folder, job, local, page, pool, rates
@@ -652,6 +653,19 @@ def test_the_command(photos: Path, tmp_path: Path, capsys: Capture, monkeypatch:
     assert (found["rows"], found["images"], found["bound"]) == (COUNT, 0, "Nothing was left to do.")
     assert main([*words[:-4], "-r", "2"]) == 2
     assert "holds another job; nothing was changed there. What differs: merging: " in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_model_is_told_at_the_end(
+    photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with tokenmerge.patch(tiny_vit(img_size=28, in_chans=1, embed_dim=64), r=4) as handle:
+        handle.save("merge.json")
+    torch.save(tiny_vit(img_size=28, in_chans=1), "tiny.pt")
+    words = ["embed", "tiny.pt", "--trust-pickle", "--data", str(photos), "--out", "out", "--config", "merge.json"]
+    assert main([*words, "--workers", "1"]) == 0  # a warning would be an error here
+    assert "\nWARNING: the configuration was made for another model (" in capsys.readouterr().out
+    assert "WARNING: the configuration was made for another model (" in Path("out/report.html").read_text()
 
 
 def test_mistakes_of_the_command(

@@ -207,6 +207,7 @@ class _Job:
         """Return what was done, and how fast."""
         loader, model = self.meter.rates(engine)
         notes = [f"{self.gone:,} rows are of images that the source has no more."] if self.gone else []
+        notes += [f"WARNING: {remark}." for remark in self.embedder.remarks]
         warning = self.embedder.prepare.warning()
         waited = engine.waited
         if waited is None:
