@@ -37,6 +37,8 @@ def decode_turned(
             image.load()
             upright, is_turned = _upright(image)
             return _plain(upright), is_turned
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{name}: {str(error).partition(', could be')[0]}: make it smaller") from error
     except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
         raise OSError(f"{name}: {str(error).rstrip('.')}") from error
 
