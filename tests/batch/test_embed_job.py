@@ -364,6 +364,16 @@ def test_an_output_that_is_not_finite_is_a_failure(photos: Path, tmp_path: Path)
     assert {*failures_of(tmp_path / "out").values()} == {"the model's embedding of it is not finite"}
 
 
+def test_a_folder_whose_name_is_no_text_is_gone_on_with(photos: Path, embedder: Embedder, tmp_path: Path) -> None:
+    root, out = tmp_path / "photos", tmp_path / os.fsdecode(b"out-\xff")
+    shutil.copytree(photos / "0", root)
+    (root / "broken.png").write_text("no image")
+    embed(embedder, root, out, workers=1)
+    shutil.copy(root / "000.png", root / "new.png")
+    done = embed(embedder, root, out, workers=1)
+    assert (done.rows, done.failures, done.images) == (COUNT // 3 + 1, 1, 1) and (out / "report.html").exists()
+
+
 def test_an_interruption_between_two_writes_writes_nothing_twice(
     photos: Path,
     embedder: Embedder,
