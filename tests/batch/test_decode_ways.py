@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder
@@ -53,6 +53,48 @@ def test_fast_changes_large_photographs_a_little_and_small_ones_not_at_all(
     assert whole == said == size and exact.shape == fast.shape == (3, 32, 32)
     assert torch.equal(exact, fast) is is_same
     assert float((exact - fast).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("way", ["exact", "fast", "100"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_the_size_is_that_of_the_upright_photograph(turn: int, way: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for width, height in ((600, 400), (401, 400)):  # 1/4 of the second is nearly square
+        file = io.BytesIO()
+        Image.open(io.BytesIO(_jpeg(width, height))).save(file, "jpeg", exif=exif)
+        found, said = Decoder(PLAIN, draft=draft_of(way, PLAIN))("a", file.getvalue())
+        assert said == ((height, width) if turn > 4 else (width, height))
+        with Image.open(file) as image:
+            expected = PLAIN(ImageOps.exif_transpose(image))
+        assert float((found - expected).abs().mean()) < (1e-6 if way == "exact" else 0.05), "another image was seen"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "mpo", "png", "webp", "tiff", "avif"])
+def test_the_size_is_upright_in_every_format_that_says_how_it_was_held(kind: str) -> None:
+    Image.init()
+    if kind.upper() not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    photo = Image.open(io.BytesIO(_jpeg(64, 40)))
+    photo.save(file, kind, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    expected = PLAIN(photo.transpose(Image.Transpose.ROTATE_270))
+    for draft in (None, 8):
+        found, said = Decoder(PLAIN, draft=draft)("a", file.getvalue())
+        assert said == (40, 64)
+        assert draft or float((found - expected).abs().mean()) < 0.05, "another image was seen"
+
+
+def test_a_photograph_that_cannot_be_turned_has_the_size_that_the_model_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(image: Image.Image) -> None:
+        raise ValueError("broken EXIF")
+
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(_jpeg(64, 40))).save(file, "jpeg", exif=exif)
+    monkeypatch.setattr(ImageOps, "exif_transpose", refuse)
+    assert Decoder(PLAIN)("a", file.getvalue())[1] == (64, 40)
 
 
 def test_a_folder_remembers_how_its_images_were_decoded(

@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from written import assert_same, failures_of, rows_of
 
+import tokenmerge
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder, assets
-from tokenmerge.batch import decoding, folder, job, local, pool, rates
+from tokenmerge.batch import decoding, folder, job, local, page, pool, rates
 from tokenmerge.batch.engine import finish
 from tokenmerge.batch.inputs import open_inputs
 from tokenmerge.batch.job import Summary, embed
@@ -363,6 +364,16 @@ def test_an_output_that_is_not_finite_is_a_failure(photos: Path, tmp_path: Path)
     assert {*failures_of(tmp_path / "out").values()} == {"the model's embedding of it is not finite"}
 
 
+def test_a_folder_whose_name_is_no_text_is_gone_on_with(photos: Path, embedder: Embedder, tmp_path: Path) -> None:
+    root, out = tmp_path / "photos", tmp_path / os.fsdecode(b"out-\xff")
+    shutil.copytree(photos / "0", root)
+    (root / "broken.png").write_text("no image")
+    embed(embedder, root, out, workers=1)
+    shutil.copy(root / "000.png", root / "new.png")
+    done = embed(embedder, root, out, workers=1)
+    assert (done.rows, done.failures, done.images) == (COUNT // 3 + 1, 1, 1) and (out / "report.html").exists()
+
+
 def test_an_interruption_between_two_writes_writes_nothing_twice(
     photos: Path,
     embedder: Embedder,
@@ -451,7 +462,9 @@ def test_a_source_that_vanishes_is_not_taken_for_broken_images(
     assert_same(rows_of(out), {name: {**row, "path": f"{root}/{name}"} for name, row in undisturbed.items()})
 
 
-@pytest.mark.parametrize("name", ["part-00001.parquet", "failures.parquet", "manifest.json", "rates.csv"])
+@pytest.mark.parametrize(
+    "name", ["part-00001.parquet", "failures.parquet", "manifest.json", "rates.csv", "report.html"]
+)
 def test_a_full_disk_keeps_what_was_written(
     name: str,
     photos: Path,
@@ -477,21 +490,22 @@ def test_a_full_disk_keeps_what_was_written(
         write(path, content)
 
     def full_open(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.name == "rates.csv":
+        if path.name == "rates.csv" and "a" in args:
             check(path)
         return opened(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(folder, "write_file", full)
+        patched.setattr(page, "write_file", full)
         patched.setattr(Path, "open", full_open)
         with pytest.raises(OSError, match="No space left on device"):
             embed(embedder, root, out, batch_size=16, workers=1, shard_rows=32)
-    rows = {"part-00001.parquet": 32, "failures.parquet": 64, "manifest.json": 0, "rates.csv": COUNT}[name]
-    assert json.loads((out / "manifest.json").read_text())["rows"] == rows
+    rows = {"part-00001.parquet": 32, "failures.parquet": 64, "manifest.json": 0}.get(name, COUNT)
+    assert json.loads((out / "manifest.json").read_text())["rows"] == rows and not (out / "report.html").exists()
     embed(embedder, root, out, batch_size=16, workers=1, shard_rows=32)
     expected = {row["id"]: {**row, "path": f"{root}/{row['id']}"} for row in undisturbed.values()}
     assert_same(rows_of(out), expected)
-    assert failures_of(out).keys() == {f"2/{i}.png" for i in range(4)}
+    assert failures_of(out).keys() == {f"2/{i}.png" for i in range(4)} and (out / "report.html").exists()
 
 
 def test_another_job_in_the_same_folder_is_refused_with_the_differences(
@@ -649,6 +663,19 @@ def test_the_command(photos: Path, tmp_path: Path, capsys: Capture, monkeypatch:
     assert (found["rows"], found["images"], found["bound"]) == (COUNT, 0, "Nothing was left to do.")
     assert main([*words[:-4], "-r", "2"]) == 2
     assert "holds another job; nothing was changed there. What differs: merging: " in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_model_is_told_at_the_end(
+    photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with tokenmerge.patch(tiny_vit(img_size=28, in_chans=1, embed_dim=64), r=4) as handle:
+        handle.save("merge.json")
+    torch.save(tiny_vit(img_size=28, in_chans=1), "tiny.pt")
+    words = ["embed", "tiny.pt", "--trust-pickle", "--data", str(photos), "--out", "out", "--config", "merge.json"]
+    assert main([*words, "--workers", "1"]) == 0  # a warning would be an error here
+    assert "\nWARNING: the configuration was made for another model (" in capsys.readouterr().out
+    assert "WARNING: the configuration was made for another model (" in Path("out/report.html").read_text()
 
 
 def test_mistakes_of_the_command(

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 import tokenmerge
 from helpers import randomised, tiny_vit
 from tokenmerge import Embedder, MergeConfig
-from tokenmerge.errors import AlreadyPatchedError, ConfigError, DataError, UnknownNameError, UnsupportedError
+from tokenmerge.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    DataError,
+    UnknownNameError,
+    UnsupportedError,
+    UnsupportedModelError,
+)
 
 IMAGES = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8).numpy()
 SHORT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -122,6 +129,21 @@ def test_a_model_that_is_patched_already_merges_as_it_does() -> None:
         Embedder(model, r=2)
 
 
+def test_a_configuration_of_another_model_is_said(tmp_path: Path) -> None:
+    with tokenmerge.patch(randomised(tiny_vit(embed_dim=64)), r=4) as handle:
+        handle.save(tmp_path / "merge.json")
+    said = (
+        r"^VisionTransformer: the configuration was made for another model \(.* 64 wide, .* 32 wide, 1 protected\)\.$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        embed = Embedder(_timm(), tmp_path / "merge.json")
+    assert len(embed.remarks) == 1 and pickle.loads(pickle.dumps(embed)).remarks == embed.remarks
+    patched = _timm()
+    tokenmerge.patch(patched, MergeConfig.load(tmp_path / "merge.json"))
+    with pytest.warns(UserWarning, match=said):
+        Embedder(patched)
+
+
 def test_a_model_that_is_given_stays_as_it_is() -> None:
     model = _timm()
     x = torch.randn(2, 3, 32, 32)
@@ -215,6 +237,10 @@ def test_a_model_without_such_an_output_says_what_it_has() -> None:
         Embedder(tiny_vit(num_classes=0), output="logits")
     with pytest.raises(UnsupportedError, match=r"Dinov2Model has no logits. It has: last_hidden_state"):
         Embedder(_hf("Dinov2Config:Dinov2Model"), output="logits", preprocessing=_sized())
+    with pytest.raises(UnsupportedError, match=r"Depth says neither how its images are prepared nor how large they"):
+        Embedder(Depth())
+    with pytest.raises(UnsupportedModelError, match="no adapter for"):
+        Embedder(Depth(), r=4)
     with pytest.raises(UnknownNameError, match=r"no output 'embeding'. Did you mean 'embedding'"):
         Embedder(_timm(), output="embeding")
 

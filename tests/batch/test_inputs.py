@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tokenmerge.batch import places
+from tokenmerge.batch.columns import rows_of
 from tokenmerge.batch.inputs import check_unique, open_inputs
 from tokenmerge.batch.places import Place
 from tokenmerge.errors import DataError, UnknownNameError
@@ -146,6 +148,45 @@ def test_columns_of_parquet(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"cannot read .*text.parquet"):
         open_inputs(tmp_path / "text.parquet")
+
+
+def test_columns_as_other_tools_write_them(photos: Path, tmp_path: Path) -> None:
+    names = ["b/2.png", "0.bmp", "b/10.png"]
+    images = [(photos / name).read_bytes() for name in names]
+    path = photos / "t.parquet"
+    # pandas' categories, ids that are the paths, and ids as bytes
+    pq.write_table(pa.table({"file": pa.array(names).dictionary_encode(), "raw": [b"a", b"\xff", b"c"]}), path)
+    for column in ("file", None):
+        if column is None:
+            pq.write_table(pa.table({"file": pa.array(names).dictionary_encode()}), path)
+        assert read(path, image=column, ids="file") == dict(zip(names, images, strict=True))
+    cells = pa.array(images).dictionary_encode()
+    pq.write_table(pa.table({"png": cells, "raw": pa.array([b"a", b"\xff", b"c"])}), path)
+    assert read(path, image="png", ids="raw") == dict(zip(["a", "\\xff", "c"], images, strict=True))
+    pq.write_table(pa.table({"png": images, "id": ["a", None, "c"]}), path, row_group_size=1)
+    with pytest.raises(DataError, match=r"^row 1 of .*t.parquet has no id in its column id: give another --id-column"):
+        open_inputs(path, ids="id")
+
+
+def test_tables_on_a_disk_are_files_of_arrow(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own abort a process now and then that ends soon after: a thread of Arrow outlives the interpreter."""
+    images = {f"t\\xff.parquet#{i}": (photos / name).read_bytes() for i, name in enumerate(("b/2.png", "0.bmp"))}
+    pq.write_table(pa.table({"image": [*images.values()]}), tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").rename(tmp_path / os.fsdecode(b"t\xff.parquet"))
+    monkeypatch.setattr(places, "open_binary", lambda path: pytest.fail("a file of Python's"))
+    assert read(f"parquet:{tmp_path}/*.parquet") == images
+    with pytest.raises(DataError, match=r"cannot read .*none.arrow: .*No such file"):
+        [*rows_of(str(tmp_path / "none.arrow"), "x", None, None)]
+
+
+@pytest.mark.skipif(not hasattr(pa, "string_view"), reason="this pyarrow has no views")
+def test_columns_of_views_in_a_stream(photos: Path) -> None:
+    names = ["b/2.png", "0.bmp"]
+    table = pa.table({"file": pa.array(names, pa.string_view()), "id": ["a", "b"]})
+    with pa.OSFile(str(photos / "t.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    (photos / "state.json").write_text('{"_data_files": [{"filename": "t.arrow"}]}')
+    assert [*read(photos, ids="id")] == ["a", "b"]
 
 
 def test_a_folder_that_datasets_saved(photos: Path, tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_seen_twice_is_seen_once() -> None:
     assert as_seen(upright) is upright, "an image that is as it is seen was copied"
 
 
+def test_what_is_too_large_to_be_decoded_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _halves().save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # refused from twice that on
+    said = r"x\.png: Image size \(1024 pixels\) exceeds limit of 1000 pixels: make it smaller$"
+    with pytest.raises(OSError, match=said):
+        decode(str(tmp_path / "x.png"), lambda: tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "YCbCr"])
 def test_other_modes_stay(mode: str) -> None:
     assert as_seen(_halves().convert(mode)).mode == mode

@@ -13,7 +13,9 @@ import pytest
 
 from browsing import Browsing
 from tokenmerge import MergeConfig
+from tokenmerge.report.axes import Chart
 from tokenmerge.report.formats import as_csv, with_environment
+from tokenmerge.report.results import results_page
 from tokenmerge.tools.bench import Bench, BenchRow
 from tokenmerge.tools.compare import Comparison, ComparisonRow
 from tokenmerge.tools.evaluate import Evaluation, EvaluationRow
@@ -174,6 +176,32 @@ def test_keys_go_from_mark_to_mark(visits: Callable[[str], Visit]) -> None:
     assert visit.text("#said").startswith("r = 0: r 0, top-1 % 91.40")
     visit.page.keyboard.press("Escape")
     assert visit.page.locator("#row h3").count() == 0 and visit.page.locator("tr.active").count() == 0
+
+
+@pytest.mark.parametrize(("key", "first"), [("Home", 0), ("End", 3), ("ArrowRight", 0), ("ArrowLeft", 3)])
+def test_the_first_key_chooses_the_first_or_the_last_mark(visits: Callable[[str], Visit], key: str, first: int) -> None:
+    visit = visits("eval")
+    visit.page.locator("#chart").focus()
+    visit.page.keyboard.press(key)
+    assert visit.text("#row h3") == f"r = {evaluated().rows[first]['r']}"
+
+
+def test_a_row_without_a_name_is_no_place_of_an_axis(browser: Any, tmp_path: Path) -> None:
+    rows = [{"r": r, "top-1 %": top} for r, top in (("0", 90.0), (None, None), ("[8, 8]", 88.0))]
+    chart = Chart(x=("r",), y=("top-1 %",), label=lambda row: f"r = {row['r']}")
+    (tmp_path / "x.html").write_text(results_page("x", rows, environment=ABOUT, chart=chart))
+    visit = Visit(browser, tmp_path / "x.html", 1440)
+    assert visit.page.evaluate("DATA.chart.x[0].ticks") == ["0", "[8, 8]"] and set(visit.spots()) == {0, 2}
+    visit.filter("[8, 8]")
+    assert visit.text(".rows output") == "1 of 3 rows" and visit.complaints == []
+    visit.context.close()
+
+
+def test_one_row_is_one_row(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.html").write_text(results_page("x", [{"r": "0"}], environment=ABOUT))
+    visit = Visit(browser, tmp_path / "x.html", 390)
+    assert visit.text(".rows output") == "1 row"
+    visit.context.close()
 
 
 def test_axes_are_chosen_and_say_their_units(visits: Callable[[str], Visit]) -> None:

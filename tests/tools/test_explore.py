@@ -175,6 +175,16 @@ def test_a_saved_configuration_keeps_its_r(tmp_path: Path) -> None:
     assert data["methods"][0]["amounts"][1]["runs"][0]["tokens"] == [65, 64, 62, 59, 55]
 
 
+def test_two_configurations_of_one_method_are_told_apart(tmp_path: Path) -> None:
+    for number, r in enumerate(([1, 2, 3, 4], [4, 3, 2, 1], 8)):
+        tokenmerge.MergeConfig("tome", r=r).save(tmp_path / f"{number}.json")
+    methods = ["tome", *(str(tmp_path / f"{number}.json") for number in range(3))]
+    found, data = written(tmp_path, rs=[8], methods=methods)
+    labels = ["0", "8", "own", "own (#2)", "8 (#2)"]
+    assert [amount["label"] for amount in data["methods"][0]["amounts"]] == labels  # a link names one of them
+    assert [row["r"] for row in found.rows] == labels
+
+
 def test_an_untrained_model_is_said_to_be_one(tmp_path: Path) -> None:
     fresh = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
     assert is_untrained(fresh) and not is_untrained(vit()) and not is_untrained(tokenmerge.load("reference"))

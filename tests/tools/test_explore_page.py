@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -270,6 +271,61 @@ def test_axe_finds_nothing(browser: Any, written: tuple[Path, list[Path]], width
     visit = Visit(browser, written[0], width, link, color_scheme=scheme, bypass_csp=True)
     visit.page.locator("summary").click()
     assert visit.violations() == []
+    visit.context.close()
+
+
+@pytest.mark.parametrize("where", ["merged", "unmerged", "both"])
+@pytest.mark.parametrize("classes", [10, 0])
+def test_answers_that_are_no_numbers_are_said(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int, where: str
+) -> None:
+    from tokenmerge.tools import explore as tool
+
+    run = tool.run_images
+
+    def broken(model: Any, x: torch.Tensor) -> torch.Tensor:
+        out = run(model, x)
+        is_odd = where == "both" or (where == "unmerged") == (tokenmerge.handle_of(model).r == 0)
+        return out * torch.nan if is_odd and bool(x.mean() > 0) else out  # of one of two photos
+
+    monkeypatch.setattr(tool, "run_images", broken)
+    torch.manual_seed(0)
+    photos = [Image.new("RGB", (40, 40), shade) for shade in ("black", "white")]
+    options: Any = {"labels": [f"kind {i}" for i in range(10)]} if classes else {}
+    found = tool.explore(tiny_vit(num_classes=classes), photos, tmp_path / "x.html", rs=[8], rounds=1, **options)
+    if classes:
+        assert [row["same class"] for row in found.rows] == ["1 of 2" if where != "merged" else "2 of 2", "1 of 2"]
+    else:
+        assert found.rows[1]["cosine"] == pytest.approx(1, abs=0.1)
+    visit = Visit(browser, tmp_path / "x.html", 1440, "#image=2&left=tome%408")
+    odd = "The answer holds no number (NaN or infinity)"
+    assert (odd in visit.text("#left .answer")) is (where != "unmerged")
+    change = {"merged": "The unmerged one is finite", "both": "So does the unmerged one"}
+    assert change.get(where, "no number (NaN or infinity)") in visit.text("#left figcaption")
+    visit.set("#left-r", 0)
+    assert (odd in visit.text("#left .answer")) is (where != "merged")
+    assert visit.complaints == []
+    visit.context.close()
+
+
+def test_a_similarity_that_is_no_number_is_left_out(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenmerge.tools import explore as tool
+
+    data_of = tool.run_data
+
+    def unknown(trace: Any) -> Any:
+        return [{**block, "similarity": [None] * len(block["gone"])} for block in data_of(trace)]
+
+    monkeypatch.setattr(tool, "run_data", unknown)
+    file = tool.explore(_model(), _photo(0), tmp_path / "x.html", rs=[8], rounds=1).path
+    trace, _ = _trace_of(_photo(0))
+    merge = next(step for step in trace.genealogy(int(trace.blocks[0].into[0, 0])) if step.into > 0)
+    visit = Visit(browser, file, 1440, f"#left=tome%408&token={merge.into}")
+    said = visit.text("#family li >> nth=0")
+    assert re.fullmatch(r"Block 1: row \d+, column \d+ went into row \d+, column \d+", said)
+    assert visit.complaints == []
     visit.context.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import socket
 import sys
@@ -23,7 +24,7 @@ from tokenmerge.cli import main
 from tokenmerge.data.prepare import find_preprocessing
 from tokenmerge.errors import ConfigError, DataError, UnknownNameError, UnsupportedError
 from tokenmerge.tools import hosts, network
-from tokenmerge.tools.models import file_name, has_weights, load_model
+from tokenmerge.tools.models import configuration_beside, file_name, has_weights, load_model
 from tokenmerge.tuning import clock
 
 
@@ -167,6 +168,76 @@ def test_a_repository_of_timm_is_a_timm_model(hub: Path) -> None:
         assert type(model) is type(saved) and torch.equal(model(x), saved(x))
     new = tokenmerge.load("hf:timm/tiny", pretrained=False)
     assert type(new) is type(saved) and not torch.equal(new(x), saved(x))
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("prefix", ["hf:", ""])
+def test_a_repository_that_merges_is_told_as_a_folder_is(
+    hub: Path, prefix: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, depth=2).eval()
+    tokenmerge.patch(model, r=[4, 2])
+    tokenmerge.save_pretrained(model, hub / "me" / "fast", model_args={"depth": 2})
+    said = (
+        r"^me/fast holds merge\.json, which load does not apply. By it merges tokenmerge\.from_pretrained\('me/fast'\)"
+    )
+    with pytest.warns(UserWarning, match=said) as seen:
+        plain = tokenmerge.load(f"{prefix}me/fast")
+    assert tokenmerge.handle_of(plain, None) is None
+    path = re.findall(r"patch\(model, '(.*)'\)", str(seen[0].message))[0]
+    assert tokenmerge.patch(plain, path).r == [4, 2]
+    with pytest.warns(UserWarning, match=said):
+        assert tokenmerge.Embedder(f"{prefix}me/fast").merging == ""
+    assert "r=[4, 2]" in tokenmerge.Embedder(f"{prefix}me/fast", path).merging
+    words = ["doctor", f"{prefix}me/fast", "-b", "1"]
+    line = f"me/fast holds merge.json, which is not applied: --config {path} does.\n"
+    for options, count in ((["-r", "2"], 1), (["--config", path], 0)):
+        assert main([*words, *options]) in (0, 1)
+        assert capsys.readouterr().err.count(line) == count
+    # the second look asks no network, and costs nothing where it finds nothing
+    huggingface_hub, constants = (
+        pytest.importorskip("huggingface_hub"),
+        pytest.importorskip("huggingface_hub.constants"),
+    )
+    download, asked = huggingface_hub.snapshot_download, []
+
+    def once(*words: Any, **options: Any) -> str:
+        asked.append(constants.HF_HUB_OFFLINE)
+        if len(asked) > 1:
+            raise OSError("the cache is gone")
+        return str(download(*words, **options))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network, "is_reachable", lambda address: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", once)
+    assert isinstance(tokenmerge.load(f"{prefix}me/fast"), nn.Module)  # a warning would be an error here
+    assert asked == [False, True] and constants.HF_HUB_OFFLINE is False
+
+
+def test_what_is_downloaded_is_found_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    repository = tmp_path / "models--me--fast"
+    (repository / "snapshots/abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    (repository / "snapshots/abc/merge.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hub = pytest.importorskip("huggingface_hub")
+    download = hub.snapshot_download
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda *words, **options: download(*words, cache_dir=tmp_path, **options)
+    )
+    for name in ("hf:me/fast", "me/fast"):
+        assert configuration_beside(name) == repository / "snapshots/abc/merge.json"
+    for name in (
+        "hf:me/other",
+        "me/other",
+        "vit_tiny_patch16_224",
+        "open_clip:ViT-B-32/openai",
+        "ViT-B-32/openai",
+        " ",
+    ):
+        assert configuration_beside(name) is None
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,25 @@ def test_files_of_photos(tmp_path: Path) -> None:
     }
 
 
+def test_no_file_is_written_twice(tmp_path: Path) -> None:
+    sources = [tmp_path / name for name in ("a/x.png", "b/x.png", "x-1.png", "all.png")]
+    for number, source in enumerate(sources):
+        source.parent.mkdir(exist_ok=True)
+        photo(number).save(source)
+    found = viz(vit(), sources, tmp_path / "out", r=8, block=[0, -1])
+    assert len({*found.files}) == len(found.files) == 4 * 3 + 2
+    drawn_twice = {(tmp_path / "out" / name).read_bytes() for name in found.files if name.endswith("-04.png")}
+    assert len(drawn_twice) == 4, "one photo's picture has another's name"
+
+
+def test_a_name_that_is_too_long_for_a_file_is_said(tmp_path: Path) -> None:
+    long = tmp_path / f"{'x' * 250}.png"
+    photo().save(long)
+    with pytest.raises(DataError, match=r"cannot write to .*out: File name too long"):
+        viz(vit(), long, tmp_path / "out", r=8)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_output_is_refused_and_replaced_when_asked(tmp_path: Path) -> None:
     source = _saved(tmp_path)[1]
     out = tmp_path / "out"
@@ -440,6 +459,32 @@ def test_a_model_of_clips_groups_over_frames(tmp_path: Path, clip: Path) -> None
         viz(model, write_clip(tmp_path / "short.mp4", 3), tmp_path / "other", r=2)
 
 
+def test_a_clip_whose_crop_is_not_known_is_drawn_as_the_model_is_given_it(tmp_path: Path, clip: Path) -> None:
+    pytest.importorskip("transformers")
+    from tokenmerge.adapters import ADAPTERS
+
+    torch.manual_seed(0)
+    model, x = next(adapter for adapter in ADAPTERS if adapter.name == "hf_videomae").tiny()
+
+    def negative(image: Any) -> torch.Tensor:
+        pixels = np.asarray(image.convert("RGB").resize(x.shape[:-3:-1]))
+        return 1 - torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+
+    found = viz(randomised(model), clip, tmp_path / "out", r=2, preprocessing=negative)
+    frames, _ = read_back(tmp_path / "out" / "clip-groups-04.mp4")
+    assert frames.shape[1:3] == x.shape[-2:], "groups are drawn over what the model did not see"
+    note = "clip.mp4 is drawn as the model is given it: which part of the photo that is, is not known."
+    assert note in found.notes
+
+
+def test_a_fast_gif_is_one_that_browsers_play(tmp_path: Path) -> None:
+    from tokenmerge.tools.viz_clip import write_film
+
+    write_film(tmp_path / "x.gif", [photo(0), photo(1)], 240.0)
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.info["duration"] == 20  # of less they make 100
+
+
 def _turned(path: Path) -> None:
     """Write into a film that it is seen turned by 90 degrees with the clock, as phones do."""
     plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
@@ -524,6 +569,9 @@ def test_a_sound_is_drawn_on_its_spectrogram(tmp_path: Path, monkeypatch: pytest
     loudest = float(first["hertz"][first["level"][:, at].argmax()])
     assert abs(loudest - (300 + 2 * 500 * 0.25)) < 80
     assert found.facts == ["tone.wav: as tokenmerge train prepares sounds."]
+    found = viz(model, write_tone(tmp_path / "long.wav", seconds=3.5), tmp_path / "long", r=8)
+    said = "long.wav: as tokenmerge train prepares sounds; the model is given the middle 2.0 of its 3.5 s."
+    assert found.facts == [said] and calls[-1]["start"] == 0.75
 
 
 @pytest.mark.parametrize("name", ["hf_ast", "hf_whisper"])
@@ -544,7 +592,10 @@ def test_sounds_for_models_of_transformers(name: str, tmp_path: Path, monkeypatc
     loudest = float(call["hertz"][call["level"][:, 8].argmax()])
     step = float((call["hertz"][1:] - call["hertz"][:-1]).max())
     assert abs(loudest - 380) < max(200.0, step)
-    assert found.rows[0]["groups"] < found.rows[0]["patches"]
+    assert found.rows[0]["groups"] < found.rows[0]["patches"] and "the model is given" not in found.facts[0]
+    whole = call["seconds"]
+    found = viz(model, write_tone(tmp_path / "long.wav", seconds=whole + 1), tmp_path / "long", r=2)
+    assert f"; the model is given the first {whole:.1f} of its {whole + 1:.1f} s." in found.facts[0]
 
 
 def test_sounds_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
@@ -554,6 +605,13 @@ def test_sounds_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
     with pytest.raises(DataError, match=r"cannot read the sound .*bad.wav"):
         viz(vit(img_size=(32, 64), in_chans=1), tmp_path / "bad.wav", tmp_path / "out", r=8)
+    for name, count, cut in (("cut", 1, -1000), ("odd", 2, -2)):
+        with wave.open(str(tmp_path / f"{name}.wav"), "wb") as file:
+            file.setparams((count, 2, 8_000, 0, "NONE", ""))
+            file.writeframes(b"\1\2" * 8_000)
+        (tmp_path / f"{name}.wav").write_bytes((tmp_path / f"{name}.wav").read_bytes()[:cut])
+        with pytest.raises(DataError, match=rf"cannot read the sound .*{name}.wav: it is cut off: \d+ of \d+ samples"):
+            viz(vit(img_size=(32, 64), in_chans=1), tmp_path / f"{name}.wav", tmp_path / "out", r=8)
     with pytest.raises(UnsupportedError, match="of sounds the groups are drawn, not attention"):
         viz(vit(img_size=(32, 64), in_chans=1), tone, tmp_path / "out", r=8, shows=["attention"])
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ def rows_of(path: str, called: str, image: str | None, ids: str | None) -> Itera
     """Yield id and place of every row of a file of Parquet or Arrow, which ids without a column `ids` name `called`.
 
     `image` names the column of images, or of their paths. Raises `DataError` for a file that cannot be read or that
-    does not say which column holds images, `UnknownNameError` for a column that is not there.
+    does not say which column holds images or lacks an id, `UnknownNameError` for a column that is not there.
     """
     count = 0
     try:
@@ -26,13 +26,13 @@ def rows_of(path: str, called: str, image: str | None, ids: str | None) -> Itera
             if ids is not None and ids not in schema.names:
                 raise unknown_name(f"column of {path}", ids, schema.names)
             is_text = _holds_paths(schema.field(column).type)
-            wanted = [*([column] if is_text else []), *([ids] if ids else [])]
+            wanted = list(dict.fromkeys([*([column] if is_text else []), *([ids] if ids else [])]))
             for group, rows in enumerate(groups):
                 table = read(group, wanted) if wanted else None
                 names = table[ids].to_pylist() if table is not None and ids else None
                 paths = table[column].to_pylist() if table is not None and is_text else None
                 for row in range(rows):
-                    name = f"{called}#{count}" if names is None else str(names[row])
+                    name = f"{called}#{count}" if names is None else _id(names[row], ids or "", count, path)
                     count += 1
                     cell = Place(path, row=(group, row), column=column)
                     yield name, cell if paths is None else beside(paths[row], path)
@@ -42,10 +42,18 @@ def rows_of(path: str, called: str, image: str | None, ids: str | None) -> Itera
         raise DataError(f"cannot read {path}: {reason_of(error)}") from error
 
 
-def _holds_paths(kind: Any) -> bool:
-    import pyarrow as pa
+def _id(value: Any, column: str, row: int, path: str) -> str:
+    if value is None:
+        raise DataError(
+            f"row {row} of {path} has no id in its column {column}: give another --id-column, or none (an id is then "
+            "FILE#ROW)."
+        )
+    # some tools write texts as bytes
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+def _holds_paths(kind: Any) -> bool:
+    return _named(kind) in ("string", "large_string", "string_view")
 
 
 def _holds_images(kind: Any) -> bool:
@@ -53,7 +61,14 @@ def _holds_images(kind: Any) -> bool:
 
     if pa.types.is_struct(kind):
         return any(kind.field(i).name in ("bytes", "path") for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return _named(kind) in ("binary", "large_binary", "binary_view")
+
+
+def _named(kind: Any) -> str:
+    """Return the name of a type; of one whose values are numbered (pandas' categories), that of the values."""
+    import pyarrow as pa
+
+    return str(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
 def _column(schema: Any, image: str | None, path: str) -> str:

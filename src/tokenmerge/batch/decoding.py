@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.batch.places import Place
-from tokenmerge.data.opening import decode
+from tokenmerge.data.opening import decode_turned
 from tokenmerge.data.preprocessing import Preprocessing
 from tokenmerge.errors import DataError
 
@@ -44,16 +44,20 @@ class Decoder:
     draft: int | None = None
 
     def __call__(self, name: str, content: bytes) -> tuple[Tensor, tuple[int, int]]:
-        """Return the input for the model, and width and height of the image; raises `OSError` with its name."""
+        """Return the input for the model, and width and height of the image as people see it, upright.
+
+        Raises `OSError` with its name.
+        """
         size: list[int] = []
         try:
-            image = decode(name, partial(io.BytesIO, content), partial(self._opened, size))
+            image, is_turned = decode_turned(name, partial(io.BytesIO, content), partial(self._opened, size))
         except OSError as error:
             raise OSError(re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))) from error
+        width, height = reversed(size) if is_turned else size
         try:
-            return self.prepare(image).contiguous(), (size[0], size[1])
+            return self.prepare(image).contiguous(), (width, height)
         except Exception as error:  # of whatever prepares it
-            raise OSError(f"{name}: {size[0]} x {size[1]} pixels cannot be prepared: {error}") from error
+            raise OSError(f"{name}: {width} x {height} pixels cannot be prepared: {error}") from error
 
     def _opened(self, size: list[int], image: Any) -> None:
         size[:] = width, height = image.size
@@ -102,7 +106,7 @@ class Read:
 
     number: int
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of its tensor; () if it could not be read
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of the image
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of the upright image
     reasons: list[str] = field(default_factory=list)  # why it could not be read; "" if it was
     unread: bool = False  # the bytes of at least one image could not be fetched
     seconds: float = 0.0

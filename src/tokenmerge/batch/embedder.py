@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from tokenmerge.data.answers import known_size
 from tokenmerge.data.classes import class_names
 from tokenmerge.data.opening import decode
 from tokenmerge.data.prepare import find_preprocessing
-from tokenmerge.errors import DataError, TokenMergeError
+from tokenmerge.data.preprocessing import Preprocessing
+from tokenmerge.errors import DataError, TokenMergeError, UnsupportedError, UnsupportedModelError
 from tokenmerge.measure.outputs import find_device, find_dtype, run_images
 from tokenmerge.schedule import R
 from tokenmerge.tools.models import apply_method, check_takes_images, load, load_unmerged, place_of, read_method
@@ -49,7 +51,8 @@ class Embedder:
         pretrained: take the host's weights for a model given by name, else new ones.
         trust_pickle: as in `load`.
 
-    Raises the errors of `load` and `patch`, and `UnsupportedError` for a model without such an output, when it is made.
+    Warns where the configuration was made for another model or other weights; `remarks` has what it says. Raises the
+    errors of `load` and `patch`, and `UnsupportedError` for a model without such an output, when it is made.
     """
 
     def __init__(
@@ -80,8 +83,11 @@ class Embedder:
         options = {"beside": place_of(self.name) if isinstance(self._given["model"], str) else None}
         is_changed = isinstance(preprocessing, Mapping)
         options |= preprocessing if is_changed else {"given": preprocessing}
-        self.prepare = find_preprocessing(model, **options)
+        self.prepare = _preparing(model, options, merges=config is not None or r is not None)
+        self.remarks: list[str] = []  # what its configuration says of its model that is not so in this one
         self.merging = self._merge(model, config, r)
+        for remark in self.remarks:
+            warnings.warn(f"{self.name}: {remark}.", stacklevel=2)
         self._weights = digest(model.state_dict())
         self._size = _size(model, self.prepare.size)
         self.model = model.to(self.device, self.dtype)
@@ -95,10 +101,13 @@ class Embedder:
         """Patch the model and return what it was patched with; "" if with nothing."""
         if config is None and r is None:
             handle = handle_of(model, None)  # it may have been patched before it was given
+            self.remarks = [] if handle is None else handle.remarks
             return "" if handle is None else repr(handle.config)
         method = read_method(str(config)) if isinstance(config, (str, Path)) else config
         restore = "dense" if self.output == "dense" else None
-        return repr(apply_method(model, "tome" if method is None else method, r=r, restore=restore).config)
+        handle = apply_method(model, "tome" if method is None else method, r=r, restore=restore)
+        self.remarks = handle.remarks
+        return repr(handle.config)
 
     def _tried(self) -> tuple[int, ...] | None:
         """Run one image and return the shape of its output; None if the size of an input is unknown."""
@@ -194,7 +203,21 @@ class Embedder:
 
 
 def _made(given: dict[str, Any]) -> Embedder:
-    return Embedder(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what is to be said was said of the one that this is a copy of
+        return Embedder(**given)
+
+
+def _preparing(model: nn.Module, options: Mapping[str, Any], *, merges: bool) -> Preprocessing:
+    try:
+        return find_preprocessing(model, **options)
+    except UnsupportedModelError as error:
+        if merges:
+            raise
+        raise UnsupportedError(
+            f"{type(model).__qualname__} says neither how its images are prepared nor how large they are, and is of no "
+            "family that is known here: put its preprocessor_config.json beside it, or give preprocessing= in Python."
+        ) from error
 
 
 def _best() -> str:

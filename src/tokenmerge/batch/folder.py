@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from tokenmerge.errors import ConfigError, DataError
 from tokenmerge.files import is_part, write_file
 from tokenmerge.training.run_folder import alone_in
 
-__all__ = ["FAILURES", "MANIFEST", "JobFolder", "check_folder", "needs_parquet"]
+__all__ = ["FAILURES", "MANIFEST", "REPORT", "JobFolder", "check_folder", "needs_parquet"]
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.parquet"
+REPORT = "report.html"
 _LOCK = ".lock"
 _VERSION = 1
 
@@ -85,7 +87,8 @@ class JobFolder:
 
         found = set(self.failures)
         for name in self.shards:
-            found.update(pq.read_table(self.folder / self.kind / name, columns=["id"])["id"].to_pylist())
+            with _opened(self.folder / self.kind / name) as file:
+                found.update(pq.read_table(file, columns=["id"])["id"].to_pylist())
         return found
 
     def add(self, table: Any, failures: Sequence[Mapping[str, str]]) -> None:
@@ -163,7 +166,8 @@ class JobFolder:
         for name, rows in self.shards.items():
             path = self.folder / self.kind / name
             try:
-                found = pq.read_metadata(path).num_rows
+                with _opened(path) as file:
+                    found = pq.read_metadata(file).num_rows
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}, which {MANIFEST} names, cannot be read: {error}.") from error
             if found != rows:
@@ -174,8 +178,10 @@ class JobFolder:
 
         path = self.folder / FAILURES
         try:
-            rows = pq.read_table(path).to_pylist() if path.is_file() else []
-            return {row["id"]: row for row in rows}
+            if not path.is_file():
+                return {}
+            with _opened(path) as file:
+                return {row["id"]: row for row in pq.read_table(file).to_pylist()}
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
 
@@ -189,6 +195,13 @@ class JobFolder:
                 path.unlink()
         numbers = [int(name.removeprefix("part-").removesuffix(".parquet")) for name in self.shards]
         self._next = max(numbers, default=-1) + 1
+
+
+def _opened(path: Path) -> Any:
+    """Open a file by Arrow, which takes names that are no text as bytes alone."""
+    import pyarrow as pa
+
+    return pa.OSFile(os.fsencode(path))
 
 
 def needs_parquet() -> None:

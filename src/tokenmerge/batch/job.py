@@ -14,9 +14,10 @@ from tokenmerge.batch.cluster import Cluster, import_ray
 from tokenmerge.batch.decoding import MAX_PIXELS, Decoder, Piece
 from tokenmerge.batch.embedder import Embedder
 from tokenmerge.batch.engine import Done, Engine
-from tokenmerge.batch.folder import JobFolder, check_folder, needs_parquet
+from tokenmerge.batch.folder import REPORT, JobFolder, check_folder, needs_parquet
 from tokenmerge.batch.inputs import Inputs, Item, check_unique, open_inputs
 from tokenmerge.batch.local import Devices, Local
+from tokenmerge.batch.page import write_page
 from tokenmerge.batch.rates import Meter
 from tokenmerge.batch.summary import Summary
 from tokenmerge.batch.table import Rows
@@ -49,7 +50,8 @@ def embed(
 
     Called again with the same settings it goes on, also by another engine: exactly one row or failure for every id,
     wherever it was killed. An image that cannot be read is named with the reason in `failures.parquet`. A process that
-    is killed is replaced, and its images are read again; an image that ends three is a failure.
+    is killed is replaced, and its images are read again; an image that ends three is a failure. At the end
+    `report.html` says what bounded it, with both rates over time.
 
     Args:
         embedder: the model.
@@ -81,12 +83,18 @@ def embed(
     settings = {**embedder.settings(), "source": inputs.name, "draft": "none" if draft is None else str(draft)}
     found = _engine(engine, embedder, Decoder(embedder.prepare, max_pixels, draft), workers, batch_size, models)
     with JobFolder.open(out, settings, embedder.output) as folder:
+        meter = Meter(folder.folder, embedder.device)
         if retry and folder.failures:
             folder.forget_failures()
-        job = _Job(embedder, inputs, folder, batch_size, shard_rows, progress)
+        job = _Job(embedder, inputs, folder, meter, batch_size, shard_rows, progress)
+        page = folder.folder / REPORT
         if job.left:
+            page.unlink(missing_ok=True)  # it would be of less than the folder holds, should this call be killed
             job.run(found)
-        return job.summary(found)
+        summary = job.summary(found)
+        if not page.exists():
+            write_page(folder, summary, embedder.device, batch_size)
+        return summary
 
 
 def check_engine(name: str) -> None:
@@ -118,12 +126,13 @@ class _Job:
         embedder: Embedder,
         inputs: Inputs,
         folder: JobFolder,
+        meter: Meter,
         batch_size: int,
         shard_rows: int,
         progress: Callable[[int, int, str], None] | None,
     ) -> None:
-        self.embedder, self.inputs, self.folder, self.progress = embedder, inputs, folder, progress
-        self.shard_rows = shard_rows
+        self.embedder, self.inputs, self.folder, self.meter = embedder, inputs, folder, meter
+        self.shard_rows, self.progress = shard_rows, progress
         done = folder.done()
         self.before, self.total = len(done), len(inputs)
         # pieces are parts of the whole list, so that a job that goes on makes the batches of one that was not stopped
@@ -132,7 +141,6 @@ class _Job:
         for index in missing:
             self.pieces.setdefault(index // batch_size, []).append(index)
         self.left, self.gone = len(missing), len(done) - (self.total - len(missing))
-        self.meter = Meter(folder.folder, embedder.device)
         self.seconds = self.shown = self.written = 0.0
 
     def _wanted(self) -> Iterator[Piece]:
@@ -199,6 +207,7 @@ class _Job:
         """Return what was done, and how fast."""
         loader, model = self.meter.rates(engine)
         notes = [f"{self.gone:,} rows are of images that the source has no more."] if self.gone else []
+        notes += [f"WARNING: {remark}." for remark in self.embedder.remarks]
         warning = self.embedder.prepare.warning()
         waited = engine.waited
         if waited is None:

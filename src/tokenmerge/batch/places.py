@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,13 +74,15 @@ def open_table(path: str) -> Iterator[tuple[Any, list[int], Callable[[int, list[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # Arrow's own files on a disk: a thread of Arrow may give back bytes of Python's when this process has ended, and
+    # aborts it then
+    is_far, name = "://" in path, os.fsencode(path)
     if path.endswith(".arrow"):
-        # mapped, and not read, where it lies on a disk
-        with open_binary(path) if "://" in path else pa.memory_map(path) as opened:
+        with open_binary(path) if is_far else pa.memory_map(name) as opened:
             table = pa.ipc.open_stream(opened).read_all()
             yield table.schema, [table.num_rows], lambda group, columns: table.select(columns)
     else:
-        with open_binary(path) as opened, pq.ParquetFile(opened) as file:
+        with open_binary(path) if is_far else pa.OSFile(name) as opened, pq.ParquetFile(opened) as file:
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             yield file.schema_arrow, counts, lambda group, columns: file.read_row_group(group, columns=columns)
 

@@ -1,7 +1,4 @@
-"""How fast a job goes: both rates of the whole call, and over time in a table beside the manifest.
-
-A report of a job is made of `read_rates(folder)`.
-"""
+"""How fast a job goes: both rates of the whole call, and over time in a table beside the manifest."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from typing import Any
 import torch
 
 from tokenmerge.batch.engine import Done, Engine
+from tokenmerge.errors import DataError
 
 __all__ = ["RATES", "Meter", "read_rates"]
 
@@ -47,6 +45,7 @@ class Meter:
         self._begun, self._started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._now, self._before = _Counts(), _Counts()
         _whole_lines(self._path)
+        read_rates(folder)  # what is none is refused before anything is done
 
     @property
     def seconds(self) -> float:
@@ -113,14 +112,28 @@ def gpu_use(device: torch.device, models: int = 1) -> float | None:
 def read_rates(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a job's folder, of all calls one after the other; numbers are floats, None what is unknown.
 
-    Raises `OSError` for a folder without them.
+    Where nothing was written there are none. Raises `DataError` for a file that holds something else.
     """
-    with (Path(folder) / RATES).open(encoding="utf-8", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    return [
-        {name: text if name == "started" else (float(text) if text else None) for name, text in row.items()}
-        for row in rows
-    ]
+    path = Path(folder) / RATES
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            head, *lines = [tuple(line) for line in csv.reader(file)] or [_COLUMNS]
+        if head != _COLUMNS:
+            raise ValueError(f"its columns are {', '.join(head)}")
+        return [_line(dict(zip(_COLUMNS, line, strict=True))) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path} does not hold the rates of a job: {error}. Take it away: the rows do not depend on it."
+        ) from error
+
+
+def _line(texts: dict[str, str]) -> dict[str, Any]:
+    found = {name: text if name == "started" else (float(text) if text else None) for name, text in texts.items()}
+    if found["seconds"] is None or found["images"] is None:
+        raise ValueError("a line has no seconds, or no images")
+    return found
 
 
 def _or_empty(value: float | None) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenmerge.batch.folder import FAILURES
+from tokenmerge.batch.folder import FAILURES, REPORT
 
 __all__ = ["Summary"]
 
@@ -63,17 +63,28 @@ class Summary:
             "more workers do not."
         )
 
-    def lines(self) -> list[str]:
-        """Return what a reader is told at the end."""
+    @property
+    def counts(self) -> str:
+        """One line: what the folder holds."""
         before = f" ({self.done_before:,} were there before)" if self.done_before else ""
         lost = f"{self.failures:,} images failed: {self.out}/{FAILURES} says why" if self.failures else "none failed"
         again = f" {self.killed} worker processes were killed and replaced." if self.killed else ""
+        return f"{self.rows:,} rows in {self.out}{before}; {lost}.{again}"
+
+    @property
+    def pace(self) -> str:
+        """One line: how fast this call was."""
+        return f"{self.images:,} images in {self.seconds:,.1f} s, {self.rate:,.1f}/s."
+
+    def lines(self) -> list[str]:
+        """Return what a reader is told at the end."""
         return [
-            f"{self.rows:,} rows in {self.out}{before}; {lost}.{again}",
+            self.counts,
             *self.notes,
             f"Merging: {self.merging or 'none'}",
             f"Preprocessing: {self.preprocessing}",
-            f"{self.images:,} images in {self.seconds:,.1f} s, {self.rate:,.1f}/s.",
+            self.pace,
+            f"Over time: {self.out}/{REPORT}",
             self.bound,
         ]
 

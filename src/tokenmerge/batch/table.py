@@ -18,8 +18,8 @@ _BEST = 5  # classes of an image that are written
 class Rows:
     """Rows and failures of one shard.
 
-    Columns: `id`, `path`, the output, `width` and `height` of the image. The output is `embedding` (a list of fixed
-    size, float32), `dense` (such a list for every place), or for logits `labels` and `scores`: the names of the
+    Columns: `id`, `path`, the output, `width` and `height` of the upright image. The output is `embedding` (a list of
+    fixed size, float32), `dense` (such a list for every place), or for logits `labels` and `scores`: the names of the
     likeliest classes, best first, and their probabilities.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from contextlib import redirect_stdout
 
 from tokenmerge.cli.options import METHOD_HELP, model_argument, preparing, preparing_arguments, read_r
@@ -68,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = open_inputs(arguments.data, image=arguments.image_column, ids=arguments.id_column)
     inputs = check_unique(inputs, arguments.duplicates)
     changes = {name: value for name, value in preparing(arguments).items() if name != "beside"}
-    with redirect_stdout(sys.stderr):  # what a host or a function of the user's prints is no result
+    # what a host or a function of the user's prints is no result, and what is to be known is said at the end
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*: the configuration was made ")
         embedder = Embedder(
             arguments.model,
             arguments.config,

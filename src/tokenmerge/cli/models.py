@@ -32,15 +32,24 @@ def open_model(name: str, *, pretrained: bool = False, trust_pickle: bool = Fals
 
 @contextmanager
 def unapplied(arguments: argparse.Namespace) -> Iterator[None]:
-    """Say on stderr that the model's folder holds a `merge.json`, unless the command was told how to merge."""
+    """Say on stderr that the model's folder or repository holds a `merge.json`, unless it was told how to merge."""
     option = next((name for name, plain in _PLAIN.items() if getattr(arguments, name, "") in plain), None)
     if option is None or not hasattr(arguments, "model"):
         yield
         return
-    from tokenmerge.tools.models import CONFIGURATION, configuration_beside
+    from tokenmerge.tools.models import CONFIGURATION, configuration_beside, repository_of
 
-    if (path := configuration_beside(arguments.model)) is not None:
-        print(f"{path.parent} holds {CONFIGURATION}, which is not applied: --{option} {path} does.", file=sys.stderr)
+    home = repository_of(arguments.model)
+
+    def is_said() -> bool:
+        if (path := configuration_beside(arguments.model)) is not None:
+            where = home or path.parent
+            print(f"{where} holds {CONFIGURATION}, which is not applied: --{option} {path} does.", file=sys.stderr)
+        return path is not None
+
+    was_said = is_said()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".* holds {CONFIGURATION}, which load does not apply")
         yield
+    if home and not was_said:
+        is_said()  # it was downloaded meanwhile

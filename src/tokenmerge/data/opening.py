@@ -9,9 +9,10 @@ from typing import Any
 
 from tokenmerge.errors import DataError
 
-__all__ = ["as_seen", "decode"]
+__all__ = ["as_seen", "decode", "decode_turned"]
 
 _ORIENTATION = 0x0112  # the tag of EXIF
+_SIDEWAYS = (5, 6, 7, 8)  # values by which width and height change places
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -20,6 +21,13 @@ def decode(name: str, content: Callable[[], Any], opened: Callable[[Any], None] 
 
     `opened` is given the image before its pixels are read, and may refuse it.
     """
+    return decode_turned(name, content, opened)[0]
+
+
+def decode_turned(
+    name: str, content: Callable[[], Any], opened: Callable[[Any], None] | None = None
+) -> tuple[Any, bool]:
+    """Return what `decode` does, and whether its width is the height of the image that `opened` was given."""
     from PIL import Image
 
     try:
@@ -27,7 +35,10 @@ def decode(name: str, content: Callable[[], Any], opened: Callable[[Any], None] 
             if opened is not None:
                 opened(image)
             image.load()
-            return as_seen(image)
+            upright, is_turned = _upright(image)
+            return _plain(upright), is_turned
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{name}: {str(error).partition(', could be')[0]}: make it smaller") from error
     except Exception as error:  # decoders raise any exception: OSError, SyntaxError, struct.error, ...
         raise OSError(f"{name}: {str(error).rstrip('.')}") from error
 
@@ -37,26 +48,34 @@ def as_seen(image: Any) -> Any:
 
     The mode stays what it is otherwise (CMYK, grey, a palette). Raises `DataError` for values of any scale.
     """
+    return _plain(_upright(image)[0])
+
+
+def _plain(image: Any) -> Any:
     from PIL import Image
 
-    image = _in_eight_bits(_upright(image))
+    image = _in_eight_bits(image)
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image
 
 
-def _upright(image: Any) -> Any:
-    """Turn an image as its EXIF says; one that cannot be read says nothing, as in any viewer."""
+def _upright(image: Any) -> tuple[Any, bool]:
+    """Turn an image as its EXIF says; one that cannot be read says nothing, as in any viewer.
+
+    Also returns whether width and height changed places: a square one does not show it.
+    """
     from PIL import ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "Corrupt EXIF data"
+            orientation = image.getexif().get(_ORIENTATION, 1)
             # an image that stands upright would be copied too
-            return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+            return image if orientation == 1 else ImageOps.exif_transpose(image), orientation in _SIDEWAYS
     except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
-        return image
+        return image, False
 
 
 def _in_eight_bits(image: Any) -> Any:

@@ -23,6 +23,7 @@ __all__ = ["LENGTH", "RATE", "mel", "read_wave", "spectrogram", "tones", "wav"]
 RATE = 8_000  # samples per second, in every source
 LENGTH = 2 * RATE  # samples of a synthetic sound, and of the part shown in a spectrogram
 _WINDOW = 256  # samples per frame of a spectrogram
+_ENDLESS = 0x7FFF0000  # bytes, about, that a file claims whose writer did not know its length
 _LOUDNESS = 80.0  # dynamic range in decibels: power further below the loudest is clipped
 
 
@@ -129,10 +130,16 @@ class Waves(Source):
 
 
 def read_wave(path: str, rate: int = RATE) -> Tensor:
-    """Return the sound of a file of PCM samples, mixed to mono, `[S]` at `rate` samples a second."""
+    """Return the sound of a file of PCM samples, mixed to mono, `[S]` at `rate` samples a second.
+
+    Raises `wave.Error`, `EOFError`, `OSError`, or `ValueError` for what is cut off.
+    """
     with wave.open(path) as file:
         channels, width, own = file.getnchannels(), file.getsampwidth(), file.getframerate()
-        content = bytearray(file.readframes(file.getnframes()))
+        count, content = file.getnframes(), bytearray(file.readframes(file.getnframes()))
+    there, rest = divmod(len(content), channels * width)
+    if rest or there < count < _ENDLESS // (channels * width):
+        raise ValueError(f"it is cut off: {there} of {count} samples are there")
     if width == 3:  # torch has no 24-bit integers: append a lowest byte of 0
         low = torch.frombuffer(content, dtype=torch.uint8).view(-1, 3) if content else torch.empty(0, 3).byte()
         sound = torch.cat((torch.zeros_like(low[:, :1]), low), dim=1).flatten().view(torch.int32) / 2**31

@@ -63,6 +63,8 @@ _AXES = {
     "MACs share": Axis("share of the unmerged model's MACs", -1, 0.5, 1.0),
     "tokens": Axis("tokens left after the last block"),
     "peak MB": Axis("peak memory of a forward, MiB", -1),
+    "seconds": Axis("seconds of work"),
+    "GPU %": Axis("GPUs at work, % of the time", 1, 10.0, 100.0),
 }
 
 
@@ -79,6 +81,7 @@ class Chart:
     series: Callable[[Row], str] = lambda row: "merged"  # what has one colour and marker
     is_unmerged: Callable[[Row], bool] = lambda row: False
     is_joined: bool = True  # a line through each series; without it through the rows that no other beats
+    is_named: bool = True  # names beside the marks; without it small marks, for hundreds of them
 
 
 def axis_of(title: str) -> Axis:

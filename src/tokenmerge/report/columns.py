@@ -148,6 +148,9 @@ PEAK_MB = Column[float]("peak MB", "memory that a merged forward holds at most",
 UNMERGED_PEAK_MB = Column[float]("unmerged peak MB", "memory that an unmerged forward holds at most", "MiB")
 TRAINING_PEAK_MB = Column[float]("training peak MB", "memory that a merged training step holds at most", "MiB")
 UNMERGED_TRAINING_PEAK_MB = Column[float]("unmerged training peak MB", "that of an unmerged step", "MiB")
+# jobs
+SECONDS = Column[float]("seconds", "the time of work until then", "seconds", decimals=1)
+GPU = Column[float]("GPU %", "how much of the time the GPUs were at work", "percent", decimals=1)
 # remarks
 ATTENTION = Column[str]("attention", "the attention kernel that the merged model ran on")
 UNMERGED_ATTENTION = Column[str]("unmerged attention", "the attention kernel that the unmerged model ran on")

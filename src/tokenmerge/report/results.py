@@ -31,7 +31,7 @@ def results_page(
 
     Args:
         title: of the page.
-        rows: with equal keys; what is drawn, and the CSV.
+        rows: with equal keys; what is drawn, and the CSV. Without any there is no plot.
         environment: the machine and the versions, of all rows or one per row.
         notes: sentences below the tables; warnings stand above.
         lead: sentences at the top.
@@ -39,9 +39,9 @@ def results_page(
         shown: the rows as the table shows them, in the same order; by default `rows`.
         more: further tables by their titles.
     """
-    tables: dict[str, tuple[Sequence[Row], Sequence[Row]]] = {
-        "Rows": (shown or rows, with_environment(rows, environment))
-    }
+    tables: dict[str, tuple[Sequence[Row], Sequence[Row]]] = {}
+    if rows:
+        tables["Rows"] = shown or rows, with_environment(rows, environment)
     tables |= {name: (part, part) for name, part in (more or {}).items() if part}
     urgent = [note for note in notes if note.startswith(_WARNS)]
     others = [note for note in notes if note not in urgent]
@@ -86,7 +86,8 @@ def _places(environment: Mapping[str, Any] | Sequence[Row]) -> str:
     found = []
     for one in each:
         terms = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in one.items())
-        found += [f"<h3>{every.count(one)} rows</h3>"] if len(each) > 1 else []
+        count = every.count(one)
+        found += [f"<h3>{count} row{'s' if count != 1 else ''}</h3>"] if len(each) > 1 else []
         found.append(f"<dl>{terms}</dl>")
     return "\n".join(found)
 
@@ -107,6 +108,7 @@ def _drawn(chart: Chart, rows: Sequence[Row]) -> dict[str, Any] | None:
         "names": names,
         "series": [-1 if chart.is_unmerged(row) else places.get(chart.series(row)) for row in rows],
         "isJoined": chart.is_joined,
+        "isNamed": chart.is_named,
         "fronts": {} if chart.is_joined else fronts,
         "colours": COLOURS,
     }
@@ -127,8 +129,8 @@ def _axis(title: str, rows: Sequence[Row]) -> dict[str, Any]:
     axis, values = axis_of(title), [row.get(title) for row in rows]
     found: dict[str, Any] = {"title": title, "text": axis.text, "isReversed": axis.better < 0 and not axis.is_log}
     if any(isinstance(value, str) for value in values):
-        ticks = list(dict.fromkeys(map(str, values)))
-        places = [ticks.index(str(value)) for value in values]
+        ticks = list(dict.fromkeys(str(value) for value in values if value is not None))
+        places = [None if value is None else ticks.index(str(value)) for value in values]
         return {**found, "ticks": ticks, "values": places, "limits": (-0.4, len(ticks) - 0.6)}
     numbers = [value if value is None or value > 0 or not axis.is_log else None for value in map(number, values)]
     bounds, levels, errors = ([mark(row, title) for row in rows] for mark in (free_bound, unmerged_level, error_of))

@@ -215,7 +215,9 @@ def _ways(
                 refused += [f"{name} is left out at r = {r}: {error}"]
                 first.append(error)
                 continue
-            ways.append(_Way(name, "own" if own is not None and not isinstance(own, (int, float)) else str(r), twin))
+            label = "own" if own is not None and not isinstance(own, (int, float)) else str(r)
+            alike = sum(way.method == name and way.label.partition(" (#")[0] == label for way in ways)
+            ways.append(_Way(name, f"{label} (#{alike + 1})" if alike else label, twin))
     if not ways:
         raise first[0] if first else DataError("nothing to show: give at least one r besides 0.")
     return plain, ways, refused
@@ -260,19 +262,22 @@ def _macs(way: _Way, model: nn.Module, photo: _Photo, tokens: list[int]) -> int:
 
 
 def _answer(out: Tensor, before: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Return the first classes with their shares, or how near an answer without classes is to the unmerged one."""
+    """Return the first classes with their shares, or how near an answer without classes is to the unmerged one.
+
+    `odd` says instead that it holds what is no number.
+    """
     if out.shape != before.shape:
         raise DataError(
             f"merged, the model answers with {tuple(out.shape)}, unmerged with {tuple(before.shape)}: it hands out its "
             "tokens. Have them put back in their places: restore='dense' (--restore dense)."
         )
     if not out.isfinite().all():
-        return {"top": [["no number (NaN or infinity)", 0.0]]}
+        return {"odd": "no number (NaN or infinity)"}
     if names and out.shape == (1, len(names)):
         shares, classes = out[0].softmax(dim=0).topk(min(_TOP, len(names)))
         return {"top": [[names[c], round(s, 5)] for s, c in zip(shares.tolist(), classes.tolist(), strict=True)]}
-    cosine = torch.cosine_similarity(out.flatten().double(), before.flatten().double(), dim=0)
-    return {"cosine": round(float(cosine), 6)}
+    cosine = float(torch.cosine_similarity(out.flatten().double(), before.flatten().double(), dim=0))
+    return {"cosine": round(cosine, 6) if math.isfinite(cosine) else None}
 
 
 def _time(ways: list[_Way], photo: _Photo, device: torch.device, rounds: int) -> None:
@@ -339,10 +344,11 @@ def _row(way: _Way, plain: _Way) -> dict[str, Any]:
     row |= {"tokens": int(left) if left.is_integer() else round(left, 1)}
     row |= {"GMACs": round(sum(run["macs"] for run in way.runs) / count / 1e9, 4), "ms": way.milliseconds}
     row |= {"speed-up": round(plain.milliseconds / way.milliseconds, 3)}
-    if "top" in plain.runs[0]:
-        same = sum(a["top"][0][0] == b["top"][0][0] for a, b in zip(way.runs, plain.runs, strict=True))
+    pairs = [(a, b) for a, b in zip(way.runs, plain.runs, strict=True) if "odd" not in a and "odd" not in b]
+    if any("top" in run for run in plain.runs):
+        same = sum(a["top"][0][0] == b["top"][0][0] for a, b in pairs)
         return {**row, "same class": f"{same} of {count}"}
-    return {**row, "cosine": round(sum(run.get("cosine", 0.0) for run in way.runs) / count, 5)}
+    return {**row, "cosine": round(sum(a["cosine"] for a, _ in pairs) / len(pairs), 5) if pairs else None}
 
 
 def _warnings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHTS",
     "build_folder",
     "fetch",
+    "fetched",
     "host_of",
     "import_hub",
     "is_folder",
@@ -51,6 +52,13 @@ def fetch(repository: str, revision: str | None, patterns: Sequence[str] = READ)
         if kind == "LocalEntryNotFoundError":
             said = "the Hugging Face hub cannot be reached (no network, or HF_HUB_OFFLINE is set)."
         raise DataError(f"there is no folder {repository}, and {said} {_remedy(repository, kind)}") from error
+
+
+def fetched(repository: str) -> Path | None:
+    """Return the folder of a repository as it was downloaded before; None where it was not. It asks no network."""
+    with suppress(DataError, UnsupportedError), failing_at_once(is_offline=True):
+        return fetch(repository, None)
+    return None
 
 
 def _remedy(repository: str, error: str) -> str:

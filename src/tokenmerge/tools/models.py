@@ -24,7 +24,7 @@ from tokenmerge.errors import ConfigError, DataError, UnsupportedError, unknown_
 from tokenmerge.files import describe_differences, is_dir, is_file, read_tensors
 from tokenmerge.schedule import R
 from tokenmerge.tools.hosts import HOSTS, hosts_of, import_timm, known_names
-from tokenmerge.tools.hugging_face import is_folder, load_folder, load_timm_folder
+from tokenmerge.tools.hugging_face import fetched, is_folder, load_folder, load_timm_folder
 
 __all__ = [
     "AUTO",
@@ -47,6 +47,7 @@ __all__ = [
     "own_r",
     "place_of",
     "read_method",
+    "repository_of",
     "short_name",
 ]
 
@@ -163,23 +164,38 @@ def load(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> n
         trust_pickle: load a pickle, which runs the code that it holds.
 
     The model knows how its images are prepared: `tokenmerge.data.prepare.find_preprocessing(model)`. Warns where a
-    folder holds a `merge.json`: it is not applied, `from_pretrained` does that. Raises `UnknownNameError` (with the
-    nearest name), `ConfigError` for a name that is a host's and a file's, `DataError` for a file, a folder or a
-    repository without a model, `UnsupportedError` for a host that is missing or cannot build it.
+    folder or a repository of the hub holds a `merge.json`: it is not applied, `from_pretrained` does that. Raises
+    `UnknownNameError` (with the nearest name), `ConfigError` for a name that is a host's and a file's, `DataError` for
+    a file, a folder or a repository without a model, `UnsupportedError` for a host that is missing or cannot build it.
     """
     model = load_unmerged(name, pretrained=pretrained, trust_pickle=trust_pickle)
     if (path := configuration_beside(name)) is not None:
         is_run = any(is_file(path.parent / mark) for mark in _FOLDERS)
-        whole = "" if is_run else f"tokenmerge.from_pretrained({str(path.parent)!r}), or "
-        said = f"{path.parent} holds {CONFIGURATION}, which load does not apply. By it merges"
+        home = repository_of(name) or str(path.parent)
+        whole = "" if is_run else f"tokenmerge.from_pretrained({home!r}), or "
+        said = f"{home} holds {CONFIGURATION}, which load does not apply. By it merges"
         warnings.warn(f"{said} {whole}patch(model, {str(path)!r}).", stacklevel=2)
     return model
 
 
 def configuration_beside(name: str) -> Path | None:
-    """Return the `merge.json` in the folder that a name means; None for other names and folders."""
-    place = place_of(name) if name.strip() else None
+    """Return the `merge.json` in the folder, or the downloaded repository, that a name means; None for others."""
+    repository = repository_of(name)
+    place = fetched(repository) if repository else place_of(name) if name.strip() else None
     return place / CONFIGURATION if place is not None and is_file(place / CONFIGURATION) else None
+
+
+def repository_of(name: str) -> str:
+    """Return the repository of the hub that `load` takes a name for; "" for other names.
+
+    >>> repository_of("hf:me/vit"), repository_of("me/vit"), repository_of("timm:vit_tiny_patch16_224")
+    ('me/vit', 'me/vit', '')
+    """
+    bare = name.removeprefix("hf:")
+    is_id = bool(bare.strip()) and ":" not in bare and bare.count("/") <= 1 and not bare.startswith((".", "/", "~"))
+    if not is_id or place_of(name) is not None:
+        return ""
+    return bare if bare != name or ("/" in name and Path(name).suffix not in _FILES and not hosts_of(name)) else ""
 
 
 def load_unmerged(name: str, *, pretrained: bool = True, trust_pickle: bool = False) -> nn.Module:

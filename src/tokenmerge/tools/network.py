@@ -15,8 +15,8 @@ _PATIENCE = 5.0  # seconds
 
 
 @contextmanager
-def failing_at_once() -> Iterator[None]:
-    """Have huggingface_hub look into its cache alone meanwhile, if the hub cannot be reached."""
+def failing_at_once(*, is_offline: bool = False) -> Iterator[None]:
+    """Have huggingface_hub look into its cache alone meanwhile, if the hub cannot be reached, or is not to be asked."""
     try:
         from huggingface_hub import constants
     except ImportError:
@@ -24,7 +24,7 @@ def failing_at_once() -> Iterator[None]:
         return
     known: Any = constants
     before = known.HF_HUB_OFFLINE
-    if not before and not is_reachable(known.ENDPOINT):
+    if is_offline or (not before and not is_reachable(known.ENDPOINT)):
         known.HF_HUB_OFFLINE = True
     try:
         yield

@@ -30,6 +30,7 @@ __all__ = ["RECORD", "Drawn", "viz"]
 RECORD = "viz.json"  # what was drawn; the last file that is written
 SOUNDS = (".wav",)
 _R = 16  # where a method was not saved with one
+_ALL = "all"  # what the sheet of all photos is called
 _SIDE = 320  # pixels of a photo in the sheet of all
 
 
@@ -72,6 +73,10 @@ class Job:
         """Say something once."""
         if text and text not in self.drawn.notes:
             self.drawn.notes.append(text)
+
+    def note_unknown_part(self, name: str) -> None:
+        """Say that a photo or a film is not drawn in its own pixels."""
+        self.note(f"{name} is drawn as the model is given it: which part of the photo that is, is not known.")
 
     def fact(self, text: str) -> None:
         """Say how something was made, once."""
@@ -196,7 +201,7 @@ def _draw_photo(job: Job, source: Any, name: str, number: int) -> Seen:
             "in colours of their own, not over the photo."
         )
     elif not seen.is_own:
-        job.note(f"{seen.name} is drawn as the model is given it: which part of the photo that is, is not known.")
+        job.note_unknown_part(seen.name)
     if seen.inside:
         job.note(
             "This model merges inside windows, for the attention alone: each block is drawn as its attention saw it, "
@@ -213,7 +218,7 @@ def _draw_all(job: Job, seen: list[Seen]) -> None:
             rows.append([one.photo(cut=job.cut), *(one.draw(block, show, cut=job.cut) for block in job.blocks)])
             captions.append([one.name, *(f"{one.tokens[block]} tokens" for block in job.blocks)])
         labels = ["photo", *(f"after block {block + 1}" for block in job.blocks)]
-        sheet(rows, labels, side=_SIDE, captions=captions, font=14).save(job.path(job.name("all", show)))
+        sheet(rows, labels, side=_SIDE, captions=captions, font=14).save(job.path(job.name(_ALL, show)))
 
 
 def kind_of(source: Any) -> str:
@@ -261,14 +266,21 @@ def _planned(job: Job, sources: Sequence[Any], names: Sequence[str]) -> list[str
             found += [job.name(name, "groups", block, job.video if kind == "video" else "png") for block in job.blocks]
             found += [job.name(name, "strip", block) for block in job.blocks if kind == "video"]
     photos = sum(kind_of(source) == "photo" for source in sources)
-    return found + [job.name("all", show) for show in job.shows if photos > 1]
+    return found + [job.name(_ALL, show) for show in job.shows if photos > 1]
 
 
 def _stems(sources: Sequence[Any]) -> list[str]:
-    """Return a name for each source that no other has."""
+    """Return a name for each source that neither another nor the sheet of all has."""
     found = [Path(photo_name(source, number)).stem.replace(" ", "-") for number, source in enumerate(sources, 1)]
-    twice = Counter(found)
-    return [f"{name}-{number}" if twice[name] > 1 else name for number, name in enumerate(found, 1)]
+    taken = Counter([*found, *([_ALL] if len(found) > 1 else [])])
+    names = []
+    for number, name in enumerate(found, 1):
+        own = name
+        while taken[own] > (own == name):
+            own = f"{own}-{number}"
+        taken[own] += own != name
+        names.append(own)
+    return names
 
 
 def _patched(

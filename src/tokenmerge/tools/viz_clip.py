@@ -24,6 +24,7 @@ from tokenmerge.tools.viz import Job
 
 __all__ = ["draw_video", "follow", "write_film"]
 
+_LEAST = 20  # ms of a frame of a GIF: browsers show shorter ones for 100
 _STRIP, _SIDE = 8, 160  # frames of a strip, and their width
 
 
@@ -64,6 +65,8 @@ def _of_frames(job: Job, path: Path) -> tuple[Film, list[Any], list[list[Any]], 
         shown = given_picture(x, prepared) if box is None else picture
         seen.append(look_at(job.handle, x[None].to(tower), shown, box, path.name, is_own=box is not None))
     job.row(path.name, seen[-1])
+    if not all(one.is_own for one in seen):
+        job.note_unknown_part(path.name)
     _said(job, prepared, f"{path.name}: {len(pictures)} frames, each given to the model by itself")
     drawn = []
     for block in job.blocks:
@@ -86,8 +89,12 @@ def _of_clip(job: Job, path: Path, size: Sequence[int]) -> tuple[Film, list[Any]
     tower = next(job.handle.model.parameters())
     tubelet = _tubelet(job.handle.model)
     grid = (times // tubelet[0], size[2] // tubelet[1], size[3] // tubelet[2])
+    given = x.unbind(1 if is_channels_first else 0)
+    box = seen_box(pictures[0], given[0], prepared)
+    if box is None:
+        job.note_unknown_part(path.name)
+        pictures = [given_picture(one, prepared) for one in given]
     firsts = pictures[:: tubelet[0]]
-    box = seen_box(pictures[0], x[:, 0] if is_channels_first else x[0], prepared)
     strip = _stacked(firsts)
     seen = look_at(job.handle, x[None].to(tower), strip, None, path.name, grid=(grid[0] * grid[1], grid[2]))
     if seen.groups[0].shape[0] != grid[0] * grid[1] * grid[2]:
@@ -132,7 +139,7 @@ def write_film(path: Path, frames: Sequence[Any], rate: float) -> None:
     """Write PIL images of one size as a film, .mp4 (H.264) or .gif, so many a second."""
     if path.suffix == ".gif":
         first, *rest = [frame.quantize(256) for frame in frames]
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
+        first.save(path, save_all=True, append_images=rest, duration=max(_LEAST, round(1000 / rate)), loop=0)
         return
     try:
         import av

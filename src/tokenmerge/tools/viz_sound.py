@@ -85,9 +85,9 @@ def _of_ours(size: tuple[int, ...], sound: Tensor) -> _Heard:
     edges = torch.linspace(0, float(mel(torch.tensor(RATE / 2))), size[1] + 2).double()
     hertz = 700 * (10 ** (edges[1:-1] / 2595) - 1)
     start = -((LENGTH - sound.shape[0]) // 2) / RATE
-    return _Heard(
-        x[None], x[0], start, size[2] * (LENGTH // size[2]) / RATE, hertz, "as tokenmerge train prepares sounds"
-    )
+    seconds = size[2] * (LENGTH // size[2]) / RATE
+    fact = f"as tokenmerge train prepares sounds{_part('middle', seconds, sound.shape[0] / RATE)}"
+    return _Heard(x[None], x[0], start, seconds, hertz, fact)
 
 
 def _of_transformers(model: nn.Module, size: tuple[int, ...], sound: Tensor, kind: str) -> _Heard:
@@ -103,7 +103,13 @@ def _of_transformers(model: nn.Module, size: tuple[int, ...], sound: Tensor, kin
     else:  # Slaney's: straight up to 1,000 Hz
         steps = torch.linspace(0, 15 + math.log(_RATE / 2 / 1000) * 27 / math.log(6.4), level.shape[0] + 2).double()
         hertz = torch.where(steps < 15, steps * 200 / 3, 1000 * ((steps - 15) * math.log(6.4) / 27).exp())
-    return _Heard(x, level, 0.0, level.shape[1] * _HOP, hertz[1:-1], fact, sound.shape[0] / _RATE)
+    seconds, whole = level.shape[1] * _HOP, sound.shape[0] / _RATE
+    return _Heard(x, level, 0.0, seconds, hertz[1:-1], f"{fact}{_part('first', seconds, whole)}", whole)
+
+
+def _part(which: str, seconds: float, whole: float) -> str:
+    """Say which part of a sound a model is given, if it is not all."""
+    return f"; the model is given the {which} {seconds:.1f} of its {whole:.1f} s" if whole > seconds + 0.05 else ""
 
 
 def _extractor(model: nn.Module, size: tuple[int, ...], kind: str) -> tuple[Any, str]:

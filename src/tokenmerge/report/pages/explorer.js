@@ -83,6 +83,11 @@ function captions(side, block) {
 }
 
 function answers(run, before, isPlain) {
+  if (run.odd) {
+    const said = before.odd ? "So does the unmerged one" : "The unmerged one is finite";
+    return [`The answer holds ${run.odd}`, isPlain ? "" : said, !before.odd];
+  }
+  if (before.odd && !run.top) return ["Nothing to compare with", `The unmerged answer holds ${before.odd}`, true];
   if (run.cosine !== undefined) {
     const same = isPlain ? "The unmerged answer" : `Cosine ${run.cosine.toFixed(4)} to the unmerged answer`;
     return [same, isPlain ? "no classes: answers are compared as vectors" : `angle ${angle(run.cosine)}`, false];
@@ -90,6 +95,7 @@ function answers(run, before, isPlain) {
   const [name, share] = run.top[0];
   const said = `${name}, ${percent(share)}`;
   if (isPlain) return [said, run.top.slice(1).map(([other, part]) => `${other} ${percent(part)}`).join(", then "), false];
+  if (before.odd) return [said, `Changed: the unmerged answer holds ${before.odd}`, true];
   const [old, was] = before.top[0];
   if (old !== name) return [said, `Changed: it was ${old}, ${percent(was)}`, true];
   return [said, `Same class as unmerged, ${percent(was)} there`, false];
@@ -187,7 +193,7 @@ function drawGroups(pen, side, block, width, height, unit) {
   }
 }
 
-// Make a path of the sides between patches that `differ` and of which one is `drawn`, and of the rim of what is drawn.
+// Make a path of the sides between patches that `differ` and of which one is `drawn`.
 function edges(pen, image, box, differ, drawn) {
   const [rows, columns] = image.grid;
   pen.beginPath();
@@ -405,7 +411,7 @@ function familyOf(side) {
   const merges = genealogy(run, state.token);
   const isMixed = run.blocks.some((step) => step.lead);
   const says = ({ block, gone, into, similarity }) =>
-    into < 0 ? `Block ${block}: ${where(gone)} was dropped` : `Block ${block}: ${where(gone)} went into ${where(into)}, similarity ${similarity.toFixed(2)}`;
+    into < 0 ? `Block ${block}: ${where(gone)} was dropped` : `Block ${block}: ${where(gone)} went into ${where(into)}${similarity === null ? "" : `, similarity ${similarity.toFixed(2)}`}`;
   const isNow = (merge) => merge.block <= state.block && isTogether(side, state.block, merge.gone);
   const none = isMixed ? "This method mixes tokens: a token left holds parts of many, and there are no pairs." : "It stays a token of its own in every block.";
   const listOf = (title, some, className) => some.length ? [

@@ -22,6 +22,7 @@ function prepare(section, number) {
   const head = table.createTHead();
   head.append(table.rows[0]);
   const lines = [...table.tBodies[0].rows];
+  const all = `${lines.length} row${lines.length === 1 ? "" : "s"}`;
   const names = [...head.rows[0].cells].map((cell) => cell.textContent);
   for (const line of lines) for (const cell of line.cells) cell.classList.toggle("long", cell.textContent.length > 60);
   [...head.rows[0].cells].forEach((cell, column) => {
@@ -48,11 +49,11 @@ function prepare(section, number) {
       line.hidden = !text.replace(/\s+/g, " ").includes(asked);
       shown[number][line.hidden ? "delete" : "add"](i);
     });
-    count.textContent = shown[number].size === lines.length ? `${lines.length} rows` : `${shown[number].size} of ${lines.length} rows`;
+    count.textContent = shown[number].size === lines.length ? all : `${shown[number].size} of ${all}`;
     if (number === 0) draw();
   }
 
-  count.textContent = `${lines.length} rows`;
+  count.textContent = all;
   return { lines, names };
 }
 
@@ -96,7 +97,8 @@ function datasets() {
   const [x, y] = axes();
   const at = (i) => ({ x: x.values[i], y: y.values[i], i });
   const rows = drawn();
-  const mark = { radius: 6, hoverRadius: 6, borderWidth: 1.5, pointBorderColor: colours.text, isRow: true };
+  const size = DATA.chart.isNamed ? 6 : 3;
+  const mark = { radius: size, hoverRadius: size, borderWidth: 1.5, pointBorderColor: colours.text, isRow: true };
   const found = DATA.chart.names.map((name, series) => ({
     label: name, ...look(series), ...mark, pointBorderWidth: ["cross", "crossRot"].includes(look(series).pointStyle) ? 3 : 1,
     ...(["cross", "crossRot"].includes(look(series).pointStyle) ? { pointBorderColor: look(series).borderColor } : {}),
@@ -200,7 +202,8 @@ const marks = {
     placed.length = 0;
     const spots = spotsOf(chart);
     const front = DATA.chart.fronts[axes().map((axis) => axis.title).join("|")];
-    const named = spots.filter(({ i }) => i === state.active || DATA.chart.series[i] < 0 || !front || front.includes(i));
+    const isNamed = (i) => DATA.chart.isNamed && (DATA.chart.series[i] < 0 || !front || front.includes(i));
+    const named = spots.filter(({ i }) => i === state.active || isNamed(i));
     named.sort((a, b) => (b.i === state.active) - (a.i === state.active) || DATA.chart.series[a.i] - DATA.chart.series[b.i]);
     const ticks = bounds().map(({ x, y }) => ({ i: null, x: chart.scales.x.getPixelForValue(x), y: chart.scales.y.getPixelForValue(y) }));
     named.forEach((spot) => name(chart, spot, [...spots, ...ticks]));
@@ -373,7 +376,7 @@ function start() {
     const order = spotsOf(plot).sort((a, b) => a.x - b.x || a.y - b.y).map(({ i }) => i);
     if (!order.length) return;
     const now = order.indexOf(state.active);
-    const next = now < 0 ? (step > 0 && step !== Infinity ? 0 : order.length - 1) : now + step;
+    const next = now < 0 ? ([1, -Infinity].includes(step) ? 0 : order.length - 1) : now + step;
     choose(order[Math.min(order.length - 1, Math.max(0, next))], true);
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
