@@ -39,9 +39,9 @@ class Question:
                 "their length, cosine the mean similarity. No accuracy: these labels are not of pixels."
             )
         shown = " x ".join(map(str, self.shape)) or "1"
-        reason = (
-            f"{name} answers with {shown} numbers for an image, the data has {outputs} class{'es' * (outputs != 1)}"
-        )
+        # data without labels has one class
+        there = f", the data has {outputs} classes" if outputs > 1 else ""
+        reason = f"{name} answers with {shown} numbers for an image{there}"
         return (
             f"No accuracy: {reason}: these answers are no classes of these images. They are compared with the unmerged "
             "model's: error % is the distance relative to their length, cosine the mean similarity."
