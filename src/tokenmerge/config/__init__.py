@@ -74,7 +74,7 @@ class MergeConfig:
 
     >>> MergeConfig("tome", r=(16, -1.0)).method
     ToMe(metric='k', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
-    >>> print(MergeConfig(ToMe(metric="x"), r=8, restore="dense"))
+    >>> print(MergeConfig(methods.ToMe(metric="x"), r=8, restore="dense"))
     tome(metric='x'), r = 8, restore = 'dense'
     """
 
