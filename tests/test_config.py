@@ -188,3 +188,15 @@ def test_an_action_that_fails_leaves_the_model_free_and_fails_once() -> None:
         handle.remove()
     assert done == [1]
     tokenmerge.patch(model, r=4).remove()
+
+
+def test_a_configuration_is_printed_with_what_differs_from_the_defaults() -> None:
+    assert str(MergeConfig()) == "tome, r = 0"
+    assert str(MergeConfig("tofu", r=[4, 2], prop_attn=False, blocks="layers")) == (
+        "tofu, r = [4, 2], prop_attn = False, blocks = 'layers'"
+    )
+    config = MergeConfig(methods.ToMe(metric="x", seed=3), r=8)
+    assert str(config) == "tome(metric='x', seed=3), r = 8"
+    method, _, r = str(config).partition(", r = ")
+    with tokenmerge.patched(tiny_vit(), method, r=int(r)) as handle:  # `patch` takes what is printed
+        assert handle.config == config

@@ -657,7 +657,7 @@ def test_the_command(photos: Path, tmp_path: Path, capsys: Capture, monkeypatch:
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert out.startswith("120 rows in out; none failed.\n") and "\nBound by " in out
-    assert "Preprocessing: " in out and "loader " in err and "images: 120/120" in err
+    assert "\nMerging: tome, r = 4\nPreprocessing: " in out and "loader " in err and "images: 120/120" in err
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["images"], found["bound"]) == (COUNT, 0, "Nothing was left to do.")

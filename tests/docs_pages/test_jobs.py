@@ -33,6 +33,8 @@ PAGES = [*sorted((ROOT / "docs" / "jobs").glob("*.md")), ROOT / "docs" / "visual
 # what a page says, and what is done instead: nothing is downloaded, and merging makes no tiny model faster
 INSTEAD = {
     "--target macs=0.8": "--budget 1 --target macs=0.95",
+    "--target agreement=98": "--budget 1 --methods tome --target agreement=60",
+    "Intel/dpt-large-ade": "tiny_dpt",
     "hf:facebook/dinov2-small": "hf:tiny_dinov2",
     "hf:MCG-NJU/videomae-base": "hf:tiny_videomae",
     "hf:MIT/ast-finetuned-audioset-10-10-0.4593": "hf:tiny_ast",
@@ -139,6 +141,14 @@ def _depth(folder: Path) -> None:
     transformers.DPTImageProcessor(size=size, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(folder)
 
 
+def _segmentation(folder: Path) -> None:
+    heads = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    sizes = {**TOWER, "intermediate_size": 64, "image_size": 64, "patch_size": 8, "num_labels": 6, "is_hybrid": False}
+    model = transformers.DPTForSemanticSegmentation(transformers.DPTConfig(**sizes, **heads))
+    randomised(model).save_pretrained(folder)
+    transformers.DPTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of."""
@@ -150,6 +160,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _classifier(root / "my_vit")
     _dinov2(root / "tiny_dinov2")
     _depth(root / "tiny_depth")
+    _segmentation(root / "tiny_dpt")
     _clip(root / "tiny_clip")
     _film(root)
     for size in ((60, 40), (40, 40)):
@@ -247,6 +258,7 @@ def test_every_stand_in_is_of_a_page() -> None:
         "billion-images",
         "serve",
         "depth",
+        "segmentation",
         "deploy",
         "own-photo",
         "visualize",

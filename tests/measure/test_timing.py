@@ -216,3 +216,13 @@ def test_the_profiler_writes_nothing_to_stderr() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("math\n", "")
+
+
+@pytest.mark.parametrize("measured", ["attention_kernel", "peak_memory", "training_memory"])
+def test_measuring_a_model_that_has_run_warns_of_nothing(measured: str) -> None:
+    code = (
+        "import torch, tokenmerge; from tokenmerge.measure import timing; from tokenmerge.testing import tiny_vit;"
+        "model, x = tiny_vit(), torch.randn(2, 3, 32, 32); tokenmerge.patch(model, r=8); model(x);"
+        f"assert timing.{measured}(model, x)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""

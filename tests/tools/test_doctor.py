@@ -229,7 +229,7 @@ def test_bfloat16_is_judged_by_its_own_precision() -> None:
 def test_the_conclusion_follows_from_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, merged: float, noise: float, text: str
 ) -> None:
-    def timed(variants: dict[str, Any], device: torch.device, rounds: int) -> dict[str, Timing]:
+    def timed(variants: dict[str, Any], device: torch.device, rounds: int, progress: None) -> dict[str, Timing]:
         wave = [1 + noise * (-1) ** i for i in range(rounds)]
         each = {"unmerged": 1.0, "merged": merged, "bound": merged, "again": 1.0}
         return {name: Timing(tuple(each[name] * (w if name == "merged" else 1.0) for w in wave)) for name in variants}
@@ -245,7 +245,7 @@ def _timed(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[dict[str, Any]]
     """Let merging be `gain` times as fast; return what was timed."""
     seen: list[dict[str, Any]] = []
 
-    def timed(variants: dict[str, Any], device: torch.device, rounds: int) -> dict[str, Timing]:
+    def timed(variants: dict[str, Any], device: torch.device, rounds: int, progress: None) -> dict[str, Timing]:
         seen.append({name: variant() for name, variant in variants.items()})
         each = {"unmerged": 1.0, "merged": 1 / gain, "bound": 1 / gain, "again": 1.0}
         return {name: Timing((each[name],) * rounds) for name in variants}

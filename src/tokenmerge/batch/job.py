@@ -22,6 +22,7 @@ from tokenmerge.batch.rates import Meter
 from tokenmerge.batch.summary import Summary
 from tokenmerge.batch.table import Rows
 from tokenmerge.errors import DataError, unknown_name
+from tokenmerge.handle import handle_of
 
 __all__ = ["ENGINES", "Summary", "check_engine", "embed"]
 
@@ -215,6 +216,7 @@ class _Job:
         there = torch.cuda.device_count() if self.embedder.device.type == "cuda" and engine.name == "local" else 0
         if there > engine.models:
             notes.append(f"{engine.models} of {there} GPUs was used: --models {there} uses all.")
+        handle = handle_of(self.embedder.model, None)
         return Summary(
             out=str(self.folder.folder),
             rows=self.folder.rows,
@@ -227,7 +229,7 @@ class _Job:
             waited=waited,
             workers=engine.workers,
             killed=engine.killed,
-            merging=self.embedder.merging,
+            merging="" if handle is None else str(handle.config),
             preprocessing=str(self.embedder.prepare),
             notes=[*notes, *([warning] if warning else [])],
             engine=engine.name,

@@ -251,18 +251,21 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from tokenmerge.report.progress import Progress
     from tokenmerge.tools.doctor import Finding, examine
 
     model = open_model(arguments.model, trust_pickle=arguments.trust_pickle)
-    diagnosis = examine(
-        model,
-        r=arguments.r,
-        config=arguments.config,
-        restore=arguments.restore,
-        device=arguments.device,
-        batch=arguments.batch_size,
-        preprocessing=preparation_of(arguments, model),
-    )
+    with Progress("rounds") as progress:
+        diagnosis = examine(
+            model,
+            r=arguments.r,
+            config=arguments.config,
+            restore=arguments.restore,
+            device=arguments.device,
+            batch=arguments.batch_size,
+            preprocessing=preparation_of(arguments, model),
+            progress=progress,
+        )
     if diagnosis.is_healthy:
         diagnosis.findings[1:1] = [Finding("weights", None, said) for said in said_of(arguments, model)]
     if arguments.json:

@@ -30,9 +30,9 @@ __all__ = [
 
 
 MODEL_HELP = (
-    "timm:NAME (timm:NAME/FILE with weights of your own), hf:ID_OR_FOLDER, open_clip:ARCH/TAG, torchvision:NAME, or a "
-    "name or folder alone; FILE.py:FUNCTION, which returns it; a folder of `tokenmerge train`; a file of "
-    "torch.save(model) (with --trust-pickle); 'reference'"
+    "timm:NAME or timm:NAME/FILE (weights of your own), hf:ID_OR_FOLDER, open_clip:ARCH/TAG or open_clip:ARCH/FILE, "
+    "torchvision:NAME, or a name or folder alone; FILE.py:FUNCTION, which returns it; a folder of `tokenmerge train`; "
+    "a file of torch.save(model) (with --trust-pickle); 'reference'"
 )
 TRUST_HELP = "load a model that is a pickle, which runs the code it holds: for files whose maker you trust"
 _DATA_HELP = (

@@ -111,7 +111,7 @@ def _show(found: Any, written: list[str], arguments: argparse.Namespace) -> None
         less = ("method", "r", "tokens", "speed-up", *(("agreement %",) if "top-1 %" in names else ()))
         names = [name for name in names if name not in less]
     show([{name: row[name] for name in names} for row in front], found.report, wide=arguments.wide)
-    chosen = f"Chosen: {found.config.method!r}, r = {found.config.r}"
+    chosen = f"Chosen: {found.config}"
     print("\n".join(["", chosen, *found.remarks, f"Written: {', '.join(written)}"]))
 
 

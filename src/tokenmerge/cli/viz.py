@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         content = {"rows": found.rows, "notes": found.notes, "facts": found.facts, "files": found.files}
         print(json.dumps({**content, "folder": str(found.folder)}, indent=2))
         return 0
-    show(found.rows, f"{arguments.model}: what merges in {len(arguments.sources)} files", wide=arguments.wide)
+    count = len(arguments.sources)
+    show(found.rows, f"{arguments.model}: what merges in {count} file{'s' * (count != 1)}", wide=arguments.wide)
     print("\n".join([*found.notes, *found.facts]))
     print(f"Written to {found.folder}: {', '.join(found.files)}", file=sys.stderr)
     return 0

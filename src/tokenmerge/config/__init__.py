@@ -74,6 +74,8 @@ class MergeConfig:
 
     >>> MergeConfig("tome", r=(16, -1.0)).method
     ToMe(metric='k', heads='mean', distance='cosine', combine='weighted', partition='alternating', seed=0)
+    >>> print(MergeConfig(methods.ToMe(metric="x"), r=8, restore="dense"))
+    tome(metric='x'), r = 8, restore = 'dense'
     """
 
     method: _MethodField = _MethodField()
@@ -114,6 +116,16 @@ class MergeConfig:
             )
         if self.measured is not None:
             object.__setattr__(self, "measured", file.as_plain(self.measured, "measured"))
+
+    def __str__(self) -> str:
+        """In one line for people: what differs from the defaults."""
+        plain: Any = MergeConfig()
+        own: Any = dataclasses.fields(self.method) if dataclasses.is_dataclass(self.method) else ()
+        method = {one.name: value for one in own if (value := getattr(self.method, one.name)) != one.default}
+        name = f"{self.method.name}({', '.join(f'{key}={value!r}' for key, value in method.items())})"
+        others = [one.name for one in dataclasses.fields(self) if one.compare and one.name not in ("method", "r")]
+        changed = {key: value for key in others if (value := getattr(self, key)) != getattr(plain, key)}
+        return ", ".join([name.removesuffix("()"), f"r = {self.r}", *(f"{k} = {v!r}" for k, v in changed.items())])
 
     def changed(self, **settings: Any) -> MergeConfig:
         """Return the configuration with other settings; what was measured is left out where they are others."""

@@ -12,7 +12,7 @@ from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import DataError
 from tokenmerge.measure.outputs import declared_classes
 
-__all__ = ["Judge", "Question", "standard_error"]
+__all__ = ["Judge", "Question", "answers_pixels", "standard_error"]
 
 
 class Question:
@@ -26,17 +26,22 @@ class Question:
 
     def __init__(self, model: nn.Module, data: Labelled, shape: tuple[int, ...]) -> None:
         self.shape = shape[1:]
-        classes, outputs = declared_classes(model), data.outputs
+        outputs = data.outputs
         self.has_classes = len(shape) == 2 and shape[1] == outputs
-        # one class per pixel
-        self.has_pixels = len(shape) == 4 and classes is None and shape[1] > 1 and _is_segmentation(model)
+        self.has_pixels = answers_pixels(model, shape)
         self.note = "" if self.has_classes else self._why(type(model).__qualname__, outputs)
 
     def _why(self, name: str, outputs: int) -> str:
+        if self.has_pixels:
+            return (
+                f"{name} answers with a class for each of {self.shape[1]} x {self.shape[2]} pixels: agreement % is the "
+                "share of pixels with the same class as unmerged, error % the distance of the answers relative to "
+                "their length, cosine the mean similarity. No accuracy: these labels are not of pixels."
+            )
         shown = " x ".join(map(str, self.shape)) or "1"
-        reason = (
-            f"{name} answers with {shown} numbers for an image, the data has {outputs} class{'es' * (outputs != 1)}"
-        )
+        # data without labels has one class
+        there = f", the data has {outputs} classes" if outputs > 1 else ""
+        reason = f"{name} answers with {shown} numbers for an image{there}"
         return (
             f"No accuracy: {reason}: these answers are no classes of these images. They are compared with the unmerged "
             "model's: error % is the distance relative to their length, cosine the mean similarity."
@@ -67,8 +72,9 @@ class Question:
 class Judge:
     """Sums over batches that compare one reduced model with labels and unmerged outputs; `figures` are the means.
 
-    `hits` and `same` say of each image whether its first class is right, and that of the unmerged model. The label -1
-    is none: without others there are no accuracies. `embeddings` are those that the trial keeps.
+    `hits` and `same` say of each image whether its first class is right, and that of the unmerged model; `same` is the
+    share of its pixels that keep their class where `answers_pixels`. The label -1 is none: without others there are no
+    accuracies. `embeddings` are those that the trial keeps.
     """
 
     def __init__(self, question: Question) -> None:
@@ -77,7 +83,7 @@ class Judge:
         self.top1 = self.top5 = self.agree = 0
         self.divergence = self.error = self.cosine = 0.0
         self.hits: list[bool] = []
-        self.same: list[bool] = []
+        self.same: list[float] = []
         self.embeddings: list[Tensor] = []
         self._losses: list[Tensor] = []  # of each image, in float64
         self._lengths: list[Tensor] = []
@@ -122,10 +128,13 @@ class Judge:
         if self.question.has_pixels:
             same = got.argmax(dim=1) == expected.argmax(dim=1)
             self.agree, self.pixels = self.agree + int(same.sum()), self.pixels + same.numel()
+            self.same += same.flatten(1).double().mean(dim=1).tolist()
         flat, wanted = got.flatten(1), expected.flatten(1)
-        length = wanted.norm(dim=1).clamp_min(1e-12)
-        self.error += float(((flat - wanted).norm(dim=1) / length).sum())
-        self.cosine += float(torch.cosine_similarity(flat, wanted, dim=1).sum())
+        # summed in float64: in float32 the cosine of maps of millions of numbers comes out above 1
+        length, own = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(1e-12) for x in (wanted, flat))
+        distance = torch.linalg.vector_norm(flat - wanted, dim=1, dtype=torch.float64)
+        self.error += float((distance / length).sum())
+        self.cosine += float(((flat * wanted).sum(dim=1, dtype=torch.float64) / (length * own)).sum())
 
     @property
     def note(self) -> str:
@@ -165,5 +174,9 @@ def standard_error(hits: int, seen: int) -> float:
     return round(100 * math.sqrt(share * (1 - share) / seen), 2)
 
 
-def _is_segmentation(model: nn.Module) -> bool:
-    return "Segmentation" in type(model).__name__
+def answers_pixels(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether answers of this shape, `[B, classes, H, W]`, are a class for every pixel.
+
+    The name of the model's class says it (Segmentation, Segmenter): a map of features has the same shape.
+    """
+    return len(shape) == 4 and shape[1] > 1 and "Segment" in type(model).__name__ and declared_classes(model) is None

@@ -155,7 +155,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def attention_kernel(model: nn.Module, x: Tensor) -> str:
     """Return the attention kernel of a forward, as seen by the profiler."""
     with torch.inference_mode():
-        names = {event.name() for event in _profile(lambda: model(x))}
+        names = {event.name() for event in _profile(lambda: model(x), with_memory=False)}
     fused = sorted(name for name in names if name.startswith("aten::_scaled_dot_product") and "math" not in name)
     if fused:
         return str(fused[0]).removeprefix("aten::_scaled_dot_product_")
@@ -164,8 +164,10 @@ def attention_kernel(model: nn.Module, x: Tensor) -> str:
 
 def peak_memory(model: Callable[[Tensor], Any], x: Tensor) -> int:
     """Return the peak bytes of one forward, on top of weights and input."""
+    # a patched model frees the notes of its last forward, which the profiler warns about: a copy has none
+    fresh = shared_copy(model) if isinstance(model, nn.Module) else model
     with torch.inference_mode():
-        return _peak(lambda: model(x), x.device)
+        return _peak(lambda: fresh(x), x.device)
 
 
 def training_memory(model: nn.Module, x: Tensor) -> int:
@@ -173,17 +175,17 @@ def training_memory(model: nn.Module, x: Tensor) -> int:
 
     Runs a copy in train mode that shares the weights; the gradients are removed afterwards.
     """
-    twin = shared_copy(model).train()
+    first, second = shared_copy(model).train(), shared_copy(model).train()  # a fresh one, as in `peak_memory`
 
-    def step() -> None:
+    def step(twin: nn.Module) -> None:
         answer(twin(x)).sum().backward()
 
     try:
         # the first step allocates the gradients, which are as large as the weights with or without merging
-        step()
-        return _peak(step, x.device)
+        step(first)
+        return _peak(lambda: step(second), x.device)
     finally:
-        twin.zero_grad(set_to_none=True)
+        first.zero_grad(set_to_none=True)
 
 
 def _peak(call: Callable[[], Any], device: torch.device) -> int:
@@ -200,12 +202,12 @@ def _peak(call: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def _profile(call: Callable[[], Any]) -> list[Any]:
+def _profile(call: Callable[[], Any], *, with_memory: bool = True) -> list[Any]:
     from torch.profiler import ProfilerActivity, profile
 
     # the profiler reads this when it first starts, and else reports its own steps on stderr
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=with_memory) as recorded:
         call()
     # the public event summary does not list single allocations
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None

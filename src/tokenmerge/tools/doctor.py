@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,14 +85,16 @@ def examine(
     rounds: int = 10,
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Diagnosis:
     """Check a model on random images: adapter, r = 0, equality with the group-mean simulation, unpatching, speed.
 
     `config` is a configuration, or the path of a saved one, that merges here instead of ToMe with `r` (8): whether it
     fits the model is checked, and whether it is as fast on this machine as it says, at the batch size and in the dtype
     that it was measured with. `restore` is that of `patch`. `preprocessing` is reported if given, else the
-    preprocessing found with the model. The last finding is a conclusion with advice. The model is not changed. A model
-    that is unsupported, or that the configuration does not fit, is a finding, not an error.
+    preprocessing found with the model. `progress` is called with the timed rounds (done, total). The last
+    finding is a conclusion with advice. The model is not changed. A model that is unsupported, or that the
+    configuration does not fit, is a finding, not an error.
     """
     where = find_device(device)
     if batch < 1 or rounds < 1:
@@ -123,7 +125,7 @@ def examine(
         findings.append(Finding("conclusion", False, _WRONG.format(names=" and ".join(wrong))))
         return Diagnosis(findings, about)
     findings.append(_limited(handle, report.limits))
-    return Diagnosis([*findings, *_speed(model, x, own, rounds, None if config is None else about)], about)
+    return Diagnosis([*findings, *_speed(model, x, own, rounds, None if config is None else about, progress)], about)
 
 
 def _asked(config: MergeConfig | str | Path | None, r: R | None, restore: Restore | None) -> MergeConfig:
@@ -218,7 +220,12 @@ def _compare(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: fl
 
 
 def _speed(
-    model: nn.Module, x: torch.Tensor, config: MergeConfig, rounds: int, here: dict[str, str] | None
+    model: nn.Module,
+    x: torch.Tensor,
+    config: MergeConfig,
+    rounds: int,
+    here: dict[str, str] | None,
+    progress: Callable[[int, int], None] | None,
 ) -> list[Finding]:
     """Time merging, compare with what the configuration says where it was asked for (`here`), and conclude."""
     if here is not None:
@@ -230,7 +237,8 @@ def _speed(
     variants = {"unmerged": model, "merged": merged, "bound": bound, "again": model}
     if here is not None and (config.measured or {}).get("compiled"):
         variants = {name: torch.compile(variant) for name, variant in variants.items()}  # type: ignore[misc]
-    timings = interleave({name: _call(variant, x) for name, variant in variants.items()}, x.device, rounds=rounds)
+    calls = {name: _call(variant, x) for name, variant in variants.items()}
+    timings = interleave(calls, x.device, rounds=rounds, progress=progress)
     gain = timings["unmerged"].over(timings["merged"])
     said = [] if here is None else [_delivers(config, gain, x, here)]
     sentence, advice = _judged(timings, f"batch {len(x)}, r = {config.r}")

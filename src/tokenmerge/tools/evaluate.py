@@ -173,12 +173,12 @@ def _row(
     row: dict[str, Any] = {
         "r": r,
         **{name: quality[name] for name in _QUALITY},
-        "images/s": round(images / seen.seconds, 1),
+        "images/s": float(f"{images / seen.seconds:.4g}"),  # a large model has less than one
         "speed-up": round(unmerged.seconds / seen.seconds, 2),
         "GMACs": round((flops(model, trial.size) if handle else trial.macs) / 1e9, 4),
         "tokens": (handle.tokens if handle else trial.tokens)[-1],
     }
     if with_bound:
-        row["bound images/s"] = round(images / bound.seconds, 1) if bound else None
+        row["bound images/s"] = float(f"{images / bound.seconds:.4g}") if bound else None
         row["over bound"] = round(seen.seconds / bound.seconds, 3) if bound else None
     return row

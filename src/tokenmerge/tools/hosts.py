@@ -85,7 +85,7 @@ class HuggingFace:
 
 
 class OpenCLIP:
-    """Two-tower models of open_clip: an architecture, and the tag of its weights."""
+    """Two-tower models of open_clip: an architecture, and the tag of its weights or a file."""
 
     form = "open_clip:ARCH/TAG"
 
@@ -117,7 +117,8 @@ class OpenCLIP:
             with failing_at_once() if weights and not is_file else nullcontext():
                 return open_clip.create_model(architecture, pretrained=weights)  # type: ignore[no-any-return]
         except _FAILURES as error:
-            raise _failed(name, pretrained, error) from error
+            file = f"name a file of its weights that you have (open_clip:{architecture}/FILE), "
+            raise _failed(name, pretrained, error, file) from error
 
 
 class Torchvision:
@@ -208,9 +209,9 @@ def _no_classes(host: str, name: str, num_classes: int | None) -> None:
         )
 
 
-def _failed(name: str, pretrained: bool, error: Exception) -> UnsupportedError:
+def _failed(name: str, pretrained: bool, error: Exception, file: str = "") -> UnsupportedError:
     what = "pretrained weights of" if pretrained else "model"
-    instead = "take random weights (--no-pretrained), " if pretrained else ""
+    instead = f"{file}take random weights (--no-pretrained), " if pretrained else ""
     return UnsupportedError(
         f"the {what} {name!r} could not be loaded: {str(error).rstrip('.')}. Check the name and the network, "
         f"{instead}give a path to a saved module, or use the bundled model ('reference')."

@@ -111,9 +111,10 @@ def _both(goals: Goals, costs: Sequence[Target], losses: Sequence[Target], safe:
         for t in losses
     )
     asked, kept = " ".join(map(str, costs)), " ".join(map(str, losses))
+    within = f"{safe.timed.speed_up:.2f}x with {100 * safe.share:.0f} % of the MACs"
+    within = within if safe.share < 1 else "the unmerged model"
     text = (
-        f"{asked} and {kept} cannot be had together: within {kept} it is {safe.timed.speed_up:.2f}x with "
-        f"{100 * safe.share:.0f} % of the MACs; for {asked} ({other.timed.speed_up:.2f}x, {100 * other.share:.0f} % of "
-        f"the MACs) it loses {lost}"
+        f"{asked} and {kept} cannot be had together: within {kept} it is {within}; for {asked} "
+        f"({other.timed.speed_up:.2f}x, {100 * other.share:.0f} % of the MACs) it loses {lost}"
     )
     return Decision(safe.candidate, safe.share, safe.timed, False, (*safe.missed, *other.missed, text))

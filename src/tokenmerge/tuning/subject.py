@@ -34,7 +34,7 @@ class Outcome:
 
     config: MergeConfig
     damage: Tensor  # [images] float64
-    same: tuple[bool, ...] = ()  # whether the answer is the unmerged model's; empty for outputs that are no classes
+    same: tuple[float, ...] = ()  # whether the answer is the unmerged model's, or of how many pixels; empty for others
     hits: tuple[bool, ...] = ()
 
     @property
@@ -173,12 +173,12 @@ def _is_outcome(images: int, value: Any) -> bool:
     """Whether a value from a journal can be what was measured on so many images."""
     if not isinstance(value, dict) or {*value} != {"damage", "same", "hits"}:
         return False
-    damage, *answers = value["damage"], value["same"], value["hits"]
+    damage, same, hits = value["damage"], value["same"], value["hits"]
     if not isinstance(damage, list) or len(damage) != images or not all(is_figure(one, 0.0) for one in damage):
         return False
-    return all(isinstance(flags, list) and len(flags) in (0, images) for flags in answers) and all(
-        type(flag) is bool for flags in answers for flag in flags
-    )
+    if not all(isinstance(flags, list) and len(flags) in (0, images) for flags in (same, hits)):
+        return False
+    return all(type(hit) is bool for hit in hits) and all(type(x) in (bool, float) and 0 <= x <= 1 for x in same)
 
 
 def is_figure(value: Any, least: float) -> bool:

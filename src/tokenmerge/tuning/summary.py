@@ -32,7 +32,7 @@ def summarise(subject: Subject, clock: Clock, search: Search, targets: Sequence[
     figures = _figures(subject, clock, decision, found, constant, none)
     # what cannot be reached is said once, with the figure where one was measured
     missed = [one for one in decision.missed if not any(o != one and o.startswith(one) for o in decision.missed)]
-    slow = [_SLOWER] if decision.timed.speed_up < 1 - decision.timed.noise else []
+    slow = [_SLOWER] if decision.share < 1 and decision.timed.speed_up < 1 - decision.timed.noise else []
     known = [*slow, *_remarks(subject, found, none), *clock.remarks]
     remarks = [*(f"{one}." for one in dict.fromkeys(missed)), *dict.fromkeys(known)]
     rows = _front(subject, clock, search, decision)
@@ -94,6 +94,7 @@ def _figures(
 def _sentence(figures: dict[str, Any], decision: Decision, r: int, targets: Sequence[Target]) -> str:
     speed = figures["speed-up"]
     word = f"{speed:.2f}x faster" if speed >= 1 else f"SLOWER, {speed:.2f}x"
+    word = word if decision.share < 1 else "nothing is merged"  # a difference in time is noise
     times = f"{figures['ms']:.4g} ms instead of {figures['unmerged ms']:.4g}, batch {figures['batch size']}"
     parts = [f"{word} ({times})"]
     plain = ""

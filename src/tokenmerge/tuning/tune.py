@@ -21,7 +21,8 @@ from tokenmerge.config.fingerprint import Fingerprint
 from tokenmerge.data.labelled import Labelled
 from tokenmerge.errors import ConfigError, UnsupportedModelError, unknown_name
 from tokenmerge.handle import attached, require_free
-from tokenmerge.measure.outputs import find_device, find_dtype, shared_copy
+from tokenmerge.measure.outputs import find_device, find_dtype, run_images, shared_copy
+from tokenmerge.measure.quality import answers_pixels
 from tokenmerge.methods import LeastLoss, Reduction
 from tokenmerge.report.journal import Journal
 from tokenmerge.tuning.alike import counted_images
@@ -107,7 +108,7 @@ def tune(
     where = find_device(device)
     own = _copied(model, where, None if dtype is None else find_dtype(dtype))
     parts = split(str(images) if isinstance(images, Path) else images, labels, own, batch_size=batch_size, seed=seed)
-    _check_labels(targets, parts)
+    _check_labels(targets, parts, own)
     with attached(own, shared) as handle:
         fingerprint = Fingerprint.of(model, handle._adapter)
     kept = None if journal is None else _journal(Path(journal), fingerprint, own, parts, seed, settings)
@@ -157,7 +158,7 @@ def _copied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
     return (shared_copy(model) if is_same else copy.deepcopy(model).to(device, dtype)).eval()
 
 
-def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
+def _check_labels(targets: Sequence[Target], parts: Parts, model: nn.Module) -> None:
     for target in targets:
         if target.kind == "drop" and not parts.has_labels:
             why = f" ({parts.note.rstrip('.')})" if parts.note else ""
@@ -165,11 +166,16 @@ def _check_labels(targets: Sequence[Target], parts: Parts) -> None:
                 f"the target {target} is accuracy lost, which needs labels of the images{why}. Give labels, or ask "
                 "for what needs none: agreement=99."
             )
-        if target.kind == "agreement" and parts.search.outputs < 0:
+        if target.kind == "agreement" and parts.search.outputs < 0 and not _has_pixels(model, parts):
             raise ConfigError(
                 f"the target {target} compares classes, and this model answers with none: its outputs are features. "
                 "Ask for a speed or for a share of the MACs (2x, macs=0.5)."
             )
+
+
+def _has_pixels(model: nn.Module, parts: Parts) -> bool:
+    images, _ = next(iter(parts.screen))
+    return answers_pixels(model, run_images(model, images[:1].to(next(model.parameters()))).shape)
 
 
 def _journal(
