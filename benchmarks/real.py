@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -285,17 +285,22 @@ def reader(about: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def start(parser: argparse.ArgumentParser, parts: Mapping[str, Callable[[Work], None]]) -> None:
+    """Run the part that the command line names."""
+    arguments = parser.parse_args()
+    try:
+        parts[arguments.part](Work(arguments))
+    except TokenMergeError as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
 def main() -> None:
     """Run one of the parts."""
     parser = reader(__doc__, PARTS)
     parser.add_argument("--methods", nargs="+", help="images, front: only these")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the MACs (%(default)s)")
     parser.add_argument("-r", type=int, default=16, help="of the ablation (%(default)s)")
-    arguments = parser.parse_args()
-    try:
-        PARTS[arguments.part](Work(arguments))
-    except TokenMergeError as error:
-        sys.exit(f"real.py: {error}")
+    start(parser, PARTS)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ accuracy   a linear probe and the cosine of a CLIP tower, in every setting at ev
 speed      time of the same in turn, over the unmerged model in the same setting and in float32 (nothing else may
            run beside it)
 
-Takes what real.py takes. An engine that is not installed is skipped, and the row says what to install.
+Takes what real.py takes. A setting that cannot run, for one because its engine is not installed, is named and left out.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from photographs import BATCH
-from real import Work, reader
+from real import Work, reader, start
 from torch import Tensor, nn
 
 import tokenmerge
@@ -228,14 +227,5 @@ def _version(name: str) -> str:
 PARTS: dict[str, Callable[[Work], None]] = {"accuracy": accuracy, "speed": speed}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one of the parts."""
-    asked = reader(__doc__, PARTS).parse_args(arguments)
-    try:
-        PARTS[asked.part](Work(asked))
-    except TokenMergeError as error:
-        sys.exit(f"stacking.py: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    start(reader(__doc__, PARTS), PARTS)
